@@ -1,0 +1,1 @@
+"""The Python client and command line of ReftServe; needs no torch."""

@@ -1,0 +1,1 @@
+"""The mathematics of interventions: edits, families, positions, artifacts."""

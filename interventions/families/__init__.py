@@ -1,0 +1,1 @@
+"""One file a family: a trainable module that lowers to edits."""

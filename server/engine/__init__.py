@@ -1,0 +1,1 @@
+"""Requests in, token streams out. Knows no HTTP and no database."""

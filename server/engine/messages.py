@@ -1,0 +1,94 @@
+"""What crosses the boundary between the HTTP process and the engine process: plain typed messages.
+
+Encoded as MessagePack by msgspec (nothing is ever unpickled). HTTP -> engine: `Submit`, `Cancel`. Engine -> HTTP:
+`Ready` once, then one `StepOutput` a step with the tokens of every request that got one, or `Fatal`.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class InterventionRef(msgspec.Struct, frozen=True):
+    """An immutable version of an intervention, as a local folder, with the scale of its edits in this request."""
+
+    folder: str
+    content_hash: str
+    scale: float = 1.0
+
+
+class SamplingParams(msgspec.Struct, frozen=True):
+    """How one request's tokens are chosen. temperature 0 is greedy; top_k 0 and top_p 1 leave all tokens in."""
+
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+
+
+class Submit(msgspec.Struct, frozen=True, tag="submit"):
+    """A generation request. `prompt_ids` are the final token ids, chat template and BOS included."""
+
+    request_id: str
+    prompt_ids: list[int]
+    sampling: SamplingParams
+    interventions: tuple[InterventionRef, ...] = ()
+
+
+class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
+    """The client went away, or a stop string was found: free everything the request holds."""
+
+    request_id: str
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    """The model is loaded. max_context: tokens that prompt and answer may have together."""
+
+    max_context: int
+    device: str
+    dtype: str
+    weights_checksum: str
+
+
+class TokenOutput(msgspec.Struct, frozen=True):
+    """New tokens of one request; `finish_reason` is "stop", "length", "cancelled" or "error" on its last one."""
+
+    request_id: str
+    token_ids: list[int]
+    finish_reason: str | None = None
+    error: str | None = None
+
+
+class EngineStats(msgspec.Struct, frozen=True):
+    """Gauges after a step."""
+
+    running: int
+    waiting: int
+    kv_blocks_used: int
+    kv_blocks_total: int
+    bank_rows_used: int
+    bank_rows_total: int
+    steps: int
+    prompt_tokens: int
+    generated_tokens: int
+    preemptions: int
+
+
+class StepOutput(msgspec.Struct, frozen=True, tag="step"):
+    """Everything one engine step produced."""
+
+    outputs: list[TokenOutput]
+    stats: EngineStats
+
+
+class Fatal(msgspec.Struct, frozen=True, tag="fatal"):
+    """The engine cannot go on (model not loadable, out of memory at start-up)."""
+
+    error: str
+
+
+ToEngine = Submit | Cancel
+FromEngine = Ready | StepOutput | Fatal

@@ -1,0 +1,83 @@
+"""Every error the server can answer with, as one tree.
+
+    ServerError                      (500 unless a subclass says otherwise)
+    ├── InvalidRequest        400    what was sent cannot be understood or is out of range
+    ├── NotFound              404    no such model, intervention, file or job
+    ├── Conflict              409    the state of the thing forbids it (in use, already cancelled, ...)
+    ├── PayloadTooLarge       413    upload above the limit
+    ├── Overloaded            429    the queue is full; try again after `retry_after_s`
+    ├── Unavailable           503    engine, worker or database are not there right now
+    └── StorageFull           507    the disk is full; nothing was written
+
+Errors are raised where the cause is known, with the offending value and what would be right. `app.py`
+turns them into OpenAI's shape; nothing else knows status codes.
+"""
+
+from __future__ import annotations
+
+
+class ServerError(Exception):
+    """An error with everything that the wire's error object needs.
+
+    param: the request field at fault, or None. code: a stable, machine-readable word.
+    """
+
+    status = 500
+    type = "server_error"
+    code = "internal_error"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code or type(self).code
+        self.retry_after_s = retry_after_s
+
+
+class InvalidRequest(ServerError):
+    """What was sent cannot be understood or is out of range."""
+
+    status, type, code = 400, "invalid_request_error", "invalid_request"
+
+
+class NotFound(ServerError):
+    """No such model, intervention, file or job; the message offers near names."""
+
+    status, type, code = 404, "invalid_request_error", "not_found"
+
+
+class Conflict(ServerError):
+    """The state of the thing forbids what was asked."""
+
+    status, type, code = 409, "invalid_request_error", "conflict"
+
+
+class PayloadTooLarge(ServerError):
+    """An upload above the configured limit."""
+
+    status, type, code = 413, "invalid_request_error", "payload_too_large"
+
+
+class Overloaded(ServerError):
+    """The queue is full."""
+
+    status, type, code = 429, "rate_limit_error", "overloaded"
+
+
+class Unavailable(ServerError):
+    """A part of the server is not there right now."""
+
+    status, type, code = 503, "server_error", "unavailable"
+
+
+class StorageFull(ServerError):
+    """The disk is full; what was being written has been removed again."""
+
+    status, type, code = 507, "server_error", "storage_full"

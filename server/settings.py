@@ -1,0 +1,88 @@
+"""The one settings object: every field with its unit and reason; no other module reads the environment.
+
+Sources in rising precedence: environment (`REFTSERVE_*`), a TOML file (`REFTSERVE_CONFIG` or `--config`),
+command-line flags. Child processes (engine, worker) get the resolved object as JSON, never the sources.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+class Settings(BaseSettings):
+    """Immutable settings of one server."""
+
+    model_config = SettingsConfigDict(env_prefix="REFTSERVE_", frozen=True, extra="forbid")
+
+    config: Path | None = Field(None, description="TOML file with any of these fields")
+    model: str = Field(DEFAULT_MODEL, description="Hugging Face id, or a folder with a model in its format")
+    served_model_name: str | None = Field(None, description="Name in /v1/models; default: the id or folder name")
+    data: Path = Field(Path("reftserve-data"), description="Folder for database, artifacts, files and models")
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535, description="0 takes a free port")
+    database_url: str | None = Field(None, description="SQLAlchemy URL; default: SQLite in the data folder")
+    blob_url: str | None = Field(None, description="fsspec URL for files and artifacts; default: the data folder")
+    worker: bool = Field(True, description="Start and supervise a training worker beside the server")
+
+    device: str = Field("auto", description="auto: cuda when there is one, else cpu")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: float32 on the CPU, bfloat16 on CUDA"
+    )
+    engine_threads: int | None = Field(None, ge=1, description="CPU threads of the engine; default: all cores")
+    worker_threads: int | None = Field(None, ge=1, description="CPU threads of training; default: all cores")
+    kv_cache_bytes: int = Field(1 << 30, gt=0, description="Memory for keys and values, all layers together")
+    block_size: int = Field(32, ge=1, description="Tokens per block of the KV cache")
+    max_batch_tokens: int = Field(512, ge=1, description="Token budget of one step: longer prompts are chunked")
+    max_sequences: int = Field(64, ge=1, description="Sequences running at once")
+    max_queue: int = Field(1024, ge=1, description="Requests waiting; past it 429")
+    bank_bytes: int = Field(256 << 20, gt=0, description="Device memory for hot interventions")
+    max_stop_strings: int = Field(16, ge=1, description="Stop strings per request")
+    max_interventions: int = Field(8, ge=1, description="Interventions composed in one request")
+
+    max_file_bytes: int = Field(512 << 20, gt=0, description="Size limit of one upload")
+    max_artifact_bytes: int = Field(256 << 20, gt=0, description="Size limit of one uploaded intervention")
+    override_fingerprint: bool = Field(
+        False, description="Accept interventions whose weights, tokenizer or template hash differs from the base's"
+    )
+    checkpoint_steps: int = Field(10, ge=1, description="Optimizer steps between durable checkpoints of a job")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags over TOML over environment."""
+        named = init_settings().get("config") or os.environ.get("REFTSERVE_CONFIG")
+        toml = (TomlConfigSettingsSource(settings_cls, Path(named)),) if named else ()
+        return (init_settings, *toml, env_settings)
+
+    @classmethod
+    def from_flags(cls, **flags: Any) -> Settings:
+        """Settings with command-line flags on top; a flag of None was not given."""
+        return cls(**{name: value for name, value in flags.items() if value is not None})
+
+    @property
+    def resolved_database_url(self) -> str:
+        """SQLAlchemy URL of the tables."""
+        return self.database_url or f"sqlite:///{self.data.resolve() / 'reftserve.db'}"
+
+    @property
+    def resolved_blob_url(self) -> str:
+        """fsspec URL below which files and artifacts are kept."""
+        return self.blob_url or str(self.data.resolve() / "blobs")
