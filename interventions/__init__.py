@@ -1,1 +1,62 @@
-"""The mathematics of interventions: edits, families, positions, artifacts."""
+"""The mathematics of interventions: edits, families, positions, artifacts. Knows neither server nor client."""
+
+from reftserve.interventions.artifact import (
+    Intervention,
+    load_artifact,
+    pack,
+    parse_artifact,
+    save_artifact,
+    unpack,
+)
+from reftserve.interventions.attach import attach, decoder_layers
+from reftserve.interventions.edit import Activation, LowRankEdit, PlacedEdit, activate, compose
+from reftserve.interventions.errors import (
+    DtypeError,
+    FingerprintMismatch,
+    HashMismatch,
+    InterventionError,
+    ManifestError,
+    NonFiniteError,
+    PositionsError,
+    ShapeError,
+)
+from reftserve.interventions.families import FAMILIES, Family
+from reftserve.interventions.fingerprint import fingerprint, model_checksum
+from reftserve.interventions.manifest import BaseFingerprint, EditEntry, Manifest, Provenance
+from reftserve.interventions.positions import Positions
+from reftserve.interventions.trainable import InterventionConfig, TrainableIntervention
+
+__all__ = [
+    "FAMILIES",
+    "Activation",
+    "BaseFingerprint",
+    "DtypeError",
+    "EditEntry",
+    "Family",
+    "FingerprintMismatch",
+    "HashMismatch",
+    "Intervention",
+    "InterventionConfig",
+    "InterventionError",
+    "LowRankEdit",
+    "Manifest",
+    "ManifestError",
+    "NonFiniteError",
+    "PlacedEdit",
+    "Positions",
+    "PositionsError",
+    "Provenance",
+    "ShapeError",
+    "TrainableIntervention",
+    "activate",
+    "attach",
+    "compose",
+    "decoder_layers",
+    "fingerprint",
+    "load_artifact",
+    "model_checksum",
+    "pack",
+    "parse_artifact",
+    "save_artifact",
+    "unpack",
+]

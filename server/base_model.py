@@ -13,9 +13,8 @@ from reftserve.server.errors import NotFound
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
     from reftserve.server.settings import Settings
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def model_name(settings: Settings) -> str:

@@ -54,7 +54,8 @@ class Settings(BaseSettings):
     max_file_bytes: int = Field(512 << 20, gt=0, description="Size limit of one upload")
     max_artifact_bytes: int = Field(256 << 20, gt=0, description="Size limit of one uploaded intervention")
     override_fingerprint: bool = Field(
-        False, description="Accept interventions whose weights, tokenizer or template hash differs from the base's"
+        False,
+        description="Accept interventions whose weights, tokenizer or template hash differs from the base's",
     )
     checkpoint_steps: int = Field(10, ge=1, description="Optimizer steps between durable checkpoints of a job")
 
@@ -84,5 +85,5 @@ class Settings(BaseSettings):
 
     @property
     def resolved_blob_url(self) -> str:
-        """fsspec URL below which files and artifacts are kept."""
+        """Fsspec URL below which files and artifacts are kept."""
         return self.blob_url or str(self.data.resolve() / "blobs")

@@ -1,1 +1,20 @@
-"""One file a family: a trainable module that lowers to edits."""
+"""One file a family: a trainable module that lowers to edits. A new family is one file and one line here."""
+
+from reftserve.interventions.families.base import Family
+from reftserve.interventions.families.consreft import ConsReFT
+from reftserve.interventions.families.direft import DiReFT
+from reftserve.interventions.families.lobireft import LobiReFT
+from reftserve.interventions.families.loreft import LoReFT
+from reftserve.interventions.families.nodireft import NodiReFT
+from reftserve.interventions.families.noreft import NoReFT
+
+FAMILIES: dict[str, type[Family]] = {
+    "loreft": LoReFT,
+    "noreft": NoReFT,
+    "direft": DiReFT,
+    "consreft": ConsReFT,
+    "lobireft": LobiReFT,
+    "nodireft": NodiReFT,
+}
+
+__all__ = ["FAMILIES", "ConsReFT", "DiReFT", "Family", "LoReFT", "LobiReFT", "NoReFT", "NodiReFT"]

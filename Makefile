@@ -1,0 +1,48 @@
+# Everything a person or CI runs. `make demo` and `make test` need nothing but Python 3.11 and this folder.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DATA := reftserve-data
+MODEL := $(DATA)/models/HuggingFaceTB--SmolLM2-135M-Instruct
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test check format install model lint-links clean help
+
+help: ## Show the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: model ## Serve, upload, train, and show base and intervened answers side by side
+	$(BIN)/python examples/demo.py
+
+test: model ## Run every test
+	$(BIN)/python -m pytest $(ARGS)
+
+check: install lint-links ## Lint, format check, types, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	MYPYPATH=.lint $(BIN)/mypy -p reftserve.interventions -p reftserve.client -p reftserve.server
+	PYTHONPATH=.lint $(BIN)/lint-imports
+
+format: install ## Apply the formatter and the safe fixes
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+install: $(VENV)/installed ## Create .venv with the pinned versions
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[server,dev]'
+	touch $@
+
+model: $(MODEL)/config.json ## Fetch the base model once
+
+$(MODEL)/config.json: | install
+	$(BIN)/python examples/fetch_base_model.py $(MODEL)
+
+# mypy and import-linter read the packages by their installed names, which editable installs hide from them.
+lint-links:
+	@mkdir -p .lint/reftserve
+	@for package in server client interventions; do ln -sfn ../../$$package .lint/reftserve/$$package; done
+
+clean: ## Remove the environment and the demo's data
+	rm -rf $(VENV) .lint $(DATA)

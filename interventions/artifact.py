@@ -1,0 +1,202 @@
+"""Artifacts on disk: a folder of `manifest.json` and `edits.safetensors`; for the wire, a zip of the two.
+
+Reading trusts nothing: every field, name, shape, type and number is checked, sizes are bounded, nothing is unpickled.
+Writing is all or nothing: a folder appears under its name only when it is complete and on the disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pydantic import ValidationError
+from reftserve.interventions.edit import LowRankEdit, PlacedEdit
+from reftserve.interventions.errors import HashMismatch, ManifestError, ShapeError
+from reftserve.interventions.manifest import BaseFingerprint, EditEntry, Manifest, Provenance
+from reftserve.interventions.positions import Positions
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+MANIFEST_FILE = "manifest.json"
+EDITS_FILE = "edits.safetensors"
+TENSORS = ("A", "b", "U", "act", "scale")
+MAX_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, eq=False)
+class Intervention:
+    """A published intervention: its manifest and its edits, in the manifest's order."""
+
+    manifest: Manifest
+    edits: tuple[PlacedEdit, ...]
+
+    @property
+    def content_hash(self) -> str:
+        """Identity of what it does; equal for equal edits at equal places."""
+        return self.manifest.content_hash
+
+
+def content_hash(edits: Sequence[PlacedEdit]) -> str:
+    """SHA-256 over places and numbers of the edits, in order."""
+    digest = hashlib.sha256()
+    for placed in edits:
+        digest.update(f"{placed.layer} {placed.positions} {placed.edit.content_hash}\n".encode())
+    return digest.hexdigest()
+
+
+def save_artifact(
+    folder: Path,
+    edits: Sequence[PlacedEdit],
+    *,
+    family: str,
+    positions: str,
+    rank: int,
+    base: BaseFingerprint,
+    tied: bool = True,
+    parameters: int | None = None,
+    provenance: Provenance | None = None,
+) -> Manifest:
+    """Write a new artifact folder; it must not exist. Raises OSError with nothing left behind."""
+    manifest = Manifest(
+        family=family,
+        positions=positions,
+        layers=sorted({placed.layer for placed in edits}),
+        rank=rank,
+        tied=tied,
+        parameters=sum(p.edit.A.numel() + p.edit.b.numel() for p in edits) if parameters is None else parameters,
+        edits=[
+            EditEntry(key=str(i), layer=p.layer, positions=str(p.positions), rank=p.edit.rank)
+            for i, p in enumerate(edits)
+        ],
+        base=base,
+        content_hash=content_hash(edits),
+        created_at=datetime.now(UTC),
+        provenance=provenance or Provenance(),
+    )
+    tensors = {
+        f"{i}.{name}": getattr(placed.edit, name).detach().cpu().contiguous()
+        for i, placed in enumerate(edits)
+        for name in TENSORS
+    }
+    _write_folder(folder, manifest.model_dump_json(indent=2).encode(), save(tensors))
+    return manifest
+
+
+def load_artifact(folder: Path) -> Intervention:
+    """Read and check an artifact folder.
+
+    Raises an InterventionError that says what is wrong and what was expected; OSError when files cannot be read.
+    """
+    return parse_artifact(_bounded(folder / MANIFEST_FILE), _bounded(folder / EDITS_FILE))
+
+
+def parse_artifact(manifest_bytes: bytes, edits_bytes: bytes) -> Intervention:
+    """Check an artifact's two files.
+
+    Raises ManifestError, ShapeError, DtypeError, NonFiniteError, PositionsError or HashMismatch.
+    """
+    try:
+        manifest = Manifest.model_validate_json(manifest_bytes)
+    except ValidationError as cause:
+        first = cause.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ManifestError(f"{MANIFEST_FILE}: {where or 'document'}: {first['msg']}") from cause
+    try:
+        tensors = load(edits_bytes)
+    except (SafetensorError, ValueError, KeyError) as cause:
+        raise ManifestError(f"{EDITS_FILE} is not a safetensors file: {cause}") from cause
+    expected = {f"{entry.key}.{name}" for entry in manifest.edits for name in TENSORS}
+    if tensors.keys() != expected:
+        missing, surplus = sorted(expected - tensors.keys()), sorted(tensors.keys() - expected)
+        raise ManifestError(f"{EDITS_FILE}: missing tensors {missing}, unexpected ones {surplus}")
+    edits = tuple(_placed(entry, tensors, manifest.base) for entry in manifest.edits)
+    found = content_hash(edits)
+    if found != manifest.content_hash:
+        raise HashMismatch(f"content_hash is {manifest.content_hash}; the edits' hash is {found}")
+    return Intervention(manifest, edits)
+
+
+def pack(folder: Path) -> bytes:
+    """The artifact as one zip file for the wire."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for name in (MANIFEST_FILE, EDITS_FILE):
+            archive.write(folder / name, name)
+    return buffer.getvalue()
+
+
+def unpack(data: bytes, folder: Path, *, max_bytes: int = MAX_BYTES) -> Intervention:
+    """Check a zipped artifact and write it to a new folder; nothing is written when it is refused.
+
+    Raises an InterventionError; ManifestError when it is not a zip of exactly the two files within `max_bytes`.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            names = sorted(archive.namelist())
+            if names != sorted([MANIFEST_FILE, EDITS_FILE]):
+                raise ManifestError(f"the archive holds {names}; expected exactly {MANIFEST_FILE} and {EDITS_FILE}")
+            contents = {name: _read_member(archive, name, max_bytes) for name in names}
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as cause:
+        raise ManifestError(f"not a readable zip file: {cause}") from cause
+    intervention = parse_artifact(contents[MANIFEST_FILE], contents[EDITS_FILE])
+    _write_folder(folder, contents[MANIFEST_FILE], contents[EDITS_FILE])
+    return intervention
+
+
+def _placed(entry: EditEntry, tensors: dict[str, Tensor], base: BaseFingerprint) -> PlacedEdit:
+    edit = LowRankEdit(*(tensors[f"{entry.key}.{name}"] for name in TENSORS))
+    if edit.rank != entry.rank:
+        raise ShapeError(f"edit {entry.key} has rank {edit.rank}; the manifest says {entry.rank}")
+    if edit.hidden_size != base.hidden_size:
+        raise ShapeError(f"edit {entry.key} has hidden size {edit.hidden_size}; the base has {base.hidden_size}")
+    if entry.layer >= base.num_layers:
+        raise ShapeError(f"edit {entry.key} is at layer {entry.layer}; the base has layers 0 to {base.num_layers - 1}")
+    return PlacedEdit(entry.layer, Positions.parse(entry.positions), edit)
+
+
+def _bounded(path: Path) -> bytes:
+    if path.stat().st_size > MAX_BYTES:
+        raise ManifestError(f"{path.name} has {path.stat().st_size} bytes; at most {MAX_BYTES} are read")
+    return path.read_bytes()
+
+
+def _read_member(archive: zipfile.ZipFile, name: str, max_bytes: int) -> bytes:
+    # The size in the directory may lie, so what is read is bounded, not what is declared.
+    with archive.open(name) as member:
+        content = member.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise ManifestError(f"{name} unpacks to more than {max_bytes} bytes")
+    return content
+
+
+def _write_folder(folder: Path, manifest: bytes, edits: bytes) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial-"))
+    try:
+        for name, content in ((MANIFEST_FILE, manifest), (EDITS_FILE, edits)):
+            with (scratch / name).open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        scratch.rename(folder)
+        _sync_folder(folder.parent)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,26 @@
+"""DiReFT: LoReFT without subtracting the projection."""
+
+from __future__ import annotations
+
+from reftserve.interventions.edit import LowRankEdit
+from reftserve.interventions.families.base import Family, columns, orthonormal
+from torch import Tensor, nn
+
+
+class DiReFT(Family):
+    """h + R^T act(Wh + b), R with orthonormal rows."""
+
+    def __init__(self, hidden_size: int, rank: int, *, dropout: float = 0.0, act: str = "linear") -> None:
+        super().__init__(hidden_size, rank, dropout=dropout, act=act)
+        self.rotate = orthonormal(hidden_size, rank)
+        self.learned_source = nn.Linear(hidden_size, rank)
+
+    def edited(self, h: Tensor) -> Tensor:
+        """The formula; R^T is `rotate.weight` [hidden, rank]."""
+        Rt: Tensor = self.rotate.weight  # type: ignore[assignment]
+        return h + self.activation(self.learned_source(h)) @ Rt.T
+
+    def lower(self) -> LowRankEdit:
+        """A = W, U = R."""
+        R: Tensor = self.rotate.weight.T  # type: ignore[operator, assignment]
+        return columns(self.learned_source.weight, self.learned_source.bias, R, self.act)

@@ -1,0 +1,97 @@
+"""The manifest of a published intervention (`manifest.json`), and the fingerprint of the base it was made for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from reftserve.interventions.errors import FingerprintMismatch
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """A field in which two fingerprints differ; `fatal` when no override can lift it."""
+
+    field: str
+    expected: object
+    found: object
+    fatal: bool
+
+    def __str__(self) -> str:
+        return f"{self.field} is {self.found!r}, the base has {self.expected!r}"
+
+
+class BaseFingerprint(BaseModel):
+    """Identity of a base model. A hash of None is unknown (imported interventions have none)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    architecture: str
+    hidden_size: int
+    num_layers: int
+    vocab_size: int
+    weights_hash: str | None = None
+    tokenizer_hash: str | None = None
+    chat_template_hash: str | None = None
+
+    def mismatches(self, found: BaseFingerprint) -> list[Mismatch]:
+        """Fields in which `found` differs from this base; differing or unknown hashes can be overridden."""
+        hashes = {"weights_hash", "tokenizer_hash", "chat_template_hash"}
+        return [
+            Mismatch(name, getattr(self, name), getattr(found, name), fatal=name not in hashes)
+            for name in type(self).model_fields
+            if getattr(self, name) != getattr(found, name)
+        ]
+
+    def require(self, found: BaseFingerprint, *, override: bool = False) -> None:
+        """Raise FingerprintMismatch, naming every differing field, unless all can be and are overridden."""
+        wrong = [m for m in self.mismatches(found) if m.fatal or not override]
+        if wrong:
+            raise FingerprintMismatch(f"made for another base model: {'; '.join(map(str, wrong))}")
+
+
+class EditEntry(BaseModel):
+    """One edit of the artifact; its tensors are `<key>.A`, `.b`, `.U`, `.act`, `.scale`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    key: str
+    layer: int = Field(ge=0)
+    positions: str
+    rank: int = Field(ge=1)
+
+
+class Provenance(BaseModel):
+    """Where an intervention comes from; whatever is unknown is absent."""
+
+    model_config = ConfigDict(extra="allow")
+
+    source: str | None = None
+    dataset_hash: str | None = None
+    hyperparameters: dict[str, Any] | None = None
+    losses: dict[str, float] | None = None
+    scores: dict[str, dict[str, float]] | None = None
+    seconds: float | None = None
+    seed: int | None = None
+    code_version: str | None = None
+
+
+class Manifest(BaseModel):
+    """Everything about an intervention but its numbers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal[1] = 1
+    family: str
+    positions: str
+    layers: list[int]
+    rank: int = Field(ge=1)
+    tied: bool = True
+    parameters: int = Field(ge=0, description="Numbers that were trained")
+    edits: list[EditEntry] = Field(min_length=1)
+    base: BaseFingerprint
+    content_hash: str
+    created_at: datetime
+    provenance: Provenance = Provenance()

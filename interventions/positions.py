@@ -1,0 +1,70 @@
+"""Which tokens of a request an edit touches, in the notation of the LoReFT paper.
+
+    f7+l7       the first 7 and the last 7 prompt tokens          (f0+l1, f5, l1 are of the same kind)
+    prompt      every prompt token
+    generated   every token after the prompt
+    all         both
+
+Positions are indices into the final token ids, chat template and BOS included. Short prompts, as in pyreft: of a
+prompt of n tokens at most n // 2 are first and at most n // 2 are last, so prefix and suffix never overlap. One
+exception: of a one-token prompt the token is last, so that `l1` is index n - 1 for every prompt.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from reftserve.interventions.errors import PositionsError
+
+_PATTERN = re.compile(r"(?:f(?P<first>\d{1,6}))?(?:\+?l(?P<last>\d{1,6}))?")
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Parsed positions; see the module's table."""
+
+    first: int = 0
+    last: int = 0
+    prompt: bool = False
+    generated: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> Positions:
+        """Read the notation.
+
+        Raises PositionsError when the text is not of it, or names no token at all.
+        """
+        if text in ("prompt", "generated", "all"):
+            return cls(prompt=text != "generated", generated=text != "prompt")
+        match = _PATTERN.fullmatch(text)
+        if not match or text.startswith("+"):
+            raise PositionsError(f"positions {text!r}; expected like 'f7+l7', 'l1', 'prompt', 'generated' or 'all'")
+        parsed = cls(first=int(match["first"] or 0), last=int(match["last"] or 0))
+        if parsed == cls():
+            raise PositionsError(f"positions {text!r} name no token; at least one of f and l must be above 0")
+        return parsed
+
+    def __str__(self) -> str:
+        if self.prompt or self.generated:
+            return "all" if self.prompt and self.generated else "prompt" if self.prompt else "generated"
+        return f"f{self.first}+l{self.last}"
+
+    def indices(self, n_prompt: int, start: int, stop: int) -> NDArray[np.int64]:
+        """Indices of edited tokens within [start, stop), ascending, of a request with `n_prompt` prompt tokens."""
+        parts = [np.arange(max(start, low), min(stop, high)) for low, high in self._ranges(n_prompt, stop)]
+        return np.concatenate(parts).astype(np.int64)
+
+    def _ranges(self, n_prompt: int, stop: int) -> list[tuple[int, int]]:
+        if self.prompt or self.generated:
+            return [(0 if self.prompt else n_prompt, stop if self.generated else n_prompt)]
+        first = min(self.first, n_prompt // 2)
+        last = min(self.last, max(1, n_prompt // 2))
+        return [(0, first), (n_prompt - last, n_prompt)]
+
+    def split(self) -> list[Positions]:
+        """Prefix and suffix as positions of their own, for untied weights; the rest of the notation is one part."""
+        parts = [Positions(first=self.first), Positions(last=self.last)]
+        return [part for part in parts if part != Positions()] or [self]

@@ -1,0 +1,196 @@
+"""Attention over the paged cache, registered with transformers' AttentionInterface: models run unpatched.
+
+A step packs all its tokens into one row, prompt chunks first, then decode tokens. For each layer the function stores
+the new keys and values in their slots, lets each prompt chunk attend to its own sequence, and lets all decode tokens
+attend at once to their sequences' slots, padded to the longest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from reftserve.server.engine.errors import UnsupportedModel
+from reftserve.server.engine.kv_cache import KVCache, LayerShape
+from reftserve.server.engine.scheduler import Batch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+ATTENTION = "reftserve_paged"
+
+
+class AttentionStep(Protocol):
+    """What attention does during one forward pass. Tensors are [heads, tokens, head_dim]."""
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
+    ) -> Tensor:
+        """Attention's output, [heads, tokens, value_dim]."""
+        ...
+
+
+_step: ContextVar[AttentionStep] = ContextVar("attention_step")
+
+
+@contextmanager
+def attention_step(step: AttentionStep) -> Iterator[None]:
+    """Forward passes inside use `step` for their attention."""
+    token = _step.set(step)
+    try:
+        yield
+    finally:
+        _step.reset(token)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **unused: Any,
+) -> tuple[Tensor, None]:
+    """Transformers' attention signature: query [1, heads, tokens, dim] -> [1, tokens, heads, dim]."""
+    if softcap is not None or s_aux is not None:
+        raise UnsupportedModel("attention with logit soft-capping or sinks is not served yet")
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    out = _step.get().attend(layer, query[0], key[0], value[0], scaling, sliding_window)
+    return out.transpose(0, 1).unsqueeze(0), None
+
+
+AttentionInterface.register(ATTENTION, _attention)
+
+
+@dataclass
+class ShapeProbe:
+    """A step that only learns the shapes of each layer's keys and values."""
+
+    shapes: dict[int, LayerShape] = field(default_factory=dict)
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
+    ) -> Tensor:
+        """Record the shapes; answer with plain causal attention."""
+        self.shapes[layer] = LayerShape(key.shape[0], key.shape[-1], value.shape[-1])
+        return _sdpa(query, key, value, None, scale, is_causal=True)
+
+
+@dataclass(frozen=True)
+class _Prefill:
+    """A prompt chunk: its packed rows, its positions, and the slots of all tokens up to its end."""
+
+    rows: slice
+    start: int
+    stop: int
+    slots: Tensor
+
+
+class PagedStep:
+    """Attention of one step's batch against the cache."""
+
+    def __init__(self, batch: Batch, cache: KVCache, device: torch.device) -> None:
+        self.cache = cache
+        slots = [cache.slots(c.sequence.block_table, c.start, c.stop) for c in batch.chunks]
+        self.new_slots = torch.from_numpy(np.concatenate(slots)).to(device)
+        self.prefills: list[_Prefill] = []
+        offset = 0
+        for chunk in batch.prefills:
+            rows = slice(offset, offset + chunk.stop - chunk.start)
+            all_slots = torch.from_numpy(cache.slots(chunk.sequence.block_table, 0, chunk.stop)).to(device)
+            self.prefills.append(_Prefill(rows, chunk.start, chunk.stop, all_slots))
+            offset = rows.stop
+        self.decode_rows = slice(offset, offset + len(batch.decodes))
+        if batch.decodes:
+            lengths = np.array([chunk.stop for chunk in batch.decodes])
+            padded = np.zeros((len(lengths), lengths.max()), dtype=np.int64)
+            for row, chunk in zip(padded, batch.decodes, strict=True):
+                row[: chunk.stop] = cache.slots(chunk.sequence.block_table, 0, chunk.stop)
+            self.decode_slots = torch.from_numpy(padded).to(device)
+            self.decode_lengths = torch.from_numpy(lengths).to(device)
+        self._masks: dict[tuple[int, int | None], Tensor | None] = {}
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
+    ) -> Tensor:
+        """Store the step's keys and values, then attend."""
+        self.cache.write(layer, self.new_slots, key.transpose(0, 1), value.transpose(0, 1))
+        out = query.new_empty(query.shape[0], query.shape[1], value.shape[-1])
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        for index, prefill in enumerate(self.prefills):
+            mask = self._mask(index, window)
+            out[:, prefill.rows] = _sdpa(
+                query[:, prefill.rows],
+                keys[prefill.slots].transpose(0, 1),
+                values[prefill.slots].transpose(0, 1),
+                mask,
+                scale,
+                is_causal=mask is None,
+            )
+        if self.decode_rows.start < self.decode_rows.stop:
+            out[:, self.decode_rows] = self._decode(query[:, self.decode_rows], keys, values, scale, window)
+        return out
+
+    def _decode(self, query: Tensor, keys: Tensor, values: Tensor, scale: float | None, window: int | None) -> Tensor:
+        heads, rows, dim = query.shape
+        kv_heads = keys.shape[1]
+        # Query heads that share a key-value head stand in the place of query tokens: no repeated keys.
+        grouped = query.transpose(0, 1).reshape(rows, kv_heads, heads // kv_heads, dim)
+        out = scaled_dot_product_attention(
+            grouped,
+            keys[self.decode_slots].transpose(1, 2),
+            values[self.decode_slots].transpose(1, 2),
+            attn_mask=self._mask(len(self.prefills), window),
+            scale=scale,
+        )
+        return out.reshape(rows, heads, -1).transpose(0, 1)
+
+    def _mask(self, index: int, window: int | None) -> Tensor | None:
+        """Who may look at whom in prefill `index` (the decode rows come last); None is plain causal."""
+        if (index, window) not in self._masks:
+            self._masks[index, window] = self._build_mask(index, window)
+        return self._masks[index, window]
+
+    def _build_mask(self, index: int, window: int | None) -> Tensor | None:
+        if index == len(self.prefills):
+            key = torch.arange(self.decode_slots.shape[1], device=self.decode_slots.device)
+            lengths = self.decode_lengths.unsqueeze(1)
+            mask = key < lengths
+            if window is not None:
+                mask &= key >= lengths - window
+            return mask[:, None, None, :]
+        prefill = self.prefills[index]
+        if prefill.start == 0 and (window is None or prefill.stop <= window):
+            return None
+        query = torch.arange(prefill.start, prefill.stop, device=prefill.slots.device).unsqueeze(1)
+        key = torch.arange(prefill.stop, device=prefill.slots.device)
+        mask = key <= query
+        if window is not None:
+            mask &= key > query - window
+        return mask
+
+
+def _sdpa(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, *, is_causal: bool
+) -> Tensor:
+    """Attention of one sequence; [heads, tokens, dim] with fewer key-value heads than query heads allowed."""
+    out = scaled_dot_product_attention(
+        query.unsqueeze(0),
+        key.unsqueeze(0),
+        value.unsqueeze(0),
+        attn_mask=mask,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=query.shape[0] != key.shape[0],
+    )
+    return out[0]

@@ -1,0 +1,19 @@
+"""What the engine process needs to know to start: one line of JSON on its standard input."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class EngineConfig(msgspec.Struct, frozen=True):
+    """Sizes and places of one engine. Every field comes from `Settings`, already resolved."""
+
+    model_folder: str
+    device: str = "cpu"
+    dtype: str = "float32"
+    threads: int | None = None
+    kv_cache_bytes: int = 1 << 30
+    block_size: int = 32
+    max_batch_tokens: int = 512
+    max_sequences: int = 64
+    bank_bytes: int = 256 << 20

@@ -1,0 +1,102 @@
+"""Loads interventions from their folders into host memory, off the step loop.
+
+One thread takes folders from a queue and puts results into another; the engine collects them between steps, so a
+running batch never waits for a disk. Loaded interventions are kept, least recently used dropped first, up to a budget.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+from reftserve.interventions import Intervention, InterventionError, load_artifact
+from reftserve.server.engine.messages import InterventionRef
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The outcome of one load: an intervention, or why there is none."""
+
+    content_hash: str
+    intervention: Intervention | None
+    error: str | None = None
+
+
+class Loader:
+    """Host-memory tier of interventions, keyed by content hash."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self._kept: OrderedDict[str, Intervention] = OrderedDict()
+        self._bytes = 0
+        self._requested: set[str] = set()
+        self._folders: queue.SimpleQueue[InterventionRef | None] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[Loaded] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="intervention-loader", daemon=True)
+        self._thread.start()
+
+    @property
+    def pending(self) -> bool:
+        """Whether a requested intervention has not been collected yet."""
+        return bool(self._requested)
+
+    def get(self, content_hash: str) -> Intervention | None:
+        """An intervention that is in host memory, or None."""
+        intervention = self._kept.get(content_hash)
+        if intervention is not None:
+            self._kept.move_to_end(content_hash)
+        return intervention
+
+    def request(self, ref: InterventionRef) -> None:
+        """Ask for a load; `collect` will report it. Asking again while it is under way does nothing."""
+        if ref.content_hash not in self._requested:
+            self._requested.add(ref.content_hash)
+            self._folders.put(ref)
+
+    def collect(self) -> list[Loaded]:
+        """Loads that ended since the last call; never waits."""
+        done = []
+        while not self._results.empty():
+            loaded = self._results.get()
+            self._requested.discard(loaded.content_hash)
+            if loaded.intervention is not None:
+                self._keep(loaded.intervention)
+            done.append(loaded)
+        return done
+
+    def close(self) -> None:
+        """End the thread after the load under way."""
+        self._folders.put(None)
+        self._thread.join()
+
+    def _keep(self, intervention: Intervention) -> None:
+        self._kept[intervention.content_hash] = intervention
+        self._bytes += _bytes(intervention)
+        while self._bytes > self.max_bytes and len(self._kept) > 1:
+            _, dropped = self._kept.popitem(last=False)
+            self._bytes -= _bytes(dropped)
+
+    def _run(self) -> None:
+        while (ref := self._folders.get()) is not None:
+            self._results.put(_load(ref))
+
+
+def _load(ref: InterventionRef) -> Loaded:
+    try:
+        intervention = load_artifact(Path(ref.folder))
+    except (InterventionError, OSError) as cause:
+        return Loaded(ref.content_hash, None, f"cannot load intervention from {Path(ref.folder).name}: {cause}")
+    if intervention.content_hash != ref.content_hash:
+        return Loaded(
+            ref.content_hash,
+            None,
+            f"content hash is {intervention.content_hash}; {ref.content_hash} was asked for",
+        )
+    return Loaded(ref.content_hash, intervention)
+
+
+def _bytes(intervention: Intervention) -> int:
+    return sum(placed.edit.A.nbytes + placed.edit.U.nbytes + placed.edit.b.nbytes for placed in intervention.edits)

@@ -1,0 +1,106 @@
+"""The engine's own process: `python -m reftserve.server.engine.process --socket ipc://...`.
+
+The first line on standard input is the EngineConfig as JSON; when standard input ends, the parent has gone and so does
+this process. Messages (see messages.py) cross one ZeroMQ PAIR socket: the parent binds, the engine connects. ZeroMQ
+queues on both sides, so a slow reader never holds a step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import msgspec
+import torch
+import zmq
+from reftserve.interventions import InterventionError, model_checksum
+from reftserve.server.base_model import load_model, resolve_device, resolve_dtype
+from reftserve.server.engine.config import EngineConfig
+from reftserve.server.engine.engine import Engine
+from reftserve.server.engine.errors import EngineError
+from reftserve.server.engine.messages import Cancel, Fatal, FromEngine, Ready, Submit, ToEngine
+from reftserve.server.engine.runner import Runner
+
+LOADING_POLL_MS = 1
+
+
+def main() -> None:
+    """Entry point of the process."""
+    arguments = argparse.ArgumentParser()
+    arguments.add_argument("--socket", required=True)
+    address = arguments.parse_args().socket
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which ends this process
+    config = msgspec.json.decode(sys.stdin.readline(), type=EngineConfig)
+    threading.Thread(target=_exit_with_parent, name="parent-watch", daemon=True).start()
+    socket: zmq.Socket[bytes] = zmq.Context().socket(zmq.PAIR)
+    socket.set_hwm(0)
+    socket.connect(address)
+    encoder = msgspec.msgpack.Encoder()
+
+    def send(message: FromEngine) -> None:
+        socket.send(encoder.encode(message))
+
+    try:
+        engine, ready = build(config)
+    except (EngineError, InterventionError, OSError, ValueError, RuntimeError) as cause:
+        send(Fatal(f"{type(cause).__name__}: {cause}"))
+        socket.close(linger=1000)
+        sys.exit(1)
+    send(ready)
+    decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
+    while True:
+        wait_ms = 0 if engine.has_work else LOADING_POLL_MS if engine.is_loading else None
+        while socket.poll(wait_ms):
+            _take(engine, decoder.decode(socket.recv()))
+            wait_ms = 0
+        output = engine.step()
+        if output.outputs:
+            send(output)
+
+
+def build(config: EngineConfig) -> tuple[Engine, Ready]:
+    """Load the model and make the engine.
+
+    Raises UnsupportedModel, or what transformers raises for a folder that it cannot load.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    device = resolve_device(config.device)
+    model = load_model(Path(config.model_folder), resolve_dtype(config.dtype, device), device)
+    runner = Runner(
+        model,
+        kv_cache_bytes=config.kv_cache_bytes,
+        block_size=config.block_size,
+        bank_bytes=config.bank_bytes,
+    )
+    engine = Engine(runner, max_batch_tokens=config.max_batch_tokens, max_sequences=config.max_sequences)
+    ready = Ready(
+        max_context=runner.max_context,
+        device=str(device),
+        dtype=str(model.dtype).removeprefix("torch."),
+        weights_checksum=model_checksum(model),
+    )
+    return engine, ready
+
+
+def _take(engine: Engine, message: ToEngine) -> None:
+    match message:
+        case Submit():
+            engine.submit(message)
+        case Cancel():
+            engine.cancel(message.request_id)
+
+
+def _exit_with_parent() -> None:
+    while sys.stdin.read(4096):
+        pass
+    # Nothing here outlives a request, so there is nothing to save.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

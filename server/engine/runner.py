@@ -1,0 +1,110 @@
+"""Runs the base model over a batch: packs the tokens, applies the edits, returns the logits to sample from.
+
+The model is transformers' own, unpatched: attention goes through the registered function, edits through one forward
+hook a decoder layer that returns at once when the step edits nothing there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from reftserve.interventions import decoder_layers
+from reftserve.server.engine.attention import ATTENTION, AttentionStep, PagedStep, ShapeProbe, attention_step
+from reftserve.server.engine.bank import Bank
+from reftserve.server.engine.edit_plan import LayerEdits, plan_edits
+from reftserve.server.engine.errors import UnsupportedModel
+from reftserve.server.engine.kv_cache import KVCache, LayerShape
+from reftserve.server.engine.scheduler import Batch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+# These scale positions by the longest sequence of the whole batch, so one request would change another (I1).
+BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+
+
+class Runner:
+    """The base model with its cache and bank."""
+
+    def __init__(self, model: PreTrainedModel, *, kv_cache_bytes: int, block_size: int, bank_bytes: int) -> None:
+        _check_supported(model)
+        self.model = model
+        self.device = model.device
+        model.set_attn_implementation(ATTENTION)
+        self.config = model.config.get_text_config()
+        self.max_context: int = self.config.max_position_embeddings
+        self.cache = KVCache(
+            self._probe_shapes(),
+            block_size=block_size,
+            max_bytes=kv_cache_bytes,
+            dtype=model.dtype,
+            device=self.device,
+        )
+        self.bank = Bank(self.config.hidden_size, max_bytes=bank_bytes, device=self.device)
+        self._edits: dict[int, LayerEdits] = {}
+        for index, layer in enumerate(decoder_layers(model)):
+            layer.register_forward_hook(self._edit_hook(index))
+
+    @torch.inference_mode()
+    def step(self, batch: Batch) -> Tensor:
+        """Compute the batch's chunks.
+
+        Returns logits [chunks that sample, vocabulary], in packed order. Advances no sequence.
+        """
+        chunks = batch.chunks
+        token_ids = np.concatenate([np.asarray(c.sequence.token_ids[c.start : c.stop], np.int64) for c in chunks])
+        positions = np.concatenate([np.arange(c.start, c.stop) for c in chunks])
+        ends = np.cumsum([c.stop - c.start for c in chunks]) - 1
+        sampling = ends[[c.samples for c in chunks]]
+        self._edits = plan_edits(chunks, self.bank, self.device)
+        try:
+            return self._forward(token_ids, positions, sampling, PagedStep(batch, self.cache, self.device))
+        finally:
+            self._edits = {}
+
+    def _forward(self, token_ids: Any, positions: Any, sampling: Any, step: AttentionStep) -> Tensor:
+        with attention_step(step):
+            output = self.model(
+                input_ids=torch.from_numpy(token_ids).to(self.device).unsqueeze(0),
+                position_ids=torch.from_numpy(positions).to(self.device).unsqueeze(0),
+                use_cache=False,
+                logits_to_keep=torch.from_numpy(sampling).to(self.device),
+            )
+        logits: Tensor = output.logits[0]
+        return logits
+
+    @torch.inference_mode()
+    def _probe_shapes(self) -> list[LayerShape]:
+        probe = ShapeProbe()
+        one = np.zeros(1, dtype=np.int64)
+        self._forward(one, one, one, probe)
+        layers = len(decoder_layers(self.model))
+        if sorted(probe.shapes) != list(range(layers)):
+            raise UnsupportedModel(
+                f"{type(self.model).__name__} has {layers} decoder layers, but attention ran at {sorted(probe.shapes)}"
+            )
+        return [probe.shapes[layer] for layer in range(layers)]
+
+    def _edit_hook(self, layer: int) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            edits = self._edits.get(layer)
+            if edits is not None:
+                hidden = output[0] if isinstance(output, tuple) else output
+                edits.apply(hidden.view(-1, hidden.shape[-1]), self.bank)
+
+        return hook
+
+
+def _check_supported(model: PreTrainedModel) -> None:
+    name = type(model).__name__
+    if not getattr(model, "_supports_attention_backend", False):
+        raise UnsupportedModel(f"{name} does not go through transformers' AttentionInterface")
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    # Models with several kinds of layers have one set of parameters a kind.
+    kinds = {value.get("rope_type") for value in [rope, *rope.values()] if isinstance(value, dict)}
+    if kinds & BATCH_DEPENDENT_ROPE:
+        raise UnsupportedModel(
+            f"{name} has rope_type {sorted(kinds & BATCH_DEPENDENT_ROPE)}: it depends on the longest sequence in a batch"
+        )

@@ -1,0 +1,70 @@
+"""From logits to tokens, vectorised over the batch, each row by its own request's parameters.
+
+A sampled token is a function of (logits, seed, position) alone: one uniform number is hashed from seed and position
+and looked up in the cumulative distribution. No generator state exists, so a seed gives the same tokens whatever the
+batch mates are, and after preemption.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from reftserve.server.engine.messages import SamplingParams
+from torch import Tensor
+
+
+def sample(logits: Tensor, params: list[SamplingParams], positions: list[int]) -> list[int]:
+    """One token a row.
+
+    logits: [rows, vocabulary]. positions: index that each row's token will have in its sequence.
+    """
+    tokens = logits.argmax(dim=-1)
+    sampled = [row for row, p in enumerate(params) if p.temperature > 0]
+    if sampled:
+        rows = torch.tensor(sampled, device=logits.device)
+        tokens[rows] = _sample_rows(logits[rows], [params[row] for row in sampled], [positions[row] for row in sampled])
+    chosen: list[int] = tokens.tolist()
+    return chosen
+
+
+def _sample_rows(logits: Tensor, params: list[SamplingParams], positions: list[int]) -> Tensor:
+    device = logits.device
+
+    def column(values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=device).unsqueeze(1)
+
+    # The largest logit is taken off first: a tiny temperature must give certainty, not infinity.
+    shifted = logits.float() - logits.float().amax(dim=-1, keepdim=True)
+    probabilities = torch.softmax(shifted / column([p.temperature for p in params]), dim=-1)
+    ordered, tokens = probabilities.sort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(ordered.shape[1], device=device)
+    top_k = column([p.top_k or ordered.shape[1] for p in params])
+    ordered = ordered.masked_fill(rank >= top_k, 0.0)
+    ordered /= ordered.sum(dim=-1, keepdim=True)
+    # Nucleus: the smallest set that reaches top_p; the first token that crosses it stays in.
+    before = ordered.cumsum(dim=-1) - ordered
+    ordered = ordered.masked_fill((before >= column([p.top_p for p in params])) & (rank > 0), 0.0)
+    ordered = ordered.masked_fill(ordered < column([p.min_p for p in params]) * ordered[:, :1], 0.0)
+    cumulative = ordered.double().cumsum(dim=-1)
+    uniform = torch.from_numpy(uniforms([p.seed for p in params], positions)).to(device).unsqueeze(1)
+    index = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+    last = (ordered > 0).sum(dim=-1, keepdim=True) - 1
+    return tokens.gather(1, torch.minimum(index, last)).squeeze(1)
+
+
+def uniforms(seeds: list[int], positions: list[int]) -> NDArray[np.float64]:
+    """Numbers in [0, 1), one for each (seed, position): SplitMix64 (Steele, Lea and Flood 2014) in counter mode."""
+    with np.errstate(over="ignore"):
+        seed = np.array([s % 2**64 for s in seeds], dtype=np.uint64)
+        state = _mix(seed) + np.array(positions, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        mixed = _mix(state)
+    uniform: NDArray[np.float64] = (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return uniform
+
+
+def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    z = z + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))

@@ -1,0 +1,84 @@
+"""The state of one request inside the engine, owned by the scheduler.
+
+LOADING ──► WAITING ──► RUNNING ──► FINISHED
+▲            │
+└─ preempted ┘        (blocks and slot given back; tokens and n_prompt stay)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from reftserve.interventions import Intervention
+from reftserve.server.engine.bank import EditUse
+from reftserve.server.engine.messages import InterventionRef, SamplingParams, Submit
+
+
+class Status(Enum):
+    """Where a sequence is in its life."""
+
+    LOADING = auto()
+    WAITING = auto()
+    RUNNING = auto()
+    FINISHED = auto()
+
+
+@dataclass(eq=False)
+class Sequence:
+    """Tokens, progress and holdings of one request.
+
+    n_prompt: fixed at admission; positions of edits refer to it, also after preemption and recompute.
+    n_computed: tokens whose keys and values lie in the cache.
+    refs: the interventions it names, in composition order; `loaded`: those that are in host memory, by content hash.
+    edits: their rows in the bank while the sequence runs.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    n_prompt: int
+    sampling: SamplingParams
+    refs: tuple[InterventionRef, ...] = ()
+    loaded: dict[str, Intervention] = field(default_factory=dict)
+    status: Status = Status.LOADING
+    n_computed: int = 0
+    block_table: list[int] = field(default_factory=list)
+    edits: tuple[EditUse, ...] = ()
+
+    @classmethod
+    def from_submit(cls, submit: Submit) -> Sequence:
+        """A sequence that has its prompt and nothing else."""
+        return cls(
+            request_id=submit.request_id,
+            token_ids=list(submit.prompt_ids),
+            n_prompt=len(submit.prompt_ids),
+            sampling=submit.sampling,
+            refs=submit.interventions,
+        )
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether everything that it names is in host memory."""
+        return all(ref.content_hash in self.loaded for ref in self.refs)
+
+    @property
+    def interventions(self) -> tuple[tuple[Intervention, float], ...]:
+        """What it runs with and how strongly, in composition order; only once `is_loaded`."""
+        return tuple((self.loaded[ref.content_hash], ref.scale) for ref in self.refs)
+
+    @property
+    def n_generated(self) -> int:
+        """Tokens sampled so far."""
+        return len(self.token_ids) - self.n_prompt
+
+    @property
+    def n_uncomputed(self) -> int:
+        """Tokens that the model has still to read: 1 while decoding."""
+        return len(self.token_ids) - self.n_computed
+
+    def append(self, token_id: int) -> str | None:
+        """Add a sampled token; the finish reason when it was the last one."""
+        self.token_ids.append(token_id)
+        if token_id in self.sampling.stop_token_ids:
+            return "stop"
+        return "length" if self.n_generated >= self.sampling.max_tokens else None

@@ -1,0 +1,127 @@
+"""I1, I2, I5: in any mixture, however chunked, preempted or cancelled, a request gets what it would get alone."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine_oracle import (
+    RecordingRunner,
+    Run,
+    make_engine,
+    oracle_logits,
+    request,
+    run_until_done,
+    scaled_edits,
+)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from reftserve.interventions import PlacedEdit, load_artifact
+from reftserve.server.engine.engine import Engine
+from reftserve.server.engine.messages import Submit
+from transformers import PreTrainedModel
+
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A request of a random workload, and the steps before which it arrives and is cancelled."""
+
+    n_prompt: int
+    max_tokens: int
+    uses: list[tuple[int, float]]
+    arrives: int
+    cancelled: int | None
+
+
+uses = st.lists(
+    st.tuples(st.integers(0, 5), st.sampled_from([0.25, 1.0, -1.5])), max_size=3, unique_by=lambda use: use[0]
+)
+planned = st.builds(
+    Planned,
+    n_prompt=st.integers(1, 40),
+    max_tokens=st.integers(1, 8),
+    uses=uses,
+    arrives=st.integers(0, 6),
+    cancelled=st.one_of(st.none(), st.integers(0, 10)),
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    plans=st.lists(planned, min_size=1, max_size=8),
+    blocks=st.integers(12, 60),
+    bank_rows=st.integers(50, 120),
+    max_batch_tokens=st.integers(3, 64),
+    max_sequences=st.integers(1, 8),
+    seed=st.integers(0, 1000),
+)
+def test_a_request_in_a_mixture_gets_the_logits_it_would_get_alone(
+    tiny_llama_folder: Path,
+    oracle_model: PreTrainedModel,
+    artifacts: list[Path],
+    plans: list[Planned],
+    blocks: int,
+    bank_rows: int,
+    max_batch_tokens: int,
+    max_sequences: int,
+    seed: int,
+) -> None:
+    engine = make_engine(
+        tiny_llama_folder,
+        blocks=blocks,
+        bank_rows=bank_rows,
+        max_batch_tokens=max_batch_tokens,
+        max_sequences=max_sequences,
+    )
+    rng = random.Random(seed)  # noqa: S311 - test data
+    submits = [
+        request(
+            str(i),
+            [rng.randrange(3, 300) for _ in range(plan.n_prompt)],
+            uses=[(artifacts[index], scale) for index, scale in plan.uses],
+            max_tokens=plan.max_tokens,
+        )
+        for i, plan in enumerate(plans)
+    ]
+    run = run_with_arrivals(engine, plans, submits)
+    assert run.finished.keys() == {submit.request_id for submit in submits}
+    for plan, submit in zip(plans, submits, strict=True):
+        finish = run.finished[submit.request_id].finish_reason
+        assert finish == "length" or (plan.cancelled is not None and finish == "cancelled")
+        edits = [e for i, s in plan.uses for e in scaled_edits(load_artifact(artifacts[i]), s)]
+        assert_as_alone(oracle_model, engine, submit, run.tokens[submit.request_id], edits)
+    stats = engine.stats()
+    assert (stats.kv_blocks_used, stats.running, stats.waiting) == (0, 0, 0)
+    engine.close()
+
+
+def run_with_arrivals(engine: Engine, plans: list[Planned], submits: list[Submit]) -> Run:
+    run = Run()
+    for step in range(11):
+        for plan, submit in zip(plans, submits, strict=True):
+            if plan.arrives == step:
+                engine.submit(submit)
+            if plan.cancelled == step or (plan.cancelled is not None and plan.cancelled < plan.arrives == step):
+                engine.cancel(submit.request_id)
+        run.take(engine.step().outputs)
+    return run_until_done(engine, run)
+
+
+def assert_as_alone(
+    model: PreTrainedModel, engine: Engine, submit: Submit, tokens: list[int], edits: list[PlacedEdit]
+) -> None:
+    """Each sampled token's logits are those of the request alone, and the token is greedy up to near-ties."""
+    if not tokens:
+        return
+    runner = engine.runner
+    assert isinstance(runner, RecordingRunner)
+    n_prompt = len(submit.prompt_ids)
+    alone = oracle_logits(model, submit.prompt_ids + tokens, n_prompt, edits)
+    for index, token in enumerate(tokens):
+        mixed = runner.logits[submit.request_id, n_prompt + index]
+        scale = max(1.0, float(alone[index].abs().max()))
+        assert float((mixed - alone[index]).abs().max()) <= TOLERANCE * scale
+        assert float(alone[index].max() - alone[index][token]) <= 2 * TOLERANCE * scale

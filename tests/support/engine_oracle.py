@@ -1,0 +1,154 @@
+"""An engine over a tiny random Llama that records its logits, and the oracle: `attach()` on one request alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from reftserve.interventions import (
+    BaseFingerprint,
+    Intervention,
+    LowRankEdit,
+    PlacedEdit,
+    Positions,
+    attach,
+    load_artifact,
+    save_artifact,
+)
+from reftserve.server.engine.engine import Engine
+from reftserve.server.engine.messages import InterventionRef, SamplingParams, Submit, TokenOutput
+from reftserve.server.engine.runner import Runner
+from reftserve.server.engine.scheduler import Batch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+
+class RecordingRunner(Runner):
+    """Keeps the logits of every sampled token, by request and position."""
+
+    def __init__(self, model: PreTrainedModel, **sizes: int) -> None:
+        super().__init__(model, **sizes)
+        self.logits: dict[tuple[str, int], Tensor] = {}
+        self.batches: list[Batch] = []
+
+    def step(self, batch: Batch) -> Tensor:
+        logits = super().step(batch)
+        sampling = [chunk for chunk in batch.chunks if chunk.samples]
+        for chunk, row in zip(sampling, logits, strict=True):
+            self.logits[chunk.sequence.request_id, chunk.stop] = row.clone()
+        self.batches.append(batch)
+        return logits
+
+
+@dataclass
+class Run:
+    """What an engine gave for some requests."""
+
+    tokens: dict[str, list[int]] = field(default_factory=dict)
+    finished: dict[str, TokenOutput] = field(default_factory=dict)
+
+    def take(self, outputs: Iterable[TokenOutput]) -> None:
+        for output in outputs:
+            assert output.request_id not in self.finished, "output after the last one"
+            self.tokens.setdefault(output.request_id, []).extend(output.token_ids)
+            if output.finish_reason is not None:
+                self.finished[output.request_id] = output
+
+
+def run_until_done(engine: Engine, run: Run | None = None, max_steps: int = 5000) -> Run:
+    """Step until nothing is left; fails when it never ends."""
+    run = run or Run()
+    for _ in range(max_steps):
+        if not engine.has_work and not engine.is_loading:
+            return run
+        run.take(engine.step().outputs)
+        if not engine.has_work:
+            time.sleep(0.001)
+    raise AssertionError(f"not done after {max_steps} steps: {engine.stats()}")
+
+
+def oracle_logits(model: PreTrainedModel, tokens: list[int], n_prompt: int, edits: list[PlacedEdit]) -> Tensor:
+    """Teacher-forced logits of the tokens after the prompt, [len(tokens) - n_prompt, vocabulary], request alone."""
+    with torch.no_grad(), attach(model, edits, n_prompt):
+        logits = model(torch.tensor([tokens]), use_cache=False).logits[0]
+    return logits[n_prompt - 1 : len(tokens) - 1]
+
+
+def scaled_edits(intervention: Intervention, scale: float) -> list[PlacedEdit]:
+    return [PlacedEdit(p.layer, p.positions, p.edit.scaled(scale)) for p in intervention.edits]
+
+
+def request(
+    name: str,
+    prompt: list[int],
+    *,
+    uses: Iterable[tuple[Path, float]] = (),
+    max_tokens: int = 8,
+    **sampling: object,
+) -> Submit:
+    refs = tuple(InterventionRef(str(f), load_artifact(f).content_hash, scale) for f, scale in uses)
+    return Submit(name, prompt, SamplingParams(max_tokens=max_tokens, **sampling), refs)  # type: ignore[arg-type]
+
+
+def random_edit(rank: int, hidden: int, seed: int, activation: int = 0) -> LowRankEdit:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    return LowRankEdit(
+        A=normal(rank, hidden) * hidden**-0.5,
+        b=normal(rank),
+        U=normal(rank, hidden),
+        act=torch.full((rank,), activation, dtype=torch.int8),
+        scale=torch.ones(rank),
+    )
+
+
+def save_random(
+    folder: Path,
+    placements: list[tuple[int, str]],
+    *,
+    rank: int,
+    hidden: int = 32,
+    seed: int = 0,
+    activation: int = 0,
+) -> Path:
+    """A published intervention with random edits at (layer, positions)."""
+    edits = [
+        PlacedEdit(layer, Positions.parse(positions), random_edit(rank, hidden, seed * 100 + i, activation))
+        for i, (layer, positions) in enumerate(placements)
+    ]
+    save_artifact(
+        folder,
+        edits,
+        family="loreft",
+        positions=placements[0][1],
+        rank=rank,
+        base=BaseFingerprint(architecture="LlamaForCausalLM", hidden_size=hidden, num_layers=4, vocab_size=300),
+    )
+    return folder
+
+
+def make_engine(
+    folder: Path,
+    *,
+    blocks: int = 64,
+    block_size: int = 4,
+    bank_rows: int = 200,
+    max_batch_tokens: int = 64,
+    max_sequences: int = 16,
+) -> Engine:
+    """A fresh engine over a tiny float32 model with caches of exactly these sizes."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+    hidden, layers, kv = 32, 4, 2 * 2 * 8
+    runner = RecordingRunner(
+        model,
+        kv_cache_bytes=blocks * block_size * layers * kv * 4,
+        block_size=block_size,
+        bank_bytes=bank_rows * 4 * (2 * hidden + 2),
+    )
+    return Engine(runner, max_batch_tokens=max_batch_tokens, max_sequences=max_sequences)
