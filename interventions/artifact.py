@@ -18,13 +18,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
 from reftserve.interventions.edit import LowRankEdit, PlacedEdit
 from reftserve.interventions.errors import HashMismatch, ManifestError, ShapeError
 from reftserve.interventions.manifest import BaseFingerprint, EditEntry, Manifest, Provenance
 from reftserve.interventions.positions import Positions
-from safetensors import SafetensorError
-from safetensors.torch import load, save
-from torch import Tensor
 
 MANIFEST_FILE = "manifest.json"
 EDITS_FILE = "edits.safetensors"

@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
 from reftserve.interventions.edit import PlacedEdit
 from reftserve.interventions.errors import ShapeError
 from reftserve.interventions.positions import Positions
 from reftserve.interventions.trainable import TrainableIntervention
-from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 Member = tuple[Positions, Callable[[Tensor], Tensor]]
 

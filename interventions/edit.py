@@ -16,16 +16,17 @@ scale belong to columns, so a composition of edits is their concatenation.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property
 
 import torch
-from reftserve.interventions.errors import DtypeError, NonFiniteError, ShapeError
-from reftserve.interventions.positions import Positions
 from torch import Tensor
 from torch.nn import functional
+
+from reftserve.interventions.errors import DtypeError, NonFiniteError, ShapeError
+from reftserve.interventions.positions import Positions
 
 
 class Activation(IntEnum):
@@ -39,7 +40,7 @@ class Activation(IntEnum):
     SILU = 5
 
 
-FUNCTIONS = {
+FUNCTIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     Activation.RELU: functional.relu,
     Activation.GELU: functional.gelu,
     Activation.TANH: torch.tanh,
@@ -84,7 +85,7 @@ class LowRankEdit:
                 if tensor.dtype != torch.int8:
                     raise DtypeError(f"act is {tensor.dtype}; expected torch.int8")
                 if not ((tensor >= 0) & (tensor < len(Activation))).all():
-                    raise DtypeError(f"act holds {tensor.unique().tolist()}; known are 0 to {len(Activation) - 1}")
+                    raise DtypeError(f"act holds {sorted(set(tensor.tolist()))}; known are 0 to {len(Activation) - 1}")
             elif not tensor.is_floating_point():
                 raise DtypeError(f"{name} is {tensor.dtype}; expected a floating-point type")
             elif not tensor.isfinite().all():

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from reftserve.interventions.errors import ManifestError
-from reftserve.interventions.manifest import BaseFingerprint
 from safetensors import safe_open
 from torch import nn
+
+from reftserve.interventions.errors import ManifestError
+from reftserve.interventions.manifest import BaseFingerprint
 
 
 def fingerprint(folder: Path) -> BaseFingerprint:
@@ -100,4 +101,5 @@ def _first(config: dict[str, Any], *names: str) -> int:
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    # A view, not a copy: the largest tensors are a good part of the model.
+    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
 from reftserve.interventions.errors import PositionsError
 
 _PATTERN = re.compile(r"(?:f(?P<first>\d{1,6}))?(?:\+?l(?P<last>\d{1,6}))?")

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
+
 from reftserve.interventions.edit import PlacedEdit
 from reftserve.interventions.families import FAMILIES, Family
 from reftserve.interventions.positions import Positions
-from torch import nn
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,21 @@ hub id is looked for in `<data>/models/<organisation>--<name>` first, then in th
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock
+
+from reftserve.interventions import BaseFingerprint, fingerprint
 from reftserve.server.errors import NotFound
 
 if TYPE_CHECKING:
     import torch
-    from reftserve.server.settings import Settings
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from reftserve.server.settings import Settings
 
 
 def model_name(settings: Settings) -> str:
@@ -87,3 +93,71 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
         name = "bfloat16" if device.type == "cuda" else "float32"
     dtype: torch.dtype = getattr(torch, name)
     return dtype
+
+
+@dataclass(frozen=True)
+class Base:
+    """What everyone but the engine and the trainer needs to know of the base model; no weights.
+
+    eos_token_ids: tokens that end an answer. max_context: tokens that prompt and answer may have together.
+    """
+
+    name: str
+    folder: Path
+    tokenizer: PreTrainedTokenizerBase
+    fingerprint: BaseFingerprint
+    eos_token_ids: tuple[int, ...]
+    max_context: int
+    created_at: int
+
+
+def open_base(settings: Settings) -> Base:
+    """Find the base model, load its tokenizer and identify it.
+
+    The hash of the weights is kept in the data folder as long as the files do not change.
+    Raises NotFound when there is no such model.
+    """
+    folder = resolve_model_folder(settings)
+    tokenizer = load_tokenizer(folder)
+    return Base(
+        name=model_name(settings),
+        folder=folder,
+        tokenizer=tokenizer,
+        fingerprint=_kept_fingerprint(folder, settings.data / "fingerprints.json"),
+        eos_token_ids=_eos_token_ids(folder, tokenizer),
+        max_context=_max_context(folder),
+        created_at=int((folder / "config.json").stat().st_mtime),
+    )
+
+
+def _kept_fingerprint(folder: Path, cache: Path) -> BaseFingerprint:
+    files = sorted(file for file in folder.iterdir() if file.is_file())
+    key = f"{folder} {[(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]}"
+    known: dict[str, Any] = json.loads(cache.read_text()) if cache.is_file() else {}
+    if key not in known:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{cache}.lock"):
+            # Only the base of the day is worth keeping: the file stays small.
+            known = {key: fingerprint(folder).model_dump()}
+            scratch = cache.with_suffix(".partial")
+            scratch.write_text(json.dumps(known))
+            scratch.replace(cache)
+    return BaseFingerprint(**known[key])
+
+
+def _max_context(folder: Path) -> int:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    return int(config.get_text_config().max_position_embeddings)
+
+
+def _eos_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    ids: set[int] = set()
+    if tokenizer.eos_token_id is not None:
+        ids.add(tokenizer.eos_token_id)
+    generation = folder / "generation_config.json"
+    if generation.is_file():
+        configured = json.loads(generation.read_text()).get("eos_token_id")
+        ids.update([configured] if isinstance(configured, int) else configured or [])
+    return tuple(sorted(ids))

@@ -5,8 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import torch
-from reftserve.interventions.edit import FUNCTIONS, Activation, LowRankEdit
 from torch import Tensor, nn
+
+from reftserve.interventions.edit import FUNCTIONS, Activation, LowRankEdit
 
 
 class Family(nn.Module, ABC):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from torch import Tensor, nn
+
 from reftserve.interventions.edit import LowRankEdit
 from reftserve.interventions.families.base import Family, columns, orthonormal
-from torch import Tensor, nn
 
 
 class DiReFT(Family):
@@ -22,5 +23,5 @@ class DiReFT(Family):
 
     def lower(self) -> LowRankEdit:
         """A = W, U = R."""
-        R: Tensor = self.rotate.weight.T  # type: ignore[operator, assignment]
+        R: Tensor = self.rotate.weight.T  # type: ignore[assignment]
         return columns(self.learned_source.weight, self.learned_source.bias, R, self.act)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor, nn
+
 from reftserve.interventions.edit import LowRankEdit
 from reftserve.interventions.families.base import Family, columns, orthonormal
-from torch import Tensor, nn
 
 
 class LobiReFT(Family):
@@ -25,5 +26,5 @@ class LobiReFT(Family):
 
     def lower(self) -> LowRankEdit:
         """A = 0, b, U = R."""
-        R: Tensor = self.rotate.weight.T  # type: ignore[operator, assignment]
+        R: Tensor = self.rotate.weight.T  # type: ignore[assignment]
         return columns(R * 0, self.learned_source, R)

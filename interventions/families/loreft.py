@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from torch import Tensor, nn
+
 from reftserve.interventions.edit import Activation, LowRankEdit, compose
 from reftserve.interventions.families.base import Family, columns, orthonormal
-from torch import Tensor, nn
 
 
 class LoReFT(Family):
@@ -22,7 +23,7 @@ class LoReFT(Family):
 
     def lower(self) -> LowRankEdit:
         """A = W - R, U = R; with an activation, columns for act(Wh + b) and linear ones for -Rh."""
-        R: Tensor = self.rotate.weight.T  # type: ignore[operator, assignment]
+        R: Tensor = self.rotate.weight.T  # type: ignore[assignment]
         W, b = self.learned_source.weight, self.learned_source.bias
         if self.act is Activation.LINEAR:
             return columns(W - R, b, R)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from torch import Tensor, nn
+
 from reftserve.interventions.edit import LowRankEdit
 from reftserve.interventions.families.base import Family, columns
-from torch import Tensor, nn
 
 
 class NodiReFT(Family):

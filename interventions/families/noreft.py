@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from torch import Tensor, nn
+
 from reftserve.interventions.edit import Activation, LowRankEdit, compose
 from reftserve.interventions.families.base import Family, columns
-from torch import Tensor, nn
 
 
 class NoReFT(Family):
@@ -25,7 +26,8 @@ class NoReFT(Family):
 
     def edited(self, h: Tensor) -> Tensor:
         """The formula; W2 is `projection.weight` [rank, hidden]."""
-        return h + (self.activation(self.learned_source(h)) - self.projection(h)) @ self.projection.weight
+        delta: Tensor = (self.activation(self.learned_source(h)) - self.projection(h)) @ self.projection.weight
+        return h + delta
 
     def lower(self) -> LowRankEdit:
         """A = W1 - W2, b = b1 - b2, U = W2; with an activation, two sets of columns."""

@@ -15,12 +15,13 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from reftserve.server.engine.errors import UnsupportedModel
-from reftserve.server.engine.kv_cache import KVCache, LayerShape
-from reftserve.server.engine.scheduler import Batch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
+
+from reftserve.server.engine.errors import UnsupportedModel
+from reftserve.server.engine.kv_cache import KVCache, LayerShape
+from reftserve.server.engine.scheduler import Batch
 
 ATTENTION = "reftserve_paged"
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
 from reftserve.interventions import Activation, Intervention, Positions
 from reftserve.server.engine.errors import RequestRefused
 

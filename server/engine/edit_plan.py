@@ -18,10 +18,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
+
 from reftserve.interventions import activate
 from reftserve.server.engine.bank import Bank, EditUse
 from reftserve.server.engine.scheduler import Chunk
-from torch import Tensor
 
 GROUP_ROWS = 16
 

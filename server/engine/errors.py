@@ -2,7 +2,8 @@
 
 EngineError
 ├── UnsupportedModel     the base cannot be served by this engine; says which property is in the way
-└── RequestRefused       this one request can never run (too long for the cache, edits do not fit the base)
+├── RequestRefused       this one request can never run (too long for the cache, edits do not fit the base)
+└── EngineDied           the engine's process is not there; requests that it ran are lost
 """
 
 from __future__ import annotations
@@ -18,3 +19,7 @@ class UnsupportedModel(EngineError):
 
 class RequestRefused(EngineError):
     """One request can never run; others are not touched."""
+
+
+class EngineDied(EngineError):
+    """The engine's process is not there."""

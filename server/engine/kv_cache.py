@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from reftserve.server.engine.errors import EngineError
 from torch import Tensor
+
+from reftserve.server.engine.errors import EngineError
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 import torch
 import zmq
+
 from reftserve.interventions import InterventionError, model_checksum
 from reftserve.server.base_model import load_model, resolve_device, resolve_dtype
 from reftserve.server.engine.config import EngineConfig

@@ -11,6 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
 from reftserve.interventions import decoder_layers
 from reftserve.server.engine.attention import ATTENTION, AttentionStep, PagedStep, ShapeProbe, attention_step
 from reftserve.server.engine.bank import Bank
@@ -18,8 +21,6 @@ from reftserve.server.engine.edit_plan import LayerEdits, plan_edits
 from reftserve.server.engine.errors import UnsupportedModel
 from reftserve.server.engine.kv_cache import KVCache, LayerShape
 from reftserve.server.engine.scheduler import Batch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 # These scale positions by the longest sequence of the whole batch, so one request would change another (I1).
 BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
@@ -103,8 +104,7 @@ def _check_supported(model: PreTrainedModel) -> None:
         raise UnsupportedModel(f"{name} does not go through transformers' AttentionInterface")
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     # Models with several kinds of layers have one set of parameters a kind.
-    kinds = {value.get("rope_type") for value in [rope, *rope.values()] if isinstance(value, dict)}
-    if kinds & BATCH_DEPENDENT_ROPE:
-        raise UnsupportedModel(
-            f"{name} has rope_type {sorted(kinds & BATCH_DEPENDENT_ROPE)}: it depends on the longest sequence in a batch"
-        )
+    kinds = {str(value.get("rope_type")) for value in [rope, *rope.values()] if isinstance(value, dict)}
+    wrong = sorted(kinds & BATCH_DEPENDENT_ROPE)
+    if wrong:
+        raise UnsupportedModel(f"{name} has rope_type {wrong}, which depends on the longest sequence in a batch")

@@ -10,8 +10,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from reftserve.server.engine.messages import SamplingParams
 from torch import Tensor
+
+from reftserve.server.engine.messages import SamplingParams
 
 
 def sample(logits: Tensor, params: list[SamplingParams], positions: list[int]) -> list[int]:

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
 from reftserve.interventions import (
     BaseFingerprint,
     Intervention,
@@ -22,8 +25,6 @@ from reftserve.server.engine.engine import Engine
 from reftserve.server.engine.messages import InterventionRef, SamplingParams, Submit, TokenOutput
 from reftserve.server.engine.runner import Runner
 from reftserve.server.engine.scheduler import Batch
-from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 
 class RecordingRunner(Runner):

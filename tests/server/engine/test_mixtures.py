@@ -17,10 +17,11 @@ from engine_oracle import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import PreTrainedModel
+
 from reftserve.interventions import PlacedEdit, load_artifact
 from reftserve.server.engine.engine import Engine
 from reftserve.server.engine.messages import Submit
-from transformers import PreTrainedModel
 
 TOLERANCE = 1e-4
 

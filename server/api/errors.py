@@ -1,0 +1,76 @@
+"""Errors on the wire: whatever is raised below becomes OpenAI's error object here, and nowhere else."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from reftserve.client.schemas import ErrorBody, ErrorDetail
+from reftserve.server.errors import ServerError
+
+logger = logging.getLogger(__name__)
+
+
+def error_body(error: ServerError) -> ErrorBody:
+    """OpenAI's error object."""
+    return ErrorBody(error=ErrorDetail(message=error.message, type=error.type, param=error.param, code=error.code))
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Answer every exception in OpenAI's shape."""
+    app.add_exception_handler(ServerError, _server_error)
+    app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _unexpected_error)
+
+
+async def _server_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, ServerError)  # noqa: S101 - registered for it alone
+    headers = {} if error.retry_after_s is None else {"Retry-After": str(math.ceil(error.retry_after_s))}
+    return JSONResponse(error_body(error).model_dump(), error.status, headers)
+
+
+async def _validation_error(request: Request, error: Exception) -> JSONResponse:
+    """The first field that is wrong, by its dotted path."""
+    assert isinstance(error, RequestValidationError)  # noqa: S101 - registered for it alone
+    found = error.errors()
+    # A union reports what is wrong with each of its members; an unknown field says most.
+    first = next((e for e in found if e["type"] == "extra_forbidden"), found[0])
+    where = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
+    param = ".".join(where) or None
+    if first["type"] == "json_invalid":
+        message, param, code = (
+            f"the body is not JSON: {first['ctx']['error']} at byte {where[-1]}",
+            None,
+            "invalid_json",
+        )
+    elif first["type"] == "extra_forbidden":
+        message, code = f"unknown field {param!r}", "unknown_field"
+    elif first["type"] == "missing":
+        message, code = f"field {param!r} is missing", "missing_field"
+    else:
+        message, code = f"field {param!r}: {first['msg']}", "invalid_value"
+    return _answer(400, message, "invalid_request_error", param, code)
+
+
+async def _http_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)  # noqa: S101 - registered for it alone
+    codes = {404: "not_found", 405: "method_not_allowed"}
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    code = codes.get(error.status_code, "http_error")
+    return _answer(error.status_code, message, "invalid_request_error", None, code)
+
+
+async def _unexpected_error(request: Request, error: Exception) -> JSONResponse:
+    logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return _answer(500, "internal error; the server's log says more", "server_error", None, "internal_error")
+
+
+def _answer(status: int, message: str, kind: str, param: str | None, code: str) -> JSONResponse:
+    body = ErrorBody(error=ErrorDetail(message=message, type=kind, param=param, code=code))
+    return JSONResponse(body.model_dump(), status)

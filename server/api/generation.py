@@ -1,0 +1,263 @@
+"""What chat and text completions share: from a checked request to pieces of text.
+
+resolve model and interventions -> hold the versions -> submit n sequences -> detokenise -> pieces
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+
+from starlette.concurrency import run_in_threadpool
+
+from reftserve.client.schemas import FinishReason, GenerationFields, InterventionUse, Usage
+from reftserve.server.engine.detokenizer import Detokenizer
+from reftserve.server.engine.errors import EngineDied
+from reftserve.server.engine.messages import InterventionRef, SamplingParams, Submit
+from reftserve.server.errors import InvalidRequest, NotFound, Overloaded, ServerError, Unavailable
+from reftserve.server.registry.interventions import PublishedVersion
+from reftserve.server.registry.names import Reference, suggestion
+from reftserve.server.services import Services
+
+RETRY_AFTER_S = 1.0
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text that answer `index` goes on with, and on its last piece why it ended. tokens: how many made it."""
+
+    index: int
+    text: str
+    tokens: int
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A request that has been checked and may run: `prompts` in order, each answered `n` times."""
+
+    id: str
+    created: int
+    prompts: list[list[int]]
+    n: int
+    stops: list[str]
+    params: list[SamplingParams]
+    versions: list[tuple[PublishedVersion, float]]
+
+
+@dataclass
+class Tally:
+    """Counts tokens as pieces go by."""
+
+    prompt_tokens: int
+    completion_tokens: int = 0
+    answers: dict[int, list[str]] = field(default_factory=dict)
+    reasons: dict[int, FinishReason] = field(default_factory=dict)
+
+    def add(self, piece: Piece) -> None:
+        """Count one piece."""
+        self.completion_tokens += piece.tokens
+        self.answers.setdefault(piece.index, []).append(piece.text)
+        if piece.finish_reason is not None:
+            self.reasons[piece.index] = piece.finish_reason
+
+    def text(self, index: int) -> str:
+        """The whole answer."""
+        return "".join(self.answers[index])
+
+    @property
+    def usage(self) -> Usage:
+        """What the answer cost."""
+        return Usage(
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=self.completion_tokens,
+            total_tokens=self.prompt_tokens + self.completion_tokens,
+        )
+
+
+async def prepare(
+    services: Services,
+    owner: str,
+    request: GenerationFields,
+    prompts: list[list[int]],
+    *,
+    prefix: str,
+    max_tokens: int | None,
+) -> Generation:
+    """Check a request against the server as it is now.
+
+    max_tokens: None fills the context. Raises NotFound, InvalidRequest, Overloaded or Unavailable.
+    """
+    ready = services.engine.ready
+    if ready is None:
+        raise Unavailable("the engine is not ready", retry_after_s=RETRY_AFTER_S)
+    _check_stops(request.stops, services.settings.max_stop_strings)
+    versions = await run_in_threadpool(_resolve, services, owner, request)
+    n = request.n or 1
+    if services.engine.num_requests + n * len(prompts) > services.settings.max_queue:
+        raise Overloaded(
+            f"{services.engine.num_requests} requests are waiting, {services.settings.max_queue} is the limit",
+            retry_after_s=RETRY_AFTER_S,
+        )
+    params = [
+        _sampling(request, services.base.eos_token_ids, _budget(prompt, max_tokens, ready.max_context), answer)
+        for prompt in prompts
+        for answer in range(n)
+    ]
+    generation_id = f"{prefix}-{uuid.uuid4().hex}"
+    return Generation(generation_id, int(time.time()), prompts, n, request.stops, params, versions)
+
+
+async def stream(services: Services, generation: Generation) -> AsyncGenerator[Piece]:
+    """Pieces of all answers as they come. Closing the iterator cancels what still runs.
+
+    Raises Unavailable when the engine dies, InvalidRequest when it refuses the request.
+    """
+    queue: asyncio.Queue[Piece | Exception] = asyncio.Queue()
+    with _held(services, generation):
+        tasks = [
+            asyncio.create_task(_answer(services, generation, index, queue)) for index in range(len(generation.params))
+        ]
+        began, running, first = time.monotonic(), len(tasks), True
+        outcome = "cancelled"
+        try:
+            while running:
+                item = await queue.get()
+                if isinstance(item, Exception):
+                    outcome = "error"
+                    raise item
+                if first:
+                    services.metrics.first_token_s.observe(time.monotonic() - began)
+                    first = False
+                running -= item.finish_reason is not None
+                yield item
+            outcome = "finished"
+        finally:
+            services.metrics.requests.labels(outcome).inc()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _answer(
+    services: Services, generation: Generation, index: int, queue: asyncio.Queue[Piece | Exception]
+) -> None:
+    """Put one answer's pieces into the queue, and at the end a piece with a reason, or an exception."""
+    params = generation.params[index]
+    submit = Submit(
+        request_id=f"{generation.id}-{index}",
+        prompt_ids=generation.prompts[index // generation.n],
+        sampling=params,
+        interventions=tuple(
+            InterventionRef(str(version.folder), version.row.content_hash, scale)
+            for version, scale in generation.versions
+        ),
+    )
+    # The token that ends the turn is counted, never shown.
+    detokenizer = Detokenizer(services.base.tokenizer, generation.stops, hidden_token_ids=params.stop_token_ids)
+    try:
+        async with contextlib.aclosing(services.engine.generate(submit)) as outputs:
+            async for output in outputs:
+                if output.error is not None:
+                    raise InvalidRequest(output.error, code="request_refused")
+                text = detokenizer.add(output.token_ids, last=output.finish_reason is not None)
+                reason: FinishReason | None = None
+                if detokenizer.stopped:
+                    reason = "stop"
+                elif output.finish_reason is not None:
+                    reason = "stop" if output.finish_reason == "stop" else "length"
+                if text or reason or output.token_ids:
+                    queue.put_nowait(Piece(index, text, len(output.token_ids), reason))
+                if reason:
+                    return
+    except EngineDied as cause:
+        queue.put_nowait(Unavailable(str(cause), code="engine_died", retry_after_s=RETRY_AFTER_S))
+    except ServerError as cause:
+        queue.put_nowait(cause)
+
+
+@contextlib.contextmanager
+def _held(services: Services, generation: Generation):  # type: ignore[no-untyped-def]
+    with contextlib.ExitStack() as stack:
+        for version, _ in generation.versions:
+            services.registry.hold(version)
+            stack.callback(services.registry.release, version)
+        yield
+
+
+def _resolve(services: Services, owner: str, request: GenerationFields) -> list[tuple[PublishedVersion, float]]:
+    """The immutable versions that a request runs with: what `model` names first, then the composition in order."""
+    uses = list(request.interventions or [])
+    if request.model != services.base.name:
+        reference = Reference.parse(request.model)
+        uses.insert(0, InterventionUse(name=reference.name, version=reference.version))
+    limit = services.settings.max_interventions
+    if len(uses) > limit:
+        raise InvalidRequest(f"{len(uses)} interventions; at most {limit} can be composed", param="interventions")
+    versions: list[tuple[PublishedVersion, float]] = []
+    for use in uses:
+        version = _resolve_use(services, owner, use)
+        if any(version.row.id == other.row.id for other, _ in versions):
+            raise InvalidRequest(
+                f"intervention {version.id} is named twice; name it once, with the scale that is meant",
+                param="interventions",
+                code="duplicate_intervention",
+            )
+        versions.append((version, use.scale))
+    return versions
+
+
+def _resolve_use(services: Services, owner: str, use: InterventionUse) -> PublishedVersion:
+    reference = Reference.parse(use.name)
+    if use.version is not None:
+        reference = Reference.parse(f"{use.name}@{use.version}")
+    try:
+        return services.registry.resolve(owner, reference)
+    except NotFound as cause:
+        if cause.code != "model_not_found" or "Did you mean" in cause.message or "has no version" in cause.message:
+            raise
+        near = suggestion(use.name, [services.base.name])
+        raise NotFound(f"{cause.message}{near}", param="model", code="model_not_found") from cause
+
+
+def _check_stops(stops: Sequence[str], limit: int) -> None:
+    if len(stops) > limit:
+        raise InvalidRequest(f"{len(stops)} stop strings; at most {limit} are taken", param="stop")
+    if any(not stop or len(stop) > 256 for stop in stops):
+        raise InvalidRequest("stop strings must have 1 to 256 characters", param="stop")
+
+
+def _budget(prompt: list[int], max_tokens: int | None, max_context: int) -> int:
+    if not prompt:
+        raise InvalidRequest("the prompt has no tokens", param="prompt", code="empty_prompt")
+    room = max_context - len(prompt)
+    if room < (max_tokens or 1):
+        raise InvalidRequest(
+            f"the prompt has {len(prompt)} tokens and max_tokens is {max_tokens or 'open'}; together they may have at "
+            f"most {max_context}, the base model's context",
+            param="max_tokens" if room > 0 else "messages",
+            code="context_length_exceeded",
+        )
+    return max_tokens or room
+
+
+def _sampling(
+    request: GenerationFields, eos_token_ids: tuple[int, ...], max_tokens: int, answer: int
+) -> SamplingParams:
+    temperature = 1.0 if request.temperature is None else request.temperature
+    # Answers to one prompt differ, and are still reproducible: the n-th has the seed plus n.
+    seed = secrets.randbits(63) if request.seed is None else request.seed + answer
+    return SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=1.0 if request.top_p is None else request.top_p,
+        top_k=request.top_k or 0,
+        min_p=request.min_p or 0.0,
+        seed=seed,
+        stop_token_ids=() if request.ignore_eos else eos_token_ids,
+    )

@@ -1,0 +1,105 @@
+"""/v1/interventions: what OpenAI has no word for. Versions, aliases, upload and download of artifacts."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, File, Form, Query, Response, UploadFile
+
+from reftserve.client.schemas import AliasUpdate, Deleted, InterventionInfo, InterventionVersion, Page
+from reftserve.server.api.dependencies import Owner, Server
+from reftserve.server.errors import PayloadTooLarge
+from reftserve.server.registry.interventions import PublishedVersion
+from reftserve.server.registry.names import LATEST, Reference
+from reftserve.server.storage.tables import Intervention
+
+router = APIRouter(prefix="/v1/interventions", tags=["interventions"])
+
+
+@router.get("")
+def list_interventions(server: Server, owner: Owner) -> Page[InterventionInfo]:
+    """All interventions, by name."""
+    return Page(data=[_info(row) for row in server.registry.list_all(owner)])
+
+
+@router.post("", status_code=201)
+def upload_intervention(
+    server: Server, owner: Owner, name: str = Form(), file: UploadFile = File()
+) -> InterventionVersion:
+    """Publish a zipped artifact as the next version of `name`."""
+    limit = server.settings.max_artifact_bytes
+    data = file.file.read(limit + 1)
+    if len(data) > limit:
+        raise PayloadTooLarge(f"the artifact has more than {limit} bytes, which is the limit", param="file")
+    return _version(server.registry.upload(owner, name, data))
+
+
+@router.get("/{name}")
+def get_intervention(name: str, server: Server, owner: Owner) -> InterventionInfo:
+    """One intervention with its versions and aliases."""
+    return _info(server.registry.get(owner, name))
+
+
+@router.delete("/{name}")
+def delete_intervention(name: str, server: Server, owner: Owner, force: bool = Query(False)) -> Deleted:
+    """Delete all versions of a name."""
+    server.registry.delete(owner, name, force=force)
+    return Deleted(id=name, object="intervention")
+
+
+@router.get("/{name}/versions/{version}")
+def get_version(name: str, version: str, server: Server, owner: Owner) -> InterventionVersion:
+    """One version, by number or alias, with its manifest."""
+    return _version(server.registry.resolve(owner, Reference.parse(f"{name}@{version}")))
+
+
+@router.get("/{name}/versions/{version}/content", response_class=Response)
+def download_version(name: str, version: str, server: Server, owner: Owner) -> Response:
+    """The artifact as a zip of manifest.json and edits.safetensors."""
+    content = server.registry.download(owner, Reference.parse(f"{name}@{version}"))
+    disposition = f'attachment; filename="{name}-{version}.zip"'
+    return Response(content, media_type="application/zip", headers={"Content-Disposition": disposition})
+
+
+@router.delete("/{name}/versions/{version}")
+def delete_version(name: str, version: str, server: Server, owner: Owner, force: bool = Query(False)) -> Deleted:
+    """Delete one version."""
+    reference = Reference.parse(f"{name}@{version}")
+    deleted = server.registry.delete(owner, name, reference.version, force=force)
+    return Deleted(id=deleted[0], object="intervention.version")
+
+
+@router.put("/{name}/aliases/{alias}")
+def set_alias(name: str, alias: str, update: AliasUpdate, server: Server, owner: Owner) -> InterventionInfo:
+    """Point an alias at a version."""
+    return _info(server.registry.set_alias(owner, name, alias, update.version))
+
+
+@router.delete("/{name}/aliases/{alias}")
+def delete_alias(name: str, alias: str, server: Server, owner: Owner) -> InterventionInfo:
+    """Remove an alias."""
+    return _info(server.registry.delete_alias(owner, name, alias))
+
+
+def _info(row: Intervention) -> InterventionInfo:
+    aliases = {alias.alias: alias.version for alias in row.aliases}
+    return InterventionInfo(
+        name=row.name,
+        latest=aliases.get(LATEST),
+        versions=[version.version for version in row.versions],
+        aliases=aliases,
+        created_at=row.created_at,
+    )
+
+
+def _version(published: PublishedVersion) -> InterventionVersion:
+    row = published.row
+    return InterventionVersion(
+        id=published.id,
+        name=published.name,
+        version=row.version,
+        content_hash=row.content_hash,
+        bytes=row.bytes,
+        parameters=row.parameters,
+        manifest=row.manifest,
+        created_at=row.created_at,
+        job_id=row.job_id,
+    )

@@ -1,0 +1,52 @@
+"""Server-sent events as OpenAI sends them, and answers that stop when their client goes away."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from typing import Any, TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel
+from sse_starlette import EventSourceResponse
+
+from reftserve.client.schemas import ErrorBody
+from reftserve.server.api.errors import error_body
+from reftserve.server.errors import ServerError
+
+T = TypeVar("T")
+CLIENT_POLL_S = 0.2
+
+
+def event_stream(chunks: AsyncGenerator[BaseModel]) -> EventSourceResponse:
+    """Each chunk as one `data:` line, `[DONE]` at the end; an error on the way becomes the last event."""
+
+    async def lines() -> AsyncIterator[dict[str, str]]:
+        async with contextlib.aclosing(chunks) as source:
+            try:
+                async for chunk in source:
+                    yield {"data": chunk.model_dump_json(exclude_none=not isinstance(chunk, ErrorBody))}
+            except ServerError as cause:
+                yield {"data": error_body(cause).model_dump_json()}
+        yield {"data": "[DONE]"}
+
+    return EventSourceResponse(lines(), ping=15, sep="\n")
+
+
+async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled as soon as the client is gone.
+
+    Raises CancelledError then; nobody is left to answer.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        while not task.done():
+            await asyncio.wait([task], timeout=CLIENT_POLL_S)
+            if not task.done() and await request.is_disconnected():
+                raise asyncio.CancelledError("the client went away")
+        return task.result()
+    finally:
+        if not task.done():
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)

@@ -1,0 +1,83 @@
+"""The HTTP application: routers, error handlers, and the life of the engine and the worker around it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+
+from fastapi import FastAPI
+
+from reftserve.server.api import chat, completions, files, fine_tuning, health, interventions, models
+from reftserve.server.api.errors import install_error_handlers
+from reftserve.server.base_model import Base, open_base
+from reftserve.server.engine.client import EngineClient
+from reftserve.server.engine.config import EngineConfig
+from reftserve.server.metrics import Metrics
+from reftserve.server.registry.store import open_store
+from reftserve.server.services import Services
+from reftserve.server.settings import Settings
+from reftserve.server.supervisor import keep_engine, keep_worker
+from reftserve.server.training.dataset import count_examples
+from reftserve.server.training.jobs import JobService
+
+ROUTERS = (chat, completions, models, files, fine_tuning, interventions, health)
+
+
+def open_services(settings: Settings) -> Services:
+    """Everything that the application serves with; the engine is not started yet.
+
+    Raises NotFound when there is no base model.
+    """
+    base = open_base(settings)
+    store = open_store(settings, base.fingerprint, count_examples)
+    store.interventions.sweep()
+    engine = EngineClient(_engine_config(settings, base))
+    return Services(
+        settings=settings,
+        base=base,
+        database=store.database,
+        files=store.files,
+        registry=store.interventions,
+        jobs=JobService(store, base),
+        engine=engine,
+        metrics=Metrics(lambda: engine.stats),
+    )
+
+
+def create_app(services: Services, on_engine_failure: Callable[[str], None]) -> FastAPI:
+    """The application. on_engine_failure: told why, when the engine cannot start at all."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        keepers = [asyncio.create_task(keep_engine(services.engine, services.metrics, on_engine_failure))]
+        if services.settings.worker:
+            keepers.append(asyncio.create_task(keep_worker(services.settings)))
+        yield
+        for keeper in keepers:
+            keeper.cancel()
+        await asyncio.gather(*keepers, return_exceptions=True)
+        await services.engine.stop()
+        services.database.close()
+
+    app = FastAPI(title="ReftServe", version=version("reftserve"), lifespan=lifespan)
+    app.state.services = services
+    install_error_handlers(app)
+    for router in ROUTERS:
+        app.include_router(router.router)
+    return app
+
+
+def _engine_config(settings: Settings, base: Base) -> EngineConfig:
+    return EngineConfig(
+        model_folder=str(base.folder),
+        device=settings.device,
+        dtype=settings.dtype,
+        threads=settings.engine_threads,
+        kv_cache_bytes=settings.kv_cache_bytes,
+        block_size=settings.block_size,
+        max_batch_tokens=settings.max_batch_tokens,
+        max_sequences=settings.max_sequences,
+        bank_bytes=settings.bank_bytes,
+    )

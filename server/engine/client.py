@@ -1,0 +1,167 @@
+"""The engine as the HTTP process sees it: start it, send requests, get streams of tokens.
+
+One task receives; each request has a queue that it puts into and the request's generator takes from. The queues are
+unbounded: a slow client costs memory for its own tokens, never a step of the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+import tempfile
+from collections.abc import AsyncGenerator
+from pathlib import Path
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from reftserve.server.engine.config import EngineConfig
+from reftserve.server.engine.errors import EngineDied
+from reftserve.server.engine.messages import (
+    Cancel,
+    EngineStats,
+    Fatal,
+    FromEngine,
+    Ready,
+    StepOutput,
+    Submit,
+    ToEngine,
+    TokenOutput,
+)
+
+STOP_TIMEOUT_S = 5.0
+
+
+class EngineClient:
+    """One engine process. After it has died, `start` starts a fresh one."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
+        self._context = zmq.asyncio.Context()
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
+        self._queues: dict[str, asyncio.Queue[TokenOutput]] = {}
+        self._process: asyncio.subprocess.Process | None = None
+        self._socket: zmq.asyncio.Socket | None = None
+        self._receiver: asyncio.Task[None] | None = None
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self.ready: Ready | None = None
+        self.stats: EngineStats | None = None
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the process runs and its model is loaded."""
+        return self.ready is not None and self._process is not None and self._process.returncode is None
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that wait or run."""
+        return len(self._queues)
+
+    async def start(self) -> Ready:
+        """Start the process and wait until its model is loaded.
+
+        Raises EngineDied with the reason when it cannot start.
+        """
+        self._folder = tempfile.TemporaryDirectory(prefix="reftserve-")
+        address = f"ipc://{Path(self._folder.name) / 'engine'}"
+        self._socket = self._context.socket(zmq.PAIR)
+        self._socket.set_hwm(0)
+        self._socket.bind(address)
+        command = [sys.executable, "-m", "reftserve.server.engine.process", "--socket", address]
+        self._process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.PIPE)
+        assert self._process.stdin is not None  # noqa: S101 - it was asked for in the line above
+        self._process.stdin.write(msgspec.json.encode(self._config) + b"\n")
+        await self._process.stdin.drain()
+        self.ready = await self._first_message(self._socket, self._process)
+        self._receiver = asyncio.create_task(self._receive(self._socket))
+        return self.ready
+
+    async def wait(self) -> int:
+        """Until the process ends, for whatever reason; then every running request fails. Returns its exit code."""
+        if self._process is None:
+            raise EngineDied("the engine was not started")
+        code = await self._process.wait()
+        self._close()
+        for request_id, queue in self._queues.items():
+            queue.put_nowait(TokenOutput(request_id, [], "died", f"the engine ended with code {code}"))
+        return code
+
+    async def stop(self) -> None:
+        """End the process; without it nothing is left to save."""
+        if self._process is not None and self._process.returncode is None:
+            self._process.terminate()
+            try:
+                await asyncio.wait_for(self._process.wait(), STOP_TIMEOUT_S)
+            except TimeoutError:
+                self._process.kill()
+                await self._process.wait()
+        self._close()
+
+    async def generate(self, request: Submit) -> AsyncGenerator[TokenOutput]:
+        """Tokens of a request as they come; the last output has a finish reason. Closing the iterator cancels.
+
+        Raises EngineDied when the engine is not there or dies meanwhile.
+        """
+        if not self.is_alive:
+            raise EngineDied("the engine is not running")
+        queue: asyncio.Queue[TokenOutput] = asyncio.Queue()
+        self._queues[request.request_id] = queue
+        finished = False
+        try:
+            await self._send(request)
+            while not finished:
+                output = await queue.get()
+                finished = output.finish_reason is not None
+                if output.finish_reason == "died":
+                    raise EngineDied(output.error or "the engine died")
+                yield output
+        finally:
+            del self._queues[request.request_id]
+            if not finished and self.is_alive:
+                await self._send(Cancel(request.request_id))
+
+    async def _send(self, message: ToEngine) -> None:
+        if self._socket is None:
+            raise EngineDied("the engine is not running")
+        await self._socket.send(self._encoder.encode(message))
+
+    async def _first_message(self, socket: zmq.asyncio.Socket, process: asyncio.subprocess.Process) -> Ready:
+        received = asyncio.ensure_future(socket.recv())
+        ended = asyncio.ensure_future(process.wait())
+        await asyncio.wait([received, ended], return_when=asyncio.FIRST_COMPLETED)
+        if not received.done():
+            # What it said before it ended may still be on its way.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.shield(received), 1.0)
+        ended.cancel()
+        message = self._decoder.decode(received.result()) if received.done() else None
+        received.cancel()
+        if isinstance(message, Ready):
+            return message
+        self._close()
+        reason = message.error if isinstance(message, Fatal) else f"it ended with code {process.returncode}"
+        raise EngineDied(f"the engine did not start: {reason}")
+
+    async def _receive(self, socket: zmq.asyncio.Socket) -> None:
+        while True:
+            message = self._decoder.decode(await socket.recv())
+            if isinstance(message, StepOutput):
+                self.stats = message.stats
+                for output in message.outputs:
+                    # Outputs of a request that was closed while they were on their way go nowhere.
+                    if output.request_id in self._queues:
+                        self._queues[output.request_id].put_nowait(output)
+
+    def _close(self) -> None:
+        self.ready = None
+        if self._receiver is not None:
+            self._receiver.cancel()
+        if self._socket is not None:
+            self._socket.close(linger=0)
+            self._socket = None
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None

@@ -1,0 +1,65 @@
+"""From tokens to text, piece by piece: no half characters, and stop strings found across token boundaries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+REPLACEMENT = "\ufffd"
+
+
+class Detokenizer:
+    """The text of one answer. Text is held back while it could still become something else: a character whose bytes
+    are not complete, or the beginning of a stop string.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = (), *, hidden_token_ids: Sequence[int] = ()
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._stops = stops
+        self._hidden = frozenset(hidden_token_ids)
+        self._token_ids: list[int] = []
+        # Decoding begins at `_prefix`: a few tokens before the text that is new, for tokenizers that put a space
+        # between words only when there is a word before.
+        self._prefix = self._read = 0
+        self._pending = ""
+        self.stopped = False
+
+    def add(self, token_ids: Sequence[int], *, last: bool = False) -> str:
+        """Take new tokens; the text that is certain now. With `last`, all that is left.
+
+        Once `stopped` is true a stop string was found: what comes before it has been returned, nothing more will be.
+        """
+        if self.stopped:
+            return ""
+        self._token_ids += [token for token in token_ids if token not in self._hidden]
+        self._pending += self._decode(last=last)
+        ends = [index for stop in self._stops if (index := self._pending.find(stop)) >= 0]
+        if ends:
+            self.stopped = True
+            return self._release(min(ends))
+        return self._release(len(self._pending) - (0 if last else self._held_back()))
+
+    def _decode(self, *, last: bool) -> str:
+        before = self._tokenizer.decode(self._token_ids[self._prefix : self._read])
+        text = self._tokenizer.decode(self._token_ids[self._prefix :])
+        if not last and text.endswith(REPLACEMENT):
+            return ""
+        self._prefix, self._read = self._read, len(self._token_ids)
+        return str(text[len(before) :])
+
+    def _held_back(self) -> int:
+        """Length of the longest end of the pending text that a stop string begins with."""
+        lengths = [
+            length
+            for stop in self._stops
+            for length in range(1, min(len(stop), len(self._pending) + 1))
+            if self._pending.endswith(stop[:length])
+        ]
+        return max(lengths, default=0)
+
+    def _release(self, length: int) -> str:
+        text, self._pending = self._pending[:length], self._pending[length:]
+        return text

@@ -1,0 +1,79 @@
+"""`reftserve serve`: one server on one data folder and one port, or a clear word why not."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import uvicorn
+from filelock import FileLock, Timeout
+
+from reftserve.server.app import create_app, open_services
+from reftserve.server.errors import Conflict, ServerError
+from reftserve.server.settings import Settings
+
+GRACE_S = 10
+
+
+def serve(settings: Settings) -> None:
+    """Serve until interrupted.
+
+    Raises Conflict when another server has the data folder or something has the port, NotFound when there is no base
+    model, ServerError when the engine cannot start.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    failures: list[str] = []
+    with _data_folder(settings), _port(settings) as listener:
+        services = open_services(settings)
+        port = listener.getsockname()[1]
+        server: uvicorn.Server
+
+        def give_up(reason: str) -> None:
+            failures.append(reason)
+            server.should_exit = True
+
+        app = create_app(services, give_up)
+        config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=GRACE_S)
+        server = uvicorn.Server(config)
+        logging.getLogger(__name__).info(
+            "serving %s on http://%s:%d (documentation at /docs)", services.base.name, settings.host, port
+        )
+        server.run(sockets=[listener])
+    if failures:
+        raise ServerError(failures[0])
+
+
+@contextmanager
+def _data_folder(settings: Settings) -> Iterator[None]:
+    settings.data.mkdir(parents=True, exist_ok=True)
+    pid_file = settings.data / "server.pid"
+    try:
+        with FileLock(settings.data / "server.lock", timeout=0):
+            pid_file.write_text(str(os.getpid()))
+            yield
+    except Timeout as cause:
+        pid = pid_file.read_text() if pid_file.exists() else "unknown"
+        raise Conflict(
+            f"another server (process {pid}) has the data folder {settings.data.resolve()}; stop it, or give this one "
+            "another folder with --data"
+        ) from cause
+
+
+@contextmanager
+def _port(settings: Settings) -> Iterator[socket.socket]:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    with socket.socket(family) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((settings.host, settings.port))
+        except OSError as cause:
+            if cause.errno == errno.EADDRINUSE:
+                raise Conflict(
+                    f"port {settings.port} of {settings.host} is in use; choose another with --port"
+                ) from cause
+            raise Conflict(f"cannot listen on {settings.host}:{settings.port}: {cause.strerror}") from cause
+        yield listener

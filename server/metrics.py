@@ -1,0 +1,56 @@
+"""Prometheus metrics of one server, in a registry of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from reftserve.server.engine.messages import EngineStats
+
+GAUGES = ("running", "waiting", "kv_blocks_used", "kv_blocks_total", "bank_rows_used", "bank_rows_total")
+COUNTERS = ("steps", "prompt_tokens", "generated_tokens", "preemptions")
+LATENCY_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+
+class Metrics:
+    """What operators scrape. engine_stats: the engine's latest figures, None before its first step."""
+
+    def __init__(self, engine_stats: Callable[[], EngineStats | None]) -> None:
+        self._registry = CollectorRegistry()
+        self.requests = Counter(
+            "reftserve_requests", "Generation requests by outcome", ["outcome"], registry=self._registry
+        )
+        self.first_token_s = Histogram(
+            "reftserve_time_to_first_token_seconds",
+            "From the request's arrival to its first token",
+            buckets=LATENCY_BUCKETS_S,
+            registry=self._registry,
+        )
+        self.engine_starts = Counter("reftserve_engine_starts", "Starts of the engine", registry=self._registry)
+        self.ready = Gauge("reftserve_ready", "1 when model, worker and database are there", registry=self._registry)
+        self._registry.register(_EngineCollector(engine_stats))
+
+    def render(self) -> bytes:
+        """The text format."""
+        return generate_latest(self._registry)
+
+
+class _EngineCollector(Collector):
+    def __init__(self, stats: Callable[[], EngineStats | None]) -> None:
+        self._stats = stats
+
+    def collect(self) -> list[Metric]:
+        stats = self._stats()
+        if stats is None:
+            return []
+        gauges: list[Metric] = [
+            GaugeMetricFamily(f"reftserve_engine_{name}", f"Engine: {name}", value=getattr(stats, name))
+            for name in GAUGES
+        ]
+        return gauges + [
+            CounterMetricFamily(f"reftserve_engine_{name}", f"Engine: {name}", value=getattr(stats, name))
+            for name in COUNTERS
+        ]

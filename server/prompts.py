@@ -1,0 +1,64 @@
+"""From what a user writes to token ids: the one place where chats and texts are rendered, for serving and training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from reftserve.client.schemas import ChatMessage
+from reftserve.server.errors import InvalidRequest
+
+
+def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[ChatMessage]) -> str:
+    """The prompt's text for the next assistant turn, through the base's chat template.
+
+    Raises InvalidRequest when the base has no template or the template refuses the messages.
+    """
+    return _apply_template(tokenizer, messages, add_generation_prompt=True)
+
+
+def render_answer(tokenizer: PreTrainedTokenizerBase, messages: Sequence[ChatMessage]) -> str:
+    """The text that the model should produce for the last message, an assistant's, end of turn included."""
+    prompt = render_chat(tokenizer, messages[:-1])
+    whole = _apply_template(tokenizer, messages, add_generation_prompt=False)
+    end = str(tokenizer.eos_token)
+    # Some templates rewrite earlier turns when there is a later one; then the content itself is the answer.
+    answer = whole[len(prompt) :] if whole.startswith(prompt) else messages[-1].text + end
+    return answer[: answer.rindex(end) + len(end)] if end in answer else answer + end
+
+
+def encode_rendered(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text that a template has made: it has its special tokens already."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a plain prompt, with what the tokenizer puts before one (BOS, where it does)."""
+    ids: list[int] = tokenizer(text)["input_ids"]
+    return ids
+
+
+def _apply_template(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[ChatMessage], *, add_generation_prompt: bool
+) -> str:
+    if tokenizer.chat_template is None:
+        raise InvalidRequest(
+            "the base model has no chat template; use /v1/completions, or prompt and completion in data sets",
+            param="messages",
+            code="no_chat_template",
+        )
+    plain: list[dict[str, Any]] = [{"role": _role(m.role), "content": m.text} for m in messages]
+    try:
+        text: str = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except TemplateError as cause:
+        raise InvalidRequest(f"the chat template refuses these messages: {cause}", param="messages") from cause
+    return text
+
+
+def _role(role: str) -> str:
+    # OpenAI's newer name for the same thing; templates know the older one.
+    return "system" if role == "developer" else role

@@ -1,0 +1,68 @@
+"""Names of interventions, aliases, and references to versions (`name`, `name@3`, `name@alias`)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from rapidfuzz import process, utils
+
+from reftserve.server.errors import InvalidRequest
+
+LATEST = "latest"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A name and which of its versions: a number, or an alias."""
+
+    name: str
+    version: int | str = LATEST
+
+    @classmethod
+    def parse(cls, text: str) -> Reference:
+        """Read `name`, `name@3` or `name@alias`; whether it exists is another question."""
+        name, at, version = text.partition("@")
+        if not at:
+            return cls(name)
+        return cls(name, int(version) if version.isdecimal() else version)
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.version}"
+
+
+def check_name(name: str, param: str = "name") -> str:
+    """A name that interventions can have.
+
+    Raises InvalidRequest when it is not.
+    """
+    if not _NAME.fullmatch(name):
+        raise InvalidRequest(
+            f"{param} is {name!r}; expected 1 to 64 letters, digits, '.', '_' or '-', beginning with a letter or digit",
+            param=param,
+            code="invalid_name",
+        )
+    return name
+
+
+def check_alias(alias: str) -> str:
+    """A name that users' aliases can have: never all digits (that is a version), never `latest`.
+
+    Raises InvalidRequest when it is not.
+    """
+    check_name(alias, "alias")
+    if alias.isdecimal():
+        raise InvalidRequest(
+            f"alias {alias!r} is all digits: it would be a version", param="alias", code="invalid_name"
+        )
+    if alias == LATEST:
+        raise InvalidRequest("alias 'latest' moves by itself with each publish", param="alias", code="invalid_name")
+    return alias
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """A sentence that offers near names, or all that there is to say when none is near."""
+    near = process.extract(name, list(known), limit=3, score_cutoff=60, processor=utils.default_process)
+    return f" Did you mean {' or '.join(repr(candidate) for candidate, _, _ in near)}?" if near else ""

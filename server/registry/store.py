@@ -1,0 +1,42 @@
+"""Everything durable, opened together: server and worker call this with the same settings and see the same things."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from reftserve.interventions import BaseFingerprint
+from reftserve.server.registry.files import FileStore
+from reftserve.server.registry.interventions import InterventionRegistry
+from reftserve.server.settings import Settings
+from reftserve.server.storage.blobs import BlobStore
+from reftserve.server.storage.database import Database
+
+
+@dataclass(frozen=True)
+class Store:
+    """Database, files and interventions of one data folder."""
+
+    database: Database
+    files: FileStore
+    interventions: InterventionRegistry
+
+
+def open_store(settings: Settings, base: BaseFingerprint, validate: Callable[[Path], int]) -> Store:
+    """Open, and migrate to the newest schema. validate: counts a training file's examples or refuses it."""
+    settings.data.mkdir(parents=True, exist_ok=True)
+    database = Database(settings.resolved_database_url)
+    database.migrate()
+    blobs = BlobStore(settings.resolved_blob_url, cache=settings.data / "cache")
+    return Store(
+        database=database,
+        files=FileStore(database, blobs, max_bytes=settings.max_file_bytes, validate=validate),
+        interventions=InterventionRegistry(
+            database,
+            blobs,
+            base,
+            override_fingerprint=settings.override_fingerprint,
+            max_artifact_bytes=settings.max_artifact_bytes,
+        ),
+    )

@@ -1,0 +1,28 @@
+"""The services that a running server is made of; routers get them through `api/dependencies.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from reftserve.server.base_model import Base
+from reftserve.server.engine.client import EngineClient
+from reftserve.server.metrics import Metrics
+from reftserve.server.registry.files import FileStore
+from reftserve.server.registry.interventions import InterventionRegistry
+from reftserve.server.settings import Settings
+from reftserve.server.storage.database import Database
+from reftserve.server.training.jobs import JobService
+
+
+@dataclass(frozen=True)
+class Services:
+    """Everything that a request may need."""
+
+    settings: Settings
+    base: Base
+    database: Database
+    files: FileStore
+    registry: InterventionRegistry
+    jobs: JobService
+    engine: EngineClient
+    metrics: Metrics

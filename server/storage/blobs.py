@@ -1,0 +1,129 @@
+"""Blobs: files and folders of files under keys, in a local folder or any fsspec URL (s3://, gs://, ...).
+
+Keys are written once and become visible through a database row that is committed afterwards, so a write that fails
+half-way leaves nothing that anyone can reach; its remains are removed at once, or by `sweep` after a crash.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from reftserve.server.errors import StorageFull
+
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class BlobStore:
+    """Blobs below one URL. cache: local folder for copies of remote blobs that must be read as files."""
+
+    def __init__(self, url: str, cache: Path) -> None:
+        self.filesystem: Any
+        self.filesystem, self.root = fsspec.core.url_to_fs(url)
+        self.is_local = isinstance(self.filesystem, LocalFileSystem)
+        self.cache = cache
+
+    def put_file(self, key: str, source: Path) -> None:
+        """Store a local file.
+
+        Raises StorageFull, with nothing left under the key, when there is no room.
+        """
+        with self._all_or_nothing(key):
+            self._copy(source, self._path(key))
+
+    def put_folder(self, key: str, source: Path) -> None:
+        """Store the files of a local folder (not of folders in it).
+
+        Raises StorageFull, with nothing left under the key, when there is no room.
+        """
+        with self._all_or_nothing(key):
+            for file in sorted(source.iterdir()):
+                self._copy(file, f"{self._path(key)}/{file.name}")
+
+    def open(self, key: str) -> BinaryIO:
+        """Read a stored file."""
+        stream: BinaryIO = self.filesystem.open(self._path(key), "rb")
+        return stream
+
+    def local_file(self, key: str) -> Path:
+        """A stored file as a local path; remote ones are copied into the cache once."""
+        return self._local(key)
+
+    def local_folder(self, key: str) -> Path:
+        """A stored folder as a local path; remote ones are copied into the cache once."""
+        return self._local(key)
+
+    def delete(self, key: str) -> None:
+        """Remove a file or folder; one that is not there is no error."""
+        if self.filesystem.exists(self._path(key)):
+            self.filesystem.rm(self._path(key), recursive=True)
+        if not self.is_local:
+            shutil.rmtree(self.cache / key, ignore_errors=True)
+
+    def sweep(self, prefix: str, keep: set[str], *, older_than_s: float = 3600) -> list[str]:
+        """Remove what no row knows: blobs directly below `prefix` that are not in `keep` and old enough.
+
+        Young ones may belong to a row that another process is about to commit. Returns the keys removed.
+        """
+        folder = self._path(prefix)
+        if not self.filesystem.exists(folder):
+            return []
+        swept = []
+        for path in self.filesystem.ls(folder, detail=False):
+            key = f"{prefix}/{path.rstrip('/').rsplit('/', 1)[-1]}"
+            if key not in keep and time.time() - self._modified(path) > older_than_s:
+                self.delete(key)
+                swept.append(key)
+        return swept
+
+    def _modified(self, path: str) -> float:
+        if self.is_local:
+            return Path(path).stat().st_mtime
+        newest = [self.filesystem.modified(file).timestamp() for file in self.filesystem.find(path)]
+        return max(newest, default=0.0)
+
+    def _path(self, key: str) -> str:
+        return f"{self.root}/{key}"
+
+    def _local(self, key: str) -> Path:
+        if self.is_local:
+            return Path(self._path(key))
+        copy = self.cache / key
+        if not copy.exists():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=copy.parent) as scratch:
+                self.filesystem.get(self._path(key), f"{scratch}/copy", recursive=True)
+                # Another thread may have been first; its copy is the same.
+                if not copy.exists():
+                    Path(scratch, "copy").rename(copy)
+        return copy
+
+    def _copy(self, source: Path, target: str) -> None:
+        if not self.is_local:
+            self.filesystem.put_file(str(source), target)
+            return
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        with source.open("rb") as read, Path(target).open("wb") as write:
+            shutil.copyfileobj(read, write)
+            write.flush()
+            os.fsync(write.fileno())
+
+    @contextmanager
+    def _all_or_nothing(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as cause:
+            self.delete(key)
+            if cause.errno in NO_ROOM:
+                raise StorageFull(f"no room to store {key}; nothing was stored") from cause
+            raise

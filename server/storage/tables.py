@@ -1,0 +1,139 @@
+"""The tables. Every row carries its owner; names are unique within an owner; times are Unix seconds."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from sqlalchemy import JSON, ForeignKey, MetaData, UniqueConstraint
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+
+
+class Table(DeclarativeBase):
+    """Base of all tables; constraints get predictable names, which migrations need."""
+
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(column_0_label)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+    type_annotation_map: ClassVar[dict[Any, Any]] = {dict[str, Any]: JSON, list[str]: JSON}
+
+
+class File(Table):
+    """An uploaded or produced file; its bytes are the blob `blob_key`. examples: rows of a data set."""
+
+    __tablename__ = "files"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    owner: Mapped[str] = mapped_column(index=True)
+    filename: Mapped[str]
+    purpose: Mapped[str]
+    bytes: Mapped[int]
+    sha256: Mapped[str]
+    blob_key: Mapped[str]
+    examples: Mapped[int | None]
+    created_at: Mapped[int]
+
+
+class Intervention(Table):
+    """A name. next_version only grows, so a version's number is never used twice."""
+
+    __tablename__ = "interventions"
+    __table_args__ = (UniqueConstraint("owner", "name"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    owner: Mapped[str]
+    name: Mapped[str]
+    next_version: Mapped[int]
+    created_at: Mapped[int]
+
+    versions: Mapped[list[Version]] = relationship(order_by="Version.version")
+    aliases: Mapped[list[Alias]] = relationship(order_by="Alias.alias")
+
+
+class Version(Table):
+    """A published version; its artifact is the blob folder `blob_key`. job_id: what trained it, once at most."""
+
+    __tablename__ = "versions"
+    __table_args__ = (UniqueConstraint("intervention_id", "version"), UniqueConstraint("job_id"))
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    owner: Mapped[str]
+    intervention_id: Mapped[int] = mapped_column(ForeignKey("interventions.id"))
+    version: Mapped[int]
+    content_hash: Mapped[str]
+    bytes: Mapped[int]
+    parameters: Mapped[int]
+    manifest: Mapped[dict[str, Any]]
+    blob_key: Mapped[str]
+    job_id: Mapped[str | None]
+    created_at: Mapped[int]
+
+
+class Alias(Table):
+    """A movable name of a version; `latest` is one of them."""
+
+    __tablename__ = "aliases"
+
+    intervention_id: Mapped[int] = mapped_column(ForeignKey("interventions.id"), primary_key=True)
+    alias: Mapped[str] = mapped_column(primary_key=True)
+    owner: Mapped[str]
+    version: Mapped[int]
+
+
+class Job(Table):
+    """A training run. plan: every decision of the recipe; error: code, message and param when it failed."""
+
+    __tablename__ = "jobs"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    owner: Mapped[str] = mapped_column(index=True)
+    status: Mapped[str]
+    model: Mapped[str]
+    training_file: Mapped[str]
+    validation_file: Mapped[str | None]
+    suffix: Mapped[str]
+    method: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    plan: Mapped[dict[str, Any]]
+    seed: Mapped[int]
+    job_metadata: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    cancel_requested: Mapped[bool]
+    fine_tuned_model: Mapped[str | None]
+    trained_tokens: Mapped[int | None]
+    result_files: Mapped[list[str]]
+    error: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    estimated_finish: Mapped[int | None]
+    created_at: Mapped[int]
+    started_at: Mapped[int | None]
+    finished_at: Mapped[int | None]
+
+
+class JobEvent(Table):
+    """Something that happened in a job; `number` counts up without gaps within it."""
+
+    __tablename__ = "job_events"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True)
+    owner: Mapped[str]
+    level: Mapped[str]
+    type: Mapped[str]
+    message: Mapped[str]
+    data: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    created_at: Mapped[int]
+
+
+class JobCheckpoint(Table):
+    """A durable step of a job; its state is the folder `path` below the data folder."""
+
+    __tablename__ = "job_checkpoints"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    step: Mapped[int] = mapped_column(primary_key=True)
+    owner: Mapped[str]
+    path: Mapped[str]
+    metrics: Mapped[dict[str, Any]]
+    created_at: Mapped[int]

@@ -1,0 +1,85 @@
+"""Keeps the server's child processes alive: engine and worker are started again, with growing pauses, when they end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import sys
+from collections.abc import Awaitable, Callable
+
+from reftserve.server.engine.client import EngineClient
+from reftserve.server.engine.errors import EngineDied
+from reftserve.server.metrics import Metrics
+from reftserve.server.settings import Settings
+
+logger = logging.getLogger(__name__)
+FIRST_PAUSE_S = 0.5
+LONGEST_PAUSE_S = 30.0
+STABLE_S = 60.0
+STOP_TIMEOUT_S = 5.0
+
+
+async def keep_engine(engine: EngineClient, metrics: Metrics, on_failure: Callable[[str], None]) -> None:
+    """Start the engine whenever it is not there.
+
+    on_failure: told why, when the very first start fails: then the settings are wrong, and trying again is no use.
+    """
+    first = True
+
+    async def once() -> None:
+        nonlocal first
+        try:
+            ready = await engine.start()
+        except EngineDied as cause:
+            if first:
+                on_failure(str(cause))
+                raise asyncio.CancelledError from cause
+            logger.error("%s", cause)
+            return
+        first = False
+        metrics.engine_starts.inc()
+        logger.info("engine ready: %s, %s, context of %d tokens", ready.device, ready.dtype, ready.max_context)
+        code = await engine.wait()
+        logger.error("the engine ended with code %d", code)
+
+    await _again_and_again(once)
+
+
+async def keep_worker(settings: Settings) -> None:
+    """Start the training worker whenever it is not there; it gets the settings through its standard input."""
+
+    async def once() -> None:
+        command = [sys.executable, "-m", "reftserve.server.training.worker"]
+        process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.PIPE)
+        try:
+            assert process.stdin is not None  # noqa: S101 - it was asked for in the line above
+            process.stdin.write(settings.model_dump_json().encode() + b"\n")
+            await process.stdin.drain()
+            logger.error("the worker ended with code %d", await process.wait())
+        except (BrokenPipeError, ConnectionResetError):
+            logger.error("the worker ended with code %d before it began", await process.wait())
+        finally:
+            if process.returncode is None:
+                await _end(process)
+
+    await _again_and_again(once)
+
+
+async def _again_and_again(once: Callable[[], Awaitable[None]]) -> None:
+    loop = asyncio.get_running_loop()
+    pause_s = FIRST_PAUSE_S
+    while True:
+        began = loop.time()
+        await once()
+        pause_s = FIRST_PAUSE_S if loop.time() - began > STABLE_S else min(2 * pause_s, LONGEST_PAUSE_S)
+        await asyncio.sleep(pause_s)
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    process.terminate()
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(process.wait(), STOP_TIMEOUT_S)
+    if process.returncode is None:
+        process.kill()
+        await process.wait()

@@ -1,0 +1,155 @@
+"""The jobs of the API: create, list, retrieve, cancel, events, checkpoints. Training itself is the worker's.
+
+A job exists once its row is committed with status `queued`; the worker finds it there. No second write is needed, so
+an acknowledged job can not be lost between two stores.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+
+from sqlalchemy import select
+
+from reftserve.client.schemas import FineTuningJobCreate
+from reftserve.server.base_model import Base
+from reftserve.server.errors import Conflict, InvalidRequest, NotFound
+from reftserve.server.registry.files import TRAINING
+from reftserve.server.registry.names import check_name
+from reftserve.server.registry.store import Store
+from reftserve.server.storage.tables import File, Job, JobCheckpoint, JobEvent
+from reftserve.server.training.dataset import MIN_EXAMPLES
+from reftserve.server.training.job_log import ENDED, JobLog
+from reftserve.server.training.recipe import make_plan
+
+
+class JobService:
+    """Jobs of all owners that train on one base."""
+
+    def __init__(self, store: Store, base: Base) -> None:
+        self._store = store
+        self._base = base
+        self.log = JobLog(store.database)
+
+    def create(self, owner: str, request: FineTuningJobCreate) -> Job:
+        """Check everything that can be checked now, and queue the job.
+
+        Raises InvalidRequest or NotFound, naming the field.
+        """
+        if request.model != self._base.name:
+            raise NotFound(
+                f"model {request.model!r} cannot be trained; the base is {self._base.name!r}",
+                param="model",
+                code="model_not_found",
+            )
+        training = self._data_file(owner, request.training_file, "training_file")
+        if (training.examples or 0) < MIN_EXAMPLES:
+            raise InvalidRequest(
+                f"training_file has {training.examples} examples; at least {MIN_EXAMPLES} are needed",
+                param="training_file",
+                code="too_few_examples",
+            )
+        if request.validation_file is not None:
+            self._data_file(owner, request.validation_file, "validation_file")
+        plan = make_plan(
+            request.method,
+            request.hyperparameters,
+            self._base.fingerprint,
+            examples=training.examples or 0,
+            max_context=self._base.max_context,
+        )
+        identity = uuid.uuid4().hex
+        job = Job(
+            id=f"ftjob-{identity}",
+            owner=owner,
+            status="queued",
+            model=request.model,
+            training_file=request.training_file,
+            validation_file=request.validation_file,
+            suffix=check_name(request.suffix, "suffix") if request.suffix else f"intervention-{identity[:8]}",
+            method=request.method.model_dump(exclude_none=True) if request.method else None,
+            plan=plan.model_dump(),
+            seed=request.seed if request.seed is not None else 0,
+            job_metadata=request.metadata,
+            cancel_requested=False,
+            result_files=[],
+            created_at=int(time.time()),
+        )
+        with self._store.database.session() as session:
+            session.add(job)
+        self.log.event(job.id, f"Created job {job.id} for intervention {job.suffix!r}")
+        return job
+
+    def get(self, owner: str, job_id: str) -> Job:
+        """One job.
+
+        Raises NotFound.
+        """
+        return self.log.get(job_id, owner)
+
+    def list_page(self, owner: str, *, after: str | None, limit: int) -> tuple[list[Job], bool]:
+        """Jobs, newest first, after the one with id `after`; and whether there are more."""
+        query = select(Job).where(Job.owner == owner).order_by(Job.created_at.desc(), Job.id.desc())
+        with self._store.database.reading() as session:
+            jobs = list(session.scalars(query))
+        if after is not None:
+            self.get(owner, after)
+            jobs = jobs[[job.id for job in jobs].index(after) + 1 :]
+        return jobs[:limit], len(jobs) > limit
+
+    def cancel(self, owner: str, job_id: str) -> Job:
+        """Stop a job: at once when it waits, before its next optimizer step when it runs.
+
+        Raises NotFound, or Conflict when it has ended.
+        """
+        self.get(owner, job_id)
+        with self._store.database.session() as session:
+            job = session.get_one(Job, job_id)
+            if job.status in ENDED:
+                raise Conflict(f"job {job_id} has {job.status} and cannot be cancelled", code="job_ended")
+            job.cancel_requested = True
+            waiting = job.status == "queued"
+            if waiting:
+                job.status = "cancelled"
+                job.finished_at = int(time.time())
+        if waiting:
+            self.log.event(job_id, "The job was cancelled before it began")
+        return self.get(owner, job_id)
+
+    def events(self, owner: str, job_id: str, *, after: str | None, limit: int) -> tuple[list[JobEvent], bool]:
+        """Events, newest first, after the one with id `after`; and whether there are more."""
+        self.get(owner, job_id)
+        before = None if after is None else event_number(after)
+        events = self.log.events(job_id, before=before, limit=limit + 1)
+        return events[:limit], len(events) > limit
+
+    def checkpoints(self, owner: str, job_id: str) -> list[JobCheckpoint]:
+        """Durable steps, newest first."""
+        self.get(owner, job_id)
+        return self.log.checkpoints(job_id)
+
+    def _data_file(self, owner: str, file_id: str, param: str) -> File:
+        file = self._store.files.get(owner, file_id, param=param)
+        if file.purpose != TRAINING:
+            raise InvalidRequest(
+                f"{param} {file_id} has purpose {file.purpose!r}; expected {TRAINING!r}",
+                param=param,
+                code="invalid_file",
+            )
+        return file
+
+
+def event_id(event: JobEvent) -> str:
+    """An event's id on the wire."""
+    return f"ftevent-{event.job_id.removeprefix('ftjob-')}-{event.number}"
+
+
+def event_number(identity: str) -> int:
+    """An event's number, from its id.
+
+    Raises InvalidRequest when it is not one.
+    """
+    number = identity.rpartition("-")[2]
+    if not identity.startswith("ftevent-") or not number.isdecimal():
+        raise InvalidRequest(f"after is {identity!r}; expected the id of an event", param="after")
+    return int(number)
