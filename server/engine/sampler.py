@@ -14,6 +14,8 @@ from torch import Tensor
 
 from reftserve.server.engine.messages import SamplingParams
 
+LOWEST_TEMPERATURE = 1e-6
+
 
 def sample(logits: Tensor, params: list[SamplingParams], positions: list[int]) -> list[int]:
     """One token a row.
@@ -35,9 +37,10 @@ def _sample_rows(logits: Tensor, params: list[SamplingParams], positions: list[i
     def column(values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=device).unsqueeze(1)
 
-    # The largest logit is taken off first: a tiny temperature must give certainty, not infinity.
+    # The largest logit is taken off first: a tiny temperature must give certainty, neither infinity nor 0 / 0.
     shifted = logits.float() - logits.float().amax(dim=-1, keepdim=True)
-    probabilities = torch.softmax(shifted / column([p.temperature for p in params]), dim=-1)
+    temperature = column([max(p.temperature, LOWEST_TEMPERATURE) for p in params])
+    probabilities = torch.softmax(shifted / temperature, dim=-1)
     ordered, tokens = probabilities.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(ordered.shape[1], device=device)
     top_k = column([p.top_k or ordered.shape[1] for p in params])

@@ -1,0 +1,101 @@
+"""Any decoder of transformers with full or sliding-window attention is served as `attach()` says, unpatched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from engine_oracle import RecordingRunner, oracle_logits, random_edit, request, run_until_done
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from reftserve.interventions import BaseFingerprint, PlacedEdit, Positions, save_artifact
+from reftserve.server.engine.engine import Engine
+from reftserve.server.engine.errors import UnsupportedModel
+
+COMMON = {"vocab_size": 100, "max_position_embeddings": 128, "initializer_range": 0.3}
+ROTARY = {
+    **COMMON,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+GEMMA = {**ROTARY, "head_dim": 8, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2}
+
+
+def models() -> dict[str, PreTrainedModel]:
+    torch.manual_seed(0)
+    heads = {"num_hidden_layers": 3, "num_attention_heads": 4}
+    return {
+        "llama": LlamaForCausalLM(LlamaConfig(**ROTARY)),
+        "qwen2": Qwen2ForCausalLM(Qwen2Config(**ROTARY)),
+        "mistral": MistralForCausalLM(MistralConfig(**ROTARY, sliding_window=8)),
+        "gpt2": GPT2LMHeadModel(
+            GPT2Config(vocab_size=100, n_positions=128, n_embd=32, n_layer=3, n_head=4, initializer_range=0.3)
+        ),
+        "gpt_neox": GPTNeoXForCausalLM(
+            GPTNeoXConfig(**COMMON, **heads, hidden_size=32, intermediate_size=48, rotary_pct=0.5)
+        ),
+        "opt": OPTForCausalLM(
+            OPTConfig(
+                vocab_size=100, max_position_embeddings=128, **heads, hidden_size=32, ffn_dim=48, word_embed_proj_dim=32
+            )
+        ),
+        "gemma3": Gemma3ForCausalLM(Gemma3TextConfig(**{**GEMMA, "num_hidden_layers": 4}, query_pre_attn_scalar=8)),
+    }
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "mistral", "gpt2", "gpt_neox", "opt", "gemma3"])
+def test_an_architecture_serves_edited_and_plain_requests_as_alone(name: str, tmp_path: Path) -> None:
+    models()[name].eval().save_pretrained(tmp_path / "model")
+    oracle = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
+    served = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
+    edits = [
+        PlacedEdit(1, Positions.parse("f2+l3"), random_edit(3, 32, 1)),
+        PlacedEdit(2, Positions.parse("all"), random_edit(2, 32, 2)),
+    ]
+    base = BaseFingerprint(architecture="any", hidden_size=32, num_layers=3, vocab_size=100)
+    save_artifact(tmp_path / "edits", edits, family="loreft", positions="f2+l3", rank=3, base=base)
+    runner = RecordingRunner(served, kv_cache_bytes=1 << 20, block_size=4, bank_bytes=1 << 14)
+    engine = Engine(runner, max_batch_tokens=16, max_sequences=8)
+    generator = torch.Generator().manual_seed(3)
+    submits = []
+    for index in range(4):
+        prompt = torch.randint(3, 100, (7 + 9 * index,), generator=generator).tolist()
+        uses = [(tmp_path / "edits", 1.0)] if index % 2 else []
+        submits.append(request(f"r{index}", prompt, uses=uses, max_tokens=12))
+        engine.submit(submits[-1])
+    run = run_until_done(engine)
+    for index, submit in enumerate(submits):
+        tokens = run.tokens[submit.request_id]
+        assert len(tokens) == 12
+        alone = oracle_logits(oracle, submit.prompt_ids + tokens, len(submit.prompt_ids), edits if index % 2 else [])
+        mixed = torch.stack([runner.logits[submit.request_id, len(submit.prompt_ids) + i] for i in range(12)])
+        torch.testing.assert_close(mixed, alone, atol=2e-4, rtol=1e-4)
+    engine.close()
+
+
+def test_positions_that_depend_on_batch_mates_are_refused() -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    model = LlamaForCausalLM(LlamaConfig(**ROTARY, rope_parameters=rope)).eval()
+    with pytest.raises(UnsupportedModel, match="dynamic"):
+        RecordingRunner(model, kv_cache_bytes=1 << 20, block_size=4, bank_bytes=1 << 14)

@@ -1,0 +1,141 @@
+"""What the engine promises about residency, cancellation, swapping and its frozen base, on a tiny model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from engine_oracle import Run, make_engine, request, run_until_done, save_random
+
+from reftserve.interventions import model_checksum
+from reftserve.server.engine.messages import InterventionRef, SamplingParams, Submit
+
+PROMPT = list(range(5, 45))
+
+
+def test_loads_swaps_and_cancellations_never_change_the_base_weights(
+    tiny_llama_folder: Path, artifacts: list[Path]
+) -> None:
+    engine = make_engine(tiny_llama_folder, bank_rows=40)
+    before = model_checksum(engine.runner.model)
+    for round_ in range(3):
+        for index, artifact in enumerate(artifacts):
+            engine.submit(request(f"{round_}-{index}", PROMPT, uses=[(artifact, 1.0)]))
+        engine.step()
+        engine.cancel(f"{round_}-0")
+        run_until_done(engine)
+    assert model_checksum(engine.runner.model) == before
+    engine.close()
+
+
+def test_a_running_request_keeps_its_rows_while_others_are_swapped_through_the_bank(
+    tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    mine = save_random(tmp_path / "mine", [(1, "all")], rank=4, seed=50)
+    others = [save_random(tmp_path / str(i), [(1, "l1")], rank=4, seed=i) for i in range(8)]
+    alone = make_engine(tiny_llama_folder)
+    alone.submit(request("mine", PROMPT, uses=[(mine, 1.0)], max_tokens=30))
+    expected = run_until_done(alone).tokens["mine"]
+    engine = make_engine(tiny_llama_folder, bank_rows=9)  # row 0, mine, and one other
+    engine.submit(request("mine", PROMPT, uses=[(mine, 1.0)], max_tokens=30))
+    for index, other in enumerate(others):
+        engine.submit(request(f"other-{index}", PROMPT[:20], uses=[(other, 1.0)], max_tokens=2))
+    run = run_until_done(engine)
+    assert run.tokens["mine"] == expected
+    assert all(len(run.tokens[f"other-{i}"]) == 2 for i in range(8))
+    for each in (alone, engine):
+        each.close()
+
+
+def test_an_edit_stays_whole_when_its_folder_is_deleted_while_it_runs(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    folder = save_random(tmp_path / "gone", [(2, "all")], rank=2, seed=3)
+    engine = make_engine(tiny_llama_folder)
+    engine.submit(request("kept", PROMPT, uses=[(folder, 1.0)], max_tokens=20))
+    run = Run()
+    while not engine.scheduler.running:
+        run.take(engine.step().outputs)
+    for file in folder.iterdir():
+        file.unlink()
+    run_until_done(engine, run)
+    assert len(run.tokens["kept"]) == 20
+    engine.close()
+
+
+def test_a_missing_or_changed_artifact_is_an_error_of_its_request_alone(
+    tiny_llama_folder: Path, tmp_path: Path, artifacts: list[Path]
+) -> None:
+    engine = make_engine(tiny_llama_folder)
+    params = SamplingParams(max_tokens=4)
+    engine.submit(Submit("missing", PROMPT, params, (InterventionRef(str(tmp_path / "nowhere"), "1" * 64),)))
+    engine.submit(Submit("changed", PROMPT, params, (InterventionRef(str(artifacts[0]), "0" * 64),)))
+    engine.submit(Submit("plain", PROMPT, params))
+    run = run_until_done(engine)
+    assert {name: run.finished[name].finish_reason for name in run.finished} == {
+        "missing": "error",
+        "changed": "error",
+        "plain": "length",
+    }
+    assert "nowhere" in (run.finished["missing"].error or "")
+    assert "content hash" in (run.finished["changed"].error or "")
+    engine.close()
+
+
+def test_a_request_that_can_never_fit_is_refused_and_says_why(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    engine = make_engine(tiny_llama_folder, blocks=10, block_size=4, bank_rows=5)
+    engine.submit(request("long", PROMPT, max_tokens=8))
+    wide = save_random(tmp_path / "wide", [(0, "l1")], rank=6)
+    engine.submit(request("wide", PROMPT[:5], uses=[(wide, 1.0)]))
+    foreign = save_random(tmp_path / "foreign", [(0, "l1")], rank=1, hidden=16)
+    engine.submit(request("other base", PROMPT[:5], uses=[(foreign, 1.0)]))
+    run = run_until_done(engine)
+    assert "KV cache holds 40" in (run.finished["long"].error or "")
+    assert "bank has 4" in (run.finished["wide"].error or "")
+    assert "hidden size" in (run.finished["other base"].error or "")
+    engine.close()
+
+
+def test_a_cancelled_request_frees_its_blocks_at_once(tiny_llama_folder: Path, artifacts: list[Path]) -> None:
+    engine = make_engine(tiny_llama_folder)
+    engine.submit(request("gone", PROMPT, uses=[(artifacts[1], 1.0)], max_tokens=100))
+    while not engine.stats().kv_blocks_used:
+        engine.step()
+    engine.cancel("gone")
+    engine.cancel("never heard of")
+    assert engine.stats().kv_blocks_used == 0
+    assert not engine.scheduler.running
+    engine.close()
+
+
+def test_a_long_prompt_does_not_hold_running_streams(tiny_llama_folder: Path) -> None:
+    engine = make_engine(tiny_llama_folder, max_batch_tokens=8)
+    engine.submit(request("stream", PROMPT[:4], max_tokens=40))
+    engine.step()
+    engine.submit(request("long", PROMPT, max_tokens=1))
+    for _ in range(5):
+        outputs = engine.step().outputs
+        assert any(output.request_id == "stream" and output.token_ids for output in outputs)
+    engine.close()
+
+
+def test_a_stop_token_ends_the_answer_and_is_reported(tiny_llama_folder: Path) -> None:
+    engine = make_engine(tiny_llama_folder)
+    engine.submit(request("free", PROMPT, max_tokens=6))
+    free = run_until_done(engine).tokens["free"]
+    engine.submit(request("stopped", PROMPT, max_tokens=6, stop_token_ids=(free[2],)))
+    run = run_until_done(engine)
+    assert run.finished["stopped"].finish_reason == "stop"
+    assert run.tokens["stopped"] == free[: free.index(free[2]) + 1]
+    engine.close()
+
+
+def test_steps_without_edited_rows_plan_nothing(tiny_llama_folder: Path, artifacts: list[Path]) -> None:
+    """A decode step of a prompt-only intervention is the base model's own."""
+    from reftserve.server.engine.edit_plan import plan_edits
+
+    engine = make_engine(tiny_llama_folder)
+    engine.submit(request("l1", PROMPT, uses=[(artifacts[0], 1.0)], max_tokens=4))
+    run_until_done(engine)
+    runner = engine.runner
+    plans = [plan_edits(batch.chunks, runner.bank, torch.device("cpu")) for batch in runner.batches]  # type: ignore[attr-defined]
+    assert all(not plan for plan, batch in zip(plans, runner.batches, strict=True) if batch.decodes)  # type: ignore[attr-defined]
+    engine.close()
