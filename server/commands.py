@@ -125,3 +125,7 @@ def _check_port(settings: Settings) -> str:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((settings.host, settings.port))
     return f"{settings.host}:{settings.port} is free"
+
+
+if __name__ == "__main__":
+    app()

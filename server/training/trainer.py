@@ -47,9 +47,7 @@ class Trainer:
         self.seed = seed
         hidden_size = model.config.get_text_config().hidden_size
         self.intervention = TrainableIntervention(plan.intervention, hidden_size, seed=seed).to(model.device)
-        self.optimizer = torch.optim.AdamW(
-            self.intervention.parameters(), lr=plan.learning_rate, weight_decay=plan.weight_decay
-        )
+        self.optimizer = torch.optim.AdamW(self._parameter_groups(), lr=plan.learning_rate)
         self.steps_per_epoch = plan.steps_per_epoch(len(splits.train))
         self.total_steps = plan.n_epochs * self.steps_per_epoch
         self.step = 0
@@ -130,6 +128,18 @@ class Trainer:
         self.optimizer.load_state_dict({**whole, "state": state})
         meta: dict[str, Any] = json.loads((folder / "progress.json").read_text())
         self.step, self.trained_tokens, self.best = meta["step"], meta["trained_tokens"], meta["best"]
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        """Weight decay for all but orthonormal matrices.
+
+        For them it has no meaning, and torch's parametrization breaks: it reads its diagonal of ones as integers, so
+        that the least decay turns the whole matrix into zeros.
+        """
+        named = list(self.intervention.named_parameters())
+        decayed = [parameter for name, parameter in named if "parametrizations" not in name]
+        orthonormal = [parameter for name, parameter in named if "parametrizations" in name]
+        groups = [(decayed, self.plan.weight_decay), (orthonormal, 0.0)]
+        return [{"params": params, "weight_decay": decay} for params, decay in groups if params]
 
     def _learning_rate(self, step: int) -> float:
         """Linear warm-up to the plan's rate, then linear decay to 0."""

@@ -1,0 +1,175 @@
+"""Bad input gets a clear error in OpenAI's shape: what was wrong, where, and what would be right."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import pytest
+from api_data import BASE, chat_lines
+from running_server import RunningServer
+
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+def error(response: httpx.Response, status: int) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    found: dict[str, Any] = response.json()["error"]
+    assert found.keys() == {"message", "type", "param", "code"}
+    assert len(found["message"]) > 10
+    return found
+
+
+def chat(http: httpx.Client, **fields: Any) -> httpx.Response:
+    return http.post("/v1/chat/completions", json={"model": BASE, "messages": HELLO, "max_tokens": 2, **fields})
+
+
+def test_an_unknown_model_offers_near_names(http: httpx.Client, trained: str) -> None:
+    found = error(chat(http, model="greter"), 404)
+    assert found["code"] == "model_not_found"
+    assert "'greeter'" in found["message"]
+    assert f"'{BASE}'" in error(chat(http, model="tiny-lama"), 404)["message"]
+    assert "versions [1]" in error(chat(http, model="greeter@7"), 404)["message"]
+    assert error(http.get("/v1/models/nothing"), 404)["code"] == "model_not_found"
+
+
+def test_an_unknown_intervention_in_a_composition_is_named(http: httpx.Client) -> None:
+    found = error(chat(http, interventions=[{"name": "nobody"}]), 404)
+    assert "'nobody'" in found["message"]
+
+
+def test_the_same_intervention_twice_is_an_error(http: httpx.Client, trained: str) -> None:
+    twice = [{"name": "greeter"}, {"name": "greeter", "version": 1, "scale": 2}]
+    assert error(chat(http, interventions=twice), 400)["code"] == "duplicate_intervention"
+    assert error(chat(http, model=trained, interventions=twice[:1]), 400)["param"] == "interventions"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "code"),
+    [
+        ({"tempurature": 1}, "tempurature", "unknown_field"),
+        ({"interventions": [{"name": "a", "scael": 1}]}, "interventions.0.scael", "unknown_field"),
+        ({"max_tokens": 0}, "max_tokens", "invalid_value"),
+        ({"max_tokens": -5}, "max_tokens", "invalid_value"),
+        ({"max_tokens": 10**9}, "max_tokens", "context_length_exceeded"),
+        ({"temperature": -1}, "temperature", "invalid_value"),
+        ({"top_p": 0}, "top_p", "invalid_value"),
+        ({"messages": []}, "messages", "invalid_value"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role", "invalid_value"),
+        ({"stop": ["x"] * 17}, "stop", "invalid_request"),
+        ({"stop": [""]}, "stop", "invalid_request"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty", "invalid_value"),
+        ({"logprobs": True}, "logprobs", "invalid_value"),
+        ({"tools": []}, "tools", "unknown_field"),
+        ({"max_completion_tokens": 3}, "max_tokens", "invalid_request"),
+        ({"interventions": [{"name": "a"}] * 9}, "interventions", "invalid_request"),
+        ({"seed": 2**70}, "seed", "invalid_value"),
+    ],
+)
+def test_a_wrong_field_is_named(http: httpx.Client, fields: dict[str, Any], param: str, code: str) -> None:
+    found = error(chat(http, **fields), 400)
+    assert (found["param"], found["code"]) == (param, code)
+
+
+def test_invalid_json_says_where(http: httpx.Client) -> None:
+    headers = {"Content-Type": "application/json"}
+    found = error(http.post("/v1/chat/completions", content=b'{"model": ', headers=headers), 400)
+    assert found["code"] == "invalid_json"
+    assert "byte 10" in found["message"]
+
+
+def test_a_prompt_longer_than_the_context_says_by_how_much(http: httpx.Client) -> None:
+    found = error(http.post("/v1/completions", json={"model": BASE, "prompt": [5] * 600, "max_tokens": 1}), 400)
+    assert found["code"] == "context_length_exceeded"
+    assert "600" in found["message"]
+    assert "512" in found["message"]
+
+
+@pytest.mark.parametrize("prompt", [[], [[]], [10**9], ""])
+def test_a_prompt_without_tokens_or_with_wrong_ones_is_refused(http: httpx.Client, prompt: Any) -> None:
+    error(http.post("/v1/completions", json={"model": BASE, "prompt": prompt}), 400)
+
+
+def upload(http: httpx.Client, content: bytes, purpose: str = "fine-tune") -> httpx.Response:
+    return http.post("/v1/files", data={"purpose": purpose}, files={"file": ("set.jsonl", content)})
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "empty"),
+        (b"\n\n", "empty"),
+        (b"\xff\xfe\x00", "UTF-8"),
+        (chat_lines(3) + b'\n{"messages": [}', "line 4: not JSON"),
+        (chat_lines(2) + b"\n[1]", "line 3: list"),
+        (b'{"prompt": "x"}', "line 1: field completion"),
+        (b'{"prompt": "x", "completion": ""}', "line 1: field completion"),
+        (b'{"messages": [{"role": "user", "content": "x"}]}', "line 1: field messages"),
+        (
+            b'{"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": "y"}]}',
+            "line 1: field messages.1.role",
+        ),
+        (
+            b'{"messages": [{"role": "user"}, {"role": "assistant", "content": "y"}]}',
+            "line 1: field messages.0.content",
+        ),
+        (b'{"text": "x"}', "line 1: field messages"),
+        (b'{"prompt": "x", "completion": "y", "weight": 1}', "line 1: field weight"),
+    ],
+)
+def test_a_bad_data_set_is_refused_with_line_and_field(http: httpx.Client, content: bytes, says: str) -> None:
+    before = len(http.get("/v1/files").json()["data"])
+    assert says in error(upload(http, content), 400)["message"]
+    assert len(http.get("/v1/files").json()["data"]) == before
+
+
+def test_an_unknown_purpose_is_refused(http: httpx.Client) -> None:
+    assert error(upload(http, chat_lines(3), "party"), 400)["param"] == "purpose"
+
+
+def test_unknown_things_are_404_and_wrong_methods_405(http: httpx.Client) -> None:
+    for path in ("/v1/files/file-x", "/v1/fine_tuning/jobs/ftjob-x", "/v1/interventions/x", "/v1/nothing"):
+        error(http.get(path), 404)
+    error(http.delete("/v1/chat/completions"), 405)
+
+
+def job(http: httpx.Client, **fields: Any) -> httpx.Response:
+    file = upload(http, chat_lines(12)).json()["id"]
+    return http.post("/v1/fine_tuning/jobs", json={"model": BASE, "training_file": file, **fields})
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "param"),
+    [
+        ({"model": "other"}, 404, "model"),
+        ({"training_file": "file-x"}, 404, "training_file"),
+        ({"validation_file": "file-x"}, 404, "validation_file"),
+        ({"suffix": "not a name"}, 400, "suffix"),
+        ({"method": {"type": "dpo"}}, 400, "method.type"),
+        ({"method": {"type": "reft", "reft": {"family": "magic"}}}, 400, "method.reft.family"),
+        ({"method": {"type": "reft", "reft": {"layers": [99]}}}, 400, "method.reft.layers"),
+        ({"method": {"type": "reft", "reft": {"positions": "x9"}}}, 400, "method.reft.positions"),
+        ({"method": {"type": "reft", "reft": {"rank": 1000}}}, 400, "method.reft.rank"),
+        ({"method": {"type": "reft", "reft": {"colour": 1}}}, 400, "method.reft.colour"),
+        (
+            {"method": {"type": "reft", "reft": {"hyperparameters": {"max_length": 4096}}}},
+            400,
+            "method.reft.hyperparameters.max_length",
+        ),
+    ],
+)
+def test_a_wrong_job_is_refused_before_it_is_queued(
+    http: httpx.Client, fields: dict[str, Any], status: int, param: str
+) -> None:
+    assert error(job(http, **fields), status)["param"] == param
+
+
+def test_too_few_examples_are_refused(http: httpx.Client) -> None:
+    file = upload(http, chat_lines(3)).json()["id"]
+    found = error(job(http, training_file=file), 400)
+    assert found["code"] == "too_few_examples"
+    assert "10" in found["message"]
+
+
+def test_bad_input_never_reaches_the_log_as_an_error(server: RunningServer) -> None:
+    assert not [line for line in server.log.read_text().splitlines() if " ERROR " in line or "Traceback" in line]

@@ -1,0 +1,89 @@
+"""What was acknowledged survives kill -9: a job goes on from its last checkpoint, to the same end."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from api_data import BASE, chat_lines, finished
+from dbos._serialization import DefaultSerializer
+from running_server import RunningServer, running_server
+
+from reftserve.server.settings import Settings
+from reftserve.server.training.durable import configure
+
+REFT = {"layers": [1], "rank": 2, "dropout": 0.1, "hyperparameters": {"n_epochs": 30, "batch_size": 4}}
+STEPS = 30 * 5
+CHECKPOINT_STEPS = 20
+ENVIRONMENT = {"REFTSERVE_CHECKPOINT_STEPS": str(CHECKPOINT_STEPS)}
+
+
+def openai_client(server: RunningServer) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="any")
+
+
+def create_job(client: openai.OpenAI, name: str) -> str:
+    file = client.files.create(file=("set.jsonl", chat_lines(24)), purpose="fine-tune")
+    method = {"type": "reft", "reft": REFT}
+    job = client.fine_tuning.jobs.create(model=BASE, training_file=file.id, suffix=name, seed=5, method=method)  # type: ignore[arg-type]
+    return job.id
+
+
+def wait_for_checkpoint(client: openai.OpenAI, job_id: str) -> None:
+    deadline = time.monotonic() + 60
+    while not client.fine_tuning.jobs.checkpoints.list(job_id).data:
+        assert time.monotonic() < deadline, client.fine_tuning.jobs.list_events(job_id).data
+        time.sleep(0.02)
+
+
+def steps(client: openai.OpenAI, job_id: str) -> list[int]:
+    """Optimizer steps in the order in which they were done."""
+    events = reversed(list(client.fine_tuning.jobs.list_events(job_id, limit=1000)))
+    return [event.data["step"] for event in events if event.type == "metrics" and "step" in event.data]  # type: ignore[index, operator]
+
+
+def content_hash(server: RunningServer, reference: str) -> str:
+    name, version = reference.split("@")
+    return str(httpx.get(f"{server.url}/v1/interventions/{name}/versions/{version}").json()["content_hash"])
+
+
+def assert_resumed(client: openai.OpenAI, job_id: str) -> None:
+    done = steps(client, job_id)
+    resumed = [index for index in range(1, len(done)) if done[index] <= done[index - 1]]
+    assert done[0] == 1
+    assert done[-1] == STEPS
+    assert resumed, "the kill came while it trained"
+    assert all(done[index] > 1 and done[index] % CHECKPOINT_STEPS == 1 for index in resumed), "right after a checkpoint"
+    assert len(done) < STEPS + CHECKPOINT_STEPS * len(resumed) + 1
+
+
+def test_a_job_survives_kill_9_of_the_worker_and_of_the_server(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    with running_server(tiny_llama_folder, tmp_path, env=ENVIRONMENT) as first:
+        client = openai_client(first)
+        undisturbed = finished(client, create_job(client, "undisturbed"))
+        disturbed = create_job(client, "disturbed")
+        wait_for_checkpoint(client, disturbed)
+        first.child("training.worker").kill()
+        job = finished(client, disturbed)
+        assert job.status == "succeeded", job.error
+        assert_resumed(client, disturbed)
+        orphaned = create_job(client, "orphaned")
+        wait_for_checkpoint(client, orphaned)
+        first.kill()
+    with running_server(tiny_llama_folder, tmp_path, env=ENVIRONMENT) as second:
+        client = openai_client(second)
+        job = finished(client, orphaned)
+        assert job.status == "succeeded", job.error
+        assert_resumed(client, orphaned)
+        expected = content_hash(second, undisturbed.fine_tuned_model or "")
+        assert content_hash(second, "disturbed@1") == content_hash(second, "orphaned@1") == expected
+        assert len(client.files.list(purpose="fine-tune").data) == 3
+
+
+def test_a_row_that_says_it_is_pickled_is_never_read(tmp_path: Path) -> None:
+    configure(Settings(data=tmp_path))
+    with pytest.raises(TypeError, match="never read"):
+        DefaultSerializer().deserialize("gASVAAAAAAAAAA==")
