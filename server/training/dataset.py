@@ -121,40 +121,49 @@ def split(training: Sequence[EncodedExample], validation: Sequence[EncodedExampl
             code="too_few_examples",
         )
     if validation is None:
-        tenth = max(1, len(training) // 10)
-        held_out, train = _take(training, 2 * tenth, seed)
-        if not train:
-            raise InvalidRequest(
-                "the training examples share one prompt, so none can be held out",
-                param="training_file",
-                code="too_few_examples",
-            )
+        groups = _by_prompt(training, seed)
+        # Two prompts at the least: one selects, one scores.
+        held_out, rest = _take(groups, 2 * max(1, len(training) // 10), prompts=2)
+        train = [example for group in rest for example in group]
     else:
         prompts = {example.prompt_ids for example in training}
-        held_out, train = [e for e in validation if e.prompt_ids not in prompts], list(training)
-    chosen, rest = _take(held_out, len(held_out) // 2, seed + 1)
-    if not chosen or not rest:
+        held_out = _by_prompt([e for e in validation if e.prompt_ids not in prompts], seed)
+        train = list(training)
+    chosen, scoring = _take(held_out, sum(map(len, held_out)) // 2, prompts=1)
+    if not (train and chosen and scoring):
+        needed = "three different prompts" if validation is None else "two prompts that are not in the training data"
         raise InvalidRequest(
-            "too few held-out examples with prompts of their own; at least one must select and one score",
+            f"at least {needed} are needed: held-out examples, some to select and some to score, share no prompt",
             param="training_file" if validation is None else "validation_file",
             code="too_few_examples",
         )
-    return Splits(train=train, validation=chosen, test=rest)
+    return Splits(
+        train=train,
+        validation=[example for group in chosen for example in group],
+        test=[example for group in scoring for example in group],
+    )
 
 
-def _take(
-    examples: Sequence[EncodedExample], count: int, seed: int
-) -> tuple[list[EncodedExample], list[EncodedExample]]:
-    """About `count` examples chosen at random by prompt, and the rest."""
-    by_prompt: defaultdict[tuple[int, ...], list[EncodedExample]] = defaultdict(list)
+PromptGroups = list[list[EncodedExample]]
+
+
+def _by_prompt(examples: Sequence[EncodedExample], seed: int) -> PromptGroups:
+    """The examples of each prompt together, in random order."""
+    groups: defaultdict[tuple[int, ...], list[EncodedExample]] = defaultdict(list)
     for example in examples:
-        by_prompt[example.prompt_ids].append(example)
-    prompts = list(by_prompt)
-    random.Random(seed).shuffle(prompts)  # noqa: S311 - a split, not a secret
-    taken: list[EncodedExample] = []
-    while prompts and len(taken) < count:
-        taken += by_prompt[prompts.pop()]
-    return taken, [example for prompt in prompts for example in by_prompt[prompt]]
+        groups[example.prompt_ids].append(example)
+    shuffled = list(groups.values())
+    random.Random(seed).shuffle(shuffled)  # noqa: S311 - a split, not a secret
+    return shuffled
+
+
+def _take(groups: PromptGroups, count: int, *, prompts: int) -> tuple[PromptGroups, PromptGroups]:
+    """The first groups, until they hold `count` examples and `prompts` prompts, though never all; and the rest."""
+    taken = size = 0
+    while taken < len(groups) - 1 and (size < count or taken < prompts):
+        size += len(groups[taken])
+        taken += 1
+    return groups[:taken], groups[taken:]
 
 
 def _parse_lines(path: Path) -> Iterator[Example]:

@@ -15,9 +15,9 @@ from running_server import RunningServer, running_server
 from reftserve.server.settings import Settings
 from reftserve.server.training.durable import configure
 
-REFT = {"layers": [1], "rank": 2, "dropout": 0.1, "hyperparameters": {"n_epochs": 30, "batch_size": 4}}
-STEPS = 30 * 5
-CHECKPOINT_STEPS = 20
+REFT = {"layers": [1], "rank": 2, "dropout": 0.1, "hyperparameters": {"n_epochs": 60, "batch_size": 4}}
+STEPS = 60 * 5
+CHECKPOINT_STEPS = 50
 ENVIRONMENT = {"REFTSERVE_CHECKPOINT_STEPS": str(CHECKPOINT_STEPS)}
 
 
@@ -32,9 +32,10 @@ def create_job(client: openai.OpenAI, name: str) -> str:
     return job.id
 
 
-def wait_for_checkpoint(client: openai.OpenAI, job_id: str) -> None:
+def wait_until_between_checkpoints(client: openai.OpenAI, job_id: str) -> None:
+    """Until the job is some steps past its first checkpoint and far from the second."""
     deadline = time.monotonic() + 60
-    while not client.fine_tuning.jobs.checkpoints.list(job_id).data:
+    while max(steps(client, job_id), default=0) < CHECKPOINT_STEPS + 3:
         assert time.monotonic() < deadline, client.fine_tuning.jobs.list_events(job_id).data
         time.sleep(0.02)
 
@@ -65,13 +66,13 @@ def test_a_job_survives_kill_9_of_the_worker_and_of_the_server(tiny_llama_folder
         client = openai_client(first)
         undisturbed = finished(client, create_job(client, "undisturbed"))
         disturbed = create_job(client, "disturbed")
-        wait_for_checkpoint(client, disturbed)
+        wait_until_between_checkpoints(client, disturbed)
         first.child("training.worker").kill()
         job = finished(client, disturbed)
         assert job.status == "succeeded", job.error
         assert_resumed(client, disturbed)
         orphaned = create_job(client, "orphaned")
-        wait_for_checkpoint(client, orphaned)
+        wait_until_between_checkpoints(client, orphaned)
         first.kill()
     with running_server(tiny_llama_folder, tmp_path, env=ENVIRONMENT) as second:
         client = openai_client(second)

@@ -60,7 +60,7 @@ encoded_examples = st.builds(lambda p, c: EncodedExample((p,), (c,)), st.integer
 
 @given(training=st.lists(encoded_examples, min_size=10, max_size=60), seed=st.integers(0, 9))
 def test_the_three_parts_are_everything_and_share_no_prompt(training: list[EncodedExample], seed: int) -> None:
-    assume(len({example.prompt_ids for example in training}) > 5)
+    assume(len({example.prompt_ids for example in training}) > 2)
     parts = split(training, None, seed=seed)
     prompts = [{e.prompt_ids for e in part} for part in (parts.train, parts.validation, parts.test)]
     assert not prompts[0] & prompts[1]
@@ -77,5 +77,7 @@ def test_validation_data_selects_with_one_half_and_scores_with_the_other() -> No
     parts = split(training, held_out, seed=0)
     assert parts.train == training
     assert len(parts.validation) + len(parts.test) == 15, "what is in the training data is no held-out example"
-    with pytest.raises(InvalidRequest, match="held-out"):
+    with pytest.raises(InvalidRequest, match="two prompts"):
         split(training, training, seed=0)
+    with pytest.raises(InvalidRequest, match="three different prompts"):
+        split(training[:2] * 5, None, seed=0)

@@ -61,7 +61,7 @@ def train(trainer: Trainer, until: int) -> None:
 
 def test_training_lowers_the_loss_and_never_touches_the_base(model: LlamaForCausalLM) -> None:
     before = model_checksum(model)
-    trainer = Trainer(model, SPLITS, plan(dropout=0.0, n_epochs=15), seed=0)
+    trainer = Trainer(model, SPLITS, plan(dropout=0.0, n_epochs=30), seed=0)
     base = trainer.evaluate(SPLITS.train, [])
     train(trainer, trainer.total_steps)
     assert trainer.evaluate(SPLITS.train, trainer.intervention.lower())["loss"] < 0.5 * base["loss"]
