@@ -92,6 +92,9 @@ def _explained() -> Iterator[None]:
     """A reason in one line instead of a traceback for what users can mend."""
     try:
         yield
+    except ModuleNotFoundError as cause:
+        Console(stderr=True).print(f"[red]error:[/] {cause}; pip install 'reftserve\\[server]'", highlight=False)
+        raise typer.Exit(1) from cause
     except ServerError as cause:
         Console(stderr=True).print(f"[red]error:[/] {cause.message}", highlight=False)
         raise typer.Exit(1) from cause

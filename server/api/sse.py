@@ -11,7 +11,6 @@ from fastapi import Request
 from pydantic import BaseModel
 from sse_starlette import EventSourceResponse
 
-from reftserve.client.schemas import ErrorBody
 from reftserve.server.api.errors import error_body
 from reftserve.server.errors import ServerError
 
@@ -26,7 +25,7 @@ def event_stream(chunks: AsyncGenerator[BaseModel]) -> EventSourceResponse:
         async with contextlib.aclosing(chunks) as source:
             try:
                 async for chunk in source:
-                    yield {"data": chunk.model_dump_json(exclude_none=not isinstance(chunk, ErrorBody))}
+                    yield {"data": chunk.model_dump_json()}
             except ServerError as cause:
                 yield {"data": error_body(cause).model_dump_json()}
         yield {"data": "[DONE]"}

@@ -1,0 +1,178 @@
+"""The command line, `reftserve`: a client of a running server, and the way to start one.
+
+Results go to standard output, everything else to standard error; the exit code is 1 when something failed. `serve`,
+`worker` and `doctor` come from the entry-point group `reftserve.commands`, which the server extra fills.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib.metadata import entry_points
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from reftserve.client import cli_files, cli_interventions, cli_jobs
+from reftserve.client.calls import GenerationOptions
+from reftserve.client.cli_output import Session, session
+from reftserve.client.client import Client
+from reftserve.client.exceptions import ReftServeError
+from reftserve.client.streams import TextStream
+from reftserve.client.transport import DEFAULT_URL
+
+SERVER_COMMANDS = ("serve", "worker", "doctor")
+INSTALL_HINT = "this command needs the server: pip install 'reftserve[server]'"
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Serve and train LoReFT interventions of a language model.",
+)
+app.add_typer(cli_files.app, name="files")
+app.add_typer(cli_jobs.app, name="jobs")
+app.add_typer(cli_interventions.app, name="interventions")
+app.command("train")(cli_jobs.train)
+
+Model = Annotated[str | None, typer.Option(help="Base id, or name, name@version, name@alias; the base when absent")]
+Use = Annotated[list[str] | None, typer.Option("--intervention", help="Compose name[@version][*scale]; repeatable")]
+MaxTokens = Annotated[int | None, typer.Option(min=1)]
+Temperature = Annotated[float | None, typer.Option(min=0)]
+TopP = Annotated[float | None, typer.Option()]
+Seed = Annotated[int | None, typer.Option()]
+Stop = Annotated[list[str] | None, typer.Option(help="Stop string; repeatable")]
+
+
+@app.callback()
+def connection(
+    context: typer.Context,
+    url: Annotated[str, typer.Option(envvar="REFTSERVE_URL", help="The server's address")] = DEFAULT_URL,
+    api_key: Annotated[str | None, typer.Option(envvar="REFTSERVE_API_KEY", show_envvar=False)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print results as JSON")] = False,
+) -> None:
+    """Options of every command."""
+    client = Client(url, api_key=api_key)
+    context.obj = Session(client, as_json)
+    context.call_on_close(client.close)
+
+
+@app.command()
+def generate(
+    context: typer.Context,
+    prompt: Annotated[str, typer.Argument(help="Text to go on with; - reads standard input")],
+    model: Model = None,
+    intervention: Use = None,
+    max_tokens: MaxTokens = 128,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    seed: Seed = None,
+    stop: Stop = None,
+) -> None:
+    """Stream how a text goes on."""
+    options = _options(model, intervention, max_tokens, temperature, top_p, seed, stop)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    with session(context).client.stream(text, **options) as pieces:
+        _print(pieces, as_json=session(context).as_json)
+
+
+@app.command()
+def chat(
+    context: typer.Context,
+    message: Annotated[str | None, typer.Argument(help="One message; without it, a conversation")] = None,
+    system: Annotated[str | None, typer.Option(help="System message")] = None,
+    model: Model = None,
+    intervention: Use = None,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    seed: Seed = None,
+    stop: Stop = None,
+) -> None:
+    """Talk to the base model or an intervention; an empty line or end of input ends a conversation."""
+    options = _options(model, intervention, max_tokens, temperature, top_p, seed, stop)
+    history = [] if system is None else [{"role": "system", "content": system}]
+    turn = message if message is not None else _ask()
+    while turn:
+        history.append({"role": "user", "content": turn})
+        with session(context).client.stream(messages=history, **options) as pieces:
+            _print(pieces, as_json=session(context).as_json)
+        history.append({"role": "assistant", "content": pieces.text})
+        turn = _ask() if message is None else None
+
+
+def _ask() -> str | None:
+    try:
+        return input("> " if sys.stdin.isatty() else "")
+    except EOFError:
+        return None
+
+
+def _options(
+    model: str | None,
+    interventions: list[str] | None,
+    max_tokens: int | None,
+    temperature: float | None,
+    top_p: float | None,
+    seed: int | None,
+    stop: list[str] | None,
+) -> GenerationOptions:
+    return {
+        "model": model,
+        "interventions": [_use(text) for text in interventions or []] or None,
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
+        "stop": stop or None,
+    }
+
+
+def _use(text: str) -> dict[str, str | float]:
+    """`name[@version][*scale]`."""
+    reference, star, scale = text.partition("*")
+    name, at, version = reference.partition("@")
+    try:
+        return {"name": name, **({"version": version} if at else {}), **({"scale": float(scale)} if star else {})}
+    except ValueError as cause:
+        raise typer.BadParameter(f"{text!r}: {scale!r} is no number; expected name[@version][*scale]") from cause
+
+
+def _print(pieces: TextStream, *, as_json: bool) -> None:
+    for piece in pieces:
+        if not as_json:
+            print(piece, end="", flush=True)
+    if as_json:
+        usage = None if pieces.usage is None else pieces.usage.model_dump()
+        print(json.dumps({"text": pieces.text, "finish_reason": pieces.finish_reason, "usage": usage}))
+    else:
+        print()
+
+
+def _add_server_commands() -> None:
+    """The server's commands where its extra is installed, else ones that say how to install it."""
+    try:
+        for entry_point in entry_points(group="reftserve.commands"):
+            app.registered_commands += entry_point.load().registered_commands
+    except ImportError as cause:
+        reason = str(cause)
+        for name in SERVER_COMMANDS:
+            app.command(name, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
+                lambda: _explain(f"{INSTALL_HINT} ({reason})")
+            )
+
+
+def _explain(message: str) -> None:
+    Console(stderr=True).print("[red]error:[/]", escape(message), highlight=False, soft_wrap=True)
+    raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    _add_server_commands()
+    try:
+        app()
+    except (ReftServeError, FileNotFoundError) as cause:
+        Console(stderr=True).print("[red]error:[/]", escape(str(cause)), highlight=False, soft_wrap=True)
+        sys.exit(1)

@@ -1,0 +1,53 @@
+"""`reftserve files`: data sets and results."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from reftserve.client.cli_output import session
+
+app = typer.Typer(no_args_is_help=True, help="Data sets and results.")
+COLUMNS = {"id": "ID", "filename": "FILE", "purpose": "PURPOSE", "bytes": "BYTES", "examples": "EXAMPLES"}
+Id = Annotated[str, typer.Argument(help="file-...")]
+
+
+@app.command("upload")
+def upload(context: typer.Context, path: Path) -> None:
+    """Upload a data set in JSON Lines; it is validated line by line."""
+    session(context).show(session(context).client.files.upload(path))
+
+
+@app.command("list")
+def list_files(context: typer.Context) -> None:
+    """All files, newest first."""
+    session(context).show_all(session(context).client.files.list(), COLUMNS)
+
+
+@app.command("show")
+def show(context: typer.Context, file_id: Id) -> None:
+    """One file."""
+    session(context).show(session(context).client.files.get(file_id))
+
+
+@app.command("download")
+def download(
+    context: typer.Context,
+    file_id: Id,
+    path: Annotated[Path | None, typer.Argument(help="Where to write it; standard output when absent")] = None,
+) -> None:
+    """A file's content."""
+    content = session(context).client.files.content(file_id)
+    if path is None:
+        sys.stdout.buffer.write(content)
+    else:
+        path.write_bytes(content)
+
+
+@app.command("delete")
+def delete(context: typer.Context, file_id: Id) -> None:
+    """Delete a file."""
+    session(context).show(session(context).client.files.delete(file_id))

@@ -1,0 +1,64 @@
+"""How commands reach the server and show what it says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import typer
+from pydantic import BaseModel
+from rich.console import Console
+from rich.table import Table
+
+from reftserve.client.client import Client
+
+_console = Console(highlight=False)
+
+
+@dataclass(frozen=True)
+class Session:
+    """What the options of every command amount to."""
+
+    client: Client
+    as_json: bool
+
+    def show(self, thing: BaseModel) -> None:
+        """One object, a line for each field that is set."""
+        row = thing.model_dump(mode="json")
+        if self.as_json:
+            print(json.dumps(row))
+            return
+        table = Table.grid(padding=(0, 2))
+        for name, value in row.items():
+            if value not in (None, [], {}):
+                table.add_row(name, _text(value))
+        _console.print(table)
+
+    def show_all(self, things: Sequence[BaseModel], columns: Mapping[str, str]) -> None:
+        """A table; columns: heading of each field."""
+        rows = [thing.model_dump(mode="json") for thing in things]
+        if self.as_json:
+            print(json.dumps(rows))
+            return
+        table = Table(*columns.values(), box=None, pad_edge=False)
+        for row in rows:
+            table.add_row(*(_text(row[name]) for name in columns))
+        _console.print(table)
+
+
+def session(context: typer.Context) -> Session:
+    """The session of a running command."""
+    found = context.obj
+    if not isinstance(found, Session):
+        raise TypeError("the command runs outside the reftserve application")
+    return found
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, (dict, list)):
+        return json.dumps(value)
+    return str(value)

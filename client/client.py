@@ -1,0 +1,253 @@
+"""The blocking client.
+
+with Client() as client:
+job = client.train("reviews.jsonl", name="sentiment").wait(progress=True)
+print(client.chat("Is this good? ...", model=job.fine_tuned_model).text)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar, Unpack
+
+import httpx
+from tenacity import Retrying
+
+from reftserve.client import calls
+from reftserve.client.calls import Call, GenerationOptions, Messages, TrainingOptions
+from reftserve.client.exceptions import ConnectionFailed, Unavailable
+from reftserve.client.jobs import Job
+from reftserve.client.retries import retry_policy
+from reftserve.client.schemas import (
+    ChatCompletion,
+    Completion,
+    Deleted,
+    FileObject,
+    FineTuningJob,
+    InterventionInfo,
+    InterventionVersion,
+    Model,
+)
+from reftserve.client.streams import TextStream
+from reftserve.client.transport import DEFAULT_URL, MAX_RETRIES, TIMEOUT, answered, checked, headers, opened
+
+T = TypeVar("T")
+TrainingFile = str | Path | FileObject
+
+
+class Client:
+    """A connection to a ReftServe server; thread-safe, and a context manager that closes it.
+
+    url: without `/v1`. api_key: sent as a bearer token. max_retries: of 429, 503 and, where a call is idempotent,
+    of broken connections. Methods raise what `reftserve.client.exceptions` draws.
+    """
+
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        *,
+        api_key: str | None = None,
+        timeout: httpx.Timeout | float = TIMEOUT,
+        max_retries: int = MAX_RETRIES,
+    ) -> None:
+        self._http = httpx.Client(base_url=url, headers=headers(api_key), timeout=timeout)
+        self._max_retries = max_retries
+        self._base_model: str | None = None
+        self.files = Files(self)
+        self.jobs = Jobs(self)
+        self.models = Models(self)
+        self.interventions = Interventions(self)
+
+    def generate(self, prompt: str | Sequence[int], **options: Unpack[GenerationOptions]) -> Completion:
+        """How a text, or token ids, go on."""
+        return self.send(calls.generate(calls.completion_body(self._model(options), prompt, options)))
+
+    def chat(self, messages: Messages, **options: Unpack[GenerationOptions]) -> ChatCompletion:
+        """The next turn of a conversation; a string is one message of the user."""
+        return self.send(calls.chat(calls.chat_body(self._model(options), messages, options)))
+
+    def stream(
+        self,
+        prompt: str | Sequence[int] | None = None,
+        *,
+        messages: Messages | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> TextStream:
+        """The text of `generate(prompt)` or `chat(messages)`, piece by piece."""
+        return self._open(calls.streamed(calls.either(self._model(options), prompt, messages, options)))
+
+    def train(
+        self,
+        training_file: TrainingFile,
+        *,
+        name: str,
+        validation_file: TrainingFile | None = None,
+        model: str | None = None,
+        seed: int | None = None,
+        metadata: Mapping[str, str] | None = None,
+        **options: Unpack[TrainingOptions],
+    ) -> Job:
+        """Train an intervention and publish it as the next version of `name`; see `Job.wait`.
+
+        Files: a path, which is uploaded, or what `files.upload` gave, or its id (`file-...`).
+        """
+        call = calls.create_job(
+            model or self.base_model,
+            self._file_id(training_file),
+            name=name,
+            validation_file=None if validation_file is None else self._file_id(validation_file),
+            seed=seed,
+            metadata=metadata,
+            **options,
+        )
+        return Job(self.send, self.send(call))
+
+    @property
+    def base_model(self) -> str:
+        """The base model's id."""
+        if self._base_model is None:
+            self._base_model = self.models.list()[0].id
+        return self._base_model
+
+    def is_ready(self) -> bool:
+        """Whether a server answers, with model, worker and database in place; asked once, without retries."""
+        try:
+            return self._answer(calls.readiness()).ready
+        except (ConnectionFailed, Unavailable):
+            return False
+
+    def send(self, call: Call[T]) -> T:
+        """The answer to a call, after as many retries as it takes and is allowed."""
+        answer: T = Retrying(**retry_policy(call, self._max_retries))(self._answer, call)
+        return answer
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _answer(self, call: Call[T]) -> T:
+        with opened(call) as arguments, answered():
+            response = self._http.request(call.method, call.path, **arguments)
+        return call.read(checked(response))
+
+    def _open(self, call: Call[None]) -> TextStream:
+        return Retrying(**retry_policy(call, self._max_retries))(self._open_once, call)
+
+    def _open_once(self, call: Call[None]) -> TextStream:
+        with answered():
+            response = self._http.send(self._http.build_request(call.method, call.path, json=call.json), stream=True)
+            if response.is_error:
+                response.read()
+        return TextStream(checked(response))
+
+    def _model(self, options: GenerationOptions) -> str:
+        return options.get("model") or self.base_model
+
+    def _file_id(self, file: TrainingFile) -> str:
+        if isinstance(file, FileObject):
+            return file.id
+        return file if calls.is_file_id(file) else self.files.upload(file).id
+
+
+class Files:
+    """`client.files`: data sets and results."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    def upload(
+        self, file: str | Path | bytes, *, purpose: str = "fine-tune", filename: str | None = None
+    ) -> FileObject:
+        """Upload a path, or bytes; a data set is validated line by line."""
+        return self._client.send(calls.upload_file(file, purpose, filename))
+
+    def list(self, *, purpose: str | None = None) -> list[FileObject]:
+        """All files, newest first."""
+        return self._client.send(calls.list_files(purpose))
+
+    def get(self, file_id: str) -> FileObject:
+        """One file."""
+        return self._client.send(calls.get_file(file_id))
+
+    def content(self, file_id: str) -> bytes:
+        """A file's bytes."""
+        return self._client.send(calls.file_content(file_id))
+
+    def delete(self, file_id: str) -> Deleted:
+        """Delete a file."""
+        return self._client.send(calls.delete_file(file_id))
+
+
+class Jobs:
+    """`client.jobs`: training runs."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    def list(self, *, after: str | None = None, limit: int = 20) -> list[FineTuningJob]:
+        """Jobs, newest first; `after` continues behind a job's id."""
+        return self._client.send(calls.list_jobs(after, limit)).data
+
+    def get(self, job_id: str) -> Job:
+        """One job, to wait for or watch."""
+        return Job(self._client.send, self._client.send(calls.get_job(job_id)))
+
+
+class Models:
+    """`client.models`: what `model` can name."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    def list(self) -> list[Model]:
+        """The base first, then every intervention."""
+        return self._client.send(calls.list_models())
+
+
+class Interventions:
+    """`client.interventions`: published interventions, their versions and aliases."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    def list(self) -> list[InterventionInfo]:
+        """All, by name."""
+        return self._client.send(calls.list_interventions())
+
+    def get(self, name: str) -> InterventionInfo:
+        """One, with its versions and aliases."""
+        return self._client.send(calls.get_intervention(name))
+
+    def version(self, name: str, version: int | str = "latest") -> InterventionVersion:
+        """A version, by number or alias, with its manifest."""
+        return self._client.send(calls.get_version(name, version))
+
+    def upload(self, name: str, artifact: str | Path) -> InterventionVersion:
+        """Publish an artifact, a folder or a zip of one, as the next version of `name`."""
+        return self._client.send(calls.upload_intervention(name, artifact))
+
+    def download(self, name: str, folder: str | Path, *, version: int | str = "latest") -> Path:
+        """Write a version's artifact, manifest.json and edits.safetensors, into a folder; the folder."""
+        return self._client.send(calls.download_intervention(name, version, folder))
+
+    def delete(self, name: str, version: int | str | None = None, *, force: bool = False) -> Deleted:
+        """Delete one version, or all of them.
+
+        force: even while running requests hold it; they still finish. Raises Conflict otherwise.
+        """
+        return self._client.send(calls.delete_intervention(name, version, force=force))
+
+    def alias(self, name: str, alias: str, version: int) -> InterventionInfo:
+        """Point an alias at a version."""
+        return self._client.send(calls.set_alias(name, alias, version))
+
+    def delete_alias(self, name: str, alias: str) -> InterventionInfo:
+        """Remove an alias."""
+        return self._client.send(calls.delete_alias(name, alias))

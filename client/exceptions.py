@@ -1,0 +1,107 @@
+"""Everything that a call can raise, as one tree.
+
+ReftServeError
+├── ConnectionFailed             no answer came: refused, reset, timed out
+├── ResponseError                the server answered with an error object
+│   ├── BadRequest       4xx     what was sent is wrong; `param` names the field
+│   ├── NotFound         404     no such model, intervention, file or job
+│   ├── Conflict         409     the state of the thing forbids it
+│   ├── Overloaded       429     the queue is full, after all retries
+│   ├── Unavailable      503     a part of the server is not there, after all retries
+│   └── ServerFault      5xx     the server's fault
+├── StreamFailed                 the server ended a stream with an error
+└── JobEnded                     a job that was waited for failed or was cancelled
+"""
+
+from __future__ import annotations
+
+import httpx
+from pydantic import ValidationError
+
+from reftserve.client.schemas import ErrorBody, ErrorDetail, FineTuningJob
+
+
+class ReftServeError(Exception):
+    """Base of all errors of this client."""
+
+
+class ConnectionFailed(ReftServeError):
+    """No answer came from the server."""
+
+
+class ResponseError(ReftServeError):
+    """An answer with a status of 400 or above.
+
+    status: HTTP's. type, param, code: OpenAI's error object. retry_after_s: from the header, else None.
+    """
+
+    def __init__(self, status: int, detail: ErrorDetail, retry_after_s: float | None = None) -> None:
+        super().__init__(detail.message)
+        self.status = status
+        self.message = detail.message
+        self.type = detail.type
+        self.param = detail.param
+        self.code = detail.code
+        self.retry_after_s = retry_after_s
+
+
+class BadRequest(ResponseError):
+    """What was sent is wrong."""
+
+
+class NotFound(ResponseError):
+    """No such thing; the message offers near names."""
+
+
+class Conflict(ResponseError):
+    """The state of the thing forbids what was asked."""
+
+
+class Overloaded(ResponseError):
+    """The server's queue was full at every attempt."""
+
+
+class Unavailable(ResponseError):
+    """A part of the server was not there at any attempt."""
+
+
+class ServerFault(ResponseError):
+    """The server failed; its log says more."""
+
+
+class StreamFailed(ReftServeError):
+    """A stream that had begun ended with an error; what came before is valid."""
+
+    def __init__(self, detail: ErrorDetail) -> None:
+        super().__init__(detail.message)
+        self.message = detail.message
+        self.code = detail.code
+
+
+class JobEnded(ReftServeError):
+    """A job ended without an intervention; `job` is its last state."""
+
+    def __init__(self, job: FineTuningJob) -> None:
+        reason = job.error.message if job.error is not None else f"job {job.id} was {job.status}"
+        super().__init__(reason)
+        self.job = job
+
+
+_BY_STATUS: dict[int, type[ResponseError]] = {404: NotFound, 409: Conflict, 429: Overloaded, 503: Unavailable}
+
+
+def response_error(response: httpx.Response) -> ResponseError:
+    """The exception for an answer whose body has been read."""
+    try:
+        detail = ErrorBody.model_validate_json(response.content).error
+    except ValidationError:
+        # A proxy's page, or another server altogether.
+        detail = ErrorDetail(message=f"HTTP {response.status_code}: {response.text[:200]}", type="http_error")
+    status = response.status_code
+    kind = _BY_STATUS.get(status) or (ServerFault if status >= 500 else BadRequest)
+    return kind(status, detail, _retry_after_s(response.headers.get("Retry-After")))
+
+
+def _retry_after_s(header: str | None) -> float | None:
+    """Seconds to wait; the header's other form, a date, is left to the backoff."""
+    return float(header) if header is not None and header.isdecimal() else None

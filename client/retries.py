@@ -1,0 +1,46 @@
+"""Which failures are tried again, and how long is waited in between."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+from tenacity import RetryCallState, retry_if_exception, stop_after_attempt, wait_exponential_jitter
+from tenacity.wait import wait_base
+
+from reftserve.client.calls import Call
+from reftserve.client.exceptions import ConnectionFailed, Overloaded, Unavailable
+
+FIRST_WAIT_S = 0.2
+LONGEST_WAIT_S = 10.0
+
+
+def retry_policy(call: Call[Any], max_retries: int) -> dict[str, Any]:
+    """Arguments of tenacity's Retrying and AsyncRetrying.
+
+    429 and 503 say that nothing was begun. A broken connection may hide that the call was carried out, so only
+    idempotent calls are tried again then, and any call whose connection was never made.
+    """
+
+    def is_transient(failure: BaseException) -> bool:
+        if isinstance(failure, ConnectionFailed):
+            return call.is_idempotent or isinstance(failure.__cause__, httpx.ConnectError)
+        return isinstance(failure, (Overloaded, Unavailable))
+
+    return {
+        "retry": retry_if_exception(is_transient),
+        "stop": stop_after_attempt(max_retries + 1),
+        "wait": _BackoffOrRetryAfter(),
+        "reraise": True,
+    }
+
+
+class _BackoffOrRetryAfter(wait_base):
+    """What the server asks for, else exponential backoff with jitter; at most LONGEST_WAIT_S."""
+
+    _backoff = wait_exponential_jitter(initial=FIRST_WAIT_S, max=LONGEST_WAIT_S, jitter=FIRST_WAIT_S)
+
+    def __call__(self, retry_state: RetryCallState) -> float:
+        failure = retry_state.outcome.exception() if retry_state.outcome is not None else None
+        asked = getattr(failure, "retry_after_s", None)
+        return min(asked, LONGEST_WAIT_S) if asked is not None else self._backoff(retry_state)

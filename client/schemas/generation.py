@@ -1,0 +1,224 @@
+"""/v1/chat/completions, /v1/completions and /v1/models."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from reftserve.client.schemas.base import Request, Response
+
+
+def _is_none(value: object) -> bool:
+    return value is None
+
+
+class TextPart(Request):
+    """A part of a message's content."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(Request):
+    """One turn of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart]
+    name: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The content as one string."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class InterventionUse(Request):
+    """An intervention in a composition. version: number or alias, `latest` when absent."""
+
+    name: str
+    version: int | str | None = None
+    scale: float = Field(1.0, ge=-100, le=100, allow_inf_nan=False)
+
+
+class StreamOptions(Request):
+    """What a stream carries besides text."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class GenerationFields(Request):
+    """What chat and text completions have in common.
+
+    The last block is accepted because OpenAI's clients send it and no answer depends on it.
+    """
+
+    model: str
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=10, allow_inf_nan=False)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0)
+    min_p: float | None = Field(None, ge=0, le=1)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: str | list[str] | None = None
+    n: int | None = Field(None, ge=1, le=128)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    ignore_eos: bool = False
+    interventions: list[InterventionUse] | None = None
+
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+    # OpenAI's fields that would change the answer in ways the engine does not have yet: only "off" is taken.
+    frequency_penalty: Literal[0] | None = None
+    presence_penalty: Literal[0] | None = None
+    logit_bias: dict[str, Any] | None = Field(None, max_length=0)
+
+    @property
+    def stops(self) -> list[str]:
+        """Stop strings as a list."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+
+class ResponseFormat(Request):
+    """Only plain text."""
+
+    type: Literal["text"]
+
+
+class ChatCompletionRequest(GenerationFields):
+    """POST /v1/chat/completions."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: Literal[False] | None = None
+    response_format: ResponseFormat | None = None
+
+
+class CompletionRequest(GenerationFields):
+    """POST /v1/completions. prompt: text, token ids, or several of one kind."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    echo: bool = False
+    logprobs: Literal[None] = None
+    best_of: Literal[1] | None = None
+    suffix: Literal[None] = None
+
+
+FinishReason = Literal["stop", "length"]
+
+
+class PromptTokensDetails(Response):
+    """cached_tokens: prompt tokens whose keys and values were found in the prefix cache."""
+
+    cached_tokens: int = 0
+
+
+class Usage(Response):
+    """Token counts."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails = PromptTokensDetails()
+
+
+class AssistantMessage(Response):
+    """A generated turn."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(Response):
+    """One of `n` answers."""
+
+    index: int
+    message: AssistantMessage
+    finish_reason: FinishReason
+    logprobs: None = None
+
+
+class ChatCompletion(Response):
+    """Answer of POST /v1/chat/completions."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+    @property
+    def text(self) -> str:
+        """The first answer's text."""
+        return self.choices[0].message.content
+
+
+class Delta(Response):
+    """What a chunk adds; only what it has is sent."""
+
+    role: Literal["assistant"] | None = Field(None, exclude_if=_is_none)
+    content: str | None = Field(None, exclude_if=_is_none)
+
+
+class ChunkChoice(Response):
+    """A piece of one answer."""
+
+    index: int
+    delta: Delta
+    finish_reason: FinishReason | None = None
+    logprobs: None = None
+
+
+class ChatCompletionChunk(Response):
+    """One event of a streamed chat completion."""
+
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChunkChoice]
+    usage: Usage | None = Field(None, exclude_if=_is_none)
+
+
+class CompletionChoice(Response):
+    """One answer, or a piece of it while streaming."""
+
+    index: int
+    text: str
+    finish_reason: FinishReason | None = None
+    logprobs: None = None
+
+
+class Completion(Response):
+    """Answer of POST /v1/completions, and one event of its stream."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = Field(None, exclude_if=_is_none)
+
+    @property
+    def text(self) -> str:
+        """The first answer's text."""
+        return self.choices[0].text
+
+
+class Model(Response):
+    """A base model or an intervention. parent: the base's id, for interventions."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str
+    parent: str | None = None

@@ -1,0 +1,41 @@
+"""/v1/interventions."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from reftserve.client.schemas.base import Request, Response
+
+
+class InterventionInfo(Response):
+    """A name with its versions and aliases; `latest` is one of the aliases."""
+
+    name: str
+    object: Literal["intervention"] = "intervention"
+    latest: int | None
+    versions: list[int]
+    aliases: dict[str, int]
+    created_at: int
+
+
+class InterventionVersion(Response):
+    """A published, immutable version."""
+
+    id: str
+    object: Literal["intervention.version"] = "intervention.version"
+    name: str
+    version: int
+    content_hash: str
+    bytes: int
+    parameters: int
+    manifest: dict[str, Any]
+    created_at: int
+    job_id: str | None = None
+
+
+class AliasUpdate(Request):
+    """PUT /v1/interventions/{name}/aliases/{alias}."""
+
+    version: int = Field(ge=1)

@@ -1,0 +1,53 @@
+"""What both clients do around httpx: defaults, opening files for a call, naming failures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from reftserve.client.calls import Call
+from reftserve.client.exceptions import ConnectionFailed, response_error
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+MAX_RETRIES = 3
+# Long answers keep a connection silent until their first byte.
+TIMEOUT = httpx.Timeout(600.0, connect=5.0)
+
+
+def headers(api_key: str | None) -> dict[str, str]:
+    """What every request carries."""
+    return {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+
+
+@contextmanager
+def opened(call: Call[Any]) -> Iterator[dict[str, Any]]:
+    """Httpx's arguments for a call, with the file that it uploads open."""
+    with ExitStack() as stack:
+        arguments: dict[str, Any] = {"params": dict(call.params)}
+        if call.json is not None:
+            arguments["json"] = call.json
+        if call.upload is not None:
+            content = call.upload.content
+            body = stack.enter_context(content.open("rb")) if isinstance(content, Path) else content
+            arguments |= {"files": {"file": (call.upload.name, body)}, "data": dict(call.form)}
+        yield arguments
+
+
+@contextmanager
+def answered() -> Iterator[None]:
+    """Raises ConnectionFailed when no answer comes."""
+    try:
+        yield
+    except httpx.TransportError as cause:
+        raise ConnectionFailed(f"no answer from the server: {type(cause).__name__}: {cause}") from cause
+
+
+def checked(response: httpx.Response) -> httpx.Response:
+    """The answer when it is a success, otherwise raises its ResponseError."""
+    if response.is_error:
+        raise response_error(response)
+    return response
