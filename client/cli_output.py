@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import typer
@@ -14,7 +15,11 @@ from rich.table import Table
 
 from reftserve.client.client import Client
 
+PIPED_WIDTH = 10_000
+
 _console = Console(highlight=False)
+if not _console.is_terminal:
+    _console.width = PIPED_WIDTH  # nothing that a script reads is cut off
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class Session:
         table = Table.grid(padding=(0, 2))
         for name, value in row.items():
             if value not in (None, [], {}):
-                table.add_row(name, _text(value))
+                table.add_row(name, _text(name, value))
         _console.print(table)
 
     def show_all(self, things: Sequence[BaseModel], columns: Mapping[str, str]) -> None:
@@ -42,9 +47,11 @@ class Session:
         if self.as_json:
             print(json.dumps(rows))
             return
-        table = Table(*columns.values(), box=None, pad_edge=False)
+        table = Table(box=None, pad_edge=False)
+        for heading in columns.values():
+            table.add_column(heading, overflow="fold")
         for row in rows:
-            table.add_row(*(_text(row[name]) for name in columns))
+            table.add_row(*(_text(name, row[name]) for name in columns))
         _console.print(table)
 
 
@@ -56,9 +63,11 @@ def session(context: typer.Context) -> Session:
     return found
 
 
-def _text(value: Any) -> str:
+def _text(field: str, value: Any) -> str:
     if value is None:
         return ""
+    if field.endswith("_at"):
+        return datetime.fromtimestamp(value).isoformat(sep=" ")
     if isinstance(value, (dict, list)):
         return json.dumps(value)
     return str(value)

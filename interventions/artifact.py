@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from reftserve.interventions.edit import LowRankEdit, PlacedEdit
-from reftserve.interventions.errors import HashMismatch, ManifestError, ShapeError
+from reftserve.interventions.errors import DtypeError, HashMismatch, ManifestError, ShapeError
 from reftserve.interventions.manifest import BaseFingerprint, EditEntry, Manifest, Provenance
 from reftserve.interventions.positions import Positions
 
@@ -155,6 +156,8 @@ def unpack(data: bytes, folder: Path, *, max_bytes: int = MAX_BYTES) -> Interven
 
 def _placed(entry: EditEntry, tensors: dict[str, Tensor], base: BaseFingerprint) -> PlacedEdit:
     edit = LowRankEdit(*(tensors[f"{entry.key}.{name}"] for name in TENSORS))
+    if edit.A.dtype != torch.float32:
+        raise DtypeError(f"edit {entry.key} is {edit.A.dtype}; artifacts hold torch.float32")
     if edit.rank != entry.rank:
         raise ShapeError(f"edit {entry.key} has rank {edit.rank}; the manifest says {entry.rank}")
     if edit.hidden_size != base.hidden_size:

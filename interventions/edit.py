@@ -86,8 +86,8 @@ class LowRankEdit:
                     raise DtypeError(f"act is {tensor.dtype}; expected torch.int8")
                 if not ((tensor >= 0) & (tensor < len(Activation))).all():
                     raise DtypeError(f"act holds {sorted(set(tensor.tolist()))}; known are 0 to {len(Activation) - 1}")
-            elif not tensor.is_floating_point():
-                raise DtypeError(f"{name} is {tensor.dtype}; expected a floating-point type")
+            elif not tensor.is_floating_point() or tensor.dtype != self.A.dtype:
+                raise DtypeError(f"{name} is {tensor.dtype}; expected a floating-point type, the same for all of them")
             elif not tensor.isfinite().all():
                 raise NonFiniteError(f"{name} holds NaN or infinity; every number must be finite")
 

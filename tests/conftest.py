@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import openai
 import pytest
+from api_data import BASE, chat_lines, finished
+from running_server import RunningServer, running_server
 from tiny_models import tiny_llama, tiny_tokenizer
 
 REPOSITORY = Path(__file__).parent.parent
@@ -31,3 +35,26 @@ def smollm2_folder() -> Path:
     if not (folder / "config.json").is_file():
         pytest.fail(f"no model in {folder}: run `make model`, or set REFTSERVE_TEST_MODEL to its folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def server(tiny_llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """One server over the tiny model for all tests that only talk to it."""
+    with running_server(tiny_llama_folder, tmp_path_factory.mktemp("server")) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def trained(server: RunningServer) -> str:
+    """`name@version` of an intervention that the server has trained."""
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="any")
+    file = client.files.create(file=("greetings.jsonl", chat_lines(24)), purpose="fine-tune")
+    reft = {"layers": "all", "positions": "f2+l2", "rank": 2, "tied": False, "hyperparameters": {"n_epochs": 2}}
+    job = client.fine_tuning.jobs.create(
+        model=BASE,
+        training_file=file.id,
+        suffix="greeter",
+        seed=3,
+        method={"type": "reft", "reft": reft},  # type: ignore[typeddict-item]
+    )
+    return finished(client, job.id).fine_tuned_model or ""

@@ -1,0 +1,134 @@
+"""What the client does when a server is busy, gone, or breaks off: against a server that misbehaves on purpose."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+
+from reftserve.client import Client, ConnectionFailed, Overloaded, ReftServeError, StreamFailed, Unavailable
+
+
+class Misbehaving:
+    """Answers each request with the next of the given answers; counts them."""
+
+    def __init__(self, *answers: Response) -> None:
+        self.answers = list(answers)
+        self.requests: list[str] = []
+        self.app = FastAPI()
+        self.app.add_api_route("/{path:path}", self.answer, methods=["GET", "POST", "DELETE", "PUT"])
+
+    async def answer(self, path: str, request: Request) -> Response:
+        self.requests.append(request.method)
+        return self.answers[min(len(self.requests), len(self.answers)) - 1]
+
+
+@contextmanager
+def serving(misbehaving: Misbehaving, **options: int) -> Iterator[Client]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(misbehaving.app, log_level="critical"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            with Client(f"http://127.0.0.1:{listener.getsockname()[1]}", **options) as client:
+                yield client
+        finally:
+            server.should_exit = True
+            thread.join(10)
+
+
+def error(status: int, message: str = "busy", **headers: str) -> Response:
+    return JSONResponse({"error": {"message": message, "type": "t", "param": None, "code": "c"}}, status, headers)
+
+
+MODELS = JSONResponse({"object": "list", "data": [{"id": "base", "created": 0, "owned_by": "x"}]})
+
+
+def broken(*chunks: bytes) -> Response:
+    async def body() -> Iterator[bytes]:  # type: ignore[misc]
+        for chunk in chunks:
+            yield chunk
+        raise ConnectionResetError
+
+    return StreamingResponse(body(), media_type="text/event-stream")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_busy_and_unavailable_are_tried_again(status: int) -> None:
+    server = Misbehaving(error(status), error(status), MODELS)
+    with serving(server) as client:
+        assert client.models.list()[0].id == "base"
+    assert len(server.requests) == 3
+
+
+def test_retries_end_and_retry_after_is_honoured() -> None:
+    server = Misbehaving(error(429, **{"Retry-After": "1"}))
+    with serving(server, max_retries=1) as client:
+        began = time.monotonic()
+        with pytest.raises(Overloaded, match="busy") as found:
+            client.chat("hi", model="base")
+        assert time.monotonic() - began >= 1
+    assert found.value.retry_after_s == 1
+    assert server.requests == ["POST", "POST"]
+    server = Misbehaving(error(503))
+    with serving(server, max_retries=0) as client, pytest.raises(Unavailable):
+        client.models.list()
+
+
+@pytest.mark.parametrize("status", [400, 404, 409, 413, 500, 507])
+def test_what_another_attempt_cannot_mend_is_not_tried_again(status: int) -> None:
+    server = Misbehaving(error(status))
+    with serving(server) as client, pytest.raises(ReftServeError):
+        client.models.list()
+    assert len(server.requests) == 1
+
+
+def test_a_broken_connection_is_tried_again_only_where_twice_does_what_once_does() -> None:
+    server = Misbehaving(broken(b"x"), MODELS)
+    with serving(server) as client:
+        assert client.models.list()[0].id == "base"
+    server = Misbehaving(broken(b"x"), MODELS)
+    with serving(server) as client, pytest.raises(ConnectionFailed):
+        client.chat("hi", model="base")
+    assert server.requests == ["POST"]
+
+
+def chunk(text: str) -> bytes:
+    choice = f'{{"index": 0, "text": "{text}", "finish_reason": null}}'
+    body = f'{{"id": "c", "object": "text_completion", "created": 0, "model": "m", "choices": [{choice}]}}'
+    return f"data: {body}\n\n".encode()
+
+
+def test_a_stream_that_fails_on_the_way_keeps_what_came_before() -> None:
+    failure = b'data: {"error": {"message": "engine died", "type": "server_error", "param": null, "code": "x"}}\n\n'
+    for answer, expected in (
+        (StreamingResponse(iter([chunk("one"), failure]), media_type="text/event-stream"), StreamFailed),
+        (broken(chunk("one")), ConnectionFailed),
+    ):
+        with serving(Misbehaving(answer)) as client, client.stream("p", model="m") as pieces:
+            with pytest.raises(expected):
+                list(pieces)
+            assert pieces.text == "one"
+
+
+def test_an_answer_that_is_no_error_object_is_still_told() -> None:
+    with (
+        serving(Misbehaving(PlainTextResponse("a proxy's page", 502))) as client,
+        pytest.raises(ReftServeError, match="HTTP 502: a proxy's page"),
+    ):
+        client.models.list()
+
+
+def test_the_client_imports_no_torch() -> None:
+    code = "import sys, reftserve.client, reftserve.client.cli; assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
