@@ -24,6 +24,10 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
 
     Raises ShapeError when the model has no such list, or several.
     """
+    return list(_block_list(model))
+
+
+def _block_list(model: PreTrainedModel) -> nn.ModuleList:
     count = model.config.get_text_config().num_hidden_layers
     lists = [
         module
@@ -35,7 +39,7 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     outer = [found for found in lists if id(found) not in inner]
     if len(outer) != 1:
         raise ShapeError(f"{type(model).__name__} has {len(outer)} lists of {count} equal blocks; expected one")
-    return list(outer[0])
+    return outer[0]
 
 
 @contextmanager
@@ -49,7 +53,9 @@ def attach(
     t plus the length of the cache that the pass continues.
     Raises ShapeError when an edit does not fit the model.
     """
-    layers = decoder_layers(model)
+    layers = _block_list(model)
+    # Not `model.base_model`: some architectures (OPT) call the module that runs the blocks past it.
+    decoder = next(module for module in model.modules() if any(child is layers for child in module.children()))
     members: defaultdict[int, list[Member]] = defaultdict(list)
     for layer, positions, delta in _members(edits):
         if layer >= len(layers):
@@ -62,7 +68,7 @@ def attach(
         cache = kwargs.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
 
-    handles = [model.base_model.register_forward_pre_hook(before, with_kwargs=True)]
+    handles = [decoder.register_forward_pre_hook(before, with_kwargs=True)]
     try:
         for layer, at_layer in members.items():
             handles.append(layers[layer].register_forward_hook(_hook(at_layer, n_prompt, lambda: past)))

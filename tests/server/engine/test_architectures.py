@@ -6,67 +6,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from architectures import ARCHITECTURES, ROTARY, tiny_model
 from engine_oracle import RecordingRunner, oracle_logits, random_edit, request, run_until_done
 from transformers import (
     AutoModelForCausalLM,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
 )
 
 from reftserve.interventions import BaseFingerprint, PlacedEdit, Positions, save_artifact
 from reftserve.server.engine.engine import Engine
 from reftserve.server.engine.errors import UnsupportedModel
 
-COMMON = {"vocab_size": 100, "max_position_embeddings": 128, "initializer_range": 0.3}
-ROTARY = {
-    **COMMON,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
-GEMMA = {**ROTARY, "head_dim": 8, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2}
 
-
-def models() -> dict[str, PreTrainedModel]:
-    torch.manual_seed(0)
-    heads = {"num_hidden_layers": 3, "num_attention_heads": 4}
-    return {
-        "llama": LlamaForCausalLM(LlamaConfig(**ROTARY)),
-        "qwen2": Qwen2ForCausalLM(Qwen2Config(**ROTARY)),
-        "mistral": MistralForCausalLM(MistralConfig(**ROTARY, sliding_window=8)),
-        "gpt2": GPT2LMHeadModel(
-            GPT2Config(vocab_size=100, n_positions=128, n_embd=32, n_layer=3, n_head=4, initializer_range=0.3)
-        ),
-        "gpt_neox": GPTNeoXForCausalLM(
-            GPTNeoXConfig(**COMMON, **heads, hidden_size=32, intermediate_size=48, rotary_pct=0.5)
-        ),
-        "opt": OPTForCausalLM(
-            OPTConfig(
-                vocab_size=100, max_position_embeddings=128, **heads, hidden_size=32, ffn_dim=48, word_embed_proj_dim=32
-            )
-        ),
-        "gemma3": Gemma3ForCausalLM(Gemma3TextConfig(**{**GEMMA, "num_hidden_layers": 4}, query_pre_attn_scalar=8)),
-    }
-
-
-@pytest.mark.parametrize("name", ["llama", "qwen2", "mistral", "gpt2", "gpt_neox", "opt", "gemma3"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_an_architecture_serves_edited_and_plain_requests_as_alone(name: str, tmp_path: Path) -> None:
-    models()[name].eval().save_pretrained(tmp_path / "model")
+    tiny_model(name).save_pretrained(tmp_path / "model")
     oracle = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
     served = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
     edits = [

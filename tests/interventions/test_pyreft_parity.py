@@ -1,0 +1,131 @@
+"""Ours against pyreft 0.1.0: outputs, gradients, positions and whole models, from files that pyreft itself computed.
+
+`tests/references/make_pyreft_reference.py` makes the files.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from reftserve.interventions import FAMILIES, Family, LowRankEdit, PlacedEdit, Positions, attach
+
+REFERENCES = Path(__file__).parents[1] / "references" / "pyreft"
+FAMILY_FILE = load_file(REFERENCES / "families.safetensors")
+MODEL_FILE = load_file(REFERENCES / "models.safetensors")
+TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
+OURS = {"rotate_layer": "rotate", "proj_layer": "projection"}
+CASES = sorted({tuple(key.split(".")[:2]) for key in FAMILY_FILE})
+
+
+def our_name(name: str) -> str:
+    head, _, rest = name.partition(".")
+    return f"{OURS.get(head, head)}.{rest}" if rest else OURS.get(head, head)
+
+
+def reference(family: str, activation: str) -> dict[str, Tensor]:
+    prefix = f"{family}.{activation}."
+    return {key.removeprefix(prefix): tensor for key, tensor in FAMILY_FILE.items() if key.startswith(prefix)}
+
+
+def loaded(family: str, activation: str, found: dict[str, Tensor]) -> Family:
+    hidden = found["hidden"].shape[1]
+    weights = {our_name(k.removeprefix("weight.")): t for k, t in found.items() if k.startswith("weight.")}
+    rank = next(t for name, t in weights.items() if name.startswith("learned_source")).shape[0]
+    options = {"add_bias": True} if family == "noreft" else {}
+    ours = FAMILIES[family](hidden, rank, act=activation, dropout=0.5, **options)
+    known = dict(ours.named_parameters()) | dict(ours.named_buffers())
+    unused = set(weights) - set(known)
+    # pyreft gives NodiReFT a bias that its formula never reads.
+    assert unused == ({"projection.bias"} if family == "nodireft" else set())
+    assert set(known) <= set(weights)
+    with torch.no_grad():
+        for name, tensor in known.items():
+            tensor.copy_(weights[name])
+    return ours.eval()
+
+
+def test_the_references_cover_every_family() -> None:
+    assert {family for family, _ in CASES} == set(FAMILIES)
+
+
+@pytest.mark.parametrize(("family", "activation"), CASES)
+def test_outputs_and_gradients_are_those_of_pyreft(family: str, activation: str) -> None:
+    found = reference(family, activation)
+    ours = loaded(family, activation, found)
+    hidden = found["hidden"].clone().requires_grad_()
+    output = ours(hidden)
+    torch.testing.assert_close(output, found["output"], **TOLERANCE)
+    (output * found["cotangent"]).sum().backward()
+    torch.testing.assert_close(hidden.grad, found["gradient.hidden"], **TOLERANCE)
+    for name, parameter in ours.named_parameters():
+        theirs = next(
+            t for key, t in found.items() if key.startswith("gradient.") and our_name(key[len("gradient.") :]) == name
+        )
+        torch.testing.assert_close(parameter.grad, theirs, **TOLERANCE, msg=lambda text, name=name: f"{name}: {text}")
+    torch.testing.assert_close(ours.lower().apply(found["hidden"]), found["output"], **TOLERANCE)
+
+
+@pytest.mark.parametrize("row", json.loads((REFERENCES / "positions.json").read_text()), ids=str)
+def test_positions_are_those_of_pyreft(row: dict) -> None:  # type: ignore[type-arg]
+    positions, n_prompt = Positions.parse(row["positions"]), row["n_prompt"]
+    ours = positions.indices(n_prompt, 0, n_prompt).tolist()
+    assert ours == [index for index in row["tied"] if index >= 0]
+    parts = positions.split()
+    if len(parts) == 2:
+        for part, theirs in zip(parts, row["untied"], strict=True):
+            assert part.indices(n_prompt, 0, n_prompt).tolist() == [index for index in theirs if index >= 0]
+
+
+def lowered(found: dict[str, Tensor], *, reads_projection: bool) -> LowRankEdit:
+    """The canonical edit of pyreft's weights; reads_projection: the formula subtracts Rh, or W2 h + b2."""
+    W, b = found["W"], found["b"]
+    U = found["W2"] if "W2" in found else found["Rt"].T.contiguous()
+    A = W - U if reads_projection else W
+    rank = W.shape[0]
+    offset = found["b2"] if "b2" in found else torch.zeros(rank)
+    return LowRankEdit(A, b - offset, U, torch.zeros(rank, dtype=torch.int8), torch.ones(rank))
+
+
+def placed(case: str, positions: str, layers: list[int], *, tied: bool) -> list[PlacedEdit]:
+    parts = [Positions.parse(positions)] if tied else Positions.parse(positions).split()
+    edits = []
+    # pyreft orders all prefixes before all suffixes.
+    for index, (part, layer) in enumerate((part, layer) for part in parts for layer in layers):
+        prefix = f"{case}.{index}."
+        found = {key.removeprefix(prefix): tensor for key, tensor in MODEL_FILE.items() if key.startswith(prefix)}
+        edits.append(PlacedEdit(layer, part, lowered(found, reads_projection=case != "last")))
+    return edits
+
+
+@pytest.mark.parametrize(
+    ("case", "positions", "layers", "tied"),
+    [
+        ("tied", "f2+l2", [0, 1], True),
+        ("untied", "f3+l3", [0, 1], False),
+        ("last", "l1", [1], True),
+        ("first", "f3", [0], True),
+    ],
+)  # the families of the four: LoReFT, LoReFT, DiReFT, NoReFT
+def test_a_whole_model_answers_as_with_pyreft(case: str, positions: str, layers: list[int], *, tied: bool) -> None:
+    weights = {k.removeprefix("llama."): t for k, t in MODEL_FILE.items() if k.startswith("llama.")}
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=40,
+            hidden_size=24,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            tie_word_embeddings=False,
+        )
+    ).eval()
+    model.load_state_dict(weights)
+    with torch.no_grad(), attach(model, placed(case, positions, layers, tied=tied), MODEL_FILE["lengths"]):
+        logits = model(MODEL_FILE["ids"]).logits
+    torch.testing.assert_close(logits, MODEL_FILE[f"{case}.logits"], atol=1e-5, rtol=1e-5)
