@@ -1,0 +1,75 @@
+"""Files: valid or not there; bounded; removed whole."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from published import OWNER
+
+from reftserve.server.errors import InvalidRequest, NotFound, PayloadTooLarge
+from reftserve.server.registry.files import FileStore
+from reftserve.server.storage.blobs import BlobStore
+from reftserve.server.storage.database import Database
+from reftserve.server.training.dataset import count_examples
+
+LINES = b'{"prompt": "a", "completion": "b"}\n' * 3
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> FileStore:
+    database = Database(f"sqlite:///{tmp_path / 'test.db'}")
+    database.migrate()
+    return FileStore(
+        database, BlobStore(str(tmp_path / "blobs"), tmp_path / "cache"), max_bytes=200, validate=count_examples
+    )
+
+
+def upload(files: FileStore, content: bytes, purpose: str = "fine-tune") -> str:
+    return files.upload(OWNER, "set.jsonl", purpose, io.BytesIO(content)).id
+
+
+def test_a_valid_file_is_kept_byte_for_byte(files: FileStore) -> None:
+    row = files.get(OWNER, upload(files, LINES))
+    assert files.path(row).read_bytes() == LINES
+    assert (row.bytes, row.examples, row.filename) == (len(LINES), 3, "set.jsonl")
+    assert [file.id for file in files.list_all(OWNER)] == [row.id]
+    assert files.list_all("somebody else") == []
+    with pytest.raises(NotFound):
+        files.get("somebody else", row.id)
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "words"),
+    [
+        (b"", InvalidRequest, "no examples|empty"),
+        (b"\n \n", InvalidRequest, "no examples|empty"),
+        (LINES + b"{", InvalidRequest, "line 4"),
+        (LINES + b'{"prompt": "a"}', InvalidRequest, "line 4.*completion"),
+        (b'{"prompt": "\xff", "completion": "b"}', InvalidRequest, "not UTF-8"),
+        (LINES * 10, PayloadTooLarge, "more than 200 bytes"),
+    ],
+)
+def test_a_bad_file_is_refused_and_leaves_nothing(
+    files: FileStore, tmp_path: Path, content: bytes, error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        upload(files, content)
+    assert files.list_all(OWNER) == []
+    assert not (tmp_path / "blobs").exists()
+
+
+def test_another_purpose_is_refused_by_name(files: FileStore) -> None:
+    with pytest.raises(InvalidRequest, match="'assistants'"):
+        upload(files, LINES, "assistants")
+
+
+def test_results_are_listed_by_their_purpose_and_deleted_whole(files: FileStore, tmp_path: Path) -> None:
+    upload(files, LINES)
+    result = files.add_result(OWNER, "job.csv", b"step\n")
+    assert [file.id for file in files.list_all(OWNER, purpose="fine-tune-results")] == [result.id]
+    files.delete(OWNER, result.id)
+    with pytest.raises(NotFound):
+        files.delete(OWNER, result.id)
+    assert len(list((tmp_path / "blobs" / "files").iterdir())) == 1

@@ -1,0 +1,69 @@
+"""The database: migrations make exactly the tables that the code declares; what is committed survives kill -9."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+from sqlalchemy import select
+
+from reftserve.server.storage.database import Database
+from reftserve.server.storage.tables import Intervention, Table
+
+INSERT = """
+import os, signal, sys
+from reftserve.server.storage.database import Database
+from reftserve.server.storage.tables import Intervention
+database = Database(sys.argv[1])
+database.migrate()
+for number in range(100):
+    with database.session() as session:
+        session.add(Intervention(owner="o", name=f"n{number}", next_version=1, created_at=0))
+    print(number, flush=True)
+    if number == 30:
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path / 'test.db'}"
+
+
+def test_migrations_make_the_declared_tables(url: str) -> None:
+    database = Database(url)
+    database.migrate()
+    database.migrate()
+    with database.engine.connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), Table.metadata) == []
+
+
+def test_what_was_committed_survives_kill_9(url: str) -> None:
+    done = subprocess.run([sys.executable, "-c", INSERT, url], capture_output=True, text=True, check=False)
+    assert done.stdout.split()[-1] == "30"
+    with Database(url).reading() as session:
+        assert len(list(session.scalars(select(Intervention)))) == 31
+
+
+def test_a_transaction_that_fails_leaves_nothing(url: str) -> None:
+    database = Database(url)
+    database.migrate()
+
+    def fail_on_the_way() -> None:
+        with database.session() as session:
+            session.add(Intervention(owner="o", name="n", next_version=1, created_at=0))
+            session.flush()
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail_on_the_way()
+    with database.reading() as session:
+        assert not list(session.scalars(select(Intervention)))
+
+
+def test_a_database_that_is_not_there_is_not_reachable(tmp_path: Path) -> None:
+    assert not Database(f"sqlite:///{tmp_path / 'no' / 'folder' / 'test.db'}").is_reachable()

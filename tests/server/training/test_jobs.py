@@ -1,0 +1,57 @@
+"""Jobs through the API: what OpenAI's shape promises beyond a single run."""
+
+from __future__ import annotations
+
+import openai
+import pytest
+from api_data import BASE, chat_lines, finished
+from running_server import RunningServer
+
+
+@pytest.fixture
+def client(server: RunningServer) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="any")
+
+
+def create(client: openai.OpenAI, name: str, **fields: object) -> str:
+    file = client.files.create(file=("set.jsonl", chat_lines(24)), purpose="fine-tune")
+    reft = {"layers": [2], "rank": 1, "hyperparameters": {"n_epochs": 1}}
+    arguments = {"method": {"type": "reft", "reft": reft}, **fields}
+    return client.fine_tuning.jobs.create(model=BASE, training_file=file.id, suffix=name, **arguments).id  # type: ignore[arg-type]
+
+
+def test_two_jobs_that_publish_one_name_make_two_versions(client: openai.OpenAI) -> None:
+    jobs = [create(client, "shared", seed=seed) for seed in (1, 2)]
+    done = [finished(client, job) for job in jobs]
+    assert [job.status for job in done] == ["succeeded", "succeeded"]
+    assert sorted(job.fine_tuned_model or "" for job in done) == ["shared@1", "shared@2"]
+
+
+def test_the_supervised_method_is_a_recipe_of_its_own(client: openai.OpenAI) -> None:
+    method = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": "auto"}}}
+    job = finished(client, create(client, "recipe", method=method))
+    assert job.status == "succeeded"
+    assert job.hyperparameters.n_epochs == 2  # type: ignore[union-attr]
+
+
+def test_a_job_whose_file_has_gone_fails_with_a_reason(client: openai.OpenAI) -> None:
+    blocking = create(client, "blocking", method={"type": "reft", "reft": {"hyperparameters": {"n_epochs": 40}}})
+    waiting = create(client, "waiting")
+    client.files.delete(client.fine_tuning.jobs.retrieve(waiting).training_file)
+    client.fine_tuning.jobs.cancel(blocking)
+    job = finished(client, waiting)
+    assert job.status == "failed"
+    assert job.error is not None
+    assert job.error.param == "training_file"
+    assert "file-" in job.error.message
+    assert finished(client, blocking).status == "cancelled"
+
+
+def test_a_queued_job_can_be_cancelled_and_an_ended_one_cannot(client: openai.OpenAI) -> None:
+    running = create(client, "running", method={"type": "reft", "reft": {"hyperparameters": {"n_epochs": 40}}})
+    queued = create(client, "queued")
+    assert client.fine_tuning.jobs.cancel(queued).status == "cancelled"
+    client.fine_tuning.jobs.cancel(running)
+    assert finished(client, running).status == "cancelled"
+    with pytest.raises(openai.ConflictError):
+        client.fine_tuning.jobs.cancel(running)
