@@ -19,7 +19,7 @@ from reftserve.client.schemas import FinishReason, GenerationFields, Interventio
 from reftserve.server.engine.detokenizer import Detokenizer
 from reftserve.server.engine.errors import EngineDied
 from reftserve.server.engine.messages import InterventionRef, SamplingParams, Submit
-from reftserve.server.errors import InvalidRequest, NotFound, Overloaded, ServerError, Unavailable
+from reftserve.server.errors import InvalidRequest, NotFound, Overloaded, Unavailable
 from reftserve.server.registry.interventions import PublishedVersion
 from reftserve.server.registry.names import Reference, suggestion
 from reftserve.server.services import Services
@@ -177,7 +177,8 @@ async def _answer(
                     return
     except EngineDied as cause:
         queue.put_nowait(Unavailable(str(cause), code="engine_died", retry_after_s=RETRY_AFTER_S))
-    except ServerError as cause:
+    except Exception as cause:
+        # Whatever it is, the consumer must hear of it: it would wait for ever otherwise.
         queue.put_nowait(cause)
 
 

@@ -47,14 +47,16 @@ class FileStore:
             received = Path(scratch) / "upload"
             self._receive(stream, received)
             examples = self._validate(received)
-            return self._store(owner, filename, purpose, received, examples)
+            file_id = f"file-{uuid.uuid4().hex}"
+            return self._store(owner, filename, purpose, received, examples, file_id=file_id)
 
-    def add_result(self, owner: str, filename: str, content: bytes) -> File:
-        """Keep what a job produced."""
+    def put_result(self, owner: str, job_id: str, filename: str, content: bytes) -> File:
+        """Keep what a job produced; again, after a crash, it replaces the same file."""
         with tempfile.TemporaryDirectory() as scratch:
             file = Path(scratch) / "result"
             file.write_bytes(content)
-            return self._store(owner, filename, RESULTS, file, None)
+            file_id = f"file-{job_id.removeprefix('ftjob-')}"
+            return self._store(owner, filename, RESULTS, file, None, file_id=file_id)
 
     def get(self, owner: str, file_id: str, *, param: str = "file_id") -> File:
         """A file's row.
@@ -100,8 +102,9 @@ class FileStore:
                     )
                 file.write(chunk)
 
-    def _store(self, owner: str, filename: str, purpose: str, content: Path, examples: int | None) -> File:
-        file_id = f"file-{uuid.uuid4().hex}"
+    def _store(
+        self, owner: str, filename: str, purpose: str, content: Path, examples: int | None, *, file_id: str
+    ) -> File:
         file = File(
             id=file_id,
             owner=owner,
@@ -116,7 +119,7 @@ class FileStore:
         self._blobs.put_file(file.blob_key, content)
         try:
             with self._database.session() as session:
-                session.add(file)
+                session.merge(file)
         except BaseException:
             self._blobs.delete(file.blob_key)
             raise

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import func, select
+from sqlalchemy.orm import Session
 
 from reftserve.server.errors import NotFound
 from reftserve.server.storage.database import Database
@@ -65,22 +66,17 @@ class JobLog:
         with self._database.reading() as session:
             return bool(session.scalar(select(Job.cancel_requested).where(Job.id == job_id)))
 
+    def create(self, job: Job, message: str) -> None:
+        """A new job with its first event, in one transaction: no worker sees the one without the other."""
+        with self._database.session() as session:
+            session.add(job)
+            session.flush()
+            self._append(session, job, message, "info", None)
+
     def event(self, job_id: str, message: str, *, level: str = "info", data: dict[str, Any] | None = None) -> None:
         """Append an event; one with data is of type `metrics`."""
         with self._database.session() as session:
-            last = session.scalar(select(func.max(JobEvent.number)).where(JobEvent.job_id == job_id))
-            session.add(
-                JobEvent(
-                    job_id=job_id,
-                    number=(last or 0) + 1,
-                    owner=session.get_one(Job, job_id).owner,
-                    level=level,
-                    type="message" if data is None else "metrics",
-                    message=message,
-                    data=data,
-                    created_at=int(time.time()),
-                )
-            )
+            self._append(session, session.get_one(Job, job_id), message, level, data)
 
     def events(self, job_id: str, *, before: int | None, limit: int) -> list[JobEvent]:
         """Up to `limit` events, newest first, that are older than number `before`."""
@@ -109,3 +105,18 @@ class JobLog:
         query = select(JobCheckpoint).where(JobCheckpoint.job_id == job_id).order_by(JobCheckpoint.step.desc())
         with self._database.reading() as session:
             return list(session.scalars(query))
+
+    def _append(self, session: Session, job: Job, message: str, level: str, data: dict[str, Any] | None) -> None:
+        last = session.scalar(select(func.max(JobEvent.number)).where(JobEvent.job_id == job.id))
+        session.add(
+            JobEvent(
+                job_id=job.id,
+                number=(last or 0) + 1,
+                owner=job.owner,
+                level=level,
+                type="message" if data is None else "metrics",
+                message=message,
+                data=data,
+                created_at=int(time.time()),
+            )
+        )

@@ -75,9 +75,7 @@ class JobService:
             result_files=[],
             created_at=int(time.time()),
         )
-        with self._store.database.session() as session:
-            session.add(job)
-        self.log.event(job.id, f"Created job {job.id} for intervention {job.suffix!r}")
+        self.log.create(job, f"Created job {job.id} for intervention {job.suffix!r}")
         return job
 
     def get(self, owner: str, job_id: str) -> Job:

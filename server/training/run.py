@@ -25,7 +25,7 @@ from reftserve.server.errors import InvalidRequest
 from reftserve.server.registry.store import Store
 from reftserve.server.storage.tables import Job
 from reftserve.server.training.dataset import EncodedExample, Splits, dataset_hash, encode, read_examples, split
-from reftserve.server.training.job_log import JobLog
+from reftserve.server.training.job_log import ENDED, JobLog
 from reftserve.server.training.recipe import Plan
 from reftserve.server.training.trainer import Trainer
 
@@ -70,6 +70,8 @@ class Runs:
 
     def advance(self, job_id: str, step: int) -> int:
         """Train from checkpoint `step` to the next; the step reached, or CANCELLED."""
+        if self._log.get(job_id).status in ENDED:
+            return CANCELLED
         trainer = self._trainer(job_id, step)
         until = min(step + self._checkpoint_steps, trainer.total_steps)
         while trainer.step < until:
@@ -84,6 +86,8 @@ class Runs:
     def publish(self, job_id: str) -> str:
         """Score base and best intervention on the test split, publish, and end the job; `name@version`."""
         job = self._log.get(job_id)
+        if job.status in ENDED:
+            return job.fine_tuned_model or ""
         trainer = self._trainer(job_id, None)
         edits = trainer.best_edits()
         scores = {
@@ -105,7 +109,7 @@ class Runs:
             provenance=self._provenance(job, trainer, scores),
         )
         published = self._store.interventions.publish(job.owner, job.suffix, artifact, job_id=job_id)
-        results = self._store.files.add_result(job.owner, f"{job_id}.csv", self._metrics_csv(job_id))
+        results = self._store.files.put_result(job.owner, job_id, f"{job_id}.csv", self._metrics_csv(job_id))
         self._log.event(job_id, f"Test scores of base and intervention: {scores}", data={"test": scores})
         self._log.end(
             job_id,

@@ -67,7 +67,9 @@ def test_another_purpose_is_refused_by_name(files: FileStore) -> None:
 
 def test_results_are_listed_by_their_purpose_and_deleted_whole(files: FileStore, tmp_path: Path) -> None:
     upload(files, LINES)
-    result = files.add_result(OWNER, "job.csv", b"step\n")
+    for content in (b"step\n", b"step\n1\n"):
+        result = files.put_result(OWNER, "ftjob-1", "job.csv", content)
+    assert files.path(result).read_bytes() == b"step\n1\n"
     assert [file.id for file in files.list_all(OWNER, purpose="fine-tune-results")] == [result.id]
     files.delete(OWNER, result.id)
     with pytest.raises(NotFound):
