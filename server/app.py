@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from importlib.metadata import version
 
 from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
 
 from reftserve.server.api import chat, completions, files, fine_tuning, health, interventions, models
 from reftserve.server.api.errors import install_error_handlers
@@ -61,7 +62,8 @@ def create_app(services: Services, on_engine_failure: Callable[[str], None]) -> 
         await services.engine.stop()
         services.database.close()
 
-    app = FastAPI(title="ReftServe", version=version("reftserve"), lifespan=lifespan)
+    # The pages of /docs come with the package: servers often stand where no content network can be reached.
+    app: FastAPI = FastAPIOffline(title="ReftServe", version=version("reftserve"), lifespan=lifespan)
     app.state.services = services
     install_error_handlers(app)
     for router in ROUTERS:

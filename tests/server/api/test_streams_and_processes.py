@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -72,11 +73,16 @@ def test_many_requests_at_once_each_get_their_own_answer(server: RunningServer, 
 def test_health_readiness_metrics_and_documentation_are_there(server: RunningServer) -> None:
     assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
     assert httpx.get(f"{server.url}/ready").json() == {"ready": True, "model": True, "worker": True, "database": True}
+    httpx.post(f"{server.url}/v1/completions", json={"model": BASE, "prompt": "a", "max_tokens": 2})
     assert server.metric("reftserve_engine_steps_total") > 0
     assert server.metric("reftserve_engine_kv_blocks_total") > 0
     paths = httpx.get(f"{server.url}/openapi.json").json()["paths"]
     assert {"/v1/chat/completions", "/v1/fine_tuning/jobs", "/v1/interventions"} <= paths.keys()
-    assert httpx.get(f"{server.url}/docs").status_code == 200
+    page = httpx.get(f"{server.url}/docs").text
+    parts = [part for part in re.findall(r'(?:src|href)="([^"]+)"', page) if part != "/docs"]
+    assert parts
+    assert all(part.startswith("/") for part in parts), "nothing from a content network"
+    assert {httpx.get(f"{server.url}{part}").status_code for part in parts} == {200}
 
 
 def test_an_engine_that_dies_fails_its_requests_clearly_and_comes_back(tiny_llama_folder: Path, tmp_path: Path) -> None:
