@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 
 from reftserve.client.schemas import ErrorBody, ErrorDetail
 from reftserve.server.errors import ServerError
+from reftserve.server.field_paths import field_path
 
 logger = logging.getLogger(__name__)
 
@@ -41,14 +42,14 @@ async def _validation_error(request: Request, error: Exception) -> JSONResponse:
     found = error.errors()
     # A union reports what is wrong with each of its members; an unknown field says most.
     first = next((e for e in found if e["type"] == "extra_forbidden"), found[0])
-    where = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
-    param = ".".join(where) or None
+    source, *location = first["loc"]
+    path = field_path(location, error.body) if source == "body" else ".".join(map(str, location))
+    param = path or None
     if first["type"] == "json_invalid":
-        message, param, code = (
-            f"the body is not JSON: {first['ctx']['error']} at byte {where[-1]}",
-            None,
-            "invalid_json",
-        )
+        message, code = f"the body is not JSON: {first['ctx']['error']} at byte {location[-1]}", "invalid_json"
+        param = None
+    elif source == "body" and not location:
+        message, code = "the body must be a JSON object, sent with Content-Type: application/json", "invalid_json"
     elif first["type"] == "extra_forbidden":
         message, code = f"unknown field {param!r}", "unknown_field"
     elif first["type"] == "missing":

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from reftserve.client.schemas import ChatMessage, Request
 from reftserve.server.errors import InvalidRequest
+from reftserve.server.field_paths import field_path
 from reftserve.server.prompts import encode_rendered, encode_text, render_answer, render_chat
 
 MIN_EXAMPLES = 10
@@ -186,6 +187,8 @@ def _parse_line(line: str, number: int) -> Example:
         row: Any = json.loads(line)
     except json.JSONDecodeError as cause:
         raise _invalid(f"line {number}: not JSON ({cause.msg} at column {cause.colno})", number) from cause
+    except RecursionError as cause:
+        raise _invalid(f"line {number}: JSON that is nested too deeply", number) from cause
     if not isinstance(row, dict):
         raise _invalid(f"line {number}: {type(row).__name__}; expected an object", number)
     kind: type[Example] = CompletionExample if "prompt" in row or "completion" in row else ChatExample
@@ -193,7 +196,7 @@ def _parse_line(line: str, number: int) -> Example:
         example = kind.model_validate(row)
     except ValidationError as cause:
         first = cause.errors()[0]
-        where = ".".join(map(str, first["loc"]))
+        where = field_path(first["loc"], row)
         raise _invalid(f"line {number}: field {where}: {first['msg']}", number) from cause
     if isinstance(example, ChatExample):
         last = example.messages[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import httpx
@@ -64,6 +65,9 @@ def test_the_same_intervention_twice_is_an_error(http: httpx.Client, trained: st
         ({"max_completion_tokens": 3}, "max_tokens", "invalid_request"),
         ({"interventions": [{"name": "a"}] * 9}, "interventions", "invalid_request"),
         ({"seed": 2**70}, "seed", "invalid_value"),
+        ({"messages": [{"role": "user", "content": 3}]}, "messages.0.content", "invalid_value"),
+        ({"messages": [{"role": "user"}]}, "messages.0.content", "missing_field"),
+        ({"stop": 5}, "stop", "invalid_value"),
     ],
 )
 def test_a_wrong_field_is_named(http: httpx.Client, fields: dict[str, Any], param: str, code: str) -> None:
@@ -76,6 +80,20 @@ def test_invalid_json_says_where(http: httpx.Client) -> None:
     found = error(http.post("/v1/chat/completions", content=b'{"model": ', headers=headers), 400)
     assert found["code"] == "invalid_json"
     assert "byte 10" in found["message"]
+
+
+def test_half_a_character_is_no_text(http: httpx.Client) -> None:
+    body = json.dumps({"model": BASE, "messages": [{"role": "user", "content": "\ud800"}]})
+    headers = {"Content-Type": "application/json"}
+    found = error(http.post("/v1/chat/completions", content=body, headers=headers), 400)
+    assert found["param"] == "messages.0.content"
+    assert "surrogate" in found["message"]
+
+
+def test_a_body_that_does_not_say_it_is_json_is_told_to(http: httpx.Client) -> None:
+    found = error(http.post("/v1/chat/completions", content=b'{"model": "x"}'), 400)
+    assert "Content-Type: application/json" in found["message"]
+    assert error(http.post("/v1/chat/completions", json=[1]), 400)["code"] == "invalid_json"
 
 
 def test_a_prompt_longer_than_the_context_says_by_how_much(http: httpx.Client) -> None:
@@ -114,6 +132,8 @@ def upload(http: httpx.Client, content: bytes, purpose: str = "fine-tune") -> ht
             "line 1: field messages.0.content",
         ),
         (b'{"text": "x"}', "line 1: field messages"),
+        (b'{"prompt": "\\ud800", "completion": "y"}', "line 1: field prompt"),
+        (b"[" * 100_000, "line 1: JSON that is nested too deeply"),
         (b'{"prompt": "x", "completion": "y", "weight": 1}', "line 1: field weight"),
     ],
 )
