@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from reftserve.server.app import create_app, open_services
 from reftserve.server.errors import Conflict, ServerError
-from reftserve.server.settings import Settings
+from reftserve.server.settings import LOG_FORMAT, Settings
 
 GRACE_S = 10
 
@@ -25,7 +25,7 @@ def serve(settings: Settings) -> None:
     Raises Conflict when another server has the data folder or something has the port, NotFound when there is no base
     model, ServerError when the engine cannot start.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
     failures: list[str] = []
     with _data_folder(settings), _port(settings) as listener:
         services = open_services(settings)

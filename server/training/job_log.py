@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from reftserve.server.errors import NotFound
 from reftserve.server.storage.database import Database
 from reftserve.server.storage.tables import Job, JobCheckpoint, JobEvent
 
+logger = logging.getLogger(__name__)
 ENDED = ("succeeded", "failed", "cancelled")
 
 
@@ -107,6 +109,8 @@ class JobLog:
             return list(session.scalars(query))
 
     def _append(self, session: Session, job: Job, message: str, level: str, data: dict[str, Any] | None) -> None:
+        if data is None:
+            logger.log(logging.INFO if level == "info" else logging.WARNING, "job %s: %s", job.id, message)
         last = session.scalar(select(func.max(JobEvent.number)).where(JobEvent.job_id == job.id))
         session.add(
             JobEvent(

@@ -6,8 +6,8 @@ an acknowledged job can not be lost between two stores.
 
 from __future__ import annotations
 
+import secrets
 import time
-import uuid
 
 from sqlalchemy import select
 
@@ -58,7 +58,8 @@ class JobService:
             examples=training.examples or 0,
             max_context=self._base.max_context,
         )
-        identity = uuid.uuid4().hex
+        # Times are kept in seconds; ids that sort by creation decide who was first within one.
+        identity = f"{time.time_ns():016x}{secrets.token_hex(8)}"
         job = Job(
             id=f"ftjob-{identity}",
             owner=owner,
@@ -66,7 +67,7 @@ class JobService:
             model=request.model,
             training_file=request.training_file,
             validation_file=request.validation_file,
-            suffix=check_name(request.suffix, "suffix") if request.suffix else f"intervention-{identity[:8]}",
+            suffix=check_name(request.suffix, "suffix") if request.suffix else f"intervention-{identity[-8:]}",
             method=request.method.model_dump(exclude_none=True) if request.method else None,
             plan=plan.model_dump(),
             seed=request.seed if request.seed is not None else 0,

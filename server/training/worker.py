@@ -6,6 +6,7 @@ input; when standard input ends the server has gone and so does the worker), or 
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -18,9 +19,9 @@ from dbos import DBOS, SetWorkflowID
 from filelock import FileLock, Timeout
 
 from reftserve.server.base_model import Base, load_model, open_base, resolve_device, resolve_dtype
-from reftserve.server.errors import Conflict
+from reftserve.server.errors import Conflict, ServerError
 from reftserve.server.registry.store import Store, open_store
-from reftserve.server.settings import Settings
+from reftserve.server.settings import LOG_FORMAT, Settings
 from reftserve.server.training.dataset import count_examples
 from reftserve.server.training.durable import MAX_RECOVERIES, QUEUE, WORKFLOW, configure
 from reftserve.server.training.job_log import JobLog
@@ -46,6 +47,7 @@ def run(settings: Settings) -> None:
 
     Raises Conflict when another worker has the data folder, NotFound when there is no base model.
     """
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
     settings.data.mkdir(parents=True, exist_ok=True)
     lock = FileLock(settings.data / "worker.lock")
     try:
@@ -106,6 +108,10 @@ def _register(runs: Runs):  # type: ignore[no-untyped-def]
                 while CANCELLED < done < total:
                     done = advance(job_id, done)
                 return publish(job_id) if done != CANCELLED else None
+            except ServerError as cause:
+                # The job's own fault: its row says so, and nobody needs a traceback.
+                runs.fail(job_id, cause)
+                return None
             except Exception as cause:
                 runs.fail(job_id, cause)
                 raise

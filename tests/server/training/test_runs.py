@@ -83,3 +83,9 @@ def test_the_first_event_is_that_the_job_was_created(workplace: Workplace) -> No
     events, more = workplace.jobs.events(OWNER, workplace.create(), after=None, limit=10)
     assert [event.message.split()[0] for event in events] == ["Created"]
     assert not more
+
+
+def test_jobs_wait_in_the_order_in_which_they_came(workplace: Workplace) -> None:
+    created = [workplace.create() for _ in range(8)]
+    assert workplace.log.queued() == created
+    assert [job.id for job in workplace.jobs.list_page(OWNER, after=None, limit=20)[0]] == created[::-1]
