@@ -4,7 +4,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 DATA := reftserve-data
 MODEL := $(DATA)/models/HuggingFaceTB--SmolLM2-135M-Instruct
-export HF_HUB_OFFLINE ?= 1
 
 .PHONY: demo test check format install model lint-links clean help
 

