@@ -101,5 +101,6 @@ def _first(config: dict[str, Any], *names: str) -> int:
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
-    # A view, not a copy: the largest tensors are a good part of the model.
+    # A view where it can be, not a copy: the largest tensors are a good part of the model.
+    tensor = tensor.to_dense() if tensor.is_mkldnn else tensor
     return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

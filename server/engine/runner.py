@@ -20,6 +20,7 @@ from reftserve.server.engine.bank import Bank
 from reftserve.server.engine.edit_plan import LayerEdits, plan_edits
 from reftserve.server.engine.errors import UnsupportedModel
 from reftserve.server.engine.kv_cache import KVCache, LayerShape
+from reftserve.server.engine.packed_linear import pack_linears
 from reftserve.server.engine.scheduler import Batch
 
 # These scale positions by the longest sequence of the whole batch, so one request would change another (I1).
@@ -27,10 +28,11 @@ BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 
 class Runner:
-    """The base model with its cache and bank."""
+    """The base model with its cache and bank. Takes the model over: its linear layers may be packed for speed."""
 
     def __init__(self, model: PreTrainedModel, *, kv_cache_bytes: int, block_size: int, bank_bytes: int) -> None:
         _check_supported(model)
+        pack_linears(model)
         self.model = model
         self.device = model.device
         model.set_attn_implementation(ATTENTION)

@@ -1,0 +1,94 @@
+"""What the benchmarks run: a real model, prompts from real text, random interventions, an engine in this process."""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from reftserve.interventions import (
+    BaseFingerprint,
+    InterventionConfig,
+    TrainableIntervention,
+    fingerprint,
+    load_artifact,
+    save_artifact,
+)
+from reftserve.server.engine.config import EngineConfig
+from reftserve.server.engine.engine import Engine
+from reftserve.server.engine.messages import InterventionRef, SamplingParams, Submit
+from reftserve.server.engine.process import build
+
+ROOT = Path(__file__).parent.parent
+MODEL = ROOT / "reftserve-data" / "models" / "HuggingFaceTB--SmolLM2-135M-Instruct"
+
+
+def prompts(count: int, low: int, high: int, seed: int = 0) -> list[list[int]]:
+    """Token ids of real text, `low` to `high` tokens each."""
+    lines = (ROOT / "examples" / "sentiment.train.jsonl").read_text("utf-8").splitlines()
+    text = "\n".join(json.loads(line)["messages"][0]["content"] for line in lines)
+    ids: list[int] = AutoTokenizer.from_pretrained(MODEL)(text)["input_ids"]
+    draw = random.Random(seed)  # noqa: S311 - a workload, not a secret
+    starts = [draw.randrange(len(ids) - high) for _ in range(count)]
+    return [ids[start : start + draw.randint(low, high)] for start in starts]
+
+
+def make_engine(*, max_sequences: int = 64, threads: int = 2) -> Engine:
+    """The engine as its process builds it."""
+    config = EngineConfig(str(MODEL), threads=threads, max_sequences=max_sequences, max_batch_tokens=512)
+    return build(config)[0]
+
+
+def interventions(
+    folder: Path, count: int, *, positions: str, rank: int, layers: tuple[int, ...]
+) -> list[InterventionRef]:
+    """Different untrained interventions, published into a folder."""
+    base: BaseFingerprint = fingerprint(MODEL)
+    config = InterventionConfig("loreft", layers, positions, rank)
+    refs = []
+    for seed in range(count):
+        target = folder / f"{positions}-{rank}-{len(layers)}-{seed}"
+        if not target.exists():
+            edits = TrainableIntervention(config, base.hidden_size, seed=seed).lower()
+            save_artifact(target, edits, family="loreft", positions=positions, rank=rank, base=base)
+        refs.append(InterventionRef(str(target), load_artifact(target).content_hash))
+    return refs
+
+
+def serve(engine: Engine, workload: list[list[int]], new_tokens: int, refs: list[InterventionRef]) -> float:
+    """Generated tokens a second, all requests queued at once, interventions in turn; loads are not counted."""
+    for ref in refs:
+        engine.loader.request(ref)
+    while engine.is_loading:
+        time.sleep(0.001)  # as the engine's process does: spinning would keep the loader's thread from running
+        engine.step()
+    sampling = SamplingParams(max_tokens=new_tokens)
+    began = time.perf_counter()
+    for index, prompt in enumerate(workload):
+        uses = (refs[index % len(refs)],) if refs else ()
+        engine.submit(Submit(f"{began}-{index}", prompt, sampling, uses))
+    while engine.has_work:
+        engine.step()
+    return len(workload) * new_tokens / (time.perf_counter() - began)
+
+
+def medians(variants: dict[str, Callable[[], float]], runs: int) -> dict[str, float]:
+    """Each variant's median over `runs` rounds; variants take turns, so that drift of the machine hits all alike."""
+    figures: dict[str, list[float]] = {name: [] for name in variants}
+    for round_number in range(runs + 1):
+        for name, variant in variants.items():
+            figure = variant()
+            if round_number > 0:  # the first warms up
+                figures[name].append(figure)
+    return {name: statistics.median(values) for name, values in figures.items()}
+
+
+def machine() -> str:
+    """What the figures were taken on."""
+    return f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
