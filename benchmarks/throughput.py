@@ -1,7 +1,4 @@
-"""Generated tokens a second, ours beside Hugging Face's `generate`, in one process.
-
-    python benchmarks/throughput.py --runs 5
-"""
+"""Generated tokens a second, ours beside Hugging Face's `generate`: `python benchmarks/throughput.py --runs 5`."""
 
 from __future__ import annotations
 
@@ -50,7 +47,9 @@ def main() -> None:
             {
                 "Hugging Face generate": hugging_face(prompts),
                 "ours, no intervention": lambda: w.serve(engine, prompts, NEW_TOKENS, []),
-                "ours, 32 interventions (f7+l7, rank 4, all layers)": lambda: w.serve(engine, prompts, NEW_TOKENS, mixed),
+                "ours, 32 interventions (f7+l7, rank 4, all layers)": lambda: w.serve(
+                    engine, prompts, NEW_TOKENS, mixed
+                ),
             },
             runs,
         )

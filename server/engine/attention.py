@@ -21,7 +21,7 @@ from transformers import AttentionInterface
 
 from reftserve.server.engine.errors import UnsupportedModel
 from reftserve.server.engine.kv_cache import KVCache, LayerShape
-from reftserve.server.engine.scheduler import Batch
+from reftserve.server.engine.scheduler import Batch, Chunk
 
 ATTENTION = "reftserve_paged"
 
@@ -89,12 +89,12 @@ class ShapeProbe:
 
 @dataclass(frozen=True)
 class _Prefill:
-    """A prompt chunk: its packed rows, its positions, and the slots of all tokens up to its end."""
+    """A prompt chunk: its packed rows, its positions, and the blocks [1, n] of all tokens up to its end."""
 
     rows: slice
     start: int
     stop: int
-    slots: Tensor
+    blocks: Tensor
 
 
 class PagedStep:
@@ -108,17 +108,12 @@ class PagedStep:
         offset = 0
         for chunk in batch.prefills:
             rows = slice(offset, offset + chunk.stop - chunk.start)
-            all_slots = torch.from_numpy(cache.slots(chunk.sequence.block_table, 0, chunk.stop)).to(device)
-            self.prefills.append(_Prefill(rows, chunk.start, chunk.stop, all_slots))
+            self.prefills.append(_Prefill(rows, chunk.start, chunk.stop, self._blocks([chunk], device)))
             offset = rows.stop
         self.decode_rows = slice(offset, offset + len(batch.decodes))
         if batch.decodes:
-            lengths = np.array([chunk.stop for chunk in batch.decodes])
-            padded = np.zeros((len(lengths), lengths.max()), dtype=np.int64)
-            for row, chunk in zip(padded, batch.decodes, strict=True):
-                row[: chunk.stop] = cache.slots(chunk.sequence.block_table, 0, chunk.stop)
-            self.decode_slots = torch.from_numpy(padded).to(device)
-            self.decode_lengths = torch.from_numpy(lengths).to(device)
+            self.decode_blocks = self._blocks(batch.decodes, device)
+            self.decode_lengths = torch.tensor([chunk.stop for chunk in batch.decodes], device=device)
         self._masks: dict[tuple[int, int | None], Tensor | None] = {}
 
     def attend(
@@ -127,34 +122,44 @@ class PagedStep:
         """Store the step's keys and values, then attend."""
         self.cache.write(layer, self.new_slots, key.transpose(0, 1), value.transpose(0, 1))
         out = query.new_empty(query.shape[0], query.shape[1], value.shape[-1])
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
         for index, prefill in enumerate(self.prefills):
             mask = self._mask(index, window)
+            keys, values = self.cache.gather(layer, prefill.blocks)
             out[:, prefill.rows] = _sdpa(
                 query[:, prefill.rows],
-                keys[prefill.slots].transpose(0, 1),
-                values[prefill.slots].transpose(0, 1),
+                keys[0, : prefill.stop].transpose(0, 1),
+                values[0, : prefill.stop].transpose(0, 1),
                 mask,
                 scale,
                 is_causal=mask is None,
             )
         if self.decode_rows.start < self.decode_rows.stop:
-            out[:, self.decode_rows] = self._decode(query[:, self.decode_rows], keys, values, scale, window)
+            out[:, self.decode_rows] = self._decode(layer, query[:, self.decode_rows], scale, window)
         return out
 
-    def _decode(self, query: Tensor, keys: Tensor, values: Tensor, scale: float | None, window: int | None) -> Tensor:
+    def _decode(self, layer: int, query: Tensor, scale: float | None, window: int | None) -> Tensor:
         heads, rows, dim = query.shape
-        kv_heads = keys.shape[1]
+        keys, values = self.cache.gather(layer, self.decode_blocks)
+        kv_heads = keys.shape[2]
         # Query heads that share a key-value head stand in the place of query tokens: no repeated keys.
         grouped = query.transpose(0, 1).reshape(rows, kv_heads, heads // kv_heads, dim)
         out = scaled_dot_product_attention(
             grouped,
-            keys[self.decode_slots].transpose(1, 2),
-            values[self.decode_slots].transpose(1, 2),
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
             attn_mask=self._mask(len(self.prefills), window),
             scale=scale,
         )
         return out.reshape(rows, heads, -1).transpose(0, 1)
+
+    def _blocks(self, chunks: list[Chunk], device: torch.device) -> Tensor:
+        """The sequences' blocks up to the chunks' ends, [chunks, n]; padded with block 0, which masks hide."""
+        size = self.cache.block_size
+        counts = [-(-chunk.stop // size) for chunk in chunks]
+        blocks = np.zeros((len(chunks), max(counts)), dtype=np.int64)
+        for row, chunk, count in zip(blocks, chunks, counts, strict=True):
+            row[:count] = chunk.sequence.block_table[:count]
+        return torch.from_numpy(blocks).to(device)
 
     def _mask(self, index: int, window: int | None) -> Tensor | None:
         """Who may look at whom in prefill `index` (the decode rows come last); None is plain causal."""
@@ -164,7 +169,8 @@ class PagedStep:
 
     def _build_mask(self, index: int, window: int | None) -> Tensor | None:
         if index == len(self.prefills):
-            key = torch.arange(self.decode_slots.shape[1], device=self.decode_slots.device)
+            width = self.decode_blocks.shape[1] * self.cache.block_size
+            key = torch.arange(width, device=self.decode_blocks.device)
             lengths = self.decode_lengths.unsqueeze(1)
             mask = key < lengths
             if window is not None:
@@ -173,8 +179,8 @@ class PagedStep:
         prefill = self.prefills[index]
         if prefill.start == 0 and (window is None or prefill.stop <= window):
             return None
-        query = torch.arange(prefill.start, prefill.stop, device=prefill.slots.device).unsqueeze(1)
-        key = torch.arange(prefill.stop, device=prefill.slots.device)
+        query = torch.arange(prefill.start, prefill.stop, device=prefill.blocks.device).unsqueeze(1)
+        key = torch.arange(prefill.stop, device=prefill.blocks.device)
         mask = key <= query
         if window is not None:
             mask &= key > query - window

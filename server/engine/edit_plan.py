@@ -64,8 +64,9 @@ def plan_edits(chunks: list[Chunk], bank: Bank, device: torch.device) -> dict[in
     groups: defaultdict[int, list[_Group]] = defaultdict(list)
     offset = 0
     for chunk in chunks:
-        for layer, uses in _by_layer(chunk.sequence.edits).items():
-            groups[layer] += _chunk_groups(chunk, offset, uses)
+        if chunk.start < chunk.sequence.n_prompt or chunk.sequence.edits_generated:
+            for layer, uses in _by_layer(chunk.sequence.edits).items():
+                groups[layer] += _chunk_groups(chunk, offset, uses)
         offset += chunk.stop - chunk.start
     return {layer: _pack(members, bank, device) for layer, members in groups.items() if members}
 

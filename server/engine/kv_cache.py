@@ -86,6 +86,8 @@ class KVCache:
         # Zeros, not empty: padded rows read unwritten slots, and a NaN there would survive its zero weight.
         self.keys = [torch.zeros(slots, s.kv_heads, s.key_dim, dtype=dtype, device=device) for s in shapes]
         self.values = [torch.zeros(slots, s.kv_heads, s.value_dim, dtype=dtype, device=device) for s in shapes]
+        # What `gather` fills. Fresh memory for it in every layer of every step costs more than the copy itself.
+        self._workspaces = [torch.empty(0, dtype=dtype, device=device) for _ in range(2)]
 
     def slots(self, block_table: list[int], start: int, stop: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         """Slots of a sequence's tokens [start, stop), int64."""
@@ -93,7 +95,23 @@ class KVCache:
         blocks = np.asarray(block_table, dtype=np.int64)
         return blocks[positions // self.block_size] * self.block_size + positions % self.block_size
 
+    def gather(self, layer: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of whole blocks [rows, n] as [rows, n * block_size, kv_heads, dim]; until the next call."""
+        keys, values = (
+            self._gather(store[layer], blocks.flatten(), workspace).view(len(blocks), -1, *store[layer].shape[1:])
+            for workspace, store in enumerate((self.keys, self.values))
+        )
+        return keys, values
+
     def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> None:
         """Store keys and values [tokens, kv_heads, dim] in their slots [tokens]."""
         self.keys[layer].index_copy_(0, slots, key)
         self.values[layer].index_copy_(0, slots, value)
+
+    def _gather(self, store: Tensor, blocks: Tensor, workspace: int) -> Tensor:
+        by_block = store.view(self.num_blocks, -1)
+        needed = len(blocks) * by_block.shape[1]
+        if self._workspaces[workspace].numel() < needed:
+            self._workspaces[workspace] = by_block.new_empty(needed)
+        out = self._workspaces[workspace][:needed].view(len(blocks), -1)
+        return torch.index_select(by_block, 0, blocks, out=out)

@@ -67,6 +67,11 @@ class Sequence:
         return tuple((self.loaded[ref.content_hash], ref.scale) for ref in self.refs)
 
     @property
+    def edits_generated(self) -> bool:
+        """Whether an edit may touch tokens after the prompt; all others cost a decode step nothing, not even a look."""
+        return any(use.positions.generated for use in self.edits)
+
+    @property
     def n_generated(self) -> int:
         """Tokens sampled so far."""
         return len(self.token_ids) - self.n_prompt
