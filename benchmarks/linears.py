@@ -11,9 +11,10 @@ import statistics
 import time
 
 import torch
-from reftserve.server.engine.packed_linear import pack_linears
 from torch import nn
 from transformers import AutoModelForCausalLM
+
+from reftserve.server.engine.packed_linear import pack_linears
 
 
 def pass_ms(layers: list[nn.Module], inputs: list[torch.Tensor], runs: int) -> float:
