@@ -153,12 +153,17 @@ class PagedStep:
         return out.reshape(rows, heads, -1).transpose(0, 1)
 
     def _blocks(self, chunks: list[Chunk], device: torch.device) -> Tensor:
-        """The sequences' blocks up to the chunks' ends, [chunks, n]; padded with block 0, which masks hide."""
+        """The sequences' blocks up to the chunks' ends, [chunks, n].
+
+        Rows are padded with a block of their own, which masks hide: what they hide is multiplied by zero all the same,
+        and a number in a strange block may not be finite.
+        """
         size = self.cache.block_size
         counts = [-(-chunk.stop // size) for chunk in chunks]
-        blocks = np.zeros((len(chunks), max(counts)), dtype=np.int64)
+        blocks = np.empty((len(chunks), max(counts)), dtype=np.int64)
         for row, chunk, count in zip(blocks, chunks, counts, strict=True):
             row[:count] = chunk.sequence.block_table[:count]
+            row[count:] = row[0]
         return torch.from_numpy(blocks).to(device)
 
     def _mask(self, index: int, window: int | None) -> Tensor | None:

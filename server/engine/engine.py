@@ -17,6 +17,8 @@ from reftserve.server.engine.sampler import sample
 from reftserve.server.engine.scheduler import Batch, Scheduler
 from reftserve.server.engine.sequence import Sequence, Status
 
+NOT_FINITE = "the logits are not finite: an edit overflows; lower its scale, or train it with a lower learning rate"
+
 
 class Engine:
     """Continuous batching of requests with any mixture of interventions over one frozen model."""
@@ -105,7 +107,10 @@ class Engine:
         if sampling:
             tokens = sample(logits, [s.sampling for s in sampling], [len(s.token_ids) for s in sampling])
             for sequence, token in zip(sampling, tokens, strict=True):
-                self._emit(sequence, token)
+                if token is None:
+                    self._end(sequence, TokenOutput(sequence.request_id, [], "error", NOT_FINITE))
+                else:
+                    self._emit(sequence, token)
         self._steps += 1
 
     def _emit(self, sequence: Sequence, token: int) -> None:

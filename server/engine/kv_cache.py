@@ -83,7 +83,7 @@ class KVCache:
                 f"kv_cache_bytes is {max_bytes}; one block of {block_size} tokens takes {bytes_per_block}"
             )
         slots = self.num_blocks * block_size
-        # Zeros, not empty: padded rows read unwritten slots, and a NaN there would survive its zero weight.
+        # Zeros, not empty: rows read unwritten slots of their blocks, and a NaN there would survive its zero weight.
         self.keys = [torch.zeros(slots, s.kv_heads, s.key_dim, dtype=dtype, device=device) for s in shapes]
         self.values = [torch.zeros(slots, s.kv_heads, s.value_dim, dtype=dtype, device=device) for s in shapes]
         # What `gather` fills. Fresh memory for it in every layer of every step costs more than the copy itself.
@@ -107,6 +107,12 @@ class KVCache:
         """Store keys and values [tokens, kv_heads, dim] in their slots [tokens]."""
         self.keys[layer].index_copy_(0, slots, key)
         self.values[layer].index_copy_(0, slots, value)
+
+    def clear(self, blocks: list[int]) -> None:
+        """Zero whole blocks in all layers."""
+        index = torch.tensor(blocks, device=self.keys[0].device)
+        for store in (*self.keys, *self.values):
+            store.view(self.num_blocks, -1).index_fill_(0, index, 0.0)
 
     def _gather(self, store: Tensor, blocks: Tensor, workspace: int) -> Tensor:
         by_block = store.view(self.num_blocks, -1)

@@ -56,6 +56,8 @@ class Runner:
 
         Returns logits [chunks that sample, vocabulary], in packed order. Advances no sequence.
         """
+        if batch.stale_blocks:
+            self.cache.clear(batch.stale_blocks)
         chunks = batch.chunks
         token_ids = np.concatenate([np.asarray(c.sequence.token_ids[c.start : c.stop], np.int64) for c in chunks])
         positions = np.concatenate([np.arange(c.start, c.stop) for c in chunks])

@@ -17,18 +17,19 @@ from reftserve.server.engine.messages import SamplingParams
 LOWEST_TEMPERATURE = 1e-6
 
 
-def sample(logits: Tensor, params: list[SamplingParams], positions: list[int]) -> list[int]:
-    """One token a row.
+def sample(logits: Tensor, params: list[SamplingParams], positions: list[int]) -> list[int | None]:
+    """One token a row; None where the row's largest logit is not finite, which only an edit that overflows can cause.
 
     logits: [rows, vocabulary]. positions: index that each row's token will have in its sequence.
     """
-    tokens = logits.argmax(dim=-1)
+    largest, tokens = logits.max(dim=-1)
     sampled = [row for row, p in enumerate(params) if p.temperature > 0]
     if sampled:
         rows = torch.tensor(sampled, device=logits.device)
         tokens[rows] = _sample_rows(logits[rows], [params[row] for row in sampled], [positions[row] for row in sampled])
-    chosen: list[int] = tokens.tolist()
-    return chosen
+    # One copy to the host: a token that is not there is -1.
+    chosen: list[int] = torch.where(largest.isfinite(), tokens, -1).tolist()
+    return [token if token >= 0 else None for token in chosen]
 
 
 def _sample_rows(logits: Tensor, params: list[SamplingParams], positions: list[int]) -> Tensor:
@@ -54,7 +55,7 @@ def _sample_rows(logits: Tensor, params: list[SamplingParams], positions: list[i
     uniform = torch.from_numpy(uniforms([p.seed for p in params], positions)).to(device).unsqueeze(1)
     index = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
     last = (ordered > 0).sum(dim=-1, keepdim=True) - 1
-    return tokens.gather(1, torch.minimum(index, last)).squeeze(1)
+    return tokens.gather(1, torch.minimum(index, last).clamp(min=0)).squeeze(1)
 
 
 def uniforms(seeds: list[int], positions: list[int]) -> NDArray[np.float64]:

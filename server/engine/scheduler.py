@@ -38,10 +38,15 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step computes: prompt chunks first, then decode tokens, in the order of the packed row."""
+    """What one step computes: prompt chunks first, then decode tokens, in the order of the packed row.
+
+    stale_blocks: to be zeroed before the step. Edits wrote to them, and edits can overflow; a sequence reads the rest
+    of its last block too, at weight zero, where an infinity would survive.
+    """
 
     prefills: list[Chunk]
     decodes: list[Chunk]
+    stale_blocks: list[int]
 
     @property
     def chunks(self) -> list[Chunk]:
@@ -60,6 +65,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.preemptions = 0
+        self._stale_blocks: list[int] = []
 
     def check(self, sequence: Sequence) -> None:
         """Raise RequestRefused when the sequence could not run even alone."""
@@ -98,6 +104,7 @@ class Scheduler:
         return Batch(
             prefills=[chunk for chunk in planned if not chunk.is_decode],
             decodes=[chunk for chunk in planned if chunk.is_decode],
+            stale_blocks=self._take_stale_blocks() if planned else [],
         )
 
     def finish(self, sequence: Sequence) -> None:
@@ -143,6 +150,12 @@ class Scheduler:
         self.preemptions += 1
 
     def _release(self, sequence: Sequence) -> None:
+        if sequence.edits:
+            self._stale_blocks += sequence.block_table
         self.allocator.release(sequence.block_table)
         self.bank.release(sequence.interventions)
         sequence.edits = ()
+
+    def _take_stale_blocks(self) -> list[int]:
+        stale, self._stale_blocks = self._stale_blocks, []
+        return stale

@@ -123,14 +123,15 @@ def save_random(
         PlacedEdit(layer, Positions.parse(positions), random_edit(rank, hidden, seed * 100 + i, activation))
         for i, (layer, positions) in enumerate(placements)
     ]
-    save_artifact(
-        folder,
-        edits,
-        family="loreft",
-        positions=placements[0][1],
-        rank=rank,
-        base=BaseFingerprint(architecture="LlamaForCausalLM", hidden_size=hidden, num_layers=4, vocab_size=300),
-    )
+    return save_edits(folder, edits, positions=placements[0][1], rank=rank, hidden=hidden)
+
+
+def save_edits(
+    folder: Path, edits: list[PlacedEdit], *, positions: str = "prompt", rank: int = 1, hidden: int = 32
+) -> Path:
+    """A published intervention of these edits, for the tiny Llama."""
+    base = BaseFingerprint(architecture="LlamaForCausalLM", hidden_size=hidden, num_layers=4, vocab_size=300)
+    save_artifact(folder, edits, family="loreft", positions=positions, rank=rank, base=base)
     return folder
 
 

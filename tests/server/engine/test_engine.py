@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
-from engine_oracle import Run, make_engine, request, run_until_done, save_random
+from engine_oracle import Run, make_engine, request, run_until_done, save_edits, save_random
 
-from reftserve.interventions import model_checksum
+from reftserve.interventions import LowRankEdit, PlacedEdit, Positions, model_checksum
 from reftserve.server.engine.messages import InterventionRef, SamplingParams, Submit
 
 PROMPT = list(range(5, 45))
@@ -139,3 +140,43 @@ def test_steps_without_edited_rows_plan_nothing(tiny_llama_folder: Path, artifac
     plans = [plan_edits(batch.chunks, runner.bank, torch.device("cpu")) for batch in runner.batches]  # type: ignore[attr-defined]
     assert all(not plan for plan, batch in zip(plans, runner.batches, strict=True) if batch.decodes)  # type: ignore[attr-defined]
     engine.close()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_intervention_that_overflows_is_an_error_of_its_request_and_leaves_nothing_behind(
+    tiny_llama_folder: Path, tmp_path: Path, temperature: float
+) -> None:
+    """Its blocks hold infinities; whoever shares a step with it, or gets the blocks after it, must not read them."""
+    edit = LowRankEdit(
+        A=torch.zeros(1, 32),
+        b=torch.full((1,), 1e30),
+        U=torch.full((1, 32), 1e30),
+        act=torch.zeros(1, dtype=torch.int8),
+        scale=torch.ones(1),
+    )
+    overflow = save_edits(tmp_path / "overflow", [PlacedEdit(0, Positions.parse("prompt"), edit)])
+    prompts = {"short": PROMPT[:3], "long": PROMPT[:17], "after": PROMPT[:37]}
+    alone = make_engine(tiny_llama_folder)
+    for name, prompt in prompts.items():
+        alone.submit(request(name, prompt, max_tokens=20))
+    expected = run_until_done(alone).tokens
+    run = Run()
+    engine = make_engine(tiny_llama_folder, blocks=28, max_batch_tokens=24)
+    engine.submit(request("first", PROMPT[:10], max_tokens=20))  # so that block 0 goes to the overflow
+    for name in ("short", "long"):
+        engine.submit(request(name, prompts[name], max_tokens=20))
+    while len(engine.scheduler.running) < 3 or any(s.n_generated == 0 for s in engine.scheduler.running):
+        run.take(engine.step().outputs)
+    engine.cancel("first")
+    engine.submit(request("overflow", PROMPT, uses=[(overflow, 1.0)], temperature=temperature))
+    run_until_done(engine, run)
+    engine.submit(request("cancelled", PROMPT, uses=[(overflow, 1.0)]))
+    engine.step()
+    engine.cancel("cancelled")
+    engine.submit(request("after", prompts["after"], max_tokens=20))
+    run_until_done(engine, run)
+    assert run.finished["overflow"].finish_reason == "error"
+    assert "not finite" in (run.finished["overflow"].error or "")
+    assert {name: run.tokens[name] for name in expected} == expected
+    for each in (alone, engine):
+        each.close()
