@@ -58,6 +58,7 @@ class GenerationOptions(TypedDict, total=False):
     stop: str | Sequence[str] | None
     n: int | None
     ignore_eos: bool | None
+    cache_salt: str | None
 
 
 class TrainingOptions(TypedDict, total=False):

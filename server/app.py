@@ -82,4 +82,6 @@ def _engine_config(settings: Settings, base: Base) -> EngineConfig:
         max_batch_tokens=settings.max_batch_tokens,
         max_sequences=settings.max_sequences,
         bank_bytes=settings.bank_bytes,
+        host_bytes=settings.host_bytes,
+        prefix_cache=settings.prefix_cache,
     )

@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 from reftserve.server.engine.messages import EngineStats
 
 GAUGES = ("running", "waiting", "kv_blocks_used", "kv_blocks_total", "bank_rows_used", "bank_rows_total")
-COUNTERS = ("steps", "prompt_tokens", "generated_tokens", "preemptions")
+COUNTERS = ("steps", "prompt_tokens", "cached_prompt_tokens", "generated_tokens", "preemptions")
 LATENCY_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 

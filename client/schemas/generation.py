@@ -77,6 +77,7 @@ class GenerationFields(Request):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool = False
+    cache_salt: str | None = Field(None, min_length=1, max_length=256)
     interventions: list[InterventionUse] | None = None
 
     user: str | None = None

@@ -48,7 +48,7 @@ def _encode(server: Services, body: ChatCompletionRequest) -> list[int]:
 
 
 async def _complete(server: Services, body: ChatCompletionRequest, generation: Generation) -> ChatCompletion:
-    tally = Tally(prompt_tokens=len(generation.prompts[0]))
+    tally = Tally(prompt_tokens=len(generation.prompts[0]), n=generation.n)
     async for piece in stream(server, generation):
         tally.add(piece)
     choices = [
@@ -70,7 +70,7 @@ async def _chunks(
     def chunk(choices: list[ChunkChoice]) -> ChatCompletionChunk:
         return ChatCompletionChunk(id=generation.id, created=generation.created, model=body.model, choices=choices)
 
-    tally = Tally(prompt_tokens=len(generation.prompts[0]))
+    tally = Tally(prompt_tokens=len(generation.prompts[0]), n=generation.n)
     for index in range(generation.n):
         yield chunk([ChunkChoice(index=index, delta=Delta(role="assistant", content=""))])
     async with aclosing(stream(server, generation)) as pieces:

@@ -65,7 +65,7 @@ def _prompt_text(server: Services, generation: Generation, index: int) -> str:
 
 
 def _tally(generation: Generation) -> Tally:
-    return Tally(prompt_tokens=sum(len(prompt) for prompt in generation.prompts))
+    return Tally(prompt_tokens=sum(len(prompt) for prompt in generation.prompts), n=generation.n)
 
 
 async def _complete(server: Services, body: CompletionRequest, generation: Generation) -> Completion:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from starlette.concurrency import run_in_threadpool
 
-from reftserve.client.schemas import FinishReason, GenerationFields, InterventionUse, Usage
+from reftserve.client.schemas import FinishReason, GenerationFields, InterventionUse, PromptTokensDetails, Usage
 from reftserve.server.engine.detokenizer import Detokenizer
 from reftserve.server.engine.errors import EngineDied
 from reftserve.server.engine.messages import InterventionRef, SamplingParams, Submit
@@ -29,12 +29,16 @@ RETRY_AFTER_S = 1.0
 
 @dataclass(frozen=True)
 class Piece:
-    """Text that answer `index` goes on with, and on its last piece why it ended. tokens: how many made it."""
+    """Text that answer `index` goes on with, and on its last piece why it ended.
+
+    tokens: how many made it. cached_tokens: of the prompt, found in the prefix cache.
+    """
 
     index: int
     text: str
     tokens: int
     finish_reason: FinishReason | None = None
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class Generation:
     stops: list[str]
     params: list[SamplingParams]
     versions: list[tuple[PublishedVersion, float]]
+    cache_salt: str
 
 
 @dataclass
@@ -55,13 +60,16 @@ class Tally:
     """Counts tokens as pieces go by."""
 
     prompt_tokens: int
+    n: int
     completion_tokens: int = 0
+    cached_tokens: dict[int, int] = field(default_factory=dict)
     answers: dict[int, list[str]] = field(default_factory=dict)
     reasons: dict[int, FinishReason] = field(default_factory=dict)
 
     def add(self, piece: Piece) -> None:
         """Count one piece."""
         self.completion_tokens += piece.tokens
+        self.cached_tokens[piece.index] = piece.cached_tokens
         self.answers.setdefault(piece.index, []).append(piece.text)
         if piece.finish_reason is not None:
             self.reasons[piece.index] = piece.finish_reason
@@ -77,7 +85,13 @@ class Tally:
             prompt_tokens=self.prompt_tokens,
             completion_tokens=self.completion_tokens,
             total_tokens=self.prompt_tokens + self.completion_tokens,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=self._cached_prompt_tokens),
         )
+
+    @property
+    def _cached_prompt_tokens(self) -> int:
+        # Like prompt_tokens, which counts a prompt once however many answers it gets: what its first answer found.
+        return sum(tokens for index, tokens in self.cached_tokens.items() if index % self.n == 0)
 
 
 async def prepare(
@@ -110,7 +124,9 @@ async def prepare(
         for answer in range(n)
     ]
     generation_id = f"{prefix}-{uuid.uuid4().hex}"
-    return Generation(generation_id, int(time.time()), prompts, n, request.stops, params, versions)
+    # Owners never share: nobody may find out by timing what somebody else asked.
+    salt = f"{owner}\0{request.cache_salt or ''}"
+    return Generation(generation_id, int(time.time()), prompts, n, request.stops, params, versions, salt)
 
 
 async def stream(services: Services, generation: Generation) -> AsyncGenerator[Piece]:
@@ -157,6 +173,7 @@ async def _answer(
             InterventionRef(str(version.folder), version.row.content_hash, scale)
             for version, scale in generation.versions
         ),
+        cache_salt=generation.cache_salt,
     )
     # The token that ends the turn is counted, never shown.
     detokenizer = Detokenizer(services.base.tokenizer, generation.stops, hidden_token_ids=params.stop_token_ids)
@@ -172,7 +189,7 @@ async def _answer(
                 elif output.finish_reason is not None:
                     reason = "stop" if output.finish_reason == "stop" else "length"
                 if text or reason or output.token_ids:
-                    queue.put_nowait(Piece(index, text, len(output.token_ids), reason))
+                    queue.put_nowait(Piece(index, text, len(output.token_ids), reason, output.cached_tokens))
                 if reason:
                     return
     except EngineDied as cause:

@@ -17,3 +17,5 @@ class EngineConfig(msgspec.Struct, frozen=True):
     max_batch_tokens: int = 512
     max_sequences: int = 64
     bank_bytes: int = 256 << 20
+    host_bytes: int = 1 << 30
+    prefix_cache: bool = True

@@ -23,7 +23,15 @@ NOT_FINITE = "the logits are not finite: an edit overflows; lower its scale, or 
 class Engine:
     """Continuous batching of requests with any mixture of interventions over one frozen model."""
 
-    def __init__(self, runner: Runner, *, max_batch_tokens: int, max_sequences: int, host_bytes: int = 1 << 30) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        *,
+        max_batch_tokens: int,
+        max_sequences: int,
+        host_bytes: int = 1 << 30,
+        prefix_cache: bool = True,
+    ) -> None:
         self.runner = runner
         self.loader = Loader(host_bytes)
         self.scheduler = Scheduler(
@@ -31,11 +39,12 @@ class Engine:
             runner.bank,
             max_batch_tokens=max_batch_tokens,
             max_sequences=max_sequences,
+            prefix_cache=prefix_cache,
         )
         self._sequences: dict[str, Sequence] = {}
         self._awaiting: defaultdict[str, list[Sequence]] = defaultdict(list)
         self._outputs: list[TokenOutput] = []
-        self._steps = self._prompt_tokens = self._generated_tokens = 0
+        self._steps = self._prompt_tokens = self._cached_prompt_tokens = self._generated_tokens = 0
 
     @property
     def has_work(self) -> bool:
@@ -88,6 +97,7 @@ class Engine:
             bank_rows_total=self.runner.bank.num_rows - 1,
             steps=self._steps,
             prompt_tokens=self._prompt_tokens,
+            cached_prompt_tokens=self._cached_prompt_tokens,
             generated_tokens=self._generated_tokens,
             preemptions=scheduler.preemptions,
         )
@@ -100,7 +110,7 @@ class Engine:
         logits = self.runner.step(batch)
         sampling = []
         for chunk in batch.chunks:
-            chunk.sequence.n_computed = chunk.stop
+            self.scheduler.advance(chunk)
             self._prompt_tokens += max(0, min(chunk.stop, chunk.sequence.n_prompt) - chunk.start)
             if chunk.samples:
                 sampling.append(chunk.sequence)
@@ -114,9 +124,12 @@ class Engine:
         self._steps += 1
 
     def _emit(self, sequence: Sequence, token: int) -> None:
+        cached = sequence.n_cached or 0
+        if sequence.n_generated == 0:
+            self._cached_prompt_tokens += cached
         self._generated_tokens += 1
         finish_reason = sequence.append(token)
-        output = TokenOutput(sequence.request_id, [token], finish_reason)
+        output = TokenOutput(sequence.request_id, [token], finish_reason, cached_tokens=cached)
         if finish_reason is None:
             self._outputs.append(output)
         else:

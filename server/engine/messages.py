@@ -30,12 +30,16 @@ class SamplingParams(msgspec.Struct, frozen=True):
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit"):
-    """A generation request. `prompt_ids` are the final token ids, chat template and BOS included."""
+    """A generation request. `prompt_ids` are the final token ids, chat template and BOS included.
+
+    cache_salt: prefixes in the cache are shared only among requests with equal salts.
+    """
 
     request_id: str
     prompt_ids: list[int]
     sampling: SamplingParams
     interventions: tuple[InterventionRef, ...] = ()
+    cache_salt: str = ""
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
@@ -54,12 +58,16 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
 
 
 class TokenOutput(msgspec.Struct, frozen=True):
-    """New tokens of one request; `finish_reason` is "stop", "length", "cancelled" or "error" on its last one."""
+    """New tokens of one request; `finish_reason` is "stop", "length", "cancelled" or "error" on its last one.
+
+    cached_tokens: prompt tokens found in the prefix cache; the same in all of a request's outputs.
+    """
 
     request_id: str
     token_ids: list[int]
     finish_reason: str | None = None
     error: str | None = None
+    cached_tokens: int = 0
 
 
 class EngineStats(msgspec.Struct, frozen=True):
@@ -73,6 +81,7 @@ class EngineStats(msgspec.Struct, frozen=True):
     bank_rows_total: int
     steps: int
     prompt_tokens: int
+    cached_prompt_tokens: int
     generated_tokens: int
     preemptions: int
 

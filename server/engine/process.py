@@ -78,7 +78,13 @@ def build(config: EngineConfig) -> tuple[Engine, Ready]:
         block_size=config.block_size,
         bank_bytes=config.bank_bytes,
     )
-    engine = Engine(runner, max_batch_tokens=config.max_batch_tokens, max_sequences=config.max_sequences)
+    engine = Engine(
+        runner,
+        max_batch_tokens=config.max_batch_tokens,
+        max_sequences=config.max_sequences,
+        host_bytes=config.host_bytes,
+        prefix_cache=config.prefix_cache,
+    )
     ready = Ready(
         max_context=runner.max_context,
         device=str(device),

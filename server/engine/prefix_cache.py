@@ -1,0 +1,62 @@
+"""What makes two blocks of the cache the same: a chain of keys over tokens and the edits on them.
+
+    key_i = H(key_{i-1}, token ids of block i, [(layer, edit, scale, edited offsets), ...] in composition order)
+    key_{-1} = H(salt)
+
+The keys and values of a token depend on the tokens before it and the edits on them, and on nothing else. So an
+intervention that edits only the last prompt tokens has the base model's keys up to there, and shares its blocks with
+the base and with every other such intervention; an edited position forks the chain for everything after it. Model and
+dtype need no place in the root: a cache lives and dies with the one process that has them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+
+import numpy as np
+
+from reftserve.interventions import Intervention
+
+KEY_BYTES = 32
+
+
+class BlockKeys:
+    """The keys of one sequence's full blocks, computed as its tokens come.
+
+    salt: separates tenants; blocks are shared only under equal salts.
+    """
+
+    def __init__(
+        self, salt: str, interventions: tuple[tuple[Intervention, float], ...], n_prompt: int, block_size: int
+    ) -> None:
+        self._interventions = interventions
+        self._n_prompt = n_prompt
+        self._block_size = block_size
+        self._root = _digest(b"", salt.encode())
+        self._keys: list[bytes] = []
+
+    def of(self, token_ids: list[int], count: int) -> list[bytes]:
+        """Keys of the first `count` blocks, all of them full. The tokens must be those of earlier calls, or more."""
+        size = self._block_size
+        for index in range(len(self._keys), count):
+            start, stop = index * size, (index + 1) * size
+            tokens = np.asarray(token_ids[start:stop], dtype=np.int64).tobytes()
+            parent = self._keys[-1] if self._keys else self._root
+            self._keys.append(_digest(parent, tokens + self._edits(start, stop)))
+        return self._keys[:count]
+
+    def _edits(self, start: int, stop: int) -> bytes:
+        """What touches tokens [start, stop): nothing for most blocks."""
+        parts = []
+        for intervention, scale in self._interventions:
+            for placed in intervention.edits:
+                offsets = placed.positions.indices(self._n_prompt, start, stop) - start
+                if len(offsets):
+                    head = struct.pack("<qdq", placed.layer, scale, len(offsets))
+                    parts.append(head + bytes.fromhex(placed.edit.content_hash) + offsets.tobytes())
+        return b"".join(parts)
+
+
+def _digest(parent: bytes, content: bytes) -> bytes:
+    return hashlib.blake2b(parent + content, digest_size=KEY_BYTES).digest()

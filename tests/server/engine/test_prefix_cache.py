@@ -1,0 +1,152 @@
+"""I3: blocks of the cache are shared exactly when tokens and edits up to there agree."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine_oracle import make_engine, request, run_until_done, save_edits, save_random
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from reftserve.interventions import Intervention, PlacedEdit, Positions, load_artifact
+from reftserve.server.engine.engine import Engine
+from reftserve.server.engine.kv_cache import BlockAllocator
+from reftserve.server.engine.messages import Submit
+
+BLOCK = 4
+PROMPT = list(range(5, 45))
+
+
+def cached_tokens(engine: Engine, submit: Submit) -> int:
+    """Prompt tokens that a request finds in the cache, run to its end."""
+    engine.submit(submit)
+    return run_until_done(engine).finished[submit.request_id].cached_tokens
+
+
+def edits_at(submit: Submit, interventions: dict[str, Intervention], index: int) -> list[object]:
+    """What touches the token at `index`, by content: layer, edit, scale."""
+    return [
+        (placed.layer, placed.edit.content_hash, ref.scale)
+        for ref in submit.interventions
+        for placed in interventions[ref.content_hash].edits
+        if index in placed.positions.indices(len(submit.prompt_ids), index, index + 1)
+    ]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A request: how much of the common text it begins with, its own end, and what it runs with."""
+
+    shared: int
+    own: int
+    uses: list[tuple[int, float]]
+    salt: str
+
+
+turns = st.builds(
+    Turn,
+    shared=st.integers(0, 40),
+    own=st.integers(1, 6),
+    uses=st.lists(st.tuples(st.integers(0, 5), st.sampled_from([1.0, -1.5])), max_size=2, unique_by=lambda use: use[0]),
+    salt=st.sampled_from(["", "", "tenant"]),
+)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(plans=st.lists(turns, min_size=2, max_size=6), seed=st.integers(0, 1000))
+def test_a_request_finds_exactly_the_blocks_whose_tokens_and_edits_agree(
+    tiny_llama_folder: Path, artifacts: list[Path], plans: list[Turn], seed: int
+) -> None:
+    engine = make_engine(tiny_llama_folder, blocks=400, block_size=BLOCK, bank_rows=400)
+    rng = random.Random(seed)  # noqa: S311 - test data
+    known = {load_artifact(folder).content_hash: load_artifact(folder) for folder in artifacts}
+    before: list[tuple[str, list[tuple[int, object]]]] = []
+    for index, plan in enumerate(plans):
+        submit = request(
+            str(index),
+            PROMPT[: plan.shared] + [rng.randrange(50, 300) for _ in range(plan.own)],
+            uses=[(artifacts[artifact], scale) for artifact, scale in plan.uses],
+            max_tokens=5,
+            cache_salt=plan.salt,
+        )
+        engine.submit(submit)
+        run = run_until_done(engine)
+        tokens = submit.prompt_ids + run.tokens[submit.request_id]
+        content = [(token, edits_at(submit, known, position)) for position, token in enumerate(tokens)]
+        longest = 0
+        for salt, other in before:
+            if salt == plan.salt:
+                agreeing = next((i for i, (a, b) in enumerate(zip(content, other, strict=False)) if a != b), None)
+                # The last token that was sampled has no keys and values: nobody has read it.
+                longest = max(longest, min(len(content), len(other) - 1) if agreeing is None else agreeing)
+        expected = min(longest, len(submit.prompt_ids) - 1) // BLOCK * BLOCK
+        assert run.finished[submit.request_id].cached_tokens == expected
+        before.append((plan.salt, content))
+    engine.close()
+
+
+def test_interventions_that_edit_only_the_end_share_the_base_models_prefix(
+    tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    engine = make_engine(tiny_llama_folder, blocks=200)
+    assert cached_tokens(engine, request("base", PROMPT)) == 0
+    for index in range(3):
+        suffix_only = save_random(tmp_path / str(index), [(1, "l1"), (3, "l1")], rank=2, seed=index)
+        assert cached_tokens(engine, request(str(index), PROMPT, uses=[(suffix_only, 1.0)])) == 36
+    first = save_random(tmp_path / "first", [(1, "f1")], rank=2)
+    assert cached_tokens(engine, request("edited start", PROMPT, uses=[(first, 1.0)])) == 0
+    assert cached_tokens(engine, request("the same again", PROMPT, uses=[(first, 1.0)])) == 36
+    assert cached_tokens(engine, request("other scale", PROMPT, uses=[(first, 0.5)])) == 0
+    engine.close()
+
+
+def test_untied_interventions_with_one_prefix_edit_share_what_it_edited(
+    tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    """The key names edits, not interventions."""
+    one, other = (load_artifact(save_random(tmp_path / f"s{i}", [(1, "l1")], rank=2, seed=i)).edits[0] for i in (1, 2))
+    prefix = load_artifact(save_random(tmp_path / "p", [(1, "f2")], rank=2, seed=3)).edits[0]
+    folders = [save_edits(tmp_path / f"u{i}", [prefix, suffix]) for i, suffix in enumerate((one, other))]
+    engine = make_engine(tiny_llama_folder, blocks=200)
+    assert cached_tokens(engine, request("one", PROMPT, uses=[(folders[0], 1.0)])) == 0
+    assert cached_tokens(engine, request("other", PROMPT, uses=[(folders[1], 1.0)])) == 36
+    moved = PlacedEdit(1, Positions.parse("f3"), prefix.edit)
+    third = save_edits(tmp_path / "third", [moved, one])
+    assert cached_tokens(engine, request("more positions", PROMPT, uses=[(third, 1.0)])) == 0
+    engine.close()
+
+
+def test_the_next_turn_of_a_chat_finds_the_answer_of_the_last(tiny_llama_folder: Path) -> None:
+    engine = make_engine(tiny_llama_folder, blocks=200)
+    engine.submit(request("turn 1", PROMPT, max_tokens=9))
+    answer = run_until_done(engine).tokens["turn 1"]
+    assert cached_tokens(engine, request("turn 2", [*PROMPT, *answer, 7, 8])) == 48
+    engine.close()
+
+
+def test_hits_are_counted_and_can_be_switched_off(tiny_llama_folder: Path) -> None:
+    engine = make_engine(tiny_llama_folder)
+    assert [cached_tokens(engine, request(str(i), PROMPT)) for i in range(2)] == [0, 36]
+    assert engine.stats().cached_prompt_tokens == 36
+    off = make_engine(tiny_llama_folder, prefix_cache=False)
+    assert [cached_tokens(off, request(str(i), PROMPT)) for i in range(2)] == [0, 0]
+    for each in (engine, off):
+        each.close()
+
+
+def test_blocks_nobody_wants_again_go_before_those_that_may_be_found() -> None:
+    allocator = BlockAllocator(4, BLOCK)
+    table: list[int] = []
+    assert allocator.extend(table, 3 * BLOCK)
+    kept = table[:2]
+    for block, key in zip(kept, (b"a", b"b"), strict=True):
+        allocator.publish(block, key)
+    allocator.release(table, edited=False)
+    other: list[int] = []
+    assert allocator.extend(other, 2 * BLOCK)
+    assert allocator.find([b"a", b"b"]) == kept
+    assert allocator.extend(other, 3 * BLOCK)
+    assert allocator.find([b"a", b"b"]) == kept[:1]  # the end of a chain is of no use without its beginning
+    assert not allocator.extend(other, 5 * BLOCK)
