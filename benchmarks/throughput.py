@@ -40,7 +40,7 @@ def main() -> None:
     runs = arguments.parse_args().runs
     torch.set_num_threads(2)
     prompts = w.prompts(32, 59, 72)
-    engine = w.make_engine()
+    engine = w.make_engine(prefix_cache=False)  # every run serves the same prompts
     with tempfile.TemporaryDirectory() as scratch:
         mixed = w.interventions(Path(scratch), 32, positions="f7+l7", rank=4, layers=ALL_LAYERS)
         figures = w.medians(

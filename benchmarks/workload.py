@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer
@@ -39,10 +40,9 @@ def prompts(count: int, low: int, high: int, seed: int = 0) -> list[list[int]]:
     return [ids[start : start + draw.randint(low, high)] for start in starts]
 
 
-def make_engine(*, max_sequences: int = 64, threads: int = 2) -> Engine:
+def make_engine(**fields: Any) -> Engine:
     """The engine as its process builds it."""
-    config = EngineConfig(str(MODEL), threads=threads, max_sequences=max_sequences, max_batch_tokens=512)
-    return build(config)[0]
+    return build(EngineConfig(str(MODEL), threads=2, **fields))[0]
 
 
 def interventions(

@@ -1,0 +1,45 @@
+"""Tokens a second over the number of different interventions in the queue: `python benchmarks/curve.py`."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import tempfile
+from pathlib import Path
+
+import torch
+import workload as w
+
+COUNTS = (0, 1, 8, 64, 256, 1024)
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--runs", type=int, default=5)
+    arguments.add_argument("--requests", type=int, default=256, help="queued at once")
+    arguments.add_argument("--new-tokens", type=int, default=16)
+    arguments.add_argument("--positions", nargs="*", default=["l1", "f7+l7", "prompt"])
+    args = arguments.parse_args()
+    torch.set_num_threads(2)
+    prompts = w.prompts(args.requests, 59, 72)
+    engine = w.make_engine(prefix_cache=False, bank_bytes=2 << 30)
+    print(f"{args.requests} requests of 59 to 72 tokens, {args.new_tokens} new ones; rank 8, all layers; {w.machine()}")
+    with tempfile.TemporaryDirectory() as scratch:
+        for positions in args.positions:
+            counts = [count for count in COUNTS if count <= args.requests]
+            refs = w.interventions(Path(scratch), counts[-1], positions=positions, rank=8, layers=tuple(range(30)))
+            figures = w.medians(
+                {
+                    str(count): functools.partial(w.serve, engine, prompts, args.new_tokens, refs[:count])
+                    for count in counts
+                },
+                args.runs,
+            )
+            for count, figure in figures.items():
+                ratios = f"{figure / figures['0']:5.3f} of K = 0  {figure / figures['1']:5.3f} of K = 1"
+                print(f"{positions:7} K = {count:>4}  {figure:7.1f} tokens/s  {ratios}", flush=True)
+    engine.close()
+
+
+if __name__ == "__main__":
+    main()
