@@ -45,6 +45,8 @@ class GenerationOptions(TypedDict, total=False):
 
     model: the base's id, or an intervention as `name`, `name@version` or `name@alias`; the base when absent.
     interventions: composed on top of it; each as `name@version`, or with a scale as InterventionUse or a dict.
+    logprobs: for chats whether, for texts how many alternatives. response_format, structured_outputs: what the answer
+    must look like, as in the HTTP reference. priority: lower goes first. timeout: seconds until it ends with an error.
     """
 
     model: str | None
@@ -54,6 +56,18 @@ class GenerationOptions(TypedDict, total=False):
     top_p: float | None
     top_k: int | None
     min_p: float | None
+    repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    logit_bias: Mapping[int, float] | None
+    min_tokens: int | None
+    logprobs: bool | int | None
+    top_logprobs: int | None
+    echo: bool | None
+    response_format: Mapping[str, Any] | None
+    structured_outputs: Mapping[str, Any] | None
+    priority: int | None
+    timeout: float | None
     seed: int | None
     stop: str | Sequence[str] | None
     n: int | None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from reftserve.server.errors import NotFound
 
 if TYPE_CHECKING:
     import torch
+    from llguidance import LLTokenizer
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from reftserve.server.settings import Settings
@@ -112,6 +114,16 @@ class Base:
     max_context: int
     created_at: int
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """A token's own bytes, which need not be whole characters; a special token's are those of its name."""
+        return self._vocabulary.decode_bytes([token_id])
+
+    @cached_property
+    def _vocabulary(self) -> LLTokenizer:
+        from llguidance.hf import from_tokenizer
+
+        return from_tokenizer(self.tokenizer)
+
 
 def open_base(settings: Settings) -> Base:
     """Find the base model, load its tokenizer and identify it.
@@ -126,7 +138,7 @@ def open_base(settings: Settings) -> Base:
         folder=folder,
         tokenizer=tokenizer,
         fingerprint=_kept_fingerprint(folder, settings.data / "fingerprints.json"),
-        eos_token_ids=_eos_token_ids(folder, tokenizer),
+        eos_token_ids=eos_token_ids(folder, tokenizer),
         max_context=_max_context(folder),
         created_at=int((folder / "config.json").stat().st_mtime),
     )
@@ -154,7 +166,8 @@ def _max_context(folder: Path) -> int:
     return int(config.get_text_config().max_position_embeddings)
 
 
-def _eos_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def eos_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Tokens that end an answer: the tokenizer's, and those of the generation config."""
     ids: set[int] = set()
     if tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)

@@ -7,6 +7,7 @@
     ├── PayloadTooLarge       413    upload above the limit
     ├── Overloaded            429    the queue is full; try again after `retry_after_s`
     ├── Unavailable           503    engine, worker or database are not there right now
+    ├── DeadlineExceeded      504    not done within the time that the request gave
     └── StorageFull           507    the disk is full; nothing was written
 
 Errors are raised where the cause is known, with the offending value and what would be right. `app.py`
@@ -75,6 +76,12 @@ class Unavailable(ServerError):
     """A part of the server is not there right now."""
 
     status, type, code = 503, "server_error", "unavailable"
+
+
+class DeadlineExceeded(ServerError):
+    """Not done within the time that the request gave."""
+
+    status, type, code = 504, "server_error", "deadline_exceeded"
 
 
 class StorageFull(ServerError):

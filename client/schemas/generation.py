@@ -22,6 +22,7 @@ def _whole_characters(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_whole_characters)]
+MAX_LOGPROBS = 20  # OpenAI's
 
 
 class TextPart(Request):
@@ -52,6 +53,46 @@ class InterventionUse(Request):
     scale: float = Field(1.0, ge=-100, le=100, allow_inf_nan=False)
 
 
+class TextFormat(Request):
+    """Any text."""
+
+    type: Literal["text"]
+
+
+class JsonObjectFormat(Request):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
+
+
+class NamedSchema(Request):
+    """A JSON schema as OpenAI wraps it. strict and name change nothing: every schema is kept to."""
+
+    name: str | None = None
+    description: str | None = None
+    json_schema: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class JsonSchemaFormat(Request):
+    """JSON that a schema accepts."""
+
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
+
+
+class StructuredOutputs(Request):
+    """What the answer must be, as one of these. grammar: in Lark's notation. choice: one of these strings."""
+
+    json_schema: dict[str, Any] | Text | None = Field(None, alias="json")
+    regex: Text | None = None
+    choice: list[Text] | None = Field(None, min_length=1)
+    grammar: Text | None = None
+
+
 class StreamOptions(Request):
     """What a stream carries besides text."""
 
@@ -71,12 +112,21 @@ class GenerationFields(Request):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=0)
     min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0, le=10, allow_inf_nan=False)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=1024)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Text | list[Text] | None = None
     n: int | None = Field(None, ge=1, le=128)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool = False
+    min_tokens: int | None = Field(None, ge=0)
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    priority: int | None = Field(None, ge=-100, le=100)
+    timeout: float | None = Field(None, gt=0, allow_inf_nan=False)
     cache_salt: str | None = Field(None, min_length=1, max_length=256)
     interventions: list[InterventionUse] | None = None
 
@@ -87,21 +137,10 @@ class GenerationFields(Request):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
 
-    # OpenAI's fields that would change the answer in ways the engine does not have yet: only "off" is taken.
-    frequency_penalty: Literal[0] | None = None
-    presence_penalty: Literal[0] | None = None
-    logit_bias: dict[str, Any] | None = Field(None, max_length=0)
-
     @property
     def stops(self) -> list[str]:
         """Stop strings as a list."""
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
-
-
-class ResponseFormat(Request):
-    """Only plain text."""
-
-    type: Literal["text"]
 
 
 class ChatCompletionRequest(GenerationFields):
@@ -109,16 +148,20 @@ class ChatCompletionRequest(GenerationFields):
 
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    logprobs: Literal[False] | None = None
-    response_format: ResponseFormat | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
 
 class CompletionRequest(GenerationFields):
-    """POST /v1/completions. prompt: text, token ids, or several of one kind."""
+    """POST /v1/completions. prompt: text, token ids, or several of one kind.
+
+    max_tokens 0, with `echo`, only reads the prompt.
+    """
 
     prompt: Text | list[Text] | list[int] | list[list[int]]
+    max_tokens: int | None = Field(None, ge=0)
     echo: bool = False
-    logprobs: Literal[None] = None
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     best_of: Literal[1] | None = None
     suffix: Literal[None] = None
 
@@ -141,6 +184,36 @@ class Usage(Response):
     prompt_tokens_details: PromptTokensDetails = PromptTokensDetails()
 
 
+class TopLogprob(Response):
+    """A token that could have stood in a place. token: its text, or `bytes:` and their codes where it has none."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(TopLogprob):
+    """A token of an answer, and what else was likely."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(Response):
+    """Log-probabilities of a chat answer's tokens."""
+
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
+class CompletionLogprobs(Response):
+    """Log-probabilities of a text's tokens, one entry a token. None: nothing comes before the first of a prompt."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
 class AssistantMessage(Response):
     """A generated turn."""
 
@@ -155,7 +228,7 @@ class ChatChoice(Response):
     index: int
     message: AssistantMessage
     finish_reason: FinishReason
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
 
 
 class ChatCompletion(Response):
@@ -187,7 +260,7 @@ class ChunkChoice(Response):
     index: int
     delta: Delta
     finish_reason: FinishReason | None = None
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
 
 
 class ChatCompletionChunk(Response):
@@ -207,7 +280,7 @@ class CompletionChoice(Response):
     index: int
     text: str
     finish_reason: FinishReason | None = None
-    logprobs: None = None
+    logprobs: CompletionLogprobs | None = None
 
 
 class Completion(Response):

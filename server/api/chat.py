@@ -20,6 +20,7 @@ from reftserve.client.schemas import (
 )
 from reftserve.server.api.dependencies import Owner, Server
 from reftserve.server.api.generation import Generation, Tally, prepare, stream
+from reftserve.server.api.logprobs import chat_logprobs
 from reftserve.server.api.sse import event_stream, unless_disconnected
 from reftserve.server.errors import InvalidRequest
 from reftserve.server.prompts import encode_rendered, render_chat
@@ -56,6 +57,7 @@ async def _complete(server: Services, body: ChatCompletionRequest, generation: G
             index=index,
             message=AssistantMessage(content=tally.text(index)),
             finish_reason=tally.reasons[index],
+            logprobs=chat_logprobs(server.base, tally.logprobs[index]) if body.logprobs else None,
         )
         for index in range(generation.n)
     ]
@@ -76,8 +78,9 @@ async def _chunks(
     async with aclosing(stream(server, generation)) as pieces:
         async for piece in pieces:
             tally.add(piece)
-            if piece.text:
-                yield chunk([ChunkChoice(index=piece.index, delta=Delta(content=piece.text))])
+            if piece.text or piece.logprobs:
+                logprobs = chat_logprobs(server.base, piece.logprobs) if body.logprobs else None
+                yield chunk([ChunkChoice(index=piece.index, delta=Delta(content=piece.text), logprobs=logprobs)])
             if piece.finish_reason:
                 yield chunk([ChunkChoice(index=piece.index, delta=Delta(), finish_reason=piece.finish_reason)])
     if body.stream_options is not None and body.stream_options.include_usage:

@@ -11,7 +11,8 @@ from starlette.concurrency import run_in_threadpool
 
 from reftserve.client.schemas import Completion, CompletionChoice, CompletionRequest
 from reftserve.server.api.dependencies import Owner, Server
-from reftserve.server.api.generation import Generation, Tally, prepare, stream
+from reftserve.server.api.generation import Generation, Piece, Tally, prepare, stream
+from reftserve.server.api.logprobs import TextLogprobs, joined
 from reftserve.server.api.sse import event_stream, unless_disconnected
 from reftserve.server.errors import InvalidRequest
 from reftserve.server.prompts import encode_text
@@ -29,7 +30,7 @@ async def create_completion(
 ) -> Response | Completion:
     """How a text goes on, by the base or an intervention of it."""
     prompts = await run_in_threadpool(_encode, server, body)
-    limit = body.max_tokens or DEFAULT_MAX_TOKENS
+    limit = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     generation = await prepare(server, owner, body, prompts, prefix="cmpl", max_tokens=limit)
     if body.stream:
         return event_stream(_chunks(server, body, generation))
@@ -58,10 +59,31 @@ def _encode(server: Services, body: CompletionRequest) -> list[list[int]]:
     return encoded
 
 
-def _prompt_text(server: Services, generation: Generation, index: int) -> str:
-    """What `echo` puts before the answer."""
-    text: str = server.base.tokenizer.decode(generation.prompts[index // generation.n])
-    return text
+class _Choices:
+    """The choices' texts and log-probabilities, piece by piece; with `echo` each begins with its prompt."""
+
+    def __init__(self, server: Services, body: CompletionRequest, generation: Generation) -> None:
+        self._server, self._body, self._generation = server, body, generation
+        self._logprobs = [TextLogprobs(server.base) for _ in generation.params]
+        self._begun: set[int] = set()
+
+    def add(self, piece: Piece) -> CompletionChoice:
+        """What a piece adds to its choice."""
+        text, logprobs = piece.text, []
+        if self._body.echo and piece.index not in self._begun:
+            self._begun.add(piece.index)
+            prompt = self._generation.prompts[piece.index // self._generation.n]
+            text = self._server.base.tokenizer.decode(prompt) + text
+            if self._body.logprobs is not None:
+                logprobs.append(self._logprobs[piece.index].start(prompt[0]))
+        if self._body.logprobs is not None:
+            logprobs.append(self._logprobs[piece.index].add([*piece.prompt_logprobs, *piece.logprobs]))
+        return CompletionChoice(
+            index=piece.index,
+            text=text,
+            finish_reason=piece.finish_reason,
+            logprobs=joined(logprobs) if logprobs else None,
+        )
 
 
 def _tally(generation: Generation) -> Tally:
@@ -69,19 +91,27 @@ def _tally(generation: Generation) -> Tally:
 
 
 async def _complete(server: Services, body: CompletionRequest, generation: Generation) -> Completion:
-    tally = _tally(generation)
+    tally, choices = _tally(generation), _Choices(server, body, generation)
+    added: list[list[CompletionChoice]] = [[] for _ in generation.params]
     async for piece in stream(server, generation):
         tally.add(piece)
-    choices = [
-        CompletionChoice(
-            index=index,
-            text=(_prompt_text(server, generation, index) if body.echo else "") + tally.text(index),
-            finish_reason=tally.reasons[index],
-        )
-        for index in range(len(generation.params))
-    ]
+        added[piece.index].append(choices.add(piece))
     return Completion(
-        id=generation.id, created=generation.created, model=body.model, choices=choices, usage=tally.usage
+        id=generation.id,
+        created=generation.created,
+        model=body.model,
+        choices=[_whole(pieces) for pieces in added],
+        usage=tally.usage,
+    )
+
+
+def _whole(pieces: list[CompletionChoice]) -> CompletionChoice:
+    logprobs = [piece.logprobs for piece in pieces if piece.logprobs is not None]
+    return CompletionChoice(
+        index=pieces[0].index,
+        text="".join(piece.text for piece in pieces),
+        finish_reason=pieces[-1].finish_reason,
+        logprobs=joined(logprobs) if logprobs else None,
     )
 
 
@@ -89,14 +119,12 @@ async def _chunks(server: Services, body: CompletionRequest, generation: Generat
     def chunk(choices: list[CompletionChoice]) -> Completion:
         return Completion(id=generation.id, created=generation.created, model=body.model, choices=choices)
 
-    tally = _tally(generation)
-    if body.echo:
-        for index in range(len(generation.params)):
-            yield chunk([CompletionChoice(index=index, text=_prompt_text(server, generation, index))])
+    tally, choices = _tally(generation), _Choices(server, body, generation)
     async with aclosing(stream(server, generation)) as pieces:
         async for piece in pieces:
             tally.add(piece)
-            if piece.text or piece.finish_reason:
-                yield chunk([CompletionChoice(index=piece.index, text=piece.text, finish_reason=piece.finish_reason)])
+            choice = choices.add(piece)
+            if choice.text or choice.finish_reason or choice.logprobs:
+                yield chunk([choice])
     if body.stream_options is not None and body.stream_options.include_usage:
         yield chunk([]).model_copy(update={"usage": tally.usage})

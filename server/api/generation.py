@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import secrets
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
 from starlette.concurrency import run_in_threadpool
 
 from reftserve.client.schemas import FinishReason, GenerationFields, InterventionUse, PromptTokensDetails, Usage
+from reftserve.server.api.sampling import check_sampling, sampling_params
+from reftserve.server.api.structured import grammar_of
 from reftserve.server.engine.detokenizer import Detokenizer
 from reftserve.server.engine.errors import EngineDied
-from reftserve.server.engine.messages import InterventionRef, SamplingParams, Submit
-from reftserve.server.errors import InvalidRequest, NotFound, Overloaded, Unavailable
+from reftserve.server.engine.messages import InterventionRef, SamplingParams, Submit, TokenLogprobs, TokenOutput
+from reftserve.server.errors import DeadlineExceeded, InvalidRequest, NotFound, Overloaded, Unavailable
 from reftserve.server.registry.interventions import PublishedVersion
 from reftserve.server.registry.names import Reference, suggestion
 from reftserve.server.services import Services
@@ -31,7 +32,8 @@ RETRY_AFTER_S = 1.0
 class Piece:
     """Text that answer `index` goes on with, and on its last piece why it ended.
 
-    tokens: how many made it. cached_tokens: of the prompt, found in the prefix cache.
+    tokens: how many made it. cached_tokens: of the prompt, found in the prefix cache. logprobs: of the tokens, but not
+    of one that ends the turn; prompt_logprobs: of the prompt's tokens but the first, on the first piece.
     """
 
     index: int
@@ -39,6 +41,8 @@ class Piece:
     tokens: int
     finish_reason: FinishReason | None = None
     cached_tokens: int = 0
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,8 @@ class Generation:
     params: list[SamplingParams]
     versions: list[tuple[PublishedVersion, float]]
     cache_salt: str
+    priority: int
+    timeout_s: float | None
 
 
 @dataclass
@@ -64,6 +70,7 @@ class Tally:
     completion_tokens: int = 0
     cached_tokens: dict[int, int] = field(default_factory=dict)
     answers: dict[int, list[str]] = field(default_factory=dict)
+    logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
     reasons: dict[int, FinishReason] = field(default_factory=dict)
 
     def add(self, piece: Piece) -> None:
@@ -71,6 +78,7 @@ class Tally:
         self.completion_tokens += piece.tokens
         self.cached_tokens[piece.index] = piece.cached_tokens
         self.answers.setdefault(piece.index, []).append(piece.text)
+        self.logprobs.setdefault(piece.index, []).extend(piece.logprobs)
         if piece.finish_reason is not None:
             self.reasons[piece.index] = piece.finish_reason
 
@@ -110,7 +118,8 @@ async def prepare(
     ready = services.engine.ready
     if ready is None:
         raise Unavailable("the engine is not ready", retry_after_s=RETRY_AFTER_S)
-    _check_stops(request.stops, services.settings.max_stop_strings)
+    check_sampling(request, services.base, services.settings.max_stop_strings)
+    grammar = await run_in_threadpool(grammar_of, request)
     versions = await run_in_threadpool(_resolve, services, owner, request)
     n = request.n or 1
     if services.engine.num_requests + n * len(prompts) > services.settings.max_queue:
@@ -119,20 +128,37 @@ async def prepare(
             retry_after_s=RETRY_AFTER_S,
         )
     params = [
-        _sampling(request, services.base.eos_token_ids, _budget(prompt, max_tokens, ready.max_context), answer)
+        sampling_params(
+            request,
+            services.base.eos_token_ids,
+            max_tokens=_budget(prompt, max_tokens, ready.max_context),
+            answer=answer,
+            grammar=grammar,
+        )
         for prompt in prompts
         for answer in range(n)
     ]
     generation_id = f"{prefix}-{uuid.uuid4().hex}"
     # Owners never share: nobody may find out by timing what somebody else asked.
     salt = f"{owner}\0{request.cache_salt or ''}"
-    return Generation(generation_id, int(time.time()), prompts, n, request.stops, params, versions, salt)
+    return Generation(
+        generation_id,
+        int(time.time()),
+        prompts,
+        n,
+        request.stops,
+        params,
+        versions,
+        salt,
+        priority=request.priority or 0,
+        timeout_s=request.timeout,
+    )
 
 
 async def stream(services: Services, generation: Generation) -> AsyncGenerator[Piece]:
     """Pieces of all answers as they come. Closing the iterator cancels what still runs.
 
-    Raises Unavailable when the engine dies, InvalidRequest when it refuses the request.
+    Raises Unavailable when the engine dies, InvalidRequest when it refuses the request, DeadlineExceeded.
     """
     queue: asyncio.Queue[Piece | Exception] = asyncio.Queue()
     with _held(services, generation):
@@ -174,14 +200,20 @@ async def _answer(
             for version, scale in generation.versions
         ),
         cache_salt=generation.cache_salt,
+        priority=generation.priority,
+        timeout_s=generation.timeout_s,
     )
     # The token that ends the turn is counted, never shown.
-    detokenizer = Detokenizer(services.base.tokenizer, generation.stops, hidden_token_ids=params.stop_token_ids)
+    detokenizer = Detokenizer(
+        services.base.tokenizer,
+        generation.stops,
+        hidden_token_ids=params.stop_token_ids,
+        min_tokens=params.min_tokens,
+    )
     try:
         async with contextlib.aclosing(services.engine.generate(submit)) as outputs:
             async for output in outputs:
-                if output.error is not None:
-                    raise InvalidRequest(output.error, code="request_refused")
+                _check_output(output)
                 text = detokenizer.add(output.token_ids, last=output.finish_reason is not None)
                 reason: FinishReason | None = None
                 if detokenizer.stopped:
@@ -189,7 +221,17 @@ async def _answer(
                 elif output.finish_reason is not None:
                     reason = "stop" if output.finish_reason == "stop" else "length"
                 if text or reason or output.token_ids:
-                    queue.put_nowait(Piece(index, text, len(output.token_ids), reason, output.cached_tokens))
+                    queue.put_nowait(
+                        Piece(
+                            index,
+                            text,
+                            len(output.token_ids),
+                            reason,
+                            output.cached_tokens,
+                            [entry for entry in output.logprobs if entry.token_id not in params.stop_token_ids],
+                            output.prompt_logprobs,
+                        )
+                    )
                 if reason:
                     return
     except EngineDied as cause:
@@ -197,6 +239,13 @@ async def _answer(
     except Exception as cause:
         # Whatever it is, the consumer must hear of it: it would wait for ever otherwise.
         queue.put_nowait(cause)
+
+
+def _check_output(output: TokenOutput) -> None:
+    if output.finish_reason == "timeout":
+        raise DeadlineExceeded(f"{output.error}; give a longer timeout, or fewer max_tokens", param="timeout")
+    if output.error is not None:
+        raise InvalidRequest(output.error, code="request_refused")
 
 
 @contextlib.contextmanager
@@ -243,39 +292,16 @@ def _resolve_use(services: Services, owner: str, use: InterventionUse) -> Publis
         raise NotFound(f"{cause.message}{near}", param="model", code="model_not_found") from cause
 
 
-def _check_stops(stops: Sequence[str], limit: int) -> None:
-    if len(stops) > limit:
-        raise InvalidRequest(f"{len(stops)} stop strings; at most {limit} are taken", param="stop")
-    if any(not stop or len(stop) > 256 for stop in stops):
-        raise InvalidRequest("stop strings must have 1 to 256 characters", param="stop")
-
-
 def _budget(prompt: list[int], max_tokens: int | None, max_context: int) -> int:
     if not prompt:
         raise InvalidRequest("the prompt has no tokens", param="prompt", code="empty_prompt")
     room = max_context - len(prompt)
-    if room < (max_tokens or 1):
+    if room < (1 if max_tokens is None else max_tokens):
+        asked = "open" if max_tokens is None else max_tokens
         raise InvalidRequest(
-            f"the prompt has {len(prompt)} tokens and max_tokens is {max_tokens or 'open'}; together they may have at "
-            f"most {max_context}, the base model's context",
+            f"the prompt has {len(prompt)} tokens and max_tokens is {asked}; together they may have at most "
+            f"{max_context}, the base model's context",
             param="max_tokens" if room > 0 else "messages",
             code="context_length_exceeded",
         )
-    return max_tokens or room
-
-
-def _sampling(
-    request: GenerationFields, eos_token_ids: tuple[int, ...], max_tokens: int, answer: int
-) -> SamplingParams:
-    temperature = 1.0 if request.temperature is None else request.temperature
-    # Answers to one prompt differ, and are still reproducible: the n-th has the seed plus n.
-    seed = secrets.randbits(63) if request.seed is None else request.seed + answer
-    return SamplingParams(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=1.0 if request.top_p is None else request.top_p,
-        top_k=request.top_k or 0,
-        min_p=request.min_p or 0.0,
-        seed=seed,
-        stop_token_ids=() if request.ignore_eos else eos_token_ids,
-    )
+    return room if max_tokens is None else max_tokens

@@ -12,12 +12,20 @@ REPLACEMENT = "\ufffd"
 class Detokenizer:
     """The text of one answer. Text is held back while it could still become something else: a character whose bytes
     are not complete, or the beginning of a stop string.
+
+    hidden_token_ids: without text. min_tokens: what is certain before so many tokens is never part of a stop string.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = (), *, hidden_token_ids: Sequence[int] = ()
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stops: Sequence[str] = (),
+        *,
+        hidden_token_ids: Sequence[int] = (),
+        min_tokens: int = 0,
     ) -> None:
         self._tokenizer = tokenizer
+        self._min_tokens = min_tokens
         self._stops = stops
         self._hidden = frozenset(hidden_token_ids)
         self._token_ids: list[int] = []
@@ -36,6 +44,8 @@ class Detokenizer:
             return ""
         self._token_ids += [token for token in token_ids if token not in self._hidden]
         self._pending += self._decode(last=last)
+        if len(self._token_ids) < self._min_tokens:
+            return self._release(len(self._pending))
         ends = [index for stop in self._stops if (index := self._pending.find(stop)) >= 0]
         if ends:
             self.stopped = True

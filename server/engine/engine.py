@@ -1,27 +1,41 @@
 """The engine: requests in, tokens out, one step at a time. Single-threaded; the process around it does the talking.
 
-submit ─► (loader) ─► scheduler.add          step():  collect loads
-cancel ─► scheduler.finish                            schedule ─► runner.step ─► sample ─► outputs
+submit ─► (loader, grammar compiler) ─► scheduler.add    step():  collect loads, drop what is too late
+cancel ─► scheduler.finish                                        schedule ─► runner.step ─► sample ─► outputs
 """
 
 from __future__ import annotations
 
+import heapq
+import time
 from collections import defaultdict
+
+import torch
 
 from reftserve.server.engine.errors import RequestRefused
 from reftserve.server.engine.kv_cache import BlockAllocator
 from reftserve.server.engine.loader import Loader
-from reftserve.server.engine.messages import EngineStats, StepOutput, Submit, TokenOutput
-from reftserve.server.engine.runner import Runner
+from reftserve.server.engine.logits import adjust, token_logprobs
+from reftserve.server.engine.messages import EngineStats, StepOutput, Submit, TokenLogprobs, TokenOutput
+from reftserve.server.engine.runner import Logits, Runner
 from reftserve.server.engine.sampler import sample
 from reftserve.server.engine.scheduler import Batch, Scheduler
 from reftserve.server.engine.sequence import Sequence, Status
+from reftserve.server.engine.structured import GrammarCompiler
 
 NOT_FINITE = "the logits are not finite: an edit overflows; lower its scale, or train it with a lower learning rate"
 
 
+NO_GRAMMARS = "this engine has no tokenizer, so it cannot hold answers to a grammar"
+PRIORITY_STEP_S = 10.0
+
+
 class Engine:
-    """Continuous batching of requests with any mixture of interventions over one frozen model."""
+    """Continuous batching of requests with any mixture of interventions over one frozen model.
+
+    grammars: compiles what structured output needs; without it such requests are refused. A request of priority p
+    stands in the queue as if it had come p * PRIORITY_STEP_S later, so that none waits for ever.
+    """
 
     def __init__(
         self,
@@ -31,9 +45,11 @@ class Engine:
         max_sequences: int,
         host_bytes: int = 1 << 30,
         prefix_cache: bool = True,
+        grammars: GrammarCompiler | None = None,
     ) -> None:
         self.runner = runner
         self.loader = Loader(host_bytes)
+        self.grammars = grammars
         self.scheduler = Scheduler(
             BlockAllocator(runner.cache.num_blocks, runner.cache.block_size),
             runner.bank,
@@ -44,6 +60,8 @@ class Engine:
         self._sequences: dict[str, Sequence] = {}
         self._awaiting: defaultdict[str, list[Sequence]] = defaultdict(list)
         self._outputs: list[TokenOutput] = []
+        self._deadlines: list[tuple[float, str]] = []
+        self._submitted = 0
         self._steps = self._prompt_tokens = self._cached_prompt_tokens = self._generated_tokens = 0
 
     @property
@@ -53,13 +71,22 @@ class Engine:
 
     @property
     def is_loading(self) -> bool:
-        """Whether an intervention is on its way from disk, so that a step may soon have work."""
-        return self.loader.pending
+        """Whether an intervention is on its way from disk, or a grammar in the making: a step may soon have work."""
+        return self.loader.pending or (self.grammars is not None and self.grammars.pending)
 
     def submit(self, submit: Submit) -> None:
         """Take a request; what comes of it, an error too, is in the outputs of later steps."""
-        sequence = Sequence.from_submit(submit)
+        now = time.monotonic()
+        sequence = Sequence.from_submit(submit, order=(now + PRIORITY_STEP_S * submit.priority, self._submitted))
+        self._submitted += 1
         self._sequences[submit.request_id] = sequence
+        if submit.timeout_s is not None:
+            heapq.heappush(self._deadlines, (now + submit.timeout_s, submit.request_id))
+        if submit.sampling.grammar:
+            if self.grammars is None:
+                self._end(sequence, TokenOutput(submit.request_id, [], "error", NO_GRAMMARS))
+                return
+            self.grammars.request(submit.request_id, submit.sampling.grammar)
         for ref in sequence.refs:
             intervention = self.loader.get(ref.content_hash)
             if intervention is not None:
@@ -79,6 +106,8 @@ class Engine:
     def step(self) -> StepOutput:
         """Collect loads, compute one batch, sample; everything that ended or got a token is in the output."""
         self._collect_loads()
+        self._collect_grammars()
+        self._drop_late()
         batch = self.scheduler.schedule()
         if batch.chunks:
             self._advance(batch)
@@ -103,37 +132,88 @@ class Engine:
         )
 
     def close(self) -> None:
-        """End the loader's thread."""
+        """End the threads."""
         self.loader.close()
+        if self.grammars is not None:
+            self.grammars.close()
 
     def _advance(self, batch: Batch) -> None:
         logits = self.runner.step(batch)
-        sampling = []
+        self._score(batch, logits)
+        sampling, read = [], []
         for chunk in batch.chunks:
             self.scheduler.advance(chunk)
             self._prompt_tokens += max(0, min(chunk.stop, chunk.sequence.n_prompt) - chunk.start)
             if chunk.samples:
                 sampling.append(chunk.sequence)
+            elif chunk.stop == len(chunk.sequence.token_ids):
+                read.append(chunk.sequence)
         if sampling:
-            tokens = sample(logits, [s.sampling for s in sampling], [len(s.token_ids) for s in sampling])
-            for sequence, token in zip(sampling, tokens, strict=True):
-                if token is None:
-                    self._end(sequence, TokenOutput(sequence.request_id, [], "error", NOT_FINITE))
-                else:
-                    self._emit(sequence, token)
+            self._sample(sampling, logits.sampling)
+        for sequence in read:
+            self._end(sequence, self._output(sequence, [], "length"))
         self._steps += 1
 
-    def _emit(self, sequence: Sequence, token: int) -> None:
-        cached = sequence.n_cached or 0
-        if sequence.n_generated == 0:
-            self._cached_prompt_tokens += cached
+    def _score(self, batch: Batch, logits: Logits) -> None:
+        """Keep how likely the step's prompt tokens were, for those who want to know."""
+        offset = 0
+        for chunk in batch.chunks:
+            scored = chunk.scores
+            if scored:
+                sequence, rows = chunk.sequence, logits.scoring[offset : offset + len(scored)]
+                following = sequence.token_ids[scored.start + 1 : scored.stop + 1]
+                count = sequence.sampling.logprobs or 0
+                sequence.prompt_logprobs += token_logprobs(rows, following, [count] * len(rows))
+                offset += len(rows)
+
+    def _sample(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
+        asking = [row for row, s in enumerate(sequences) if s.sampling.logprobs is not None]
+        unadjusted = logits[asking] if asking else None
+        adjust(logits, sequences)
+        tokens = sample(logits, [s.sampling for s in sequences], [len(s.token_ids) for s in sequences])
+        logprobs: dict[int, TokenLogprobs] = {}
+        if unadjusted is not None:
+            counts = [sequences[row].sampling.logprobs or 0 for row in asking]
+            # A token that is not there ends its request below; token 0 stands in its place until then.
+            found = token_logprobs(unadjusted, [tokens[row] or 0 for row in asking], counts)
+            logprobs = dict(zip(asking, found, strict=True))
+        for row, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
+            if sequence.grammar_error is not None:
+                self._end(sequence, TokenOutput(sequence.request_id, [], "error", sequence.grammar_error))
+            elif token is None:
+                self._end(sequence, TokenOutput(sequence.request_id, [], "error", NOT_FINITE))
+            else:
+                self._emit(sequence, token, [logprobs[row]] if row in logprobs else [])
+
+    def _emit(self, sequence: Sequence, token: int, logprobs: list[TokenLogprobs]) -> None:
+        is_first = sequence.n_generated == 0
+        if is_first:
+            self._cached_prompt_tokens += sequence.n_cached or 0
         self._generated_tokens += 1
         finish_reason = sequence.append(token)
-        output = TokenOutput(sequence.request_id, [token], finish_reason, cached_tokens=cached)
+        output = self._output(sequence, [token], finish_reason, logprobs, with_prompt=is_first)
         if finish_reason is None:
             self._outputs.append(output)
         else:
             self._end(sequence, output)
+
+    @staticmethod
+    def _output(
+        sequence: Sequence,
+        token_ids: list[int],
+        finish_reason: str | None,
+        logprobs: list[TokenLogprobs] | None = None,
+        *,
+        with_prompt: bool = True,
+    ) -> TokenOutput:
+        return TokenOutput(
+            sequence.request_id,
+            token_ids,
+            finish_reason,
+            cached_tokens=sequence.n_cached or 0,
+            logprobs=logprobs or [],
+            prompt_logprobs=sequence.prompt_logprobs if with_prompt else [],
+        )
 
     def _end(self, sequence: Sequence, output: TokenOutput) -> None:
         self.scheduler.finish(sequence)
@@ -158,3 +238,25 @@ class Engine:
                 sequence.loaded[result.content_hash] = result.intervention
                 if sequence.is_loaded:
                     self._enqueue(sequence)
+
+    def _collect_grammars(self) -> None:
+        for compiled in self.grammars.collect() if self.grammars is not None else ():
+            sequence = self._sequences.get(compiled.request_id)
+            if sequence is None:
+                continue
+            if compiled.error is not None:
+                error = f"the grammar cannot be compiled: {compiled.error}"
+                self._end(sequence, TokenOutput(sequence.request_id, [], "error", error))
+                continue
+            sequence.matcher = compiled.matcher
+            if sequence.is_loaded:
+                self._enqueue(sequence)
+
+    def _drop_late(self) -> None:
+        now = time.monotonic()
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, request_id = heapq.heappop(self._deadlines)
+            sequence = self._sequences.get(request_id)
+            if sequence is not None:
+                error = f"not done in time; {sequence.n_generated} tokens were generated"
+                self._end(sequence, TokenOutput(request_id, [], "timeout", error))

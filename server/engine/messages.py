@@ -18,7 +18,14 @@ class InterventionRef(msgspec.Struct, frozen=True):
 
 
 class SamplingParams(msgspec.Struct, frozen=True):
-    """How one request's tokens are chosen. temperature 0 is greedy; top_k 0 and top_p 1 leave all tokens in."""
+    """How one request's tokens are chosen. temperature 0 is greedy; top_k 0 and top_p 1 leave all tokens in.
+
+    Penalties: `repetition` divides or multiplies logits of tokens in prompt and answer (Keskar et al. 2019), `presence`
+    and `frequency` are OpenAI's, over the answer. logit_bias: (token id, what is added to its logit).
+    min_tokens: before so many tokens none of `stop_token_ids` is chosen. grammar: what the answer must be, in
+    llguidance's notation; "" is anything. logprobs: how many alternatives to report for each token, None no report;
+    prompt_logprobs: report on the prompt's tokens too. max_tokens 0 only reads the prompt.
+    """
 
     max_tokens: int
     temperature: float = 0.0
@@ -27,12 +34,26 @@ class SamplingParams(msgspec.Struct, frozen=True):
     min_p: float = 0.0
     seed: int = 0
     stop_token_ids: tuple[int, ...] = ()
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+    grammar: str = ""
+    logprobs: int | None = None
+    prompt_logprobs: bool = False
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether tokens that were there before count for or against themselves."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit"):
     """A generation request. `prompt_ids` are the final token ids, chat template and BOS included.
 
-    cache_salt: prefixes in the cache are shared only among requests with equal salts.
+    cache_salt: prefixes in the cache are shared only among requests with equal salts. priority: lower goes first.
+    timeout_s: after so long the request ends with an error, wherever it is.
     """
 
     request_id: str
@@ -40,6 +61,8 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     sampling: SamplingParams
     interventions: tuple[InterventionRef, ...] = ()
     cache_salt: str = ""
+    priority: int = 0
+    timeout_s: float | None = None
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
@@ -57,10 +80,22 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     weights_checksum: str
 
 
-class TokenOutput(msgspec.Struct, frozen=True):
-    """New tokens of one request; `finish_reason` is "stop", "length", "cancelled" or "error" on its last one.
+class TokenLogprobs(msgspec.Struct, frozen=True):
+    """How likely the model found a token, natural logarithm, before temperature and all else that the request asks.
+
+    top: the likeliest tokens in its place, best first, (token id, log-probability).
+    """
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+class TokenOutput(msgspec.Struct, frozen=True, omit_defaults=True):
+    """New tokens of one request; `finish_reason` is "stop", "length", "cancelled", "timeout" or "error" on its last.
 
     cached_tokens: prompt tokens found in the prefix cache; the same in all of a request's outputs.
+    logprobs: of the new tokens, when asked for. prompt_logprobs: of all prompt tokens but the first, once.
     """
 
     request_id: str
@@ -68,6 +103,8 @@ class TokenOutput(msgspec.Struct, frozen=True):
     finish_reason: str | None = None
     error: str | None = None
     cached_tokens: int = 0
+    logprobs: list[TokenLogprobs] = []
+    prompt_logprobs: list[TokenLogprobs] = []
 
 
 class EngineStats(msgspec.Struct, frozen=True):

@@ -19,12 +19,13 @@ import torch
 import zmq
 
 from reftserve.interventions import InterventionError, model_checksum
-from reftserve.server.base_model import load_model, resolve_device, resolve_dtype
+from reftserve.server.base_model import eos_token_ids, load_model, load_tokenizer, resolve_device, resolve_dtype
 from reftserve.server.engine.config import EngineConfig
 from reftserve.server.engine.engine import Engine
 from reftserve.server.engine.errors import EngineError
 from reftserve.server.engine.messages import Cancel, Fatal, FromEngine, Ready, Submit, ToEngine
 from reftserve.server.engine.runner import Runner
+from reftserve.server.engine.structured import GrammarCompiler
 
 LOADING_POLL_MS = 1
 
@@ -71,7 +72,9 @@ def build(config: EngineConfig) -> tuple[Engine, Ready]:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = resolve_device(config.device)
-    model = load_model(Path(config.model_folder), resolve_dtype(config.dtype, device), device)
+    folder = Path(config.model_folder)
+    model = load_model(folder, resolve_dtype(config.dtype, device), device)
+    tokenizer = load_tokenizer(folder)
     runner = Runner(
         model,
         kv_cache_bytes=config.kv_cache_bytes,
@@ -84,6 +87,7 @@ def build(config: EngineConfig) -> tuple[Engine, Ready]:
         max_sequences=config.max_sequences,
         host_bytes=config.host_bytes,
         prefix_cache=config.prefix_cache,
+        grammars=GrammarCompiler(tokenizer, eos_token_ids(folder, tokenizer), runner.config.vocab_size),
     )
     ready = Ready(
         max_context=runner.max_context,

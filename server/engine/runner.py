@@ -7,7 +7,7 @@ hook a decoder layer that returns at once when the step edits nothing there.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +25,16 @@ from reftserve.server.engine.scheduler import Batch
 
 # These scale positions by the longest sequence of the whole batch, so one request would change another (I1).
 BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+
+
+class Logits(NamedTuple):
+    """What a step gives, in packed order, each [rows, vocabulary].
+
+    sampling: of the chunks that sample. scoring: of the tokens that chunks score (`Chunk.scores`).
+    """
+
+    sampling: Tensor
+    scoring: Tensor
 
 
 class Runner:
@@ -51,11 +61,8 @@ class Runner:
             layer.register_forward_hook(self._edit_hook(index))
 
     @torch.inference_mode()
-    def step(self, batch: Batch) -> Tensor:
-        """Compute the batch's chunks.
-
-        Returns logits [chunks that sample, vocabulary], in packed order. Advances no sequence.
-        """
+    def step(self, batch: Batch) -> Logits:
+        """Compute the batch's chunks. Advances no sequence."""
         if batch.stale_blocks:
             self.cache.clear(batch.stale_blocks)
         chunks = batch.chunks
@@ -63,11 +70,19 @@ class Runner:
         positions = np.concatenate([np.arange(c.start, c.stop) for c in chunks])
         ends = np.cumsum([c.stop - c.start for c in chunks]) - 1
         sampling = ends[[c.samples for c in chunks]]
+        # Row of token i of a chunk that ends in row `end`: counted back from there.
+        scoring = [
+            np.arange(s.start, s.stop) - c.stop + 1 + end
+            for c, end in zip(chunks, ends, strict=True)
+            if (s := c.scores)
+        ]
+        rows = np.concatenate([sampling, *scoring])
         self._edits = plan_edits(chunks, self.bank, self.device)
         try:
-            return self._forward(token_ids, positions, sampling, PagedStep(batch, self.cache, self.device))
+            logits = self._forward(token_ids, positions, rows, PagedStep(batch, self.cache, self.device))
         finally:
             self._edits = {}
+        return Logits(logits[: len(sampling)], logits[len(sampling) :])
 
     def _forward(self, token_ids: Any, positions: Any, sampling: Any, step: AttentionStep) -> Tensor:
         with attention_step(step):

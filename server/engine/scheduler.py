@@ -2,13 +2,14 @@
 
 A step is a `Batch` of chunks. A decoding sequence contributes its one uncomputed token; a sequence that is still
 reading its prompt contributes as many tokens as the budget leaves. Decodes go first, so a long prompt never holds
-running streams; then prompts, oldest first. When blocks run out the newest running sequence is preempted: it gives
-its blocks back and later recomputes its tokens, with edits at the same positions as before.
+running streams; then prompts. Who waits is admitted in the order of its key (time of arrival, moved by its priority);
+when blocks run out the running sequence with the last key is preempted: it gives its blocks back, keeps its place in
+the queue, and later recomputes its tokens, with edits at the same positions as before.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
 from dataclasses import dataclass
 
 from reftserve.server.engine.bank import Bank
@@ -33,7 +34,15 @@ class Chunk:
     @property
     def samples(self) -> bool:
         """Whether the step's logits give this sequence its next token."""
-        return self.stop == len(self.sequence.token_ids)
+        return self.stop == len(self.sequence.token_ids) and self.sequence.sampling.max_tokens > 0
+
+    @property
+    def scores(self) -> range:
+        """Tokens whose logits say how likely the prompt token after them was, where that is asked and not known."""
+        sequence = self.sequence
+        if not sequence.sampling.prompt_logprobs:
+            return range(0)
+        return range(max(self.start, len(sequence.prompt_logprobs)), min(self.stop, sequence.n_prompt - 1))
 
 
 @dataclass(frozen=True)
@@ -70,7 +79,7 @@ class Scheduler:
         self.bank = bank
         self.max_batch_tokens = max_batch_tokens
         self.max_sequences = min(max_sequences, max_batch_tokens)
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.prefix_cache = prefix_cache
         self.preemptions = 0
@@ -86,21 +95,21 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence whose interventions are loaded."""
         sequence.status = Status.WAITING
-        self.waiting.append(sequence)
+        insort(self.waiting, sequence, key=_order)
 
     def schedule(self) -> Batch:
         """The next step's batch; empty when nothing can run."""
         budget = self.max_batch_tokens
         planned: list[Chunk] = []
-        # A stable sort: sequences with one token to compute first, otherwise in order of admission.
-        for sequence in sorted(self.running, key=lambda s: s.n_uncomputed > 1):
+        # Sequences with one token to compute come first.
+        for sequence in sorted(self.running, key=lambda s: (s.n_uncomputed > 1, s.order)):
             if budget == 0:
                 break
             stop = sequence.n_computed + min(sequence.n_uncomputed, budget)
             if sequence.status is Status.RUNNING and self._reserve(sequence, stop):
                 planned.append(Chunk(sequence, sequence.n_computed, stop))
                 budget -= stop - sequence.n_computed
-        # A newer sequence may have been preempted after its chunk was planned, to make room for an older one.
+        # A sequence may have been preempted after its chunk was planned, to make room for one that comes before it.
         planned = [chunk for chunk in planned if chunk.sequence.status is Status.RUNNING]
         while self.waiting and budget > 0 and len(self.running) < self.max_sequences:
             sequence = self.waiting[0]
@@ -151,22 +160,23 @@ class Scheduler:
             sequence.n_cached = sequence.n_computed
         self.allocator.share(sequence.block_table, cached)
         self.allocator.extend(sequence.block_table, sequence.n_computed + min(sequence.n_uncomputed, budget))
-        self.waiting.popleft()
+        self.waiting.pop(0)
         sequence.status = Status.RUNNING
         self.running.append(sequence)
         return True
 
     def _cached_blocks(self, sequence: Sequence) -> list[int]:
         """Blocks in the cache that the sequence begins with; its last token is always left to compute."""
-        if not self.prefix_cache:
+        is_unscored = sequence.sampling.prompt_logprobs and len(sequence.prompt_logprobs) < sequence.n_prompt - 1
+        if not self.prefix_cache or is_unscored:
             return []
         size = self.allocator.block_size
         return self.allocator.find(sequence.block_keys(size, (len(sequence.token_ids) - 1) // size))
 
     def _reserve(self, sequence: Sequence, tokens: int) -> bool:
-        """Blocks for the sequence's first `tokens` tokens, preempting newer ones for it; False if it went itself."""
+        """Blocks for the sequence's first `tokens` tokens, preempting later ones for it; False if it went itself."""
         while not self.allocator.extend(sequence.block_table, tokens):
-            victim = self.running[-1]
+            victim = max(self.running, key=_order)
             self._preempt(victim)
             if victim is sequence:
                 return False
@@ -176,11 +186,14 @@ class Scheduler:
         self.running.remove(sequence)
         self._release(sequence)
         sequence.n_computed = 0
-        sequence.status = Status.WAITING
-        self.waiting.appendleft(sequence)
+        self.add(sequence)
         self.preemptions += 1
 
     def _release(self, sequence: Sequence) -> None:
         self.allocator.release(sequence.block_table, edited=bool(sequence.edits))
         self.bank.release(sequence.interventions)
         sequence.edits = ()
+
+
+def _order(sequence: Sequence) -> tuple[float, int]:
+    return sequence.order

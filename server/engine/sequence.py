@@ -10,9 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from llguidance import LLMatcher
+
 from reftserve.interventions import Intervention
 from reftserve.server.engine.bank import EditUse
-from reftserve.server.engine.messages import InterventionRef, SamplingParams, Submit
+from reftserve.server.engine.messages import InterventionRef, SamplingParams, Submit, TokenLogprobs
 from reftserve.server.engine.prefix_cache import BlockKeys
 
 
@@ -34,12 +36,15 @@ class Sequence:
     refs: the interventions it names, in composition order; `loaded`: those that are in host memory, by content hash.
     edits: their rows in the bank while the sequence runs.
     n_cached: prompt tokens that were found in the cache when the sequence first ran.
+    order: place in the queue, lower first; kept when it is preempted.
+    matcher: where in its grammar it is, for those that have one. prompt_logprobs: of the prompt's second token and on.
     """
 
     request_id: str
     token_ids: list[int]
     n_prompt: int
     sampling: SamplingParams
+    order: tuple[float, int] = (0.0, 0)
     refs: tuple[InterventionRef, ...] = ()
     cache_salt: str = ""
     loaded: dict[str, Intervention] = field(default_factory=dict)
@@ -48,24 +53,28 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     edits: tuple[EditUse, ...] = ()
     n_cached: int | None = None
+    matcher: LLMatcher | None = None
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     _keys: BlockKeys | None = None
 
     @classmethod
-    def from_submit(cls, submit: Submit) -> Sequence:
+    def from_submit(cls, submit: Submit, order: tuple[float, int] = (0.0, 0)) -> Sequence:
         """A sequence that has its prompt and nothing else."""
         return cls(
             request_id=submit.request_id,
             token_ids=list(submit.prompt_ids),
             n_prompt=len(submit.prompt_ids),
             sampling=submit.sampling,
+            order=order,
             refs=submit.interventions,
             cache_salt=submit.cache_salt,
         )
 
     @property
     def is_loaded(self) -> bool:
-        """Whether everything that it names is in host memory."""
-        return all(ref.content_hash in self.loaded for ref in self.refs)
+        """Whether everything that it names is in host memory, and its grammar compiled."""
+        has_grammar = not self.sampling.grammar or self.matcher is not None
+        return has_grammar and all(ref.content_hash in self.loaded for ref in self.refs)
 
     @property
     def interventions(self) -> tuple[tuple[Intervention, float], ...]:
@@ -87,6 +96,13 @@ class Sequence:
         """Tokens that the model has still to read: 1 while decoding."""
         return len(self.token_ids) - self.n_computed
 
+    @property
+    def grammar_error(self) -> str | None:
+        """Why the grammar cannot be followed any further: it needs more than llguidance's limits."""
+        if self.matcher is None or not self.matcher.is_error():
+            return None
+        return f"the grammar cannot be followed after {self.n_generated} tokens: {self.matcher.get_error()}"
+
     def block_keys(self, block_size: int, count: int) -> list[bytes]:
         """Keys of its first `count` blocks, all of them full; only once `is_loaded`."""
         if self._keys is None:
@@ -96,6 +112,11 @@ class Sequence:
     def append(self, token_id: int) -> str | None:
         """Add a sampled token; the finish reason when it was the last one."""
         self.token_ids.append(token_id)
+        if self.matcher is not None:
+            self.matcher.consume_token(token_id)
+            # One that gave up has stopped too; the engine asks for its error before the next token.
+            if self.matcher.is_stopped() and not self.matcher.is_error():
+                return "stop"
         if token_id in self.sampling.stop_token_ids:
             return "stop"
         return "length" if self.n_generated >= self.sampling.max_tokens else None

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from reftserve.interventions import (
     BaseFingerprint,
@@ -22,9 +22,10 @@ from reftserve.interventions import (
     save_artifact,
 )
 from reftserve.server.engine.engine import Engine
-from reftserve.server.engine.messages import InterventionRef, SamplingParams, Submit, TokenOutput
-from reftserve.server.engine.runner import Runner
+from reftserve.server.engine.messages import InterventionRef, SamplingParams, Submit, TokenLogprobs, TokenOutput
+from reftserve.server.engine.runner import Logits, Runner
 from reftserve.server.engine.scheduler import Batch
+from reftserve.server.engine.structured import GrammarCompiler
 
 
 class RecordingRunner(Runner):
@@ -35,10 +36,10 @@ class RecordingRunner(Runner):
         self.logits: dict[tuple[str, int], Tensor] = {}
         self.batches: list[Batch] = []
 
-    def step(self, batch: Batch) -> Tensor:
+    def step(self, batch: Batch) -> Logits:
         logits = super().step(batch)
         sampling = [chunk for chunk in batch.chunks if chunk.samples]
-        for chunk, row in zip(sampling, logits, strict=True):
+        for chunk, row in zip(sampling, logits.sampling, strict=True):
             self.logits[chunk.sequence.request_id, chunk.stop] = row.clone()
         self.batches.append(batch)
         return logits
@@ -49,12 +50,16 @@ class Run:
     """What an engine gave for some requests."""
 
     tokens: dict[str, list[int]] = field(default_factory=dict)
+    logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
+    prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
     finished: dict[str, TokenOutput] = field(default_factory=dict)
 
     def take(self, outputs: Iterable[TokenOutput]) -> None:
         for output in outputs:
             assert output.request_id not in self.finished, "output after the last one"
             self.tokens.setdefault(output.request_id, []).extend(output.token_ids)
+            self.logprobs.setdefault(output.request_id, []).extend(output.logprobs)
+            self.prompt_logprobs.setdefault(output.request_id, []).extend(output.prompt_logprobs)
             if output.finish_reason is not None:
                 self.finished[output.request_id] = output
 
@@ -89,10 +94,13 @@ def request(
     uses: Iterable[tuple[Path, float]] = (),
     max_tokens: int = 8,
     cache_salt: str = "",
+    priority: int = 0,
+    timeout_s: float | None = None,
     **sampling: object,
 ) -> Submit:
     refs = tuple(InterventionRef(str(f), load_artifact(f).content_hash, scale) for f, scale in uses)
-    return Submit(name, prompt, SamplingParams(max_tokens=max_tokens, **sampling), refs, cache_salt)  # type: ignore[arg-type]
+    params = SamplingParams(max_tokens=max_tokens, **sampling)  # type: ignore[arg-type]
+    return Submit(name, prompt, params, refs, cache_salt, priority, timeout_s)
 
 
 def random_edit(rank: int, hidden: int, seed: int, activation: int = 0) -> LowRankEdit:
@@ -155,4 +163,10 @@ def make_engine(
         block_size=block_size,
         bank_bytes=bank_rows * 4 * (2 * hidden + 2),
     )
-    return Engine(runner, max_batch_tokens=max_batch_tokens, max_sequences=max_sequences, prefix_cache=prefix_cache)
+    return Engine(
+        runner,
+        max_batch_tokens=max_batch_tokens,
+        max_sequences=max_sequences,
+        prefix_cache=prefix_cache,
+        grammars=GrammarCompiler(AutoTokenizer.from_pretrained(folder), (2,), runner.config.vocab_size),
+    )

@@ -1,0 +1,87 @@
+"""What requests ask of their logits before a token is chosen, and how likely the model found a token.
+
+Every change is made in place and only to the rows that ask for it: a row's values depend on its own request alone, and
+a batch in which nobody asks costs nothing.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reftserve.server.engine.messages import TokenLogprobs
+from reftserve.server.engine.sequence import Sequence
+from reftserve.server.engine.structured import forbidden_tokens
+
+
+@torch.inference_mode()
+def adjust(logits: Tensor, sequences: list[Sequence]) -> None:
+    """Penalties, biases, forbidden tokens, in this order. logits: [rows, vocabulary], one row a sequence."""
+    penalised = [row for row, s in enumerate(sequences) if s.sampling.has_penalties]
+    if penalised:
+        _penalise(logits, penalised, [sequences[row] for row in penalised])
+    biases = [(row, *bias) for row, s in enumerate(sequences) for bias in s.sampling.logit_bias]
+    if biases:
+        rows, tokens, values = zip(*biases, strict=True)
+        amount = torch.tensor(values, dtype=logits.dtype, device=logits.device)
+        logits.index_put_((_index(rows, logits), _index(tokens, logits)), amount, accumulate=True)
+    too_short = [
+        (row, token)
+        for row, s in enumerate(sequences)
+        if s.n_generated < s.sampling.min_tokens
+        for token in s.sampling.stop_token_ids
+    ]
+    if too_short:
+        rows, tokens = zip(*too_short, strict=True)
+        logits[_index(rows, logits), _index(tokens, logits)] = -torch.inf
+    bound = [row for row, s in enumerate(sequences) if s.matcher is not None]
+    if bound:
+        forbidden = forbidden_tokens([m for s in sequences if (m := s.matcher) is not None], logits.shape[1])
+        rows_ = _index(bound, logits)
+        logits[rows_] = logits[rows_].masked_fill(forbidden.to(logits.device), -torch.inf)
+
+
+@torch.inference_mode()
+def token_logprobs(logits: Tensor, token_ids: list[int], counts: list[int]) -> list[TokenLogprobs]:
+    """How likely each row's token is, and its row's `count` likeliest. logits: [rows, vocabulary], unadjusted."""
+    values = logits.float()
+    norm = values.logsumexp(dim=-1, keepdim=True)
+    chosen = (values.gather(1, _index(token_ids, logits).unsqueeze(1)) - norm).squeeze(1).tolist()
+    top = values.topk(min(max(counts), values.shape[1]), dim=-1)
+    likeliest = zip(top.indices.tolist(), (top.values - norm).tolist(), strict=True)
+    return [
+        TokenLogprobs(token, logprob, list(zip(ids[:count], logprobs[:count], strict=True)))
+        for token, logprob, (ids, logprobs), count in zip(token_ids, chosen, likeliest, counts, strict=True)
+    ]
+
+
+def _penalise(logits: Tensor, rows: list[int], sequences: list[Sequence]) -> None:
+    index = _index(rows, logits)
+    values = logits[index]
+    answer = _counts([s.token_ids[s.n_prompt :] for s in sequences], values)
+    seen = answer + _counts([s.token_ids[: s.n_prompt] for s in sequences], values) > 0
+
+    def column(amounts: list[float]) -> Tensor:
+        return torch.tensor(amounts, dtype=values.dtype, device=values.device).unsqueeze(1)
+
+    repetition = column([s.sampling.repetition_penalty for s in sequences])
+    values = torch.where(seen, torch.where(values > 0, values / repetition, values * repetition), values)
+    values -= column([s.sampling.frequency_penalty for s in sequences]) * answer
+    values -= column([s.sampling.presence_penalty for s in sequences]) * (answer > 0)
+    logits[index] = values
+
+
+def _counts(token_ids: list[list[int]], like: Tensor) -> Tensor:
+    """How often each token of the vocabulary is in each list, [lists, vocabulary]."""
+    rows = np.repeat(np.arange(len(token_ids)), [len(ids) for ids in token_ids])
+    tokens = np.fromiter(chain.from_iterable(token_ids), dtype=np.int64, count=len(rows))
+    counts = torch.zeros_like(like)
+    ones = torch.ones(len(rows), dtype=like.dtype, device=like.device)
+    return counts.index_put_((_index(rows, like), _index(tokens, like)), ones, accumulate=True)
+
+
+def _index(values: object, like: Tensor) -> Tensor:
+    return torch.as_tensor(values, dtype=torch.int64, device=like.device)

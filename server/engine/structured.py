@@ -1,0 +1,89 @@
+"""Structured output through llguidance: grammars compiled off the step loop, and which tokens they let come next."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from llguidance import LLMatcher, LLTokenizer
+from llguidance.hf import from_tokenizer
+from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+SILENT = 0  # llguidance would write what it thinks of a grammar to standard error
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A request's grammar at its beginning, or why there is none."""
+
+    request_id: str
+    matcher: LLMatcher
+    error: str | None = None
+
+
+class GrammarCompiler:
+    """Compiles grammars in a thread of its own; the engine collects them between steps.
+
+    vocabulary: width of the model's logits, which may be more than the tokenizer has tokens.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, eos_token_ids: tuple[int, ...], vocabulary: int) -> None:
+        self._tokenizer = tokenizer
+        self._eos_token_ids = eos_token_ids
+        self._vocabulary = vocabulary
+        self._num_pending = 0
+        self._grammars: queue.SimpleQueue[tuple[str, str] | None] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[Compiled] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="grammar-compiler", daemon=True)
+        self._thread.start()
+
+    @property
+    def pending(self) -> bool:
+        """Whether a requested grammar has not been collected yet."""
+        return self._num_pending > 0
+
+    def request(self, request_id: str, grammar: str) -> None:
+        """Ask for a matcher; `collect` will report it."""
+        self._num_pending += 1
+        self._grammars.put((request_id, grammar))
+
+    def collect(self) -> list[Compiled]:
+        """What was compiled since the last call; never waits."""
+        done = []
+        while not self._results.empty():
+            done.append(self._results.get())
+        self._num_pending -= len(done)
+        return done
+
+    def close(self) -> None:
+        """End the thread after the grammar under way."""
+        self._grammars.put(None)
+        self._thread.join()
+
+    @cached_property
+    def _vocabulary_trie(self) -> LLTokenizer:
+        return from_tokenizer(self._tokenizer, n_vocab=self._vocabulary, eos_token=list(self._eos_token_ids))
+
+    def _run(self) -> None:
+        while (item := self._grammars.get()) is not None:
+            request_id, grammar = item
+            matcher = LLMatcher(self._vocabulary_trie, grammar, log_level=SILENT)
+            self._results.put(Compiled(request_id, matcher, matcher.get_error() or None))
+
+
+def forbidden_tokens(matchers: list[LLMatcher], vocabulary: int) -> Tensor:
+    """Which tokens cannot come next, [matchers, vocabulary] of booleans, on the CPU.
+
+    A matcher that gives up, because its grammar needs more than llguidance's limits, has an error afterwards.
+    """
+    bits = allocate_token_bitmask(len(matchers), vocabulary)
+    for row, matcher in enumerate(matchers):
+        fill_next_token_bitmask(matcher, bits, row)
+    allowed = np.unpackbits(bits.view(np.uint8), axis=1, bitorder="little")[:, :vocabulary]
+    return torch.from_numpy(allowed == 0)
