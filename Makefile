@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DATA := reftserve-data
 MODEL := $(DATA)/models/HuggingFaceTB--SmolLM2-135M-Instruct
 
-.PHONY: demo test check format install model lint-links clean help
+.PHONY: demo test bench bench-peers check format install model lint-links clean help
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -15,6 +15,14 @@ demo: model ## Serve, upload, train, and show base and intervened answers side b
 
 test: model ## Run every test
 	$(BIN)/python -m pytest $(ARGS)
+
+bench: model ## Measure the engine: takes an hour, alone on the machine
+	for script in throughput curve time_to_first_token residency http_streams batch_sizes int8; do \
+	  $(BIN)/python benchmarks/$$script.py || exit 1; done
+
+bench-peers: model ## Measure it beside vLLM, llama.cpp and PEFT (6 GB, and half an hour to set up)
+	benchmarks/peers/setup.sh
+	$(BIN)/python benchmarks/peers/run.py
 
 check: install lint-links ## Lint, format check, types, import contracts
 	$(BIN)/ruff check .

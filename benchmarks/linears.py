@@ -1,4 +1,4 @@
-"""One pass through the linear layers of a model: torch's own, ours, in ms: `python benchmarks/linears.py MODEL_FOLDER`.
+"""One pass through the linear layers of a model, in ms by form: `python benchmarks/linears.py MODEL_FOLDER`.
 
 Every layer is visited in turn, as in a forward pass, so that the weights come from memory and not from a cache.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from reftserve.server.engine.packed_linear import pack_linears
+from reftserve.server.engine.linears import replace_linears
 
 
 def pass_ms(layers: list[nn.Module], inputs: list[torch.Tensor], runs: int) -> float:
@@ -35,14 +35,17 @@ def main() -> None:
     args = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).model
     plain = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    blocks = nn.ModuleList(copy.deepcopy(plain))
-    pack_linears(blocks)
-    print(f"{'rows':>5} {'nn.Linear':>10} {'packed':>8} {'ratio':>6}")
+    forms = {"nn.Linear": plain}
+    for name, int8 in (("packed", False), ("int8", True)):
+        layers = nn.ModuleList(copy.deepcopy(plain))
+        replace_linears(layers, [], int8=int8)
+        forms[name] = list(layers)
+    print("rows  " + "  ".join(f"{name:>9}" for name in forms))
     with torch.inference_mode():
         for rows in (1, 8, 32, 64, 256, 512):
             inputs = [torch.randn(rows, layer.in_features) for layer in plain]
-            ours, theirs = pass_ms(list(blocks), inputs, args.runs), pass_ms(list(plain), inputs, args.runs)
-            print(f"{rows:5} {theirs:10.1f} {ours:8.1f} {theirs / ours:6.2f}")
+            times = [pass_ms(list(layers), inputs, args.runs) for layers in forms.values()]
+            print(f"{rows:4}  " + "  ".join(f"{time_ms:9.1f}" for time_ms in times))
 
 
 if __name__ == "__main__":

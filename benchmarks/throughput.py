@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import tempfile
 import time
 from collections.abc import Callable
@@ -35,28 +36,35 @@ def hugging_face(prompts: list[list[int]]) -> Callable[[], float]:
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser()
+    arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--runs", type=int, default=5)
-    runs = arguments.parse_args().runs
+    arguments.add_argument("--requests", type=int, default=32, help="and as many interventions")
+    arguments.add_argument("--low", type=int, default=59, help="tokens of the shortest prompt")
+    arguments.add_argument("--high", type=int, default=72)
+    args = arguments.parse_args()
     torch.set_num_threads(2)
-    prompts = w.prompts(32, 59, 72)
-    engine = w.make_engine(prefix_cache=False)  # every run serves the same prompts
+    prompts = w.prompts(args.requests, args.low, args.high)
+    # Every run serves the same prompts, so none may be remembered.
+    engines = {
+        name: w.make_engine(prefix_cache=False, quantization=quantization)
+        for name, quantization in (("float32", "none"), ("int8", "int8"))
+    }
     with tempfile.TemporaryDirectory() as scratch:
-        mixed = w.interventions(Path(scratch), 32, positions="f7+l7", rank=4, layers=ALL_LAYERS)
-        figures = w.medians(
-            {
-                "Hugging Face generate": hugging_face(prompts),
-                "ours, no intervention": lambda: w.serve(engine, prompts, NEW_TOKENS, []),
-                "ours, 32 interventions (f7+l7, rank 4, all layers)": lambda: w.serve(
-                    engine, prompts, NEW_TOKENS, mixed
-                ),
-            },
-            runs,
-        )
+        mixed = w.interventions(Path(scratch), args.requests, positions="f7+l7", rank=4, layers=ALL_LAYERS)
+        variants: dict[str, Callable[[], float]] = {"Hugging Face generate": hugging_face(prompts)}
+        for name, engine in engines.items():
+            for label, refs in (("no intervention", []), (f"{args.requests} interventions", mixed)):
+                variants[f"ours, {name}, {label}"] = functools.partial(w.serve, engine, prompts, NEW_TOKENS, refs)
+        figures = w.medians(variants, args.runs)
     reference = figures["Hugging Face generate"]
-    print(f"32 requests of 59 to 72 tokens, {NEW_TOKENS} new ones, greedy, float32; {w.machine()}; median of {runs}")
+    print(f"{args.requests} requests of {args.low} to {args.high} tokens, {NEW_TOKENS} new ones, greedy")
+    print(f"interventions: f7+l7, rank 4, all layers; {w.machine()}; median of {args.runs}")
     for name, figure in figures.items():
-        print(f"{name:55} {figure:8.1f} tokens/s  {figure / reference:5.2f} of Hugging Face")
+        print(f"{name:40} {figure:8.1f} tokens/s  {figure / reference:5.2f} of Hugging Face")
+    for name, engine in engines.items():
+        plain, edited = (figures[f"ours, {name}, {x}"] for x in ("no intervention", f"{args.requests} interventions"))
+        print(f"{name}: {args.requests} interventions / none = {edited / plain:.3f}")
+        engine.close()
 
 
 if __name__ == "__main__":

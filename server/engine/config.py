@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 
@@ -19,3 +21,4 @@ class EngineConfig(msgspec.Struct, frozen=True):
     bank_bytes: int = 256 << 20
     host_bytes: int = 1 << 30
     prefix_cache: bool = True
+    quantization: Literal["none", "int8"] = "none"

@@ -80,6 +80,7 @@ def build(config: EngineConfig) -> tuple[Engine, Ready]:
         kv_cache_bytes=config.kv_cache_bytes,
         block_size=config.block_size,
         bank_bytes=config.bank_bytes,
+        int8=config.quantization == "int8",
     )
     engine = Engine(
         runner,

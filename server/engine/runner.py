@@ -20,7 +20,7 @@ from reftserve.server.engine.bank import Bank
 from reftserve.server.engine.edit_plan import LayerEdits, plan_edits
 from reftserve.server.engine.errors import UnsupportedModel
 from reftserve.server.engine.kv_cache import KVCache, LayerShape
-from reftserve.server.engine.packed_linear import pack_linears
+from reftserve.server.engine.linears import found_siblings, replace_linears
 from reftserve.server.engine.scheduler import Batch
 
 # These scale positions by the longest sequence of the whole batch, so one request would change another (I1).
@@ -38,25 +38,32 @@ class Logits(NamedTuple):
 
 
 class Runner:
-    """The base model with its cache and bank. Takes the model over: its linear layers may be packed for speed."""
+    """The base model with its cache and bank. Takes the model over: its linear layers get other forms for speed.
 
-    def __init__(self, model: PreTrainedModel, *, kv_cache_bytes: int, block_size: int, bank_bytes: int) -> None:
+    int8: weights and activations of linear layers are rounded to 8 bits.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, *, kv_cache_bytes: int, block_size: int, bank_bytes: int, int8: bool = False
+    ) -> None:
         _check_supported(model)
-        pack_linears(model)
         self.model = model
         self.device = model.device
         model.set_attn_implementation(ATTENTION)
         self.config = model.config.get_text_config()
+        self._edits: dict[int, LayerEdits] = {}
         self.max_context: int = self.config.max_position_embeddings
+        with found_siblings(model) as siblings:
+            shapes = self._probe_shapes()
+        replace_linears(model, siblings, int8=int8)
         self.cache = KVCache(
-            self._probe_shapes(),
+            shapes,
             block_size=block_size,
             max_bytes=kv_cache_bytes,
             dtype=model.dtype,
             device=self.device,
         )
         self.bank = Bank(self.config.hidden_size, max_bytes=bank_bytes, device=self.device)
-        self._edits: dict[int, LayerEdits] = {}
         for index, layer in enumerate(decoder_layers(model)):
             layer.register_forward_hook(self._edit_hook(index))
 

@@ -49,6 +49,29 @@ def test_an_architecture_serves_edited_and_plain_requests_as_alone(name: str, tm
     engine.close()
 
 
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_in_bfloat16_it_is_as_near_to_float32_as_alone(name: str, tmp_path: Path) -> None:
+    tiny_model(name).save_pretrained(tmp_path)
+    exact, alone, served = (
+        AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval()
+        for dtype in (torch.float32, torch.bfloat16, torch.bfloat16)
+    )
+    runner = RecordingRunner(served, kv_cache_bytes=1 << 20, block_size=4, bank_bytes=1 << 14)
+    engine = Engine(runner, max_batch_tokens=16, max_sequences=8)
+    prompts = [list(range(3 + index, 12 + 9 * index)) for index in range(4)]
+    for index, prompt in enumerate(prompts):
+        engine.submit(request(str(index), prompt, max_tokens=1))
+    run_until_done(engine)
+    for index, prompt in enumerate(prompts):
+        with torch.no_grad():
+            expected, rounded = (m(torch.tensor([prompt])).logits[0, -1].float() for m in (exact, alone))
+        found = runner.logits[str(index), len(prompt)].float()
+        assert float((found - expected).norm()) <= 2 * float((rounded - expected).norm()) + 0.01 * float(
+            expected.norm()
+        )
+    engine.close()
+
+
 def test_positions_that_depend_on_batch_mates_are_refused() -> None:
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     model = LlamaForCausalLM(LlamaConfig(**ROTARY, rope_parameters=rope)).eval()

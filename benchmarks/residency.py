@@ -1,0 +1,94 @@
+"""What moving interventions costs those who wait and those who run: `python benchmarks/residency.py`.
+
+Swaps: 16 streams decode while 50 short requests a second arrive; each names an intervention that is only on disk, or
+none. Cold: time to the first token of a short request whose intervention is on disk, or in the bank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import workload as w
+
+from reftserve.server.engine.engine import Engine
+from reftserve.server.engine.messages import InterventionRef, SamplingParams, Submit
+
+STREAMS, ARRIVALS_PER_S, SECONDS = 16, 50, 8.0
+
+
+def p99_gap(engine: Engine, prompts: list[list[int]], refs: list[InterventionRef]) -> float:
+    """99th percentile of the time between two tokens of a running stream, seconds; `refs` arrive one after another."""
+    _forget(engine)
+    streams = {f"stream-{time.perf_counter()}-{i}" for i in range(STREAMS)}
+    for name, prompt in zip(sorted(streams), prompts, strict=False):
+        engine.submit(Submit(name, prompt, SamplingParams(max_tokens=2000)))
+    while engine.scheduler.waiting or any(s.n_uncomputed > 1 for s in engine.scheduler.running):
+        engine.step()
+    last = dict.fromkeys(streams, time.perf_counter())
+    gaps, began, arrived = [], time.perf_counter(), 0
+    while (now := time.perf_counter()) - began < SECONDS:
+        while arrived < (now - began) * ARRIVALS_PER_S:
+            uses = (refs[arrived % len(refs)],) if refs else ()
+            engine.submit(Submit(f"{began}-{arrived}", prompts[0][:8], SamplingParams(max_tokens=1), uses))
+            arrived += 1
+        outputs = engine.step().outputs
+        now = time.perf_counter()
+        for output in outputs:
+            if output.request_id in last:
+                gaps.append(now - last[output.request_id])
+                last[output.request_id] = now
+    for name in streams:
+        engine.cancel(name)
+    while engine.has_work or engine.is_loading:
+        engine.step()
+    return statistics.quantiles(gaps, n=100)[98]
+
+
+def first_token_s(engine: Engine, prompt: list[int], ref: InterventionRef) -> float:
+    """From submission to the first token, nothing else running."""
+    began = time.perf_counter()
+    engine.submit(Submit(f"{began}", prompt, SamplingParams(max_tokens=1), (ref,)))
+    while not engine.step().outputs:
+        time.sleep(0.001 if engine.is_loading and not engine.has_work else 0)  # as the engine's process waits
+    return time.perf_counter() - began
+
+
+def _forget(engine: Engine) -> None:
+    """Empty the host tier, so that what is named next comes from disk."""
+    engine.loader._kept.clear()
+    engine.loader._bytes = 0
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--runs", type=int, default=5)
+    runs = arguments.parse_args().runs
+    torch.set_num_threads(2)
+    prompts = w.prompts(STREAMS, 59, 72)
+    # Room for about 60 interventions: each arrival takes the place of another.
+    engine = w.make_engine(prefix_cache=False, bank_bytes=40 << 20)
+    with tempfile.TemporaryDirectory() as scratch:
+        refs = w.interventions(Path(scratch), 500, positions="f7+l7", rank=4, layers=tuple(range(30)))
+        figures = w.medians(
+            {name: lambda refs=refs: p99_gap(engine, prompts, refs) for name, refs in (("none", []), ("swaps", refs))},
+            runs,
+        )
+        print(f"{STREAMS} streams, {ARRIVALS_PER_S} requests/s beside them; {w.machine()}; median of {runs}")
+        print(f"p99 gap without interventions {1000 * figures['none']:.1f} ms, each with one from disk", end=" ")
+        print(f"{1000 * figures['swaps']:.1f} ms: {figures['swaps'] / figures['none']:.3f}")
+        extra = []
+        for ref in refs[: 10 * runs]:
+            _forget(engine)
+            cold = first_token_s(engine, prompts[0], ref)
+            extra.append(cold - first_token_s(engine, prompts[0], ref))
+        print(f"cold first token, extra over hot: median {1000 * statistics.median(extra):.1f} ms")
+    engine.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Linear layers in other forms: the same function, or one that is known to be near it, whatever shares its batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from engine_oracle import RecordingRunner, request, run_until_done
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import tiny_llama
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from reftserve.server.engine.engine import Engine
+from reftserve.server.engine.errors import UnsupportedModel
+from reftserve.server.engine.linears import Int8Linear, SiblingLinear, found_siblings, replace_linears
+
+
+def linear(n_in: int = 48, n_out: int = 20, *, bias: bool = True) -> nn.Linear:
+    torch.manual_seed(1)
+    return nn.Linear(n_in, n_out, bias=bias).requires_grad_(False)
+
+
+def relative_error(form: nn.Module, plain: nn.Linear, x: torch.Tensor) -> float:
+    expected = plain(x)
+    return float((form(x) - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_int8_is_near_and_nearer_when_precise(bias: bool) -> None:
+    plain = linear(bias=bias)
+    x = torch.randn(3, 5, 48, generator=torch.Generator().manual_seed(2))
+    x[..., 7] *= 30  # an outlier takes the scale for itself
+    rough = relative_error(Int8Linear(plain.weight, plain.bias), plain, x)
+    fine = relative_error(Int8Linear(plain.weight, plain.bias, precise=True), plain, x)
+    assert fine < 0.01 < rough < 0.1
+
+
+@settings(max_examples=100, deadline=None)
+@given(mates=st.integers(0, 9), scale=st.floats(1e-3, 1e6), precise=st.booleans())
+def test_an_int8_row_is_the_same_to_the_bit_whatever_stands_beside_it(mates: int, scale: float, precise: bool) -> None:
+    plain = linear()
+    form = Int8Linear(plain.weight, plain.bias, precise=precise)
+    generator = torch.Generator().manual_seed(mates)
+    mine, others = torch.randn(1, 48, generator=generator), torch.randn(mates, 48, generator=generator) * scale
+    assert torch.equal(form(torch.cat([others, mine]))[-1], form(mine)[0])
+
+
+def test_int8_of_nothing_is_nothing_and_infinity_stays_visible() -> None:
+    form = Int8Linear(linear(bias=False).weight, None)
+    assert torch.equal(form(torch.zeros(2, 48)), torch.zeros(2, 20))
+    x = torch.ones(2, 48)
+    x[0, 0] = torch.inf
+    assert not form(x)[0].isfinite().any()
+    assert form(x)[1].isfinite().all()
+
+
+def test_layers_that_read_one_tensor_are_computed_as_one_and_give_the_same() -> None:
+    model = tiny_llama().requires_grad_(False)
+    ids = torch.arange(12).unsqueeze(0)
+    with torch.no_grad():
+        expected = model(ids).logits
+        with found_siblings(model) as groups:
+            model(ids)
+        replace_linears(model, groups, int8=False)
+        found = model(ids).logits
+    assert sorted(len(group) for group in groups) == [2] * 4 + [3] * 4
+    assert sum(isinstance(module, SiblingLinear) for module in model.modules()) == 4 * 5
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_int8_takes_float32_on_the_cpu_only() -> None:
+    model = tiny_llama().to(torch.bfloat16)
+    with pytest.raises(UnsupportedModel, match="float32"):
+        RecordingRunner(model, kv_cache_bytes=1 << 20, block_size=4, bank_bytes=1 << 14, int8=True)  # type: ignore[arg-type]
+
+
+def test_an_int8_engine_serves_mixtures_as_alone(tiny_llama_folder: Path, artifacts: list[Path]) -> None:
+    def engine() -> Engine:
+        model = AutoModelForCausalLM.from_pretrained(tiny_llama_folder, dtype=torch.float32).eval()
+        runner = RecordingRunner(
+            model.requires_grad_(False), kv_cache_bytes=1 << 20, block_size=4, bank_bytes=1 << 16, int8=True
+        )  # type: ignore[arg-type]
+        return Engine(runner, max_batch_tokens=16, max_sequences=8)
+
+    submits = [
+        request(str(i), list(range(5 + i, 20 + 3 * i)), uses=[(artifacts[i % 6], 1.0)], max_tokens=1) for i in range(8)
+    ]
+    mixed = engine()
+    for submit in submits:
+        mixed.submit(submit)
+    run_until_done(mixed)
+    for submit in submits:
+        alone = engine()
+        alone.submit(submit)
+        run_until_done(alone)
+        key = (submit.request_id, len(submit.prompt_ids))
+        expected, found = alone.runner.logits[key], mixed.runner.logits[key]  # type: ignore[attr-defined]
+        # Sums of other lengths differ in their last bit, and rounding makes a step of it now and then.
+        assert float((found - expected).norm() / expected.norm()) < 0.02
+        alone.close()
+    mixed.close()
