@@ -3,6 +3,9 @@
 A step packs all its tokens into one row, prompt chunks first, then decode tokens. For each layer the function stores
 the new keys and values in their slots, lets each prompt chunk attend to its own sequence, and lets all decode tokens
 attend at once to their sequences' slots, padded to the longest.
+
+On the CPU in float32 the decode rows' attention is two batched products around a softmax: for a query of a few rows
+that is faster than the fused kernel, which is made for long ones.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from reftserve.server.engine.errors import UnsupportedModel
-from reftserve.server.engine.kv_cache import KVCache, LayerShape
+from reftserve.server.engine.kv_cache import KVCache, LayerShape, PerHead
 from reftserve.server.engine.scheduler import Batch, Chunk
 
 ATTENTION = "reftserve_paged"
@@ -94,7 +97,7 @@ class _Prefill:
     rows: slice
     start: int
     stop: int
-    blocks: Tensor
+    blocks: PerHead
 
 
 class PagedStep:
@@ -103,7 +106,7 @@ class PagedStep:
     def __init__(self, batch: Batch, cache: KVCache, device: torch.device) -> None:
         self.cache = cache
         slots = [cache.slots(c.sequence.block_table, c.start, c.stop) for c in batch.chunks]
-        self.new_slots = torch.from_numpy(np.concatenate(slots)).to(device)
+        self.new_slots = cache.slots_per_head(torch.from_numpy(np.concatenate(slots)).to(device))
         self.prefills: list[_Prefill] = []
         offset = 0
         for chunk in batch.prefills:
@@ -115,20 +118,21 @@ class PagedStep:
             self.decode_blocks = self._blocks(batch.decodes, device)
             self.decode_lengths = torch.tensor([chunk.stop for chunk in batch.decodes], device=device)
         self._masks: dict[tuple[int, int | None], Tensor | None] = {}
+        self._biases: dict[tuple[int, int | None], Tensor] = {}
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
     ) -> Tensor:
         """Store the step's keys and values, then attend."""
-        self.cache.write(layer, self.new_slots, key.transpose(0, 1), value.transpose(0, 1))
+        self.cache.write(layer, self.new_slots, key, value)
         out = query.new_empty(query.shape[0], query.shape[1], value.shape[-1])
         for index, prefill in enumerate(self.prefills):
             mask = self._mask(index, window)
             keys, values = self.cache.gather(layer, prefill.blocks)
             out[:, prefill.rows] = _sdpa(
                 query[:, prefill.rows],
-                keys[0, : prefill.stop].transpose(0, 1),
-                values[0, : prefill.stop].transpose(0, 1),
+                keys[0, :, : prefill.stop],
+                values[0, :, : prefill.stop],
                 mask,
                 scale,
                 is_causal=mask is None,
@@ -140,19 +144,32 @@ class PagedStep:
     def _decode(self, layer: int, query: Tensor, scale: float | None, window: int | None) -> Tensor:
         heads, rows, dim = query.shape
         keys, values = self.cache.gather(layer, self.decode_blocks)
-        kv_heads = keys.shape[2]
+        kv_heads = keys.shape[1]
         # Query heads that share a key-value head stand in the place of query tokens: no repeated keys.
         grouped = query.transpose(0, 1).reshape(rows, kv_heads, heads // kv_heads, dim)
-        out = scaled_dot_product_attention(
-            grouped,
-            keys.transpose(1, 2),
-            values.transpose(1, 2),
-            attn_mask=self._mask(len(self.prefills), window),
-            scale=scale,
-        )
+        if query.device.type == "cpu" and query.dtype == torch.float32:
+            scores = torch.baddbmm(
+                self._bias(kv_heads, window),
+                grouped.flatten(0, 1),
+                keys.flatten(0, 1).transpose(1, 2),
+                alpha=dim**-0.5 if scale is None else scale,
+            )
+            out = torch.bmm(scores.softmax(dim=-1), values.flatten(0, 1))
+        else:
+            mask = self._mask(len(self.prefills), window)
+            out = scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
         return out.reshape(rows, heads, -1).transpose(0, 1)
 
-    def _blocks(self, chunks: list[Chunk], device: torch.device) -> Tensor:
+    def _bias(self, kv_heads: int, window: int | None) -> Tensor:
+        """The decode rows' mask as what is added to scores, [rows * kv_heads, 1, width]."""
+        if (kv_heads, window) not in self._biases:
+            mask = self._mask(len(self.prefills), window)
+            assert mask is not None  # noqa: S101 - decode rows always have one
+            bias = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -torch.inf)
+            self._biases[kv_heads, window] = bias.expand(-1, kv_heads, -1, -1).flatten(0, 1)
+        return self._biases[kv_heads, window]
+
+    def _blocks(self, chunks: list[Chunk], device: torch.device) -> PerHead:
         """The sequences' blocks up to the chunks' ends, [chunks, n].
 
         Rows are padded with a block of their own, which masks hide: what they hide is multiplied by zero all the same,
@@ -164,7 +181,7 @@ class PagedStep:
         for row, chunk, count in zip(blocks, chunks, counts, strict=True):
             row[:count] = chunk.sequence.block_table[:count]
             row[count:] = row[0]
-        return torch.from_numpy(blocks).to(device)
+        return self.cache.blocks_per_head(torch.from_numpy(blocks).to(device))
 
     def _mask(self, index: int, window: int | None) -> Tensor | None:
         """Who may look at whom in prefill `index` (the decode rows come last); None is plain causal."""
@@ -174,8 +191,8 @@ class PagedStep:
 
     def _build_mask(self, index: int, window: int | None) -> Tensor | None:
         if index == len(self.prefills):
-            width = self.decode_blocks.shape[1] * self.cache.block_size
-            key = torch.arange(width, device=self.decode_blocks.device)
+            width = self.decode_blocks.indices.shape[1] * self.cache.block_size
+            key = torch.arange(width, device=self.decode_lengths.device)
             lengths = self.decode_lengths.unsqueeze(1)
             mask = key < lengths
             if window is not None:
@@ -184,8 +201,8 @@ class PagedStep:
         prefill = self.prefills[index]
         if prefill.start == 0 and (window is None or prefill.stop <= window):
             return None
-        query = torch.arange(prefill.start, prefill.stop, device=prefill.blocks.device).unsqueeze(1)
-        key = torch.arange(prefill.stop, device=prefill.blocks.device)
+        query = torch.arange(prefill.start, prefill.stop, device=prefill.blocks.indices.device).unsqueeze(1)
+        key = torch.arange(prefill.stop, device=prefill.blocks.indices.device)
         mask = key <= query
         if window is not None:
             mask &= key > query - window

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from reftserve.interventions import activate
+from reftserve.interventions import Positions, activate
 from reftserve.server.engine.bank import Bank, EditUse
 from reftserve.server.engine.scheduler import Chunk
 
@@ -53,6 +53,14 @@ class LayerEdits:
 
 
 @dataclass(frozen=True)
+class _Part:
+    """Packed rows that the same members touch, by their place in the layer's list of uses."""
+
+    rows: NDArray[np.int64]
+    members: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class _Group:
     rows: NDArray[np.int64]
     columns: NDArray[np.int64]
@@ -65,8 +73,13 @@ def plan_edits(chunks: list[Chunk], bank: Bank, device: torch.device) -> dict[in
     offset = 0
     for chunk in chunks:
         if chunk.start < chunk.sequence.n_prompt or chunk.sequence.edits_generated:
+            # Most interventions edit the same positions in all their layers: these are worked out once.
+            parts: dict[tuple[Positions, ...], list[_Part]] = {}
             for layer, uses in _by_layer(chunk.sequence.edits).items():
-                groups[layer] += _chunk_groups(chunk, offset, uses)
+                positions = tuple(use.positions for use in uses)
+                if positions not in parts:
+                    parts[positions] = _parts(chunk, offset, positions)
+                groups[layer] += [_group(part, uses) for part in parts[positions]]
         offset += chunk.stop - chunk.start
     return {layer: _pack(members, bank, device) for layer, members in groups.items() if members}
 
@@ -78,25 +91,29 @@ def _by_layer(edits: tuple[EditUse, ...]) -> dict[int, list[EditUse]]:
     return layers
 
 
-def _chunk_groups(chunk: Chunk, offset: int, uses: list[EditUse]) -> list[_Group]:
-    """Rows of one chunk at one layer, grouped by the set of members that touch them."""
-    touched = np.zeros((chunk.stop - chunk.start, len(uses)), dtype=bool)
-    for member, use in enumerate(uses):
-        positions = use.positions.indices(chunk.sequence.n_prompt, chunk.start, chunk.stop)
-        touched[np.asarray(positions, dtype=np.int64) - chunk.start, member] = True
-    groups = []
+def _parts(chunk: Chunk, offset: int, positions: tuple[Positions, ...]) -> list[_Part]:
+    """Rows of one chunk, grouped by the set of members that touch them, each with its positions."""
+    touched = np.zeros((chunk.stop - chunk.start, len(positions)), dtype=bool)
+    for member, touches in enumerate(positions):
+        touched[touches.indices(chunk.sequence.n_prompt, chunk.start, chunk.stop) - chunk.start, member] = True
     edited = np.flatnonzero(touched.any(axis=1))
     if not len(edited):
         return []
-    for members in np.unique(touched[edited], axis=0):
-        rows = edited[(touched[edited] == members).all(axis=1)] + offset
-        chosen = [use for use, member in zip(uses, members, strict=True) if member]
-        columns = np.concatenate([use.rows for use in chosen])
-        scales = np.concatenate([use.scales for use in chosen])
-        groups += [
-            _Group(rows[start : start + GROUP_ROWS], columns, scales) for start in range(0, len(rows), GROUP_ROWS)
-        ]
-    return groups
+    parts = []
+    for pattern in np.unique(touched[edited], axis=0):
+        rows = edited[(touched[edited] == pattern).all(axis=1)] + offset
+        members = tuple(np.flatnonzero(pattern).tolist())
+        parts += [_Part(rows[start : start + GROUP_ROWS], members) for start in range(0, len(rows), GROUP_ROWS)]
+    return parts
+
+
+def _group(part: _Part, uses: list[EditUse]) -> _Group:
+    if len(part.members) == 1:
+        use = uses[part.members[0]]
+        return _Group(part.rows, use.rows, use.scales)
+    chosen = [uses[member] for member in part.members]
+    columns = np.concatenate([use.rows for use in chosen])
+    return _Group(part.rows, columns, np.concatenate([use.scales for use in chosen]))
 
 
 def _pack(groups: list[_Group], bank: Bank, device: torch.device) -> LayerEdits:

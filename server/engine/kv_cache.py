@@ -1,14 +1,18 @@
 """The paged key-value cache: tensors in blocks of tokens, and the allocator that hands the blocks out.
 
-keys[layer]    [blocks * block_size, kv_heads, head_dim]      one row is the key of one token: a *slot*
+keys[layer]    [blocks, kv_heads, block_size, head_dim]
 values[layer]  the same
-block_table    a sequence's blocks in order; token i lies in slot block_table[i // size] * size + i % size
+block_table    a sequence's blocks in order; token i lies in *slot* block_table[i // size] * size + i % size
+
+Heads lie outside the tokens of a block, so that what is gathered for a head is one dense matrix.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -140,10 +144,10 @@ class KVCache:
             raise EngineError(
                 f"kv_cache_bytes is {max_bytes}; one block of {block_size} tokens takes {bytes_per_block}"
             )
-        slots = self.num_blocks * block_size
         # Zeros, not empty: rows read unwritten slots of their blocks, and a NaN there would survive its zero weight.
-        self.keys = [torch.zeros(slots, s.kv_heads, s.key_dim, dtype=dtype, device=device) for s in shapes]
-        self.values = [torch.zeros(slots, s.kv_heads, s.value_dim, dtype=dtype, device=device) for s in shapes]
+        place: dict[str, Any] = {"dtype": dtype, "device": device}
+        self.keys = [torch.zeros(self.num_blocks, s.kv_heads, block_size, s.key_dim, **place) for s in shapes]
+        self.values = [torch.zeros(self.num_blocks, s.kv_heads, block_size, s.value_dim, **place) for s in shapes]
         # What `gather` fills. Fresh memory for it in every layer of every step costs more than the copy itself.
         self._workspaces = [torch.empty(0, dtype=dtype, device=device) for _ in range(2)]
 
@@ -153,18 +157,28 @@ class KVCache:
         blocks = np.asarray(block_table, dtype=np.int64)
         return blocks[positions // self.block_size] * self.block_size + positions % self.block_size
 
-    def gather(self, layer: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of whole blocks [rows, n] as [rows, n * block_size, kv_heads, dim]; until the next call."""
+    def gather(self, layer: int, blocks: PerHead) -> tuple[Tensor, Tensor]:
+        """Keys and values of whole blocks [rows, n] as [rows, kv_heads, n * block_size, dim]; until the next call."""
+        heads = self.keys[layer].shape[1]
         keys, values = (
-            self._gather(store[layer], blocks.flatten(), workspace).view(len(blocks), -1, *store[layer].shape[1:])
+            self._gather(store[layer], blocks.of(heads), workspace).view(len(blocks), heads, -1, store[layer].shape[-1])
             for workspace, store in enumerate((self.keys, self.values))
         )
         return keys, values
 
-    def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> None:
-        """Store keys and values [tokens, kv_heads, dim] in their slots [tokens]."""
-        self.keys[layer].index_copy_(0, slots, key)
-        self.values[layer].index_copy_(0, slots, value)
+    def write(self, layer: int, slots: PerHead, key: Tensor, value: Tensor) -> None:
+        """Store keys and values [kv_heads, tokens, dim] in their slots [tokens]."""
+        for store, new in ((self.keys[layer], key), (self.values[layer], value)):
+            store.view(-1, store.shape[-1]).index_copy_(0, slots.of(len(new)), new.reshape(-1, new.shape[-1]))
+
+    def blocks_per_head(self, blocks: Tensor) -> PerHead:
+        """What `gather` takes. blocks: [rows, n]."""
+        return PerHead(blocks, lambda heads: blocks.unsqueeze(1) * heads + _column(heads, blocks))
+
+    def slots_per_head(self, slots: Tensor) -> PerHead:
+        """What `write` takes. slots: [tokens]."""
+        blocks, offsets = slots // self.block_size, slots % self.block_size
+        return PerHead(slots, lambda heads: (blocks * heads + _column(heads, slots)) * self.block_size + offsets)
 
     def clear(self, blocks: list[int]) -> None:
         """Zero whole blocks in all layers."""
@@ -172,10 +186,37 @@ class KVCache:
         for store in (*self.keys, *self.values):
             store.view(self.num_blocks, -1).index_fill_(0, index, 0.0)
 
-    def _gather(self, store: Tensor, blocks: Tensor, workspace: int) -> Tensor:
-        by_block = store.view(self.num_blocks, -1)
-        needed = len(blocks) * by_block.shape[1]
+    def _gather(self, store: Tensor, index: Tensor, workspace: int) -> Tensor:
+        by_head = store.view(-1, store.shape[2] * store.shape[3])
+        needed = len(index) * by_head.shape[1]
         if self._workspaces[workspace].numel() < needed:
-            self._workspaces[workspace] = by_block.new_empty(needed)
-        out = self._workspaces[workspace][:needed].view(len(blocks), -1)
-        return torch.index_select(by_block, 0, blocks, out=out)
+            self._workspaces[workspace] = by_head.new_empty(needed)
+        out = self._workspaces[workspace][:needed].view(len(index), -1)
+        return torch.index_select(by_head, 0, index, out=out)
+
+
+class PerHead:
+    """Blocks or slots of a step, and where they lie for each key-value head: worked out once for all layers."""
+
+    def __init__(self, indices: Tensor, spread: Callable[[int], Tensor]) -> None:
+        self._indices = indices
+        self._spread = spread
+        self._known: dict[int, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @property
+    def indices(self) -> Tensor:
+        """Without heads."""
+        return self._indices
+
+    def of(self, heads: int) -> Tensor:
+        """With `heads` heads, flat."""
+        if heads not in self._known:
+            self._known[heads] = self._spread(heads).flatten()
+        return self._known[heads]
+
+
+def _column(heads: int, like: Tensor) -> Tensor:
+    return torch.arange(heads, device=like.device).unsqueeze(1)
