@@ -4,7 +4,8 @@
   every call; a weight that was brought into oneDNN's once takes half the time at up to 64 rows, and less at any number.
 - Int8, when asked for: weights scaled per output channel, activations per token, so that one request's scale never
   depends on another's. The products are exact integers, so a row's result does not depend on its batch at all.
-- Layers that read the same tensor (query, key and value; gate and up) are computed as one.
+- In int8, layers that read the same tensor (query, key and value; gate and up) are computed as one: rounding it takes
+  as long as the product. In float32 that gains nothing.
 
 `benchmarks/linears.py` measures them. The forms replace the plain weights, so they cost no memory, but for a
 language-model head that shares its weight with the embedding.
@@ -89,7 +90,9 @@ class _Siblings:
     def part(self, layer: nn.Module, x: Tensor, index: int) -> Tensor:
         """Output `index` for the input x."""
         if x is not self._input:
-            self._input, self._outputs = x, torch.split(layer(x), self._sizes, dim=-1)
+            # Dense parts: what follows them would go through strided ones at a third of the speed.
+            parts = torch.split(layer(x), self._sizes, dim=-1)
+            self._input, self._outputs = x, tuple(part.contiguous() for part in parts)
         output = self._outputs[index]
         if index == len(self._sizes) - 1:
             self._input, self._outputs = None, ()  # keeps nothing alive after the last
@@ -135,7 +138,7 @@ def found_siblings(model: nn.Module) -> Iterator[list[list[nn.Linear]]]:
 
 
 def replace_linears(model: nn.Module, siblings: list[list[nn.Linear]], *, int8: bool) -> None:
-    """Bring a frozen model's linear layers into their fast forms. siblings: groups to compute as one.
+    """Bring a frozen model's linear layers into their fast forms. siblings: groups to compute as one in int8.
 
     int8 raises UnsupportedModel where it is not served: anything but float32 on the CPU, which else stays as it is.
     """
@@ -155,7 +158,7 @@ def replace_linears(model: nn.Module, siblings: list[list[nn.Linear]], *, int8: 
         return Int8Linear(weight, bias, precise=len(layers) == 1 and layers[0] is not head)
 
     forms: dict[nn.Linear, nn.Module] = {}
-    for group in siblings:
+    for group in siblings if int8 else ():
         layer, shared = make(group), _Siblings([member.out_features for member in group])
         forms.update({member: SiblingLinear(layer, shared, index) for index, member in enumerate(group)})
     _replace(model, lambda linear: forms.get(linear) or make([linear]))

@@ -57,18 +57,37 @@ def test_int8_of_nothing_is_nothing_and_infinity_stays_visible() -> None:
     assert form(x)[1].isfinite().all()
 
 
-def test_layers_that_read_one_tensor_are_computed_as_one_and_give_the_same() -> None:
+class Fork(nn.Module):
+    """Two layers that read one tensor, and one that reads another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.other = linear(48, 20), linear(48, 7), linear(48, 5)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.left(x), self.right(x), self.other(x + 1)
+
+
+def test_int8_layers_that_read_one_tensor_are_computed_as_one_and_give_the_same_to_the_bit() -> None:
+    fork, x = Fork(), torch.randn(3, 48, generator=torch.Generator().manual_seed(2))
+    expected = [Int8Linear(layer.weight, layer.bias)(x) for layer in (fork.left, fork.right)]
+    with found_siblings(fork) as groups:
+        fork(x)
+    assert groups == [[fork.left, fork.right]]
+    replace_linears(fork, groups, int8=True)
+    assert [type(layer) for layer in fork.children()] == [SiblingLinear, SiblingLinear, Int8Linear]
+    for _ in range(2):
+        found = fork(x)
+        assert all(torch.equal(f, e) for f, e in zip(found[:2], expected, strict=True))
+
+
+def test_packed_float32_layers_give_the_same() -> None:
     model = tiny_llama().requires_grad_(False)
     ids = torch.arange(12).unsqueeze(0)
     with torch.no_grad():
         expected = model(ids).logits
-        with found_siblings(model) as groups:
-            model(ids)
-        replace_linears(model, groups, int8=False)
-        found = model(ids).logits
-    assert sorted(len(group) for group in groups) == [2] * 4 + [3] * 4
-    assert sum(isinstance(module, SiblingLinear) for module in model.modules()) == 4 * 5
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        replace_linears(model, [], int8=False)
+        torch.testing.assert_close(model(ids).logits, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_int8_takes_float32_on_the_cpu_only() -> None:
