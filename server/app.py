@@ -77,6 +77,7 @@ def _engine_config(settings: Settings, base: Base) -> EngineConfig:
         device=settings.device,
         dtype=settings.dtype,
         quantization=settings.quantization,
+        native_kernels=settings.native_kernels,
         threads=settings.engine_threads,
         kv_cache_bytes=settings.kv_cache_bytes,
         block_size=settings.block_size,

@@ -44,6 +44,10 @@ class Settings(BaseSettings):
     quantization: Literal["none", "int8"] = Field(
         "none", description="int8: linear layers in 8 bits, on the CPU; faster, a little less exact"
     )
+    native_kernels: bool = Field(
+        True,
+        description="On the CPU, in float32: use kernels that a C++ compiler makes once; without, about half as fast",
+    )
     engine_threads: int | None = Field(None, ge=1, description="CPU threads of the engine; default: all cores")
     worker_threads: int | None = Field(None, ge=1, description="CPU threads of training; default: all cores")
     kv_cache_bytes: int = Field(1 << 30, gt=0, description="Memory for keys and values, all layers together")

@@ -22,3 +22,4 @@ class EngineConfig(msgspec.Struct, frozen=True):
     host_bytes: int = 1 << 30
     prefix_cache: bool = True
     quantization: Literal["none", "int8"] = "none"
+    native_kernels: bool = True

@@ -12,8 +12,8 @@ from collections import defaultdict
 
 import torch
 
+from reftserve.server.engine.block_allocator import BlockAllocator
 from reftserve.server.engine.errors import RequestRefused
-from reftserve.server.engine.kv_cache import BlockAllocator
 from reftserve.server.engine.loader import Loader
 from reftserve.server.engine.logits import adjust, token_logprobs
 from reftserve.server.engine.messages import EngineStats, StepOutput, Submit, TokenLogprobs, TokenOutput

@@ -4,8 +4,8 @@
   every call; a weight that was brought into oneDNN's once takes half the time at up to 64 rows, and less at any number.
 - Int8, when asked for: weights scaled per output channel, activations per token, so that one request's scale never
   depends on another's. The products are exact integers, so a row's result does not depend on its batch at all.
-- In int8, layers that read the same tensor (query, key and value; gate and up) are computed as one: rounding it takes
-  as long as the product. In float32 that gains nothing.
+- In int8, layers that read the same tensor (query, key and value) are computed as one: rounding it takes as long as the
+  product.
 
 `benchmarks/linears.py` measures them. The forms replace the plain weights, so they cost no memory, but for a
 language-model head that shares its weight with the embedding.
@@ -20,89 +20,86 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from reftserve.server.engine.errors import UnsupportedModel
-
 INT8_MAX = 127
-TINY = 1e-12  # a row of zeros has a scale too
-RESIDUAL_STEPS = 254  # what rounding to int8 leaves, at most half a step, is 127 of these
+TINY = 1e-12  # a channel of zeros has a scale too
 
 
 class PackedLinear(nn.Module):
-    """y = x W^T + b. weight: the frozen W [out, in] in oneDNN's layout; `to_dense()` gives it back exactly."""
+    """y = x W^T + b for one layer, or several that read one tensor, in float32. weight: in oneDNN's layout."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, layers: list[nn.Linear]) -> None:
         super().__init__()
+        weight, bias = _joined(layers)
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
         self.weight = nn.Parameter(packed, requires_grad=False)
-        self.bias = _frozen(bias)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [..., in] -> [..., out]."""
+        """x: [..., in] -> [..., out of all layers]."""
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return y
 
 
-class Int8Linear(nn.Module):
-    """y = x W^T + b in integers. weight: int8 [out, in]; scale: float32 [1, out].
+class Int8Weight(nn.Module):
+    """Weights of one layer, or of several that read one tensor: int8 [out, in], float32 scale [out], bias."""
 
-    precise: what rounding the activations leaves over is rounded once more and multiplied too, as further rows of the
-    same product; then only the weights are inexact.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, *, precise: bool = False) -> None:
+    def __init__(self, layers: list[nn.Linear]) -> None:
         super().__init__()
+        weight, bias = _joined(layers)
         scale = weight.abs().amax(dim=1, keepdim=True).clamp_(min=TINY) / INT8_MAX
         self.weight = nn.Parameter((weight / scale).round_().to(torch.int8), requires_grad=False)
-        self.scale = nn.Parameter(scale.t().contiguous(), requires_grad=False)
-        self.bias = _frozen(bias)
+        self.scale = nn.Parameter(scale.flatten(), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+
+class Int8Linear(nn.Module):
+    """y = x W^T + b in integers, by the kernel in native/int8.cpp.
+
+    precise: what rounding the activations leaves over is rounded once more and multiplied too; then only the weights
+    are inexact.
+    """
+
+    def __init__(self, layers: list[nn.Linear], *, precise: bool = False) -> None:
+        super().__init__()
+        self.packed = Int8Weight(layers)
+        self.sizes = [layer.out_features for layer in layers]
         self.precise = precise
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [..., in] -> [..., out]."""
-        rows = x.reshape(-1, x.shape[-1])
-        scale = rows.abs().amax(dim=-1, keepdim=True).clamp_(min=TINY).mul_(1 / INT8_MAX)
-        exact = rows / scale
-        rounded = exact.round()
-        if self.precise:
-            rest = exact.sub_(rounded).mul_(RESIDUAL_STEPS).round_()
-            product = self._product(torch.cat((rounded, rest)))
-            y = product[: len(rows)].add_(product[len(rows) :], alpha=1 / RESIDUAL_STEPS)
-        else:
-            y = self._product(rounded)
-        y = y.mul_(scale).mul_(self.scale)
-        if self.bias is not None:
-            y += self.bias
-        return y.view(*x.shape[:-1], y.shape[-1])
+        """x: [..., in] -> [..., out], of a single layer."""
+        return self.parts(x)[0]
 
-    def _product(self, integers: Tensor) -> Tensor:
-        # The conversion stands by itself: torch multiplies int32 by float32 without vector instructions.
-        return torch._int_mm(integers.to(torch.int8), self.weight.t()).float()
+    def parts(self, x: Tensor) -> list[Tensor]:
+        """x: [..., in] -> [..., out] for each layer."""
+        packed = self.packed
+        outputs: list[Tensor] = torch.ops.reftserve.int8_linear(
+            x, packed.weight, packed.scale, packed.bias, self.precise, self.sizes
+        )
+        return outputs
 
 
 class _Siblings:
     """Layers that read the same tensor: the first that is called computes all, the others take their part."""
 
-    def __init__(self, sizes: list[int]) -> None:
-        self._sizes = sizes
+    def __init__(self, layer: Int8Linear) -> None:
+        self._layer = layer
         self._input: Tensor | None = None
-        self._outputs: tuple[Tensor, ...] = ()
+        self._outputs: list[Tensor] = []
 
-    def part(self, layer: nn.Module, x: Tensor, index: int) -> Tensor:
+    def part(self, x: Tensor, index: int) -> Tensor:
         """Output `index` for the input x."""
         if x is not self._input:
-            # Dense parts: what follows them would go through strided ones at a third of the speed.
-            parts = torch.split(layer(x), self._sizes, dim=-1)
-            self._input, self._outputs = x, tuple(part.contiguous() for part in parts)
+            self._input, self._outputs = x, self._layer.parts(x)
         output = self._outputs[index]
-        if index == len(self._sizes) - 1:
-            self._input, self._outputs = None, ()  # keeps nothing alive after the last
+        if index == len(self._outputs) - 1:
+            self._input, self._outputs = None, []  # keeps nothing alive after the last
         return output
 
 
 class SiblingLinear(nn.Module):
     """One of several linear layers that read the same tensor. layer: all of them as one, shared."""
 
-    def __init__(self, layer: nn.Module, siblings: _Siblings, index: int) -> None:
+    def __init__(self, layer: Int8Linear, siblings: _Siblings, index: int) -> None:
         super().__init__()
         self.layer = layer
         self._siblings = siblings
@@ -110,7 +107,7 @@ class SiblingLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in] -> [..., out of this one]."""
-        return self._siblings.part(self.layer, x, self._index)
+        return self._siblings.part(x, self._index)
 
 
 @contextmanager
@@ -138,30 +135,22 @@ def found_siblings(model: nn.Module) -> Iterator[list[list[nn.Linear]]]:
 
 
 def replace_linears(model: nn.Module, siblings: list[list[nn.Linear]], *, int8: bool) -> None:
-    """Bring a frozen model's linear layers into their fast forms. siblings: groups to compute as one in int8.
+    """Bring a frozen float32 model's linear layers into their fast forms.
 
-    int8 raises UnsupportedModel where it is not served: anything but float32 on the CPU, which else stays as it is.
+    siblings: groups to compute as one in int8.
     """
-    is_fast = {p.dtype for p in model.parameters()} == {torch.float32} and _on_cpu(model)
-    if int8 and not is_fast:
-        raise UnsupportedModel("quantization int8 is served on the CPU and from float32 weights only")
-    if not int8 and not (is_fast and torch.backends.mkldnn.is_available()):  # type: ignore[no-untyped-call]
-        return
     head = getattr(model, "lm_head", None)
 
-    def make(layers: list[nn.Linear]) -> nn.Module:
-        weight = torch.cat([layer.weight.detach() for layer in layers])
-        bias = None if layers[0].bias is None else torch.cat([layer.bias.detach() for layer in layers])
-        if not int8:
-            return PackedLinear(weight, bias)
+    def form(linear: nn.Linear) -> nn.Module:
         # Attention's and the MLP's outputs go through no norm before they are projected: outliers are theirs.
-        return Int8Linear(weight, bias, precise=len(layers) == 1 and layers[0] is not head)
+        return Int8Linear([linear], precise=linear is not head) if int8 else PackedLinear([linear])
 
     forms: dict[nn.Linear, nn.Module] = {}
     for group in siblings if int8 else ():
-        layer, shared = make(group), _Siblings([member.out_features for member in group])
+        layer = Int8Linear(group)
+        shared = _Siblings(layer)
         forms.update({member: SiblingLinear(layer, shared, index) for index, member in enumerate(group)})
-    _replace(model, lambda linear: forms.get(linear) or make([linear]))
+    _replace(model, lambda linear: forms.get(linear) or form(linear))
 
 
 def _replace(model: nn.Module, form: Callable[[nn.Linear], nn.Module]) -> None:
@@ -171,13 +160,10 @@ def _replace(model: nn.Module, form: Callable[[nn.Linear], nn.Module]) -> None:
                 setattr(module, name, form(child))
 
 
+def _joined(layers: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+    weight = torch.cat([layer.weight.detach() for layer in layers])
+    return weight, None if layers[0].bias is None else torch.cat([layer.bias.detach() for layer in layers])
+
+
 def _alike(layers: list[nn.Linear]) -> bool:
     return len({layer.bias is None for layer in layers}) == 1
-
-
-def _on_cpu(model: nn.Module) -> bool:
-    return {p.device.type for p in model.parameters()} == {"cpu"}
-
-
-def _frozen(bias: Tensor | None) -> nn.Parameter | None:
-    return None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)

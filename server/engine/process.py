@@ -81,6 +81,7 @@ def build(config: EngineConfig) -> tuple[Engine, Ready]:
         block_size=config.block_size,
         bank_bytes=config.bank_bytes,
         int8=config.quantization == "int8",
+        native_kernels=config.native_kernels,
     )
     engine = Engine(
         runner,

@@ -15,12 +15,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from reftserve.interventions import decoder_layers
-from reftserve.server.engine.attention import ATTENTION, AttentionStep, PagedStep, ShapeProbe, attention_step
+from reftserve.server.engine.attention import (
+    ATTENTION,
+    AttentionStep,
+    LayerShape,
+    ShapeProbe,
+    attention_step,
+    make_cache,
+)
 from reftserve.server.engine.bank import Bank
 from reftserve.server.engine.edit_plan import LayerEdits, plan_edits
 from reftserve.server.engine.errors import UnsupportedModel
-from reftserve.server.engine.kv_cache import KVCache, LayerShape
+from reftserve.server.engine.fused import fuse_modules
 from reftserve.server.engine.linears import found_siblings, replace_linears
+from reftserve.server.engine.native import load_kernels
 from reftserve.server.engine.scheduler import Batch
 
 # These scale positions by the longest sequence of the whole batch, so one request would change another (I1).
@@ -38,15 +46,31 @@ class Logits(NamedTuple):
 
 
 class Runner:
-    """The base model with its cache and bank. Takes the model over: its linear layers get other forms for speed.
+    """The base model with its cache and bank. Takes the model over: some of its modules get other forms for speed.
 
-    int8: weights and activations of linear layers are rounded to 8 bits.
+    int8: weights and activations of linear layers are rounded to 8 bits. native_kernels: compute float32 on the CPU by
+    the kernels of native/, which a compiler must make first; int8 needs them.
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, kv_cache_bytes: int, block_size: int, bank_bytes: int, int8: bool = False
+        self,
+        model: PreTrainedModel,
+        *,
+        kv_cache_bytes: int,
+        block_size: int,
+        bank_bytes: int,
+        int8: bool = False,
+        native_kernels: bool = True,
     ) -> None:
         _check_supported(model)
+        native = native_kernels and _is_float32_on_cpu(model)
+        if int8 and not native:
+            raise UnsupportedModel(
+                "quantization int8 is served on the CPU, from float32 weights, with native_kernels; "
+                f"this model is {model.dtype} on {model.device}, native_kernels is {native_kernels}"
+            )
+        if native:
+            load_kernels()
         self.model = model
         self.device = model.device
         model.set_attn_implementation(ATTENTION)
@@ -55,13 +79,16 @@ class Runner:
         self.max_context: int = self.config.max_position_embeddings
         with found_siblings(model) as siblings:
             shapes = self._probe_shapes()
-        replace_linears(model, siblings, int8=int8)
-        self.cache = KVCache(
+        if native:
+            fuse_modules(model, int8=int8)
+            replace_linears(model, siblings, int8=int8)
+        self.cache = make_cache(
             shapes,
             block_size=block_size,
             max_bytes=kv_cache_bytes,
             dtype=model.dtype,
             device=self.device,
+            native=native,
         )
         self.bank = Bank(self.config.hidden_size, max_bytes=bank_bytes, device=self.device)
         for index, layer in enumerate(decoder_layers(model)):
@@ -86,7 +113,7 @@ class Runner:
         rows = np.concatenate([sampling, *scoring])
         self._edits = plan_edits(chunks, self.bank, self.device)
         try:
-            logits = self._forward(token_ids, positions, rows, PagedStep(batch, self.cache, self.device))
+            logits = self._forward(token_ids, positions, rows, self.cache.step(batch))
         finally:
             self._edits = {}
         return Logits(logits[: len(sampling)], logits[len(sampling) :])
@@ -122,6 +149,10 @@ class Runner:
                 edits.apply(hidden.view(-1, hidden.shape[-1]), self.bank)
 
         return hook
+
+
+def _is_float32_on_cpu(model: PreTrainedModel) -> bool:
+    return {(p.dtype, p.device.type) for p in model.parameters()} == {(torch.float32, "cpu")}
 
 
 def _check_supported(model: PreTrainedModel) -> None:

@@ -13,8 +13,8 @@ from bisect import insort
 from dataclasses import dataclass
 
 from reftserve.server.engine.bank import Bank
+from reftserve.server.engine.block_allocator import BlockAllocator
 from reftserve.server.engine.errors import RequestRefused
-from reftserve.server.engine.kv_cache import BlockAllocator
 from reftserve.server.engine.sequence import Sequence, Status
 
 

@@ -156,10 +156,12 @@ def make_engine(
 ) -> Engine:
     """A fresh engine over a tiny float32 model with caches of exactly these sizes."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
-    hidden, layers, kv = 32, 4, 2 * 2 * 8
+    hidden, layers, kv_heads, head_dim = 32, 4, 2, 8
+    # The CPU's cache pads blocks and values to sixteen.
+    bytes_per_block = layers * kv_heads * 16 * -(-block_size // 16) * (head_dim + 16) * 4
     runner = RecordingRunner(
         model,
-        kv_cache_bytes=blocks * block_size * layers * kv * 4,
+        kv_cache_bytes=blocks * bytes_per_block,
         block_size=block_size,
         bank_bytes=bank_rows * 4 * (2 * hidden + 2),
     )

@@ -16,6 +16,12 @@ from transformers import AutoModelForCausalLM
 from reftserve.server.engine.engine import Engine
 from reftserve.server.engine.errors import UnsupportedModel
 from reftserve.server.engine.linears import Int8Linear, SiblingLinear, found_siblings, replace_linears
+from reftserve.server.engine.native import load_kernels
+
+
+@pytest.fixture(autouse=True, scope="module")
+def kernels() -> None:
+    load_kernels()
 
 
 def linear(n_in: int = 48, n_out: int = 20, *, bias: bool = True) -> nn.Linear:
@@ -33,8 +39,8 @@ def test_int8_is_near_and_nearer_when_precise(bias: bool) -> None:
     plain = linear(bias=bias)
     x = torch.randn(3, 5, 48, generator=torch.Generator().manual_seed(2))
     x[..., 7] *= 30  # an outlier takes the scale for itself
-    rough = relative_error(Int8Linear(plain.weight, plain.bias), plain, x)
-    fine = relative_error(Int8Linear(plain.weight, plain.bias, precise=True), plain, x)
+    rough = relative_error(Int8Linear([plain]), plain, x)
+    fine = relative_error(Int8Linear([plain], precise=True), plain, x)
     assert fine < 0.01 < rough < 0.1
 
 
@@ -42,14 +48,14 @@ def test_int8_is_near_and_nearer_when_precise(bias: bool) -> None:
 @given(mates=st.integers(0, 9), scale=st.floats(1e-3, 1e6), precise=st.booleans())
 def test_an_int8_row_is_the_same_to_the_bit_whatever_stands_beside_it(mates: int, scale: float, precise: bool) -> None:
     plain = linear()
-    form = Int8Linear(plain.weight, plain.bias, precise=precise)
+    form = Int8Linear([plain], precise=precise)
     generator = torch.Generator().manual_seed(mates)
     mine, others = torch.randn(1, 48, generator=generator), torch.randn(mates, 48, generator=generator) * scale
     assert torch.equal(form(torch.cat([others, mine]))[-1], form(mine)[0])
 
 
 def test_int8_of_nothing_is_nothing_and_infinity_stays_visible() -> None:
-    form = Int8Linear(linear(bias=False).weight, None)
+    form = Int8Linear([linear(bias=False)])
     assert torch.equal(form(torch.zeros(2, 48)), torch.zeros(2, 20))
     x = torch.ones(2, 48)
     x[0, 0] = torch.inf
@@ -70,7 +76,7 @@ class Fork(nn.Module):
 
 def test_int8_layers_that_read_one_tensor_are_computed_as_one_and_give_the_same_to_the_bit() -> None:
     fork, x = Fork(), torch.randn(3, 48, generator=torch.Generator().manual_seed(2))
-    expected = [Int8Linear(layer.weight, layer.bias)(x) for layer in (fork.left, fork.right)]
+    expected = [Int8Linear([layer])(x) for layer in (fork.left, fork.right)]
     with found_siblings(fork) as groups:
         fork(x)
     assert groups == [[fork.left, fork.right]]

@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from reftserve.interventions import Intervention, PlacedEdit, Positions, load_artifact
+from reftserve.server.engine.block_allocator import BlockAllocator
 from reftserve.server.engine.engine import Engine
-from reftserve.server.engine.kv_cache import BlockAllocator
 from reftserve.server.engine.messages import Submit
 
 BLOCK = 4

@@ -1,8 +1,10 @@
-"""Attention over the paged cache, registered with transformers' AttentionInterface: models run unpatched.
+"""Attention for any device and dtype: the blocks of each sequence are gathered, then torch's attention runs over them.
 
-A step packs all its tokens into one row, prompt chunks first, then decode tokens. For each layer the function stores
-the new keys and values in their slots, lets each prompt chunk attend to its own sequence, and lets all decode tokens
-attend at once to their sequences' slots, padded to the longest.
+keys[layer]    [blocks, kv_heads, block_size, head_dim]
+values[layer]  the same
+
+Heads lie outside the tokens of a block, so that what is gathered for a head is one dense matrix. Each prompt chunk
+attends by itself, all decode tokens at once, padded to the longest.
 
 On the CPU in float32 the decode rows' attention is two batched products around a softmax: for a query of a few rows
 that is faster than the fused kernel, which is made for long ones.
@@ -10,84 +12,17 @@ that is faster than the fused kernel, which is made for long ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
 
-from reftserve.server.engine.errors import UnsupportedModel
-from reftserve.server.engine.kv_cache import KVCache, LayerShape, PerHead
+from reftserve.server.engine.attention.interface import LayerShape, blocks_within, sdpa
 from reftserve.server.engine.scheduler import Batch, Chunk
-
-ATTENTION = "reftserve_paged"
-
-
-class AttentionStep(Protocol):
-    """What attention does during one forward pass. Tensors are [heads, tokens, head_dim]."""
-
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
-    ) -> Tensor:
-        """Attention's output, [heads, tokens, value_dim]."""
-        ...
-
-
-_step: ContextVar[AttentionStep] = ContextVar("attention_step")
-
-
-@contextmanager
-def attention_step(step: AttentionStep) -> Iterator[None]:
-    """Forward passes inside use `step` for their attention."""
-    token = _step.set(step)
-    try:
-        yield
-    finally:
-        _step.reset(token)
-
-
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **unused: Any,
-) -> tuple[Tensor, None]:
-    """Transformers' attention signature: query [1, heads, tokens, dim] -> [1, tokens, heads, dim]."""
-    if softcap is not None or s_aux is not None:
-        raise UnsupportedModel("attention with logit soft-capping or sinks is not served yet")
-    layer: int = module.layer_idx  # type: ignore[assignment]
-    out = _step.get().attend(layer, query[0], key[0], value[0], scaling, sliding_window)
-    return out.transpose(0, 1).unsqueeze(0), None
-
-
-AttentionInterface.register(ATTENTION, _attention)
-
-
-@dataclass
-class ShapeProbe:
-    """A step that only learns the shapes of each layer's keys and values."""
-
-    shapes: dict[int, LayerShape] = field(default_factory=dict)
-
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
-    ) -> Tensor:
-        """Record the shapes; answer with plain causal attention."""
-        self.shapes[layer] = LayerShape(key.shape[0], key.shape[-1], value.shape[-1])
-        return _sdpa(query, key, value, None, scale, is_causal=True)
 
 
 @dataclass(frozen=True)
@@ -100,11 +35,82 @@ class _Prefill:
     blocks: PerHead
 
 
-class PagedStep:
+class GatheredCache:
+    """The tensors of all layers, and how blocks and slots of them are read and written."""
+
+    def __init__(
+        self,
+        shapes: list[LayerShape],
+        *,
+        block_size: int,
+        max_bytes: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        per_block = block_size * sum(s.kv_heads * (s.key_dim + s.value_dim) for s in shapes) * dtype.itemsize
+        self.block_size = block_size
+        self.num_blocks = blocks_within(max_bytes, per_block, block_size)
+        self.device = device
+        # Zeros, not empty: rows read unwritten slots of their blocks, and a NaN there would survive its zero weight.
+        place: dict[str, Any] = {"dtype": dtype, "device": device}
+        self.keys = [torch.zeros(self.num_blocks, s.kv_heads, block_size, s.key_dim, **place) for s in shapes]
+        self.values = [torch.zeros(self.num_blocks, s.kv_heads, block_size, s.value_dim, **place) for s in shapes]
+        # What `gather` fills. Fresh memory for it in every layer of every step costs more than the copy itself.
+        self._workspaces = [torch.empty(0, dtype=dtype, device=device) for _ in range(2)]
+
+    def step(self, batch: Batch) -> GatheredStep:
+        """Attention for this batch."""
+        return GatheredStep(batch, self)
+
+    def slots(self, block_table: list[int], start: int, stop: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        """Slots of a sequence's tokens [start, stop), int64."""
+        positions = np.arange(start, stop)
+        blocks = np.asarray(block_table, dtype=np.int64)
+        return blocks[positions // self.block_size] * self.block_size + positions % self.block_size
+
+    def gather(self, layer: int, blocks: PerHead) -> tuple[Tensor, Tensor]:
+        """Keys and values of whole blocks [rows, n] as [rows, kv_heads, n * block_size, dim]; until the next call."""
+        heads = self.keys[layer].shape[1]
+        keys, values = (
+            self._gather(store[layer], blocks.of(heads), workspace).view(len(blocks), heads, -1, store[layer].shape[-1])
+            for workspace, store in enumerate((self.keys, self.values))
+        )
+        return keys, values
+
+    def write(self, layer: int, slots: PerHead, key: Tensor, value: Tensor) -> None:
+        """Store keys and values [kv_heads, tokens, dim] in their slots [tokens]."""
+        for store, new in ((self.keys[layer], key), (self.values[layer], value)):
+            store.view(-1, store.shape[-1]).index_copy_(0, slots.of(len(new)), new.reshape(-1, new.shape[-1]))
+
+    def blocks_per_head(self, blocks: Tensor) -> PerHead:
+        """What `gather` takes. blocks: [rows, n]."""
+        return PerHead(blocks, lambda heads: blocks.unsqueeze(1) * heads + _column(heads, blocks))
+
+    def slots_per_head(self, slots: Tensor) -> PerHead:
+        """What `write` takes. slots: [tokens]."""
+        blocks, offsets = slots // self.block_size, slots % self.block_size
+        return PerHead(slots, lambda heads: (blocks * heads + _column(heads, slots)) * self.block_size + offsets)
+
+    def clear(self, blocks: list[int]) -> None:
+        """Zero whole blocks in all layers."""
+        index = torch.tensor(blocks, device=self.keys[0].device)
+        for store in (*self.keys, *self.values):
+            store.view(self.num_blocks, -1).index_fill_(0, index, 0.0)
+
+    def _gather(self, store: Tensor, index: Tensor, workspace: int) -> Tensor:
+        by_head = store.view(-1, store.shape[2] * store.shape[3])
+        needed = len(index) * by_head.shape[1]
+        if self._workspaces[workspace].numel() < needed:
+            self._workspaces[workspace] = by_head.new_empty(needed)
+        out = self._workspaces[workspace][:needed].view(len(index), -1)
+        return torch.index_select(by_head, 0, index, out=out)
+
+
+class GatheredStep:
     """Attention of one step's batch against the cache."""
 
-    def __init__(self, batch: Batch, cache: KVCache, device: torch.device) -> None:
-        self.cache = cache
+    def __init__(self, batch: Batch, cache: GatheredCache) -> None:
+        self.cache, device = cache, cache.device
         slots = [cache.slots(c.sequence.block_table, c.start, c.stop) for c in batch.chunks]
         self.new_slots = cache.slots_per_head(torch.from_numpy(np.concatenate(slots)).to(device))
         self.prefills: list[_Prefill] = []
@@ -129,7 +135,7 @@ class PagedStep:
         for index, prefill in enumerate(self.prefills):
             mask = self._mask(index, window)
             keys, values = self.cache.gather(layer, prefill.blocks)
-            out[:, prefill.rows] = _sdpa(
+            out[:, prefill.rows] = sdpa(
                 query[:, prefill.rows],
                 keys[0, :, : prefill.stop],
                 values[0, :, : prefill.stop],
@@ -139,7 +145,7 @@ class PagedStep:
             )
         if self.decode_rows.start < self.decode_rows.stop:
             out[:, self.decode_rows] = self._decode(layer, query[:, self.decode_rows], scale, window)
-        return out
+        return out.transpose(0, 1)
 
     def _decode(self, layer: int, query: Tensor, scale: float | None, window: int | None) -> Tensor:
         heads, rows, dim = query.shape
@@ -209,17 +215,28 @@ class PagedStep:
         return mask
 
 
-def _sdpa(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, *, is_causal: bool
-) -> Tensor:
-    """Attention of one sequence; [heads, tokens, dim] with fewer key-value heads than query heads allowed."""
-    out = scaled_dot_product_attention(
-        query.unsqueeze(0),
-        key.unsqueeze(0),
-        value.unsqueeze(0),
-        attn_mask=mask,
-        is_causal=is_causal,
-        scale=scale,
-        enable_gqa=query.shape[0] != key.shape[0],
-    )
-    return out[0]
+class PerHead:
+    """Blocks or slots of a step, and where they lie for each key-value head: worked out once for all layers."""
+
+    def __init__(self, indices: Tensor, spread: Callable[[int], Tensor]) -> None:
+        self._indices = indices
+        self._spread = spread
+        self._known: dict[int, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @property
+    def indices(self) -> Tensor:
+        """Without heads."""
+        return self._indices
+
+    def of(self, heads: int) -> Tensor:
+        """With `heads` heads, flat."""
+        if heads not in self._known:
+            self._known[heads] = self._spread(heads).flatten()
+        return self._known[heads]
+
+
+def _column(heads: int, like: Tensor) -> Tensor:
+    return torch.arange(heads, device=like.device).unsqueeze(1)

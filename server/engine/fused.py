@@ -1,0 +1,117 @@
+"""Modules of the frozen base that the CPU kernels compute in one pass: RMS norms and gated MLPs.
+
+A module is taken for one by its parts, and replaced only when the kernel's output equals its own on a probe: what looks
+like a norm or an MLP and is something else stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reftserve.server.engine.linears import Int8Weight, PackedLinear
+
+# The numbers of native/activation.h, by what `torch.nn.functional` computes for them.
+ACTIVATIONS: dict[int, Callable[[Tensor], Tensor]] = {
+    0: nn.functional.silu,
+    1: lambda x: nn.functional.gelu(x, approximate="tanh"),
+}
+PROBE_ROWS = 5
+TOLERANCE = 1e-4
+
+
+class FusedRMSNorm(nn.Module):
+    """x * weight / sqrt(mean(x^2) + epsilon), float32."""
+
+    def __init__(self, weight: Tensor, epsilon: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., size]."""
+        out: Tensor = torch.ops.reftserve.rms_norm(x, self.weight, self.epsilon)
+        return out
+
+
+class FusedMLP(nn.Module):
+    """down(act(gate(x)) * up(x)), gate and up as one product, float32."""
+
+    def __init__(self, gate_up: nn.Module, down: nn.Module, activation: int) -> None:
+        super().__init__()
+        self.gate_up, self.down, self.activation = gate_up, down, activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., hidden]."""
+        out: Tensor = self.down(torch.ops.reftserve.gated_activation(self.gate_up(x), self.activation))
+        return out
+
+
+class Int8FusedMLP(nn.Module):
+    """The same in integers (`linears.Int8Linear`), `down` precise."""
+
+    def __init__(self, gate_up: Int8Weight, down: Int8Weight, activation: int) -> None:
+        super().__init__()
+        self.gate_up, self.down, self.activation = gate_up, down, activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., hidden]."""
+        first, second = self.gate_up, self.down
+        out: Tensor = torch.ops.reftserve.int8_gated_mlp(
+            x, first.weight, first.scale, first.bias, second.weight, second.scale, second.bias, self.activation
+        )
+        return out
+
+
+@torch.inference_mode()
+def fuse_modules(model: nn.Module, *, int8: bool) -> None:
+    """Replace a float32 model's norms and gated MLPs by their fused forms. Linear layers must still be plain."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            fused = _norm(child) or _mlp(child, int8=int8)
+            if fused is not None:
+                setattr(parent, name, fused)
+
+
+def _norm(module: nn.Module) -> FusedRMSNorm | None:
+    if "RMSNorm" not in type(module).__name__ or [name for name, _ in module.named_parameters()] != ["weight"]:
+        return None
+    weight: Any = module.weight
+    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not isinstance(epsilon, float) or weight.dim() != 1:
+        return None
+    probe = _probe(weight.shape[0])
+    # Gemma's weights are what is added to 1.
+    for candidate in (weight.detach().clone(), 1.0 + weight.detach()):
+        fused = FusedRMSNorm(candidate, epsilon)
+        if _equal(fused(probe), module(probe)):
+            return fused
+    return None
+
+
+def _mlp(module: nn.Module, *, int8: bool) -> nn.Module | None:
+    parts = dict(module.named_children())
+    layers = [parts.get(f"{name}_proj") for name in ("gate", "up", "down")]
+    linears = [layer for layer in layers if type(layer) is nn.Linear]
+    if len(linears) < len(layers):
+        return None
+    gate, up, down = linears
+    probe = _probe(gate.in_features)
+    expected: Tensor = module(probe)
+    for number, activation in ACTIVATIONS.items():
+        if _equal(down(activation(gate(probe)) * up(probe)), expected):
+            if int8:
+                return Int8FusedMLP(Int8Weight([gate, up]), Int8Weight([down]), number)
+            return FusedMLP(PackedLinear([gate, up]), PackedLinear([down]), number)
+    return None
+
+
+def _probe(size: int) -> Tensor:
+    return torch.randn(1, PROBE_ROWS, size, generator=torch.Generator().manual_seed(0))
+
+
+def _equal(found: Tensor, expected: Tensor) -> bool:
+    return torch.allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE * float(expected.abs().max()))

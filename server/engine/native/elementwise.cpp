@@ -1,0 +1,63 @@
+// What stands between the linear layers of most decoders, each in one pass over its rows: RMS norm and gated activation.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include "activation.h"
+#include "vector.h"
+
+namespace reftserve {
+namespace {
+
+// x * weight / sqrt(mean(x^2) + epsilon), over the last dimension (Zhang and Sennrich 2019).
+at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double epsilon) {
+  const at::Tensor dense = x.contiguous();
+  at::Tensor out = at::empty(dense.sizes(), dense.options());
+  const int64_t size = dense.size(-1), rows = dense.numel() / size;
+  const float *from = dense.const_data_ptr<float>(), *scale = weight.const_data_ptr<float>();
+  float* to = out.data_ptr<float>();
+  for_rows(rows, size, [&](int64_t row) {
+    const float* x_row = from + row * size;
+    Vec squares{};
+    for_each_vector(size, [&](int64_t at, int64_t count) {
+      const Vec value = load_part(x_row + at, count);
+      squares += value * value;
+    });
+    const float norm = 1.0f / std::sqrt(sum(squares) / static_cast<float>(size) + static_cast<float>(epsilon));
+    for_each_vector(size, [&](int64_t at, int64_t count) {
+      store_part(to + row * size + at, load_part(x_row + at, count) * norm * load_part(scale + at, count), count);
+    });
+  });
+  return out;
+}
+
+// act(gate) * up for gate_up [..., gate then up].
+at::Tensor gated_activation(const at::Tensor& gate_up, int64_t activation) {
+  const at::Tensor dense = gate_up.contiguous();
+  const int64_t size = dense.size(-1) / 2, rows = dense.numel() / (2 * size);
+  auto sizes = dense.sizes().vec();
+  sizes.back() = size;
+  at::Tensor out = at::empty(sizes, dense.options());
+  const float* from = dense.const_data_ptr<float>();
+  float* to = out.data_ptr<float>();
+  for_rows(rows, size, [&](int64_t row) {
+    const float *gate = from + row * 2 * size, *up = gate + size;
+    for_each_vector(size, [&](int64_t at, int64_t count) {
+      store_part(to + row * size + at, activate(load_part(gate + at, count), activation) * load_part(up + at, count), count);
+    });
+  });
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(reftserve, library) {
+  library.def("rms_norm(Tensor x, Tensor weight, float epsilon) -> Tensor");
+  library.def("gated_activation(Tensor gate_up, int activation) -> Tensor");
+}
+TORCH_LIBRARY_IMPL(reftserve, CPU, library) {
+  library.impl("rms_norm", &rms_norm);
+  library.impl("gated_activation", &gated_activation);
+}
+
+}  // namespace reftserve

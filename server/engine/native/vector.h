@@ -1,0 +1,112 @@
+// Sixteen floats at once, as GCC's and Clang's vector extensions: they become AVX-512, AVX2 or NEON as the processor has
+// it. Also what every kernel needs: exp, sums and maxima across a vector, and a fair split of work over torch's threads.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+namespace reftserve {
+
+constexpr int64_t kWidth = 16;
+typedef float Vec __attribute__((vector_size(64), aligned(4)));
+typedef int32_t IntVec __attribute__((vector_size(64), aligned(4)));
+typedef int8_t ByteVec __attribute__((vector_size(16), aligned(1)));
+
+inline Vec load(const float* from) { return *reinterpret_cast<const Vec*>(from); }
+inline void store(float* to, Vec value) { *reinterpret_cast<Vec*>(to) = value; }
+inline Vec broadcast(float value) { return Vec{} + value; }
+
+// The first `count` of sixteen, the rest zero: for the ends of rows.
+inline Vec load_part(const float* from, int64_t count) {
+  if (count == kWidth) return load(from);
+  Vec value{};
+  std::memcpy(&value, from, count * sizeof(float));
+  return value;
+}
+inline void store_part(float* to, Vec value, int64_t count) {
+  if (count == kWidth) return store(to, value);
+  std::memcpy(to, &value, count * sizeof(float));
+}
+
+// Calls task(at, count) for each sixteen of `size` numbers, and for what is left at the end.
+template <class Task>
+inline void for_each_vector(int64_t size, const Task& task) {
+  int64_t at = 0;
+  for (; at + kWidth <= size; at += kWidth) task(at, kWidth);
+  if (at < size) task(at, size - at);
+}
+
+inline float sum(Vec value) {
+  float total = 0.0f;
+  for (int64_t i = 0; i < kWidth; ++i) total += value[i];
+  return total;
+}
+inline float maximum(Vec value) {
+  float best = value[0];
+  for (int64_t i = 1; i < kWidth; ++i) best = value[i] > best ? value[i] : best;
+  return best;
+}
+// To the nearest integer, ties to even, for |value| < 2^22.
+inline Vec round_even(Vec value) {
+  constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: the fraction has no bits left
+  return (value + kMagic) - kMagic;
+}
+
+// e^x to a relative 2e-7: Cody and Waite's reduction, then Cephes' polynomial. 0 below -87, clamped above 88; NaN stays.
+inline Vec exp(Vec x) {
+  const Vec bounded = x > 88.0f ? broadcast(88.0f) : x;
+  const Vec n = round_even(bounded * 1.44269504088896341f);
+  const Vec r = (bounded - n * 0.693359375f) - n * -2.12194440e-4f;
+  Vec p = broadcast(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const IntVec exponent = (__builtin_convertvector(n, IntVec) + 127) << 23;
+  Vec power;
+  std::memcpy(&power, &exponent, sizeof(power));
+  return x < -87.0f ? broadcast(0.0f) : p * power;
+}
+
+// Runs task(0) ... task(count - 1) on torch's threads, each taking the next one when it is free.
+template <class Task>
+void for_each(int64_t count, const Task& task) {
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), count);
+  if (threads <= 1) {
+    for (int64_t item = 0; item < count; ++item) task(item);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t item = next++; item < count; item = next++) task(item);
+  });
+}
+
+// Calls task<L>(line) for all lines, L = 4 at a time and the rest at once: what is loaded serves L lines.
+template <class Task>
+void by_fours(int64_t lines, const Task& task) {
+  int64_t line = 0;
+  for (; line + 4 <= lines; line += 4) task.template operator()<4>(line);
+  if (lines - line == 3) task.template operator()<3>(line);
+  if (lines - line == 2) task.template operator()<2>(line);
+  if (lines - line == 1) task.template operator()<1>(line);
+}
+
+// Runs task(row) for all rows of `size` numbers, on several threads where that is worth their start.
+template <class Task>
+void for_rows(int64_t rows, int64_t size, const Task& task) {
+  constexpr int64_t kWorthAThread = 8192;
+  at::parallel_for(0, rows, std::max<int64_t>(1, kWorthAThread / size), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) task(row);
+  });
+}
+
+}  // namespace reftserve

@@ -1,0 +1,200 @@
+"""The CPU kernels against plain torch: attention over the paged cache, norms, gated MLPs, and what replaces what."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from architectures import tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from reftserve.server.engine.attention import LayerShape
+from reftserve.server.engine.attention.native import NativeCache
+from reftserve.server.engine.errors import EngineError
+from reftserve.server.engine.fused import FusedMLP, FusedRMSNorm, Int8FusedMLP, fuse_modules
+from reftserve.server.engine.messages import SamplingParams
+from reftserve.server.engine.native import load_kernels
+from reftserve.server.engine.scheduler import Batch, Chunk
+from reftserve.server.engine.sequence import Sequence
+
+BLOCKS = 64
+
+
+@pytest.fixture(autouse=True, scope="module")
+def kernels() -> None:
+    load_kernels()
+
+
+def plain_attention(query: Tensor, keys: Tensor, values: Tensor, start: int, window: int | None) -> Tensor:
+    """[heads, tokens, dim] against all keys of the sequence -> [tokens, heads, value_dim], in double precision."""
+    group = query.shape[0] // keys.shape[0]
+    keys, values = (t.double().repeat_interleave(group, 0) for t in (keys, values))
+    at = torch.arange(start, start + query.shape[1]).unsqueeze(1)
+    key_at = torch.arange(keys.shape[1])
+    visible = (key_at <= at) & (key_at > at - (window or 10**6))
+    scores = (query.double() @ keys.transpose(1, 2) * query.shape[-1] ** -0.5).masked_fill(~visible, -torch.inf)
+    return (scores.softmax(-1) @ values).transpose(0, 1)
+
+
+def chunk(blocks: list[int], start: int, stop: int) -> Chunk:
+    sequence = Sequence("any", [0] * stop, stop, SamplingParams(max_tokens=1))
+    sequence.block_table = blocks
+    return Chunk(sequence, start, stop)
+
+
+def batch_of(chunks: list[Chunk]) -> Batch:
+    return Batch(prefills=chunks, decodes=[], stale_blocks=[])
+
+
+sequences = st.lists(st.tuples(st.integers(0, 40), st.integers(1, 40)), min_size=1, max_size=5)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    sequences=sequences,
+    block_size=st.sampled_from([1, 3, 16, 20, 32]),
+    heads=st.sampled_from([(1, 1), (4, 2), (9, 3), (5, 1)]),
+    dims=st.sampled_from([(8, 8), (64, 64), (20, 12), (7, 33)]),
+    window=st.sampled_from([None, 1, 5, 30]),
+    seed=st.integers(0, 100),
+)
+def test_attention_over_scattered_blocks_is_plain_attention_of_each_sequence(
+    sequences: list[tuple[int, int]],
+    block_size: int,
+    heads: tuple[int, int],
+    dims: tuple[int, int],
+    window: int | None,
+    seed: int,
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    query_heads, kv_heads = heads
+    shape = LayerShape(kv_heads, *dims)
+    size = -(-block_size // 16) * 16
+    blocks = 80 * len(sequences)
+    bytes_per_block = kv_heads * size * (dims[0] + -(-dims[1] // 16) * 16) * 4
+    cache = NativeCache([shape], block_size=block_size, max_bytes=blocks * bytes_per_block)
+    # Whatever a block held before, for whomever: numbers that would be seen.
+    cache.keys[0].fill_(torch.nan)
+    cache.values[0][..., : dims[1]] = torch.nan
+    free = torch.randperm(blocks, generator=generator).tolist()
+
+    def random(n: int, tokens: int, dim: int) -> Tensor:
+        return torch.randn(n, tokens, dim, generator=generator)
+
+    tables = [[free.pop() for _ in range(-(-(start + new) // block_size))] for start, new in sequences]
+    keys = [random(kv_heads, start + new, dims[0]) for start, new in sequences]
+    values = [random(kv_heads, start + new, dims[1]) for start, new in sequences]
+    queries = [random(query_heads, start + new, dims[0]) for start, new in sequences]
+
+    def step(parts: list[tuple[int, int, int]]) -> Tensor:
+        chunks = [chunk(tables[i], start, stop) for i, start, stop in parts]
+        packed = [torch.cat([t[i][:, a:b] for i, a, b in parts], 1) for t in (queries, keys, values)]
+        return cache.step(batch_of(chunks)).attend(0, *packed, None, window)
+
+    earlier = [(i, 0, start) for i, (start, _) in enumerate(sequences) if start]
+    if earlier:
+        step(earlier)
+    found = step([(i, start, start + new) for i, (start, new) in enumerate(sequences)])
+    expected = [
+        plain_attention(queries[i][:, start:], keys[i], values[i], start, window)
+        for i, (start, _) in enumerate(sequences)
+    ]
+    torch.testing.assert_close(found.double(), torch.cat(expected), atol=2e-5, rtol=2e-5)
+
+
+def test_a_row_is_the_same_to_the_bit_whatever_else_is_in_the_step() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shape = LayerShape(2, 16, 16)
+    cache = NativeCache([shape], block_size=16, max_bytes=BLOCKS * 2 * 16 * 32 * 4)
+    query, key, value = (torch.randn(n, 70, 16, generator=generator) for n in (4, 2, 2))
+    chunks = [chunk([0, 1], 0, 30), chunk([5, 3, 4], 0, 40)]
+    together = cache.step(batch_of(chunks)).attend(0, query, key, value, None, None)
+    alone = cache.step(batch_of(chunks[1:])).attend(0, query[:, 30:], key[:, 30:], value[:, 30:], None, None)
+    assert torch.equal(together[30:], alone)
+
+
+def test_a_token_never_meets_what_overflowed_behind_it() -> None:
+    shape = LayerShape(1, 16, 16)
+    cache = NativeCache([shape], block_size=16, max_bytes=BLOCKS * 16 * 32 * 4)
+    query, key, value = (torch.ones(1, 12, 16) for _ in range(3))
+    key[:, 11], value[:, 11] = torch.inf, torch.inf
+    out = cache.step(batch_of([chunk([2], 0, 12)])).attend(0, query, key, value, None, None)
+    assert torch.equal(out[:11], torch.ones(11, 1, 16))
+    assert not out[11].isfinite().any()
+
+
+@pytest.mark.parametrize("size", [1, 15, 16, 100])
+@pytest.mark.parametrize("kind", [LlamaRMSNorm, Gemma3RMSNorm])
+def test_a_norm_is_replaced_by_the_same_function(kind: type[nn.Module], size: int) -> None:
+    holder = nn.ModuleList([kind(size)])
+    norm = holder[0]
+    norm.weight.data.normal_(generator=torch.Generator().manual_seed(1))
+    x = torch.randn(3, 4, size, generator=torch.Generator().manual_seed(2)) * 5
+    fuse_modules(holder, int8=False)
+    assert type(holder[0]) is FusedRMSNorm
+    torch.testing.assert_close(holder[0](x), norm(x), atol=1e-5, rtol=1e-5)
+
+
+class NotQuiteRMSNorm(LlamaRMSNorm):
+    """Looks like one."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return super().forward(hidden_states) + 0.01
+
+
+def test_what_only_looks_like_a_norm_or_an_mlp_stays() -> None:
+    holder = nn.ModuleList([NotQuiteRMSNorm(16)])
+    fuse_modules(holder, int8=False)
+    assert type(holder[0]) is NotQuiteRMSNorm
+    model = tiny_model("llama")
+    model.model.layers[0].mlp.act_fn = nn.ReLU()
+    fuse_modules(model, int8=False)
+    assert [type(layer.mlp) is FusedMLP for layer in model.model.layers] == [False, True, True]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 9, 40])
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_an_mlp_is_replaced_by_the_same_function_or_one_near_it_in_int8(name: str, rows: int) -> None:
+    x = torch.randn(1, rows, 32, generator=torch.Generator().manual_seed(2))
+    plain = tiny_model(name).requires_grad_(False)
+    expected = plain.model.layers[0].mlp(x)
+    for int8, kind, bound in ((False, FusedMLP, 1e-5), (True, Int8FusedMLP, 0.05)):
+        model = tiny_model(name).requires_grad_(False)
+        fuse_modules(model, int8=int8)
+        mlp = model.model.layers[0].mlp
+        assert type(mlp) is kind
+        assert float((mlp(x) - expected).norm() / expected.norm()) < bound
+
+
+@settings(max_examples=60, deadline=None)
+@given(mates=st.integers(0, 20), scale=st.floats(1e-3, 1e6))
+def test_a_row_of_an_int8_mlp_is_the_same_to_the_bit_whatever_stands_beside_it(mates: int, scale: float) -> None:
+    model = tiny_model("llama").requires_grad_(False)
+    fuse_modules(model, int8=True)
+    mlp = model.model.layers[0].mlp
+    generator = torch.Generator().manual_seed(mates)
+    mine, others = torch.randn(1, 32, generator=generator), torch.randn(mates, 32, generator=generator) * scale
+    assert torch.equal(mlp(torch.cat([others, mine]))[-1], mlp(mine)[0])
+
+
+@pytest.mark.parametrize("wrong", [torch.inf, torch.nan])
+def test_what_is_not_finite_stays_visible_in_its_own_row(wrong: float) -> None:
+    model = tiny_model("llama").requires_grad_(False)
+    fuse_modules(model, int8=True)
+    x = torch.ones(2, 32)
+    x[0, 3] = wrong
+    out = model.model.layers[0].mlp(x)
+    assert not out[0].isfinite().any()
+    assert out[1].isfinite().all()
+
+
+def test_without_a_compiler_the_error_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("no g++")
+
+    monkeypatch.setattr("torch.utils.cpp_extension.load", fails)
+    with pytest.raises(EngineError, match="native_kernels to false"):
+        load_kernels.__wrapped__()
