@@ -1,7 +1,7 @@
-"""Linear layers of the frozen base in the forms that a CPU computes fastest.
+"""Linear layers of the frozen base in the forms that a CPU computes fastest (native/linear.cpp, native/int8.cpp).
 
-- Float32 weights in oneDNN's own layout. torch's `linear` goes to MKL and brings the weight into its kernel's layout at
-  every call; a weight that was brought into oneDNN's once takes half the time at up to 64 rows, and less at any number.
+- Float32 weights in panels of output channels: a kernel streams each from memory once. torch's own `linear` goes to MKL
+  and brings the weight into its kernel's layout at every call.
 - Int8, when asked for: weights scaled per output channel, activations per token, so that one request's scale never
   depends on another's. The products are exact integers, so a row's result does not depend on its batch at all.
 - In int8, layers that read the same tensor (query, key and value) are computed as one: rounding it takes as long as the
@@ -25,18 +25,18 @@ TINY = 1e-12  # a channel of zeros has a scale too
 
 
 class PackedLinear(nn.Module):
-    """y = x W^T + b for one layer, or several that read one tensor, in float32. weight: in oneDNN's layout."""
+    """y = x W^T + b for one layer, or several that read one tensor, in float32. weight: W in panels."""
 
     def __init__(self, layers: list[nn.Linear]) -> None:
         super().__init__()
         weight, bias = _joined(layers)
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-        self.weight = nn.Parameter(packed, requires_grad=False)
+        self.weight = nn.Parameter(torch.ops.reftserve.pack_linear(weight), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.out_features = len(weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in] -> [..., out of all layers]."""
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        y: Tensor = torch.ops.reftserve.linear(x, self.weight, self.bias, self.out_features)
         return y
 
 

@@ -1,6 +1,7 @@
 """The CPU kernels, in C++: compiled once for this machine's processor, then `torch.ops.reftserve.*`.
 
 attention.cpp    paged_attention: a packed step against the cache, nothing gathered
+linear.cpp       pack_linear, linear: float32, each row the same to the bit in any batch
 int8.cpp         int8_linear, int8_gated_mlp: what stands around torch's integer product
 elementwise.cpp  rms_norm, gated_activation
 """
@@ -14,11 +15,15 @@ import platform
 import sysconfig
 from pathlib import Path
 
+import torch
+from filelock import FileLock
 from torch.utils import cpp_extension
 
 from reftserve.server.engine.errors import EngineError
 
-SOURCES = ("attention.cpp", "int8.cpp", "elementwise.cpp")
+FOLDER = Path(__file__).parent
+SOURCES = ("attention.cpp", "linear.cpp", "int8.cpp", "elementwise.cpp")
+HEADERS = ("vector.h", "activation.h")
 FLAGS = ["-O3", "-march=native", "-std=c++20", "-fopenmp", "-Wno-psabi", "-fno-math-errno"]
 
 
@@ -28,17 +33,22 @@ def load_kernels() -> None:
 
     Raises EngineError when there is no compiler that can.
     """
-    folder = Path(__file__).parent
+    name = f"reftserve_kernels_{_identity()}"
     # ninja comes with this environment, whose scripts need not be on the path.
     os.environ["PATH"] = os.pathsep.join([os.environ["PATH"], sysconfig.get_path("scripts")])
     try:
-        cpp_extension.load(
-            f"reftserve_kernels_{_processor()}",
-            [str(folder / source) for source in SOURCES],
-            extra_cflags=FLAGS,
-            extra_ldflags=["-fopenmp"],
-            is_python_module=False,
-        )
+        build = Path(cpp_extension._get_build_directory(name, verbose=False))
+        with FileLock(build / "reftserve.lock"):
+            # torch's own lock is a file that a process leaves behind when it is killed, and then waits for.
+            (build / "lock").unlink(missing_ok=True)
+            cpp_extension.load(
+                name,
+                [str(FOLDER / source) for source in SOURCES],
+                extra_cflags=FLAGS,
+                extra_ldflags=["-fopenmp"],
+                build_directory=str(build),
+                is_python_module=False,
+            )
     except (RuntimeError, OSError) as cause:
         raise EngineError(
             "the CPU kernels cannot be compiled: install g++ 11 or newer and ninja, or set native_kernels to false, "
@@ -46,9 +56,10 @@ def load_kernels() -> None:
         ) from cause
 
 
-def _processor() -> str:
-    """Names what the code is compiled for: a cache of it may move to another machine with its home folder or volume."""
+def _identity() -> str:
+    """Names what is compiled, by what, for what: a cache of it is shared by all versions and may move with its disk."""
     cpuinfo = Path("/proc/cpuinfo")
     text = cpuinfo.read_text().split("\n\n")[0] if cpuinfo.is_file() else platform.processor()
-    features = sorted(line for line in text.splitlines() if line.startswith(("flags", "Features", "model name")))
-    return hashlib.sha256("\n".join(features or [text]).encode()).hexdigest()[:12]
+    features = [line for line in text.splitlines() if line.startswith(("flags", "Features", "model name"))]
+    parts = [torch.__version__, *FLAGS, *(features or [text]), *((FOLDER / f).read_text() for f in SOURCES + HEADERS)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
