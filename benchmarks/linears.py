@@ -6,7 +6,6 @@ Every layer is visited in turn, as in a forward pass, so that the weights come f
 from __future__ import annotations
 
 import argparse
-import copy
 import statistics
 import time
 
@@ -14,7 +13,19 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from reftserve.server.engine.linears import replace_linears
+from reftserve.server.engine.linears import Int8Linear, PackedLinear
+from reftserve.server.engine.native import load_kernels
+
+
+class OneDnnLinear(nn.Module):
+    """A weight in oneDNN's own layout, as Inductor packs it."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
 
 
 def pass_ms(layers: list[nn.Module], inputs: list[torch.Tensor], runs: int) -> float:
@@ -33,16 +44,19 @@ def main() -> None:
     parser.add_argument("model", help="folder or hub id")
     parser.add_argument("--runs", type=int, default=9)
     args = parser.parse_args()
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).model
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).model.requires_grad_(False)
     plain = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    forms = {"nn.Linear": plain}
-    for name, int8 in (("packed", False), ("int8", True)):
-        layers = nn.ModuleList(copy.deepcopy(plain))
-        replace_linears(layers, [], int8=int8)
-        forms[name] = list(layers)
+    torch.set_num_threads(2)
+    load_kernels()
+    forms = {
+        "nn.Linear": plain,
+        "oneDNN": [OneDnnLinear(layer) for layer in plain],
+        "ours": [PackedLinear([layer]) for layer in plain],
+        "int8": [Int8Linear([layer]) for layer in plain],
+    }
     print("rows  " + "  ".join(f"{name:>9}" for name in forms))
     with torch.inference_mode():
-        for rows in (1, 8, 32, 64, 256, 512):
+        for rows in (1, 8, 16, 32, 64, 128, 512):
             inputs = [torch.randn(rows, layer.in_features) for layer in plain]
             times = [pass_ms(list(layers), inputs, args.runs) for layers in forms.values()]
             print(f"{rows:4}  " + "  ".join(f"{time_ms:9.1f}" for time_ms in times))

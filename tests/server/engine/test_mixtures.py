@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from engine_oracle import (
     RecordingRunner,
     Run,
@@ -135,3 +136,45 @@ def assert_as_alone(
         scale = max(1.0, float(alone[index].abs().max()))
         assert float((mixed - alone[index]).abs().max()) <= TOLERANCE * scale
         assert float(alone[index].max() - alone[index][token]) <= 2 * TOLERANCE * scale
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    plans=st.lists(planned, min_size=1, max_size=6),
+    max_batch_tokens=st.integers(3, 64),
+    prefix_cache=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_a_request_without_edits_gets_the_same_to_the_bit_in_any_float32_mixture(
+    tiny_llama_folder: Path,
+    artifacts: list[Path],
+    plans: list[Planned],
+    max_batch_tokens: int,
+    prefix_cache: bool,
+    seed: int,
+) -> None:
+    rng = random.Random(seed)  # noqa: S311 - test data
+    shared = [rng.randrange(3, 300) for _ in range(40)]
+    mine = request("mine", shared[:30], max_tokens=6)
+    submits = [
+        request(
+            str(i),
+            (shared[: plan.n_shared] + [rng.randrange(3, 300) for _ in range(40)])[: plan.n_prompt],
+            uses=[(artifacts[index], scale) for index, scale in plan.uses],
+            max_tokens=plan.max_tokens,
+        )
+        for i, plan in enumerate(plans)
+    ]
+    alone = make_engine(tiny_llama_folder, max_batch_tokens=64)
+    alone.submit(mine)
+    run_until_done(alone)
+    mixed = make_engine(
+        tiny_llama_folder, max_batch_tokens=max_batch_tokens, blocks=60, bank_rows=120, prefix_cache=prefix_cache
+    )
+    arrives = Planned(n_prompt=30, n_shared=30, max_tokens=6, uses=[], arrives=seed % 4, cancelled=None)
+    run_with_arrivals(mixed, [*plans, arrives], [*submits, mine])
+    for index in range(6):
+        key = ("mine", 30 + index)
+        assert torch.equal(mixed.runner.logits[key], alone.runner.logits[key])  # type: ignore[attr-defined]
+    alone.close()
+    mixed.close()
