@@ -25,6 +25,7 @@ class OneDnnLinear(nn.Module):
         self.weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [rows, in] -> [rows, out]."""
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
 
 
