@@ -12,33 +12,38 @@ import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, deserialize
 from safetensors.torch import load, save
-from torch import Tensor
 
-from reftserve.interventions.edit import LowRankEdit, PlacedEdit
+from reftserve.interventions.edit import TENSORS, LowRankEdit, PlacedEdit
 from reftserve.interventions.errors import DtypeError, HashMismatch, ManifestError, ShapeError
 from reftserve.interventions.manifest import BaseFingerprint, EditEntry, Manifest, Provenance
 from reftserve.interventions.positions import Positions
 
 MANIFEST_FILE = "manifest.json"
 EDITS_FILE = "edits.safetensors"
-TENSORS = ("A", "b", "U", "act", "scale")
+DTYPES = {"A": "F32", "b": "F32", "U": "F32", "act": "I8", "scale": "F32"}
 MAX_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, eq=False)
 class Intervention:
-    """A published intervention: its manifest and its edits, in the manifest's order."""
+    """A published intervention: its manifest and its edits, in the manifest's order.
+
+    columns: the columns of all edits, in that order, as one edit; the edits are views of it.
+    """
 
     manifest: Manifest
+    columns: LowRankEdit
     edits: tuple[PlacedEdit, ...]
 
     @property
@@ -112,19 +117,20 @@ def parse_artifact(manifest_bytes: bytes, edits_bytes: bytes) -> Intervention:
         first = cause.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise ManifestError(f"{MANIFEST_FILE}: {where or 'document'}: {first['msg']}") from cause
-    try:
-        tensors = load(edits_bytes)
-    except (SafetensorError, ValueError, KeyError) as cause:
-        raise ManifestError(f"{EDITS_FILE} is not a safetensors file: {cause}") from cause
+    stored = _tensors(deserialize, edits_bytes)
     expected = {f"{entry.key}.{name}" for entry in manifest.edits for name in TENSORS}
-    if tensors.keys() != expected:
-        missing, surplus = sorted(expected - tensors.keys()), sorted(tensors.keys() - expected)
+    if stored.keys() != expected:
+        missing, surplus = sorted(expected - stored.keys()), sorted(stored.keys() - expected)
         raise ManifestError(f"{EDITS_FILE}: missing tensors {missing}, unexpected ones {surplus}")
-    edits = tuple(_placed(entry, tensors, manifest.base) for entry in manifest.edits)
+    if not all(_is_as_said(entry, stored, manifest.base) for entry in manifest.edits):
+        _refuse(manifest, edits_bytes)
+    columns = _columns(manifest.edits, stored)
+    parts = zip(manifest.edits, columns.split([entry.rank for entry in manifest.edits]), strict=True)
+    edits = tuple(PlacedEdit(entry.layer, Positions.parse(entry.positions), part) for entry, part in parts)
     found = content_hash(edits)
     if found != manifest.content_hash:
         raise HashMismatch(f"content_hash is {manifest.content_hash}; the edits' hash is {found}")
-    return Intervention(manifest, edits)
+    return Intervention(manifest, columns, edits)
 
 
 def pack(folder: Path) -> bytes:
@@ -154,17 +160,52 @@ def unpack(data: bytes, folder: Path, *, max_bytes: int = MAX_BYTES) -> Interven
     return intervention
 
 
-def _placed(entry: EditEntry, tensors: dict[str, Tensor], base: BaseFingerprint) -> PlacedEdit:
-    edit = LowRankEdit(*(tensors[f"{entry.key}.{name}"] for name in TENSORS))
-    if edit.A.dtype != torch.float32:
-        raise DtypeError(f"edit {entry.key} is {edit.A.dtype}; artifacts hold torch.float32")
-    if edit.rank != entry.rank:
-        raise ShapeError(f"edit {entry.key} has rank {edit.rank}; the manifest says {entry.rank}")
-    if edit.hidden_size != base.hidden_size:
-        raise ShapeError(f"edit {entry.key} has hidden size {edit.hidden_size}; the base has {base.hidden_size}")
-    if entry.layer >= base.num_layers:
-        raise ShapeError(f"edit {entry.key} is at layer {entry.layer}; the base has layers 0 to {base.num_layers - 1}")
-    return PlacedEdit(entry.layer, Positions.parse(entry.positions), edit)
+def _tensors(read: Callable[[bytes], Any], edits_bytes: bytes) -> dict[str, Any]:
+    try:
+        return dict(read(edits_bytes))
+    except (SafetensorError, ValueError, KeyError) as cause:
+        raise ManifestError(f"{EDITS_FILE} is not a safetensors file: {cause}") from cause
+
+
+def _is_as_said(entry: EditEntry, stored: dict[str, Any], base: BaseFingerprint) -> bool:
+    """Whether place, types and shapes of one edit are what the manifest says; looks at no number."""
+    wide, narrow = [entry.rank, base.hidden_size], [entry.rank]
+    shapes = {"A": wide, "b": narrow, "U": wide, "act": narrow, "scale": narrow}
+    tensors = {name: stored[f"{entry.key}.{name}"] for name in TENSORS}
+    return (
+        base.hidden_size > 0
+        and entry.layer < base.num_layers
+        and all(tensors[name]["shape"] == shape for name, shape in shapes.items())
+        and all(tensors[name]["dtype"] == DTYPES[name] for name in TENSORS)
+    )
+
+
+def _columns(entries: Sequence[EditEntry], stored: dict[str, Any]) -> LowRankEdit:
+    """The columns of all edits, one below the other: their numbers are checked at once, not tensor by tensor."""
+    tensors = []
+    for name in TENSORS:
+        dtype = np.dtype(np.int8 if DTYPES[name] == "I8" else np.float32)
+        parts = [np.frombuffer(stored[f"{entry.key}.{name}"]["data"], dtype) for entry in entries]
+        tensors.append(torch.from_numpy(np.concatenate(parts)))
+    A, b, U, act, scale = tensors
+    return LowRankEdit(A.view(len(b), -1), b, U.view(len(b), -1), act, scale)
+
+
+def _refuse(manifest: Manifest, edits_bytes: bytes) -> None:
+    """Raise what is wrong with the first edit that is not as the manifest says."""
+    base, tensors = manifest.base, _tensors(load, edits_bytes)
+    for entry in manifest.edits:
+        edit = LowRankEdit(*(tensors[f"{entry.key}.{name}"] for name in TENSORS))
+        if edit.A.dtype != torch.float32:
+            raise DtypeError(f"edit {entry.key} is {edit.A.dtype}; artifacts hold torch.float32")
+        if edit.rank != entry.rank:
+            raise ShapeError(f"edit {entry.key} has rank {edit.rank}; the manifest says {entry.rank}")
+        if edit.hidden_size != base.hidden_size:
+            raise ShapeError(f"edit {entry.key} has hidden size {edit.hidden_size}; the base has {base.hidden_size}")
+        if entry.layer >= base.num_layers:
+            raise ShapeError(
+                f"edit {entry.key} is at layer {entry.layer}; the base has layers 0 to {base.num_layers - 1}"
+            )
 
 
 def _bounded(path: Path) -> bytes:

@@ -19,8 +19,9 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from functools import cached_property
+from functools import cached_property, lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -47,6 +48,9 @@ FUNCTIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     Activation.SIGMOID: torch.sigmoid,
     Activation.SILU: functional.silu,
 }
+
+
+TENSORS = ("A", "b", "U", "act", "scale")
 
 
 def activate(y: Tensor, act: Tensor) -> Tensor:
@@ -88,7 +92,7 @@ class LowRankEdit:
                     raise DtypeError(f"act holds {sorted(set(tensor.tolist()))}; known are 0 to {len(Activation) - 1}")
             elif not tensor.is_floating_point() or tensor.dtype != self.A.dtype:
                 raise DtypeError(f"{name} is {tensor.dtype}; expected a floating-point type, the same for all of them")
-            elif not tensor.isfinite().all():
+            elif not _is_finite(tensor):
                 raise NonFiniteError(f"{name} holds NaN or infinity; every number must be finite")
 
     @property
@@ -100,6 +104,11 @@ class LowRankEdit:
     def hidden_size(self) -> int:
         """Length of the hidden states that it reads and writes."""
         return self.A.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that its numbers take, bytes."""
+        return sum(getattr(self, name).nbytes for name in TENSORS)
 
     def delta(self, hidden: Tensor) -> Tensor:
         """What the edit adds to hidden states [rows, hidden_size]; in the edit's dtype.
@@ -125,18 +134,55 @@ class LowRankEdit:
 
     def to(self, device: torch.device) -> LowRankEdit:
         """The same edit on a device."""
-        tensors = (t.to(device) for t in (self.A, self.b, self.U, self.act, self.scale))
-        return LowRankEdit(*tensors)
+        return LowRankEdit(*(getattr(self, name).to(device) for name in TENSORS))
+
+    def split(self, ranks: Sequence[int]) -> list[LowRankEdit]:
+        """Its columns as edits of these ranks, one after another: what `compose` made one, and views of it.
+
+        The ranks are positive and sum to `rank`. On the host only: the parts come with their content hashes.
+        """
+        flat = [getattr(self, name).detach().contiguous().view(-1).numpy() for name in TENSORS]
+        widths = [self.hidden_size, 1, self.hidden_size, 1, 1]
+        edits, start = [], 0
+        for rank, *tensors in zip(ranks, *(getattr(self, name).split(list(ranks)) for name in TENSORS), strict=True):
+            digest = hashlib.sha256()
+            for head, array, width in zip(self._heads(rank), flat, widths, strict=True):
+                digest.update(head)
+                digest.update(array[start * width : (start + rank) * width].data)
+            # Whole columns of what has been checked need no check, which would be most of the time that a load takes.
+            edit = object.__new__(LowRankEdit)
+            edit.__dict__.update(zip(TENSORS, tensors, strict=True), content_hash=digest.hexdigest())
+            edits.append(edit)
+            start += rank
+        return edits
 
     @cached_property
     def content_hash(self) -> str:
         """SHA-256 over shapes, types and numbers: equal exactly when the edits are."""
         digest = hashlib.sha256()
-        for name in ("A", "b", "U", "act", "scale"):
+        for head, name in zip(self._heads(self.rank), TENSORS, strict=True):
             tensor: Tensor = getattr(self, name).detach().cpu().contiguous()
-            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(head)
+            digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
+
+    def _heads(self, rank: int) -> tuple[bytes, ...]:
+        """What stands before each tensor's numbers in the hash of `rank` columns of this edit."""
+        return _heads(self.A.dtype, rank, self.hidden_size)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # On large tensors torch's own test starts threads, beside those of the engine's step when a loader's thread asks.
+    if tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64):
+        return bool(np.isfinite(tensor.detach().numpy()).all())
+    return bool(tensor.isfinite().all())
+
+
+@lru_cache(maxsize=256)
+def _heads(dtype: torch.dtype, rank: int, hidden_size: int) -> tuple[bytes, ...]:
+    wide, narrow = [rank, hidden_size], [rank]
+    places = zip(TENSORS, (dtype, dtype, dtype, torch.int8, dtype), (wide, narrow, wide, narrow, narrow), strict=True)
+    return tuple(f"{name} {kind} {shape}\n".encode() for name, kind, shape in places)
 
 
 def compose(edits: Sequence[LowRankEdit]) -> LowRankEdit:
@@ -147,8 +193,7 @@ def compose(edits: Sequence[LowRankEdit]) -> LowRankEdit:
     sizes = {edit.hidden_size for edit in edits}
     if len(sizes) != 1:
         raise ShapeError(f"edits of hidden sizes {sorted(sizes)} cannot be composed; they must be equal")
-    names = ("A", "b", "U", "act", "scale")
-    return LowRankEdit(*(torch.cat([getattr(edit, name) for edit in edits]) for name in names))
+    return LowRankEdit(*(torch.cat([getattr(edit, name) for edit in edits]) for name in TENSORS))
 
 
 @dataclass(frozen=True, eq=False)

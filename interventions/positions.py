@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +34,7 @@ class Positions:
     generated: bool = False
 
     @classmethod
+    @lru_cache(maxsize=1024)  # an artifact names the same positions at each of its layers
     def parse(cls, text: str) -> Positions:
         """Read the notation.
 

@@ -5,13 +5,15 @@
 
 A *slot* is the set of rows that one hot intervention holds. Rows are gathered by index, so a slot need not be
 contiguous: nothing fragments, and an intervention of high rank costs no other anything. Slots are pinned by the
-sequences that run on them; unpinned ones stay hot until their rows are needed (least recently used goes first).
+sequences that run on them; idle ones stay hot until their rows are needed (least recently used goes first). What is
+done for a slot costs the same with ten hot interventions as with ten thousand.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from dataclasses import dataclass
+from collections import OrderedDict, defaultdict
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -23,19 +25,28 @@ from reftserve.server.engine.errors import RequestRefused
 
 @dataclass(frozen=True, eq=False)
 class EditUse:
-    """One edit as one sequence uses it: where, which rows of the bank, how strongly."""
+    """Edits of one intervention, alike but for their layers, as one sequence uses them: most interventions are one.
 
-    layer: int
+    layers: each once. rows: [layers, rank] rows of the bank. scales: [layers, rank].
+    """
+
+    layers: tuple[int, ...]
     positions: Positions
     rows: NDArray[np.int64]
     scales: NDArray[np.float32]
 
+    @cached_property
+    def at(self) -> dict[int, int]:
+        """Where each layer stands in `rows` and `scales`."""
+        return {layer: index for index, layer in enumerate(self.layers)}
+
 
 @dataclass(eq=False)
 class Slot:
-    """The rows of one hot intervention and how many running sequences need them."""
+    """The rows of one hot intervention, its uses at scale 1, and how many running sequences need them."""
 
     rows: NDArray[np.int64]
+    uses: tuple[EditUse, ...]
     pins: int = 0
 
 
@@ -52,22 +63,24 @@ class Bank:
         self.act = torch.zeros(self.num_rows, dtype=torch.int8, device=device)
         # On the host too, so that planning a step needs no look at the device.
         self.is_linear = np.ones(self.num_rows, dtype=bool)
-        self._free = list(range(self.num_rows - 1, 0, -1))
-        self._slots: OrderedDict[str, Slot] = OrderedDict()
+        self._free = np.arange(1, self.num_rows, dtype=np.int64)  # a stack: the first `_num_free` of it
+        self._num_free = self.num_rows - 1
+        self._slots: dict[str, Slot] = {}
+        self._idle: OrderedDict[str, Slot] = OrderedDict()  # those of `_slots` without pins, least recently used first
+        self._idle_rows = 0
 
     @property
     def rows_used(self) -> int:
         """Rows that hot interventions hold, running or not."""
-        return self.num_rows - 1 - len(self._free)
+        return self.num_rows - 1 - self._num_free
 
     def check(self, interventions: tuple[tuple[Intervention, float], ...]) -> None:
         """Raise RequestRefused when these can never be hot together."""
-        distinct = {i.content_hash: i for i, _ in interventions}
-        for intervention in distinct.values():
-            sizes = {placed.edit.hidden_size for placed in intervention.edits}
-            if sizes != {self.hidden_size}:
-                raise RequestRefused(f"edits have hidden size {sorted(sizes)}; the base has {self.hidden_size}")
-        needed = sum(_rank(intervention) for intervention in distinct.values())
+        distinct = {i.content_hash: i.columns for i, _ in interventions}
+        for columns in distinct.values():
+            if columns.hidden_size != self.hidden_size:
+                raise RequestRefused(f"edits have hidden size {columns.hidden_size}; the base has {self.hidden_size}")
+        needed = sum(columns.rank for columns in distinct.values())
         if needed > self.num_rows - 1:
             raise RequestRefused(f"interventions need {needed} rank rows; the bank has {self.num_rows - 1}")
 
@@ -80,63 +93,80 @@ class Bank:
             if slot is None:
                 self._unpin(pinned)
                 return None
-            slot.pins += 1
+            self._pin(intervention.content_hash, slot)
             pinned.append(intervention.content_hash)
-            uses += _uses(intervention, slot, scale)
+            uses += slot.uses if scale == 1.0 else [_scaled(use, scale) for use in slot.uses]
         return tuple(uses)
 
     def release(self, interventions: tuple[tuple[Intervention, float], ...]) -> None:
         """Undo one `acquire`; the slots stay hot."""
         self._unpin([intervention.content_hash for intervention, _ in interventions])
 
+    def _pin(self, content_hash: str, slot: Slot) -> None:
+        if self._idle.pop(content_hash, None) is not None:
+            self._idle_rows -= len(slot.rows)
+        slot.pins += 1
+
     def _unpin(self, hashes: list[str]) -> None:
         for content_hash in hashes:
-            self._slots[content_hash].pins -= 1
+            slot = self._slots[content_hash]
+            slot.pins -= 1
+            if slot.pins == 0:
+                self._idle[content_hash] = slot
+                self._idle_rows += len(slot.rows)
 
     def _hot(self, intervention: Intervention) -> Slot | None:
         slot = self._slots.get(intervention.content_hash)
         if slot is None:
-            rank = _rank(intervention)
+            rank = intervention.columns.rank
             if not self._make_room(rank):
                 return None
-            slot = Slot(np.array([self._free.pop() for _ in range(rank)], dtype=np.int64))
-            self._write(slot.rows, intervention)
+            self._num_free -= rank
+            rows = self._free[self._num_free : self._num_free + rank].copy()
+            self._write(rows, intervention)
+            slot = Slot(rows, _uses(intervention, rows))
             self._slots[intervention.content_hash] = slot
-        self._slots.move_to_end(intervention.content_hash)
         return slot
 
     def _make_room(self, rank: int) -> bool:
-        unpinned = [(key, slot) for key, slot in self._slots.items() if slot.pins == 0]
-        if len(self._free) + sum(len(slot.rows) for _, slot in unpinned) < rank:
+        if self._num_free + self._idle_rows < rank:
             return False
-        for key, slot in unpinned:
-            if len(self._free) >= rank:
-                break
-            self._free.extend(slot.rows.tolist())
-            del self._slots[key]
+        while self._num_free < rank:
+            content_hash, slot = self._idle.popitem(last=False)
+            del self._slots[content_hash]
+            self._idle_rows -= len(slot.rows)
+            self._free[self._num_free : self._num_free + len(slot.rows)] = slot.rows
+            self._num_free += len(slot.rows)
         return True
 
     def _write(self, rows: NDArray[np.int64], intervention: Intervention) -> None:
         index = torch.from_numpy(rows).to(self.A.device)
-        edits = [placed.edit for placed in intervention.edits]
-        act = torch.cat([edit.act for edit in edits])
-        self.A[index] = torch.cat([edit.A for edit in edits]).to(self.A)
-        self.U[index] = torch.cat([edit.U for edit in edits]).to(self.U)
-        self.b[index] = torch.cat([edit.b for edit in edits]).to(self.b)
-        self.act[index] = act.to(self.act)
-        self.is_linear[rows] = (act == Activation.LINEAR).numpy()
+        columns = intervention.columns
+        self.A.index_copy_(0, index, columns.A.to(self.A))
+        self.U.index_copy_(0, index, columns.U.to(self.U))
+        self.b.index_copy_(0, index, columns.b.to(self.b))
+        self.act.index_copy_(0, index, columns.act.to(self.act))
+        self.is_linear[rows] = columns.act.numpy() == Activation.LINEAR
 
 
-def _rank(intervention: Intervention) -> int:
-    return sum(placed.edit.rank for placed in intervention.edits)
-
-
-def _uses(intervention: Intervention, slot: Slot, scale: float) -> list[EditUse]:
-    uses = []
+def _uses(intervention: Intervention, rows: NDArray[np.int64]) -> tuple[EditUse, ...]:
+    # Of equal edits at one layer, the n-th goes with the n-th of other layers.
+    alike: defaultdict[tuple[Positions, int, int], list[tuple[int, int]]] = defaultdict(list)
+    seen: defaultdict[tuple[int, Positions, int], int] = defaultdict(int)
     start = 0
     for placed in intervention.edits:
-        stop = start + placed.edit.rank
-        scales = (placed.edit.scale * scale).numpy().astype(np.float32)
-        uses.append(EditUse(placed.layer, placed.positions, slot.rows[start:stop], scales))
-        start = stop
-    return uses
+        rank = placed.edit.rank
+        place = (placed.layer, placed.positions, rank)
+        alike[placed.positions, rank, seen[place]].append((placed.layer, start))
+        seen[place] += 1
+        start += rank
+    scales = intervention.columns.scale.numpy()
+    uses = []
+    for (positions, rank, _), places in alike.items():
+        columns = np.array([start for _, start in places])[:, None] + np.arange(rank)
+        uses.append(EditUse(tuple(layer for layer, _ in places), positions, rows[columns], scales[columns]))
+    return tuple(uses)
+
+
+def _scaled(use: EditUse, scale: float) -> EditUse:
+    return replace(use, scales=use.scales * np.float32(scale))

@@ -12,6 +12,7 @@ Groups are cut to at most `GROUP_ROWS` rows, and padded to the widest; padded co
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -32,13 +33,15 @@ class LayerEdits:
     """Everything one layer needs: which packed rows, which columns of the bank, how strongly.
 
     rows: [groups, width] packed token rows, padded with 0. columns: [groups, rank] rows of the bank, padded with 0.
-    scale: [groups, rank]. valid: [rows edited] flat indices into [groups * width] that are not padding.
+    scale: [groups, 1, rank]. edited: [rows edited], what `rows` holds without its padding. valid: where in
+    [groups * width] these are; None when nothing is padded.
     """
 
     rows: Tensor
     columns: Tensor
     scale: Tensor
-    valid: Tensor
+    edited: Tensor
+    valid: Tensor | None
     is_linear: bool
 
     def apply(self, hidden: Tensor, bank: Bank) -> None:
@@ -47,14 +50,13 @@ class LayerEdits:
         y = torch.baddbmm(bank.b[self.columns].unsqueeze(1), x, bank.A[self.columns].transpose(1, 2))
         if not self.is_linear:
             y = activate(y, bank.act[self.columns].unsqueeze(1))
-        edited = torch.baddbmm(x, y * self.scale.unsqueeze(1), bank.U[self.columns])
-        valid_rows = self.rows.flatten()[self.valid]
-        hidden[valid_rows] = edited.flatten(0, 1)[self.valid].to(hidden.dtype)
+        new = torch.baddbmm(x, y * self.scale, bank.U[self.columns]).flatten(0, 1)
+        hidden.index_copy_(0, self.edited, (new if self.valid is None else new[self.valid]).to(hidden.dtype))
 
 
 @dataclass(frozen=True)
 class _Part:
-    """Packed rows that the same members touch, by their place in the layer's list of uses."""
+    """Packed rows that the same members touch, by their place in the list of the chunk's uses."""
 
     rows: NDArray[np.int64]
     members: tuple[int, ...]
@@ -62,37 +64,70 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Group:
+    """One part at several layers. rows: [rows]. columns, scales: [layers, rank]."""
+
     rows: NDArray[np.int64]
     columns: NDArray[np.int64]
     scales: NDArray[np.float32]
 
 
+@dataclass(frozen=True)
+class _Touch:
+    """A use in a step: which chunk's, whose first row is packed row `offset`."""
+
+    chunk: Chunk
+    offset: int
+    use: EditUse
+
+
 def plan_edits(chunks: list[Chunk], bank: Bank, device: torch.device) -> dict[int, LayerEdits]:
-    """The edits of a step by layer; empty when no row is edited, so that such a step is the base model's own."""
-    groups: defaultdict[int, list[_Group]] = defaultdict(list)
+    """The edits of a step by layer; empty when no row is edited, so that such a step is the base model's own.
+
+    Layers that the same uses touch differ in nothing but columns and scales, and are planned as one: usually all.
+    """
+    touches = _touches(chunks)
+    by_layer: defaultdict[int, list[int]] = defaultdict(list)
+    for number, touch in enumerate(touches):
+        for layer in touch.use.layers:
+            by_layer[layer].append(number)
+    alike: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
+    for layer, numbers in by_layer.items():
+        alike[tuple(numbers)].append(layer)
+    plan: dict[int, LayerEdits] = {}
+    for members, layers in alike.items():
+        groups = _groups([touches[number] for number in members], layers)
+        if groups:
+            plan.update(zip(layers, _pack(groups, bank, device), strict=True))
+    return plan
+
+
+def _touches(chunks: list[Chunk]) -> list[_Touch]:
+    touches: list[_Touch] = []
     offset = 0
     for chunk in chunks:
         if chunk.start < chunk.sequence.n_prompt or chunk.sequence.edits_generated:
-            # Most interventions edit the same positions in all their layers: these are worked out once.
-            parts: dict[tuple[Positions, ...], list[_Part]] = {}
-            for layer, uses in _by_layer(chunk.sequence.edits).items():
-                positions = tuple(use.positions for use in uses)
-                if positions not in parts:
-                    parts[positions] = _parts(chunk, offset, positions)
-                groups[layer] += [_group(part, uses) for part in parts[positions]]
+            touches += [_Touch(chunk, offset, use) for use in chunk.sequence.edits]
         offset += chunk.stop - chunk.start
-    return {layer: _pack(members, bank, device) for layer, members in groups.items() if members}
+    return touches
 
 
-def _by_layer(edits: tuple[EditUse, ...]) -> dict[int, list[EditUse]]:
-    layers: defaultdict[int, list[EditUse]] = defaultdict(list)
-    for use in edits:
-        layers[use.layer].append(use)
-    return layers
+def _groups(touches: list[_Touch], layers: list[int]) -> list[_Group]:
+    """Groups of rows at layers that all these uses touch, chunk by chunk, members in the order of the composition."""
+    groups = []
+    for _, same_chunk in itertools.groupby(touches, key=lambda touch: touch.offset):
+        members = list(same_chunk)
+        places = [[touch.use.at[layer] for layer in layers] for touch in members]
+        rows = [touch.use.rows[place] for touch, place in zip(members, places, strict=True)]
+        scales = [touch.use.scales[place] for touch, place in zip(members, places, strict=True)]
+        for part in _parts(members[0].chunk, members[0].offset, [touch.use.positions for touch in members]):
+            columns = np.concatenate([rows[member] for member in part.members], axis=1)
+            strengths = np.concatenate([scales[member] for member in part.members], axis=1)
+            groups.append(_Group(part.rows, columns, strengths))
+    return groups
 
 
-def _parts(chunk: Chunk, offset: int, positions: tuple[Positions, ...]) -> list[_Part]:
-    """Rows of one chunk, grouped by the set of members that touch them, each with its positions."""
+def _parts(chunk: Chunk, offset: int, positions: list[Positions]) -> list[_Part]:
+    """Rows of one chunk, grouped by the set of members that touch them."""
     touched = np.zeros((chunk.stop - chunk.start, len(positions)), dtype=bool)
     for member, touches in enumerate(positions):
         touched[touches.indices(chunk.sequence.n_prompt, chunk.start, chunk.stop) - chunk.start, member] = True
@@ -100,38 +135,35 @@ def _parts(chunk: Chunk, offset: int, positions: tuple[Positions, ...]) -> list[
     if not len(edited):
         return []
     parts = []
-    for pattern in np.unique(touched[edited], axis=0):
+    for pattern in np.unique(touched[edited], axis=0) if len(positions) > 1 else np.ones((1, 1), dtype=bool):
         rows = edited[(touched[edited] == pattern).all(axis=1)] + offset
         members = tuple(np.flatnonzero(pattern).tolist())
         parts += [_Part(rows[start : start + GROUP_ROWS], members) for start in range(0, len(rows), GROUP_ROWS)]
     return parts
 
 
-def _group(part: _Part, uses: list[EditUse]) -> _Group:
-    if len(part.members) == 1:
-        use = uses[part.members[0]]
-        return _Group(part.rows, use.rows, use.scales)
-    chosen = [uses[member] for member in part.members]
-    columns = np.concatenate([use.rows for use in chosen])
-    return _Group(part.rows, columns, np.concatenate([use.scales for use in chosen]))
-
-
-def _pack(groups: list[_Group], bank: Bank, device: torch.device) -> LayerEdits:
+def _pack(groups: list[_Group], bank: Bank, device: torch.device) -> list[LayerEdits]:
+    """The tensors of layers whose groups are these; one copy to the device serves them all."""
+    layers = len(groups[0].columns)
     width = max(len(group.rows) for group in groups)
-    rank = max(len(group.columns) for group in groups)
+    rank = max(group.columns.shape[1] for group in groups)
     rows = np.zeros((len(groups), width), dtype=np.int64)
-    columns = np.zeros((len(groups), rank), dtype=np.int64)
-    scale = np.zeros((len(groups), rank), dtype=np.float32)
     valid = np.zeros((len(groups), width), dtype=bool)
+    columns = np.zeros((layers, len(groups), rank), dtype=np.int64)
+    scale = np.zeros((layers, len(groups), 1, rank), dtype=np.float32)
     for index, group in enumerate(groups):
         rows[index, : len(group.rows)] = group.rows
         valid[index, : len(group.rows)] = True
-        columns[index, : len(group.columns)] = group.columns
-        scale[index, : len(group.scales)] = group.scales
-    return LayerEdits(
-        rows=torch.from_numpy(rows).to(device),
-        columns=torch.from_numpy(columns).to(device),
-        scale=torch.from_numpy(scale).to(device),
-        valid=torch.from_numpy(np.flatnonzero(valid)).to(device),
-        is_linear=bool(bank.is_linear[columns].all()),
+        columns[:, index, : group.columns.shape[1]] = group.columns
+        scale[:, index, 0, : group.scales.shape[1]] = group.scales
+    packed_rows = torch.from_numpy(rows).to(device)
+    edited = torch.from_numpy(rows[valid]).to(device)
+    kept = None if valid.all() else torch.from_numpy(np.flatnonzero(valid)).to(device)
+    is_linear = [bool(each.all()) for each in bank.is_linear[columns]]
+    by_layer = zip(
+        torch.from_numpy(columns).to(device).unbind(),
+        torch.from_numpy(scale).to(device).unbind(),
+        is_linear,
+        strict=True,
     )
+    return [LayerEdits(packed_rows, c, s, edited, kept, linear) for c, s, linear in by_layer]

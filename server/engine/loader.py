@@ -74,10 +74,10 @@ class Loader:
 
     def _keep(self, intervention: Intervention) -> None:
         self._kept[intervention.content_hash] = intervention
-        self._bytes += _bytes(intervention)
+        self._bytes += intervention.columns.nbytes
         while self._bytes > self.max_bytes and len(self._kept) > 1:
             _, dropped = self._kept.popitem(last=False)
-            self._bytes -= _bytes(dropped)
+            self._bytes -= dropped.columns.nbytes
 
     def _run(self) -> None:
         while (ref := self._folders.get()) is not None:
@@ -96,7 +96,3 @@ def _load(ref: InterventionRef) -> Loaded:
             f"content hash is {intervention.content_hash}; {ref.content_hash} was asked for",
         )
     return Loaded(ref.content_hash, intervention)
-
-
-def _bytes(intervention: Intervention) -> int:
-    return sum(placed.edit.A.nbytes + placed.edit.U.nbytes + placed.edit.b.nbytes for placed in intervention.edits)

@@ -22,12 +22,16 @@ from reftserve.interventions import (
     HashMismatch,
     InterventionConfig,
     InterventionError,
+    LowRankEdit,
     ManifestError,
     NonFiniteError,
+    PlacedEdit,
+    Positions,
     PositionsError,
     Provenance,
     ShapeError,
     TrainableIntervention,
+    compose,
     load_artifact,
     pack,
     parse_artifact,
@@ -74,6 +78,38 @@ def test_what_is_saved_comes_back(tmp_path: Path, positions: str, *, tied: bool)
     assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["edits.safetensors", "manifest.json"]
 
 
+def test_columns_are_those_of_all_edits_and_the_edits_are_views_with_their_own_hashes(artifact: Path) -> None:
+    found = load_artifact(artifact)
+    assert found.columns.content_hash == compose([placed.edit for placed in found.edits]).content_hash
+    for placed in found.edits:
+        edit = placed.edit
+        copy = LowRankEdit(edit.A.clone(), edit.b.clone(), edit.U.clone(), edit.act.clone(), edit.scale.clone())
+        assert edit.content_hash == copy.content_hash
+        assert edit.A.untyped_storage().data_ptr() == found.columns.A.untyped_storage().data_ptr()
+
+
+def test_the_content_hash_of_what_was_published_never_changes(tmp_path: Path) -> None:
+    """Requests, cached blocks and rows of the registry name it: a new way of computing it must give the old one."""
+    edits = [
+        PlacedEdit(
+            layer,
+            Positions.parse(positions),
+            LowRankEdit(
+                A=torch.arange(rank * 8.0).view(rank, 8) / 7,
+                b=torch.arange(rank * 1.0) - layer,
+                U=torch.arange(rank * 8.0).view(8, rank).T / 3,
+                act=torch.arange(rank, dtype=torch.int8),
+                scale=torch.full((rank,), 0.5),
+            ),
+        )
+        for layer, positions, rank in [(0, "f2+l2", 2), (3, "l1", 3), (3, "all", 1)]
+    ]
+    save_artifact(tmp_path / "a", edits, family="loreft", positions="f2+l2", rank=2, base=BASE)
+    assert (
+        load_artifact(tmp_path / "a").content_hash == "c04f764d07f43fe9ab6ce7121e7df29fe269a9daa9aa33aa1ff2ae6946620d3f"
+    )
+
+
 def changed(tensors: dict[str, torch.Tensor], name: str, value: torch.Tensor) -> bytes:
     return save({**tensors, name: value})
 
@@ -88,6 +124,8 @@ def changed(tensors: dict[str, torch.Tensor], name: str, value: torch.Tensor) ->
         (lambda t: save({k: v.half() if k[-3:] != "act" else v for k, v in t.items()}), DtypeError, "float16"),
         (lambda t: changed(t, "0.b", t["0.b"] * float("nan")), NonFiniteError, "b holds NaN"),
         (lambda t: changed(t, "0.b", t["0.b"] + 1e-6), HashMismatch, "content_hash is"),
+        (lambda t: changed(t, "2.act", t["2.act"] + 6), DtypeError, "act holds"),
+        (lambda t: changed(t, "0.b", t["0.b"].to(torch.float8_e8m0fnu)), ManifestError, "not a safetensors file"),
         (lambda t: save(t)[:-4], ManifestError, "not a safetensors file"),
         (lambda _: b"", ManifestError, "not a safetensors file"),
         (lambda t: pickle.dumps(t), ManifestError, "not a safetensors file"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,22 @@ def test_an_edit_stays_whole_when_its_folder_is_deleted_while_it_runs(tiny_llama
         file.unlink()
     run_until_done(engine, run)
     assert len(run.tokens["kept"]) == 20
+    engine.close()
+
+
+def test_an_intervention_is_loaded_while_its_request_waits_for_its_turn(
+    tiny_llama_folder: Path, artifacts: list[Path]
+) -> None:
+    engine = make_engine(tiny_llama_folder, max_sequences=1)
+    engine.submit(request("first", PROMPT, max_tokens=200))
+    engine.step()
+    second = request("second", PROMPT, uses=[(artifacts[0], 1.0)])
+    engine.submit(second)
+    for _ in range(150):
+        engine.step()
+        time.sleep(0.001 if engine.is_loading else 0)
+    assert [sequence.request_id for sequence in engine.scheduler.running] == ["first"]
+    assert engine.loader.get(second.interventions[0].content_hash) is not None
     engine.close()
 
 
