@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DATA := reftserve-data
+PROPERTIES := $(addprefix tests/server/engine/test_,mixtures.py prefix_cache.py logprobs.py logits.py sampler.py)
 MODEL := $(DATA)/models/HuggingFaceTB--SmolLM2-135M-Instruct
 
-.PHONY: demo test bench bench-peers check format install model lint-links clean help
+.PHONY: demo test test-thorough bench bench-peers check format install model lint-links clean help
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -15,6 +16,9 @@ demo: model ## Serve, upload, train, and show base and intervened answers side b
 
 test: model ## Run every test
 	$(BIN)/python -m pytest $(ARGS)
+
+test-thorough: install ## Run the engine's properties on thousands of random workloads (half an hour)
+	$(BIN)/python -m pytest --hypothesis-profile thorough --timeout 0 $(PROPERTIES)
 
 bench: model ## Measure the engine: takes an hour, alone on the machine
 	for script in throughput curve time_to_first_token residency http_streams batch_sizes int8; do \

@@ -30,11 +30,11 @@ ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "reftserve-data" / "models" / "HuggingFaceTB--SmolLM2-135M-Instruct"
 
 
-def prompts(count: int, low: int, high: int, seed: int = 0) -> list[list[int]]:
+def prompts(count: int, low: int, high: int, seed: int = 0, model: Path = MODEL) -> list[list[int]]:
     """Token ids of real text, `low` to `high` tokens each."""
     lines = (ROOT / "examples" / "sentiment.train.jsonl").read_text("utf-8").splitlines()
     text = "\n".join(json.loads(line)["messages"][0]["content"] for line in lines)
-    ids: list[int] = AutoTokenizer.from_pretrained(MODEL)(text)["input_ids"]
+    ids: list[int] = AutoTokenizer.from_pretrained(model)(text)["input_ids"]
     draw = random.Random(seed)  # noqa: S311 - a workload, not a secret
     starts = [draw.randrange(len(ids) - high) for _ in range(count)]
     return [ids[start : start + draw.randint(low, high)] for start in starts]

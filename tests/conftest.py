@@ -11,10 +11,23 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import openai
 import pytest
 from api_data import BASE, chat_lines, finished
+from hypothesis import HealthCheck, settings
 from running_server import RunningServer, running_server
 from tiny_models import tiny_llama, tiny_tokenizer
 
 REPOSITORY = Path(__file__).parent.parent
+
+# `make test-thorough` runs the second: every property that sets no number of examples of its own.
+for profile, examples in (("quick", 150), ("thorough", 3000)):
+    settings.register_profile(
+        profile,
+        max_examples=examples,
+        deadline=None,
+        # The fixtures that properties share are read only.
+        suppress_health_check=[HealthCheck.function_scoped_fixture],
+        print_blob=True,
+    )
+settings.load_profile("quick")
 
 
 @pytest.fixture(scope="session")

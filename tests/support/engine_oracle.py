@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from reftserve.interventions import (
     BaseFingerprint,
@@ -64,11 +66,13 @@ class Run:
                 self.finished[output.request_id] = output
 
 
-def run_until_done(engine: Engine, run: Run | None = None, max_steps: int = 5000) -> Run:
-    """Step until nothing is left; fails when it never ends."""
+def run_until_done(
+    engine: Engine, run: Run | None = None, max_steps: int = 5000, until: Callable[[], bool] = lambda: False
+) -> Run:
+    """Step until nothing is left, or `until` holds; fails when it never ends."""
     run = run or Run()
     for _ in range(max_steps):
-        if not engine.has_work and not engine.is_loading:
+        if until() or not (engine.has_work or engine.is_loading):
             return run
         run.take(engine.step().outputs)
         if not engine.has_work:
@@ -153,14 +157,15 @@ def make_engine(
     max_batch_tokens: int = 64,
     max_sequences: int = 16,
     prefix_cache: bool = True,
+    host_bytes: int = 1 << 30,
 ) -> Engine:
     """A fresh engine over a tiny float32 model with caches of exactly these sizes."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+    model, tokenizer = _loaded(folder)
     hidden, layers, kv_heads, head_dim = 32, 4, 2, 8
     # The CPU's cache pads blocks and values to sixteen.
     bytes_per_block = layers * kv_heads * 16 * -(-block_size // 16) * (head_dim + 16) * 4
     runner = RecordingRunner(
-        model,
+        copy.deepcopy(model),  # the runner takes it over
         kv_cache_bytes=blocks * bytes_per_block,
         block_size=block_size,
         bank_bytes=bank_rows * 4 * (2 * hidden + 2),
@@ -170,5 +175,13 @@ def make_engine(
         max_batch_tokens=max_batch_tokens,
         max_sequences=max_sequences,
         prefix_cache=prefix_cache,
-        grammars=GrammarCompiler(AutoTokenizer.from_pretrained(folder), (2,), runner.config.vocab_size),
+        host_bytes=host_bytes,
+        grammars=GrammarCompiler(tokenizer, (2,), runner.config.vocab_size),
     )
+
+
+@functools.cache
+def _loaded(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Read once: property tests make thousands of engines, and reading takes five times as long as copying."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval().requires_grad_(False), AutoTokenizer.from_pretrained(folder)

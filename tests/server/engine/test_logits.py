@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from engine_oracle import request
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import RepetitionPenaltyLogitsProcessor
 
@@ -51,14 +51,12 @@ def adjusted(logits: torch.Tensor, *rows: Sequence) -> torch.Tensor:
     return changed
 
 
-@settings(max_examples=200, deadline=None)
 @given(mates=st.lists(sequences, max_size=4), mine=sequences)
 def test_a_row_is_adjusted_the_same_whatever_stands_beside_it(mates: list[Sequence], mine: Sequence) -> None:
     logits = random_logits(len(mates) + 1)
     assert torch.equal(adjusted(logits, *mates, mine)[-1], adjusted(logits[-1:], mine)[0])
 
 
-@settings(max_examples=100, deadline=None)
 @given(mine=sequences)
 def test_a_row_is_adjusted_by_the_definitions(mine: Sequence) -> None:
     logits, sampling = random_logits(1), mine.sampling

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from engine_oracle import make_engine, request, run_until_done, scaled_edits
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
@@ -34,7 +34,7 @@ def assert_close(found: list[TokenLogprobs], tokens: list[int], expected: torch.
         assert [float(row[other]) for other, _ in entry.top] == pytest.approx(best, abs=TOLERANCE)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=settings().max_examples // 2)
 @given(
     plans=st.lists(
         st.tuples(st.integers(1, 40), st.integers(0, 6), st.integers(0, 3), st.integers(0, 5), st.booleans()),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +19,7 @@ from engine_oracle import (
     run_until_done,
     scaled_edits,
 )
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
@@ -38,6 +41,7 @@ class Planned:
     n_shared: int
     max_tokens: int
     uses: list[tuple[int, float]]
+    priority: int
     arrives: int
     cancelled: int | None
 
@@ -51,12 +55,12 @@ planned = st.builds(
     n_shared=st.sampled_from([0, 9, 24, 40]),
     max_tokens=st.integers(1, 8),
     uses=uses,
+    priority=st.sampled_from([0, 0, -1, 1]),
     arrives=st.integers(0, 6),
     cancelled=st.one_of(st.none(), st.integers(0, 10)),
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     plans=st.lists(planned, min_size=1, max_size=8),
     blocks=st.integers(12, 60),
@@ -64,6 +68,7 @@ planned = st.builds(
     max_batch_tokens=st.integers(3, 64),
     max_sequences=st.integers(1, 8),
     prefix_cache=st.booleans(),
+    host_bytes=st.sampled_from([0, 1 << 30]),
     seed=st.integers(0, 1000),
 )
 def test_a_request_in_a_mixture_gets_the_logits_it_would_get_alone(
@@ -76,6 +81,7 @@ def test_a_request_in_a_mixture_gets_the_logits_it_would_get_alone(
     max_batch_tokens: int,
     max_sequences: int,
     prefix_cache: bool,
+    host_bytes: int,
     seed: int,
 ) -> None:
     engine = make_engine(
@@ -85,19 +91,26 @@ def test_a_request_in_a_mixture_gets_the_logits_it_would_get_alone(
         max_batch_tokens=max_batch_tokens,
         max_sequences=max_sequences,
         prefix_cache=prefix_cache,
+        host_bytes=host_bytes,
     )
     rng = random.Random(seed)  # noqa: S311 - test data
     shared = [rng.randrange(3, 300) for _ in range(40)]
-    submits = [
-        request(
-            str(i),
-            (shared[: plan.n_shared] + [rng.randrange(3, 300) for _ in range(40)])[: plan.n_prompt],
-            uses=[(artifacts[index], scale) for index, scale in plan.uses],
-            max_tokens=plan.max_tokens,
-        )
-        for i, plan in enumerate(plans)
-    ]
-    run = run_with_arrivals(engine, plans, submits)
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = [copied(artifact, Path(scratch)) for artifact in artifacts]
+        submits = [
+            request(
+                str(i),
+                (shared[: plan.n_shared] + [rng.randrange(3, 300) for _ in range(40)])[: plan.n_prompt],
+                uses=[(folders[index], scale) for index, scale in plan.uses],
+                max_tokens=plan.max_tokens,
+                priority=plan.priority,
+            )
+            for i, plan in enumerate(plans)
+        ]
+        run = run_with_arrivals(engine, plans, submits)
+        run_until_done(engine, run, until=lambda: not engine.is_loading)
+    # Who runs, waits or was preempted keeps what it began with, though the files are gone and the bank is small.
+    run_until_done(engine, run)
     assert run.finished.keys() == {submit.request_id for submit in submits}
     for plan, submit in zip(plans, submits, strict=True):
         finish = run.finished[submit.request_id].finish_reason
@@ -109,6 +122,11 @@ def test_a_request_in_a_mixture_gets_the_logits_it_would_get_alone(
     engine.close()
 
 
+def copied(artifact: Path, into: Path) -> Path:
+    """The same artifact in a folder that may be deleted."""
+    return Path(shutil.copytree(artifact, into / artifact.name, copy_function=os.link))
+
+
 def run_with_arrivals(engine: Engine, plans: list[Planned], submits: list[Submit]) -> Run:
     run = Run()
     for step in range(11):
@@ -118,7 +136,7 @@ def run_with_arrivals(engine: Engine, plans: list[Planned], submits: list[Submit
             if plan.cancelled == step or (plan.cancelled is not None and plan.cancelled < plan.arrives == step):
                 engine.cancel(submit.request_id)
         run.take(engine.step().outputs)
-    return run_until_done(engine, run)
+    return run
 
 
 def assert_as_alone(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine_oracle import make_engine, request, run_until_done, save_edits, save_random
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reftserve.interventions import Intervention, PlacedEdit, Positions, load_artifact
@@ -54,14 +54,14 @@ turns = st.builds(
 )
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(plans=st.lists(turns, min_size=2, max_size=6), seed=st.integers(0, 1000))
+@settings(max_examples=settings().max_examples // 2)  # several runs each
+@given(plans=st.lists(turns, min_size=2, max_size=6), max_batch_tokens=st.integers(3, 64), seed=st.integers(0, 1000))
 def test_a_request_finds_exactly_the_blocks_whose_tokens_and_edits_agree(
-    tiny_llama_folder: Path, artifacts: list[Path], plans: list[Turn], seed: int
+    tiny_llama_folder: Path, artifacts: list[Path], plans: list[Turn], max_batch_tokens: int, seed: int
 ) -> None:
-    engine = make_engine(tiny_llama_folder, blocks=400, block_size=BLOCK, bank_rows=400)
+    engine = make_engine(tiny_llama_folder, blocks=400, block_size=BLOCK, max_batch_tokens=max_batch_tokens)
     rng = random.Random(seed)  # noqa: S311 - test data
-    known = {load_artifact(folder).content_hash: load_artifact(folder) for folder in artifacts}
+    known = {intervention.content_hash: intervention for intervention in map(load_artifact, artifacts)}
     before: list[tuple[str, list[tuple[int, object]]]] = []
     for index, plan in enumerate(plans):
         submit = request(

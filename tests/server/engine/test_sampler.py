@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from reftserve.server.engine.messages import SamplingParams
@@ -29,7 +29,6 @@ sampled = st.builds(
 )
 
 
-@settings(max_examples=100, deadline=None)
 @given(mates=st.lists(sampled, max_size=5), mine=sampled, position=st.integers(0, 10000))
 def test_a_row_draws_the_same_token_whatever_stands_beside_it(
     mates: list[SamplingParams], mine: SamplingParams, position: int
