@@ -63,6 +63,7 @@ planned = st.builds(
     max_batch_tokens=st.integers(3, 64),
     max_sequences=st.integers(1, 8),
     prefix_cache=st.booleans(),
+    recorded=st.sampled_from([False, False, True]),
     seed=st.integers(0, 1000),
 )
 def test_a_request_in_a_mixture_gets_the_logits_it_would_get_alone(
@@ -75,6 +76,7 @@ def test_a_request_in_a_mixture_gets_the_logits_it_would_get_alone(
     max_batch_tokens: int,
     max_sequences: int,
     prefix_cache: bool,
+    recorded: bool,
     seed: int,
 ) -> None:
     engine = make_engine(
@@ -84,6 +86,7 @@ def test_a_request_in_a_mixture_gets_the_logits_it_would_get_alone(
         max_batch_tokens=max_batch_tokens,
         max_sequences=max_sequences,
         prefix_cache=prefix_cache,
+        recorded=recorded,
     )
     rng = random.Random(seed)  # noqa: S311 - test data
     shared = [rng.randrange(3, 300) for _ in range(40)]
