@@ -78,6 +78,7 @@ def _engine_config(settings: Settings, base: Base) -> EngineConfig:
         dtype=settings.dtype,
         quantization=settings.quantization,
         native_kernels=settings.native_kernels,
+        cuda_graphs=settings.cuda_graphs,
         threads=settings.engine_threads,
         kv_cache_bytes=settings.kv_cache_bytes,
         block_size=settings.block_size,

@@ -48,6 +48,9 @@ class Settings(BaseSettings):
         True,
         description="On the CPU, in float32: use kernels that a C++ compiler makes once; without, about half as fast",
     )
+    cuda_graphs: bool = Field(
+        True, description="On CUDA: record decode steps once and replay them; without, small models wait for Python"
+    )
     engine_threads: int | None = Field(None, ge=1, description="CPU threads of the engine; default: all cores")
     worker_threads: int | None = Field(None, ge=1, description="CPU threads of training; default: all cores")
     kv_cache_bytes: int = Field(1 << 30, gt=0, description="Memory for keys and values, all layers together")

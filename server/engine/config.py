@@ -23,3 +23,4 @@ class EngineConfig(msgspec.Struct, frozen=True):
     prefix_cache: bool = True
     quantization: Literal["none", "int8"] = "none"
     native_kernels: bool = True
+    cuda_graphs: bool = True

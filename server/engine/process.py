@@ -82,6 +82,7 @@ def build(config: EngineConfig) -> tuple[Engine, Ready]:
         bank_bytes=config.bank_bytes,
         int8=config.quantization == "int8",
         native_kernels=config.native_kernels,
+        recorded_rows=config.max_sequences if config.cuda_graphs else 0,
     )
     engine = Engine(
         runner,

@@ -6,7 +6,8 @@ hook a decoder layer that returns at once when the step edits nothing there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,13 +24,17 @@ from reftserve.server.engine.attention import (
     attention_step,
     make_cache,
 )
+from reftserve.server.engine.attention.paged import PagedCache
 from reftserve.server.engine.bank import Bank
+from reftserve.server.engine.decode_edits import DecodeEdits
+from reftserve.server.engine.decode_graphs import Compute, DecodeGraphs, record_cuda_graph
 from reftserve.server.engine.edit_plan import LayerEdits, plan_edits
 from reftserve.server.engine.errors import UnsupportedModel
 from reftserve.server.engine.fused import fuse_modules
 from reftserve.server.engine.linears import found_siblings, replace_linears
 from reftserve.server.engine.native import load_kernels
 from reftserve.server.engine.scheduler import Batch
+from reftserve.server.engine.transfers import to_device
 
 # These scale positions by the longest sequence of the whole batch, so one request would change another (I1).
 BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
@@ -49,7 +54,9 @@ class Runner:
     """The base model with its cache and bank. Takes the model over: some of its modules get other forms for speed.
 
     int8: weights and activations of linear layers are rounded to 8 bits. native_kernels: compute float32 on the CPU by
-    the kernels of native/, which a compiler must make first; int8 needs them.
+    the kernels of native/, which a compiler must make first; int8 needs them. recorded_rows: decode steps of up to so
+    many sequences are recorded as CUDA graphs, when attention reads the cache in place; 0 records none. in_place: see
+    `make_cache`.
     """
 
     def __init__(
@@ -61,6 +68,8 @@ class Runner:
         bank_bytes: int,
         int8: bool = False,
         native_kernels: bool = True,
+        recorded_rows: int = 0,
+        in_place: bool = True,
     ) -> None:
         _check_supported(model)
         native = native_kernels and _is_float32_on_cpu(model)
@@ -75,7 +84,7 @@ class Runner:
         self.device = model.device
         model.set_attn_implementation(ATTENTION)
         self.config = model.config.get_text_config()
-        self._edits: dict[int, LayerEdits] = {}
+        self._edits: Mapping[int, LayerEdits | DecodeEdits] = {}
         self.max_context: int = self.config.max_position_embeddings
         with found_siblings(model) as siblings:
             shapes = self._probe_shapes()
@@ -89,18 +98,46 @@ class Runner:
             dtype=model.dtype,
             device=self.device,
             native=native,
+            in_place=in_place,
         )
         self.bank = Bank(self.config.hidden_size, max_bytes=bank_bytes, device=self.device)
         for index, layer in enumerate(decoder_layers(model)):
             layer.register_forward_hook(self._edit_hook(index))
+        self._graphs: DecodeGraphs | None = None
+        if recorded_rows and self.device.type == "cuda":
+            self.record_decodes(recorded_rows, record_cuda_graph(self.device))
 
     @torch.inference_mode()
-    def step(self, batch: Batch) -> Logits:
-        """Compute the batch's chunks. Advances no sequence."""
+    def record_decodes(self, max_rows: int, record: Callable[[Compute], Compute]) -> None:
+        """Replay decode steps of up to max_rows sequences from now on, where the cache allows it."""
+        if isinstance(self.cache, PagedCache):
+            self._graphs = DecodeGraphs(
+                self._decode,
+                self.cache,
+                self.bank,
+                num_layers=len(decoder_layers(self.model)),
+                max_rows=max_rows,
+                max_context=self.max_context,
+                record=record,
+            )
+            self._graphs.record_all()
+
+    @torch.inference_mode()
+    def step(self, batch: Batch, token_ids: Tensor | None = None) -> Logits:
+        """Compute the batch's chunks. Advances no sequence.
+
+        token_ids: [rows], of all tokens, where only the device knows them. The logits are good until the next step.
+        """
         if batch.stale_blocks:
             self.cache.clear(batch.stale_blocks)
+        if self._graphs is not None and not batch.prefills:
+            logits = self._graphs.run(batch.decodes, token_ids)
+            if logits is not None:
+                return Logits(logits, logits[:0])
         chunks = batch.chunks
-        token_ids = np.concatenate([np.asarray(c.sequence.token_ids[c.start : c.stop], np.int64) for c in chunks])
+        if token_ids is None:
+            known = [np.asarray(c.sequence.token_ids[c.start : c.stop], np.int64) for c in chunks]
+            token_ids = to_device(np.concatenate(known), self.device)
         positions = np.concatenate([np.arange(c.start, c.stop) for c in chunks])
         ends = np.cumsum([c.stop - c.start for c in chunks]) - 1
         sampling = ends[[c.samples for c in chunks]]
@@ -111,20 +148,37 @@ class Runner:
             if (s := c.scores)
         ]
         rows = np.concatenate([sampling, *scoring])
-        self._edits = plan_edits(chunks, self.bank, self.device)
-        try:
-            logits = self._forward(token_ids, positions, rows, self.cache.step(batch))
-        finally:
-            self._edits = {}
+        with self._editing(plan_edits(chunks, self.bank, self.device)):
+            logits = self._forward(
+                token_ids,
+                to_device(positions, self.device),
+                to_device(rows, self.device),
+                self.cache.step(batch),
+            )
         return Logits(logits[: len(sampling)], logits[len(sampling) :])
 
-    def _forward(self, token_ids: Any, positions: Any, sampling: Any, step: AttentionStep) -> Tensor:
+    def _decode(
+        self, token_ids: Tensor, positions: Tensor, step: AttentionStep, edits: Mapping[int, DecodeEdits]
+    ) -> Tensor:
+        with self._editing(edits):
+            return self._forward(token_ids, positions, None, step)
+
+    @contextmanager
+    def _editing(self, edits: Mapping[int, LayerEdits | DecodeEdits]) -> Iterator[None]:
+        self._edits = edits
+        try:
+            yield
+        finally:
+            self._edits = {}
+
+    def _forward(self, token_ids: Tensor, positions: Tensor, rows: Tensor | None, step: AttentionStep) -> Tensor:
+        """Logits of these rows, None is all; token_ids and positions: [rows]."""
         with attention_step(step):
             output = self.model(
-                input_ids=torch.from_numpy(token_ids).to(self.device).unsqueeze(0),
-                position_ids=torch.from_numpy(positions).to(self.device).unsqueeze(0),
+                input_ids=token_ids.unsqueeze(0),
+                position_ids=positions.unsqueeze(0),
                 use_cache=False,
-                logits_to_keep=torch.from_numpy(sampling).to(self.device),
+                logits_to_keep=0 if rows is None else rows,
             )
         logits: Tensor = output.logits[0]
         return logits
@@ -132,7 +186,7 @@ class Runner:
     @torch.inference_mode()
     def _probe_shapes(self) -> list[LayerShape]:
         probe = ShapeProbe()
-        one = np.zeros(1, dtype=np.int64)
+        one = torch.zeros(1, dtype=torch.int64, device=self.device)
         self._forward(one, one, one, probe)
         layers = len(decoder_layers(self.model))
         if sorted(probe.shapes) != list(range(layers)):

@@ -34,7 +34,8 @@ class Chunk:
     @property
     def samples(self) -> bool:
         """Whether the step's logits give this sequence its next token."""
-        return self.stop == len(self.sequence.token_ids) and self.sequence.sampling.max_tokens > 0
+        # Beyond them when it was planned before its token was known (`Scheduler.run_ahead`).
+        return self.stop >= len(self.sequence.token_ids) and self.sequence.sampling.max_tokens > 0
 
     @property
     def scores(self) -> range:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from recorded import record, use_paged_cache
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,6 +24,7 @@ from reftserve.interventions import (
     load_artifact,
     save_artifact,
 )
+from reftserve.server.engine.attention import LayerShape
 from reftserve.server.engine.engine import Engine
 from reftserve.server.engine.messages import InterventionRef, SamplingParams, Submit, TokenLogprobs, TokenOutput
 from reftserve.server.engine.runner import Logits, Runner
@@ -38,8 +40,8 @@ class RecordingRunner(Runner):
         self.logits: dict[tuple[str, int], Tensor] = {}
         self.batches: list[Batch] = []
 
-    def step(self, batch: Batch) -> Logits:
-        logits = super().step(batch)
+    def step(self, batch: Batch, token_ids: Tensor | None = None) -> Logits:
+        logits = super().step(batch, token_ids)
         sampling = [chunk for chunk in batch.chunks if chunk.samples]
         for chunk, row in zip(sampling, logits.sampling, strict=True):
             self.logits[chunk.sequence.request_id, chunk.stop] = row.clone()
@@ -158,8 +160,12 @@ def make_engine(
     max_sequences: int = 16,
     prefix_cache: bool = True,
     host_bytes: int = 1 << 30,
+    recorded: bool = False,
 ) -> Engine:
-    """A fresh engine over a tiny float32 model with caches of exactly these sizes."""
+    """A fresh engine over a tiny float32 model with caches of exactly these sizes.
+
+    recorded: attention and decode steps as on a GPU, by what stands in for it (recorded.py).
+    """
     model, tokenizer = _loaded(folder)
     hidden, layers, kv_heads, head_dim = 32, 4, 2, 8
     # The CPU's cache pads blocks and values to sixteen.
@@ -170,6 +176,9 @@ def make_engine(
         block_size=block_size,
         bank_bytes=bank_rows * 4 * (2 * hidden + 2),
     )
+    if recorded:
+        use_paged_cache(runner, [LayerShape(kv_heads, head_dim, head_dim)] * layers, blocks)
+        runner.record_decodes(max_sequences, record)
     return Engine(
         runner,
         max_batch_tokens=max_batch_tokens,

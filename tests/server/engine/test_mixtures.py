@@ -69,6 +69,7 @@ planned = st.builds(
     max_sequences=st.integers(1, 8),
     prefix_cache=st.booleans(),
     host_bytes=st.sampled_from([0, 1 << 30]),
+    recorded=st.sampled_from([False, False, True]),
     seed=st.integers(0, 1000),
 )
 def test_a_request_in_a_mixture_gets_the_logits_it_would_get_alone(
@@ -82,6 +83,7 @@ def test_a_request_in_a_mixture_gets_the_logits_it_would_get_alone(
     max_sequences: int,
     prefix_cache: bool,
     host_bytes: int,
+    recorded: bool,
     seed: int,
 ) -> None:
     engine = make_engine(
@@ -92,6 +94,7 @@ def test_a_request_in_a_mixture_gets_the_logits_it_would_get_alone(
         max_sequences=max_sequences,
         prefix_cache=prefix_cache,
         host_bytes=host_bytes,
+        recorded=recorded,
     )
     rng = random.Random(seed)  # noqa: S311 - test data
     shared = [rng.randrange(3, 300) for _ in range(40)]

@@ -7,6 +7,7 @@ import torch
 from architectures import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain_attention import chunk, plain_attention
 from torch import Tensor, nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -15,10 +16,8 @@ from reftserve.server.engine.attention import LayerShape
 from reftserve.server.engine.attention.native import NativeCache
 from reftserve.server.engine.errors import EngineError
 from reftserve.server.engine.fused import FusedMLP, FusedRMSNorm, Int8FusedMLP, fuse_modules
-from reftserve.server.engine.messages import SamplingParams
 from reftserve.server.engine.native import load_kernels
 from reftserve.server.engine.scheduler import Batch, Chunk
-from reftserve.server.engine.sequence import Sequence
 
 BLOCKS = 64
 
@@ -26,23 +25,6 @@ BLOCKS = 64
 @pytest.fixture(autouse=True, scope="module")
 def kernels() -> None:
     load_kernels()
-
-
-def plain_attention(query: Tensor, keys: Tensor, values: Tensor, start: int, window: int | None) -> Tensor:
-    """[heads, tokens, dim] against all keys of the sequence -> [tokens, heads, value_dim], in double precision."""
-    group = query.shape[0] // keys.shape[0]
-    keys, values = (t.double().repeat_interleave(group, 0) for t in (keys, values))
-    at = torch.arange(start, start + query.shape[1]).unsqueeze(1)
-    key_at = torch.arange(keys.shape[1])
-    visible = (key_at <= at) & (key_at > at - (window or 10**6))
-    scores = (query.double() @ keys.transpose(1, 2) * query.shape[-1] ** -0.5).masked_fill(~visible, -torch.inf)
-    return (scores.softmax(-1) @ values).transpose(0, 1)
-
-
-def chunk(blocks: list[int], start: int, stop: int) -> Chunk:
-    sequence = Sequence("any", [0] * stop, stop, SamplingParams(max_tokens=1))
-    sequence.block_table = blocks
-    return Chunk(sequence, start, stop)
 
 
 def batch_of(chunks: list[Chunk]) -> Batch:
