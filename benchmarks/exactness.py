@@ -49,7 +49,7 @@ from reftserve.server.engine.scheduler import Batch
 
 TOLERANCE = 1e-4  # float32: of the largest logit
 INT8_TOLERANCE = 2e-2  # int8: of the norm of the logits
-BLOCK_SIZE, KV_TOKENS, BANK_ROWS = 4, 200, 2000  # small: running requests are preempted, interventions swapped
+BLOCK_SIZE, KV_TOKENS, BANK_ROWS = 16, 160, 2000  # small: running requests are preempted, interventions swapped
 ALL_POSITIONS = (["l1"], ["f7+l7"], ["f5", "l5"], ["prompt"], ["generated"], ["all"])
 
 

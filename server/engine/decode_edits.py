@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from reftserve.interventions import activate
-from reftserve.server.engine.bank import Bank, EditUse
+from reftserve.server.engine.bank import Bank
 from reftserve.server.engine.scheduler import Chunk
 
 
@@ -56,21 +56,21 @@ class DecodePlan:
 
 def plan_decode_edits(chunks: list[Chunk], bank: Bank, num_layers: int) -> DecodePlan:
     """What edits each of these decode tokens, in each layer."""
-    placed: list[tuple[int, int, list[EditUse]]] = []
+    # By layer and row: columns of the bank and their scales, in the order of the composition.
+    placed: defaultdict[tuple[int, int], list[tuple[NDArray[np.int64], NDArray[np.float32]]]] = defaultdict(list)
     for row, chunk in enumerate(chunks):
         sequence = chunk.sequence
         # The last prompt token can be a chunk of its own too.
         if sequence.edits and (chunk.start < sequence.n_prompt or sequence.edits_generated):
-            layers: defaultdict[int, list[EditUse]] = defaultdict(list)
             for use in sequence.edits:
                 if len(use.positions.indices(sequence.n_prompt, chunk.start, chunk.stop)):
-                    layers[use.layer].append(use)
-            placed += [(layer, row, uses) for layer, uses in layers.items()]
-    rank = max((sum(len(use.rows) for use in uses) for _, _, uses in placed), default=0)
+                    for layer, rows, scales in zip(use.layers, use.rows, use.scales, strict=True):
+                        placed[layer, row].append((rows, scales))
+    rank = max((sum(len(rows) for rows, _ in parts) for parts in placed.values()), default=0)
     columns = np.zeros((num_layers, len(chunks), rank), dtype=np.int32)
     scale = np.zeros((num_layers, len(chunks), rank), dtype=np.float32)
-    for layer, row, uses in placed:
-        rows = np.concatenate([use.rows for use in uses])
+    for (layer, row), parts in placed.items():
+        rows = np.concatenate([rows for rows, _ in parts])
         columns[layer, row, : len(rows)] = rows
-        scale[layer, row, : len(rows)] = np.concatenate([use.scales for use in uses])
+        scale[layer, row, : len(rows)] = np.concatenate([scales for _, scales in parts])
     return DecodePlan(columns, scale, is_linear=bool(bank.is_linear[columns].all()))

@@ -159,7 +159,6 @@ def assert_as_alone(
         assert float(alone[index].max() - alone[index][token]) <= 2 * TOLERANCE * scale
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     plans=st.lists(planned, min_size=1, max_size=6),
     max_batch_tokens=st.integers(3, 64),
