@@ -23,6 +23,7 @@ from torch import Tensor
 from reftserve.interventions import Positions, activate
 from reftserve.server.engine.bank import Bank, EditUse
 from reftserve.server.engine.scheduler import Chunk
+from reftserve.server.engine.transfers import to_device
 
 GROUP_ROWS = 16
 
@@ -129,9 +130,9 @@ def _pack(groups: list[_Group], bank: Bank, device: torch.device) -> LayerEdits:
         columns[index, : len(group.columns)] = group.columns
         scale[index, : len(group.scales)] = group.scales
     return LayerEdits(
-        rows=torch.from_numpy(rows).to(device),
-        columns=torch.from_numpy(columns).to(device),
-        scale=torch.from_numpy(scale).to(device),
-        valid=torch.from_numpy(np.flatnonzero(valid)).to(device),
+        rows=to_device(rows, device),
+        columns=to_device(columns, device),
+        scale=to_device(scale, device),
+        valid=to_device(np.flatnonzero(valid), device),
         is_linear=bool(bank.is_linear[columns].all()),
     )

@@ -156,6 +156,7 @@ def make_engine(
     max_sequences: int = 16,
     prefix_cache: bool = True,
     recorded: bool = False,
+    overlap: bool = False,
 ) -> Engine:
     """A fresh engine over a tiny float32 model with caches of exactly these sizes.
 
@@ -179,5 +180,6 @@ def make_engine(
         max_batch_tokens=max_batch_tokens,
         max_sequences=max_sequences,
         prefix_cache=prefix_cache,
+        overlap=overlap,
         grammars=GrammarCompiler(AutoTokenizer.from_pretrained(folder), (2,), runner.config.vocab_size),
     )

@@ -64,6 +64,7 @@ planned = st.builds(
     max_sequences=st.integers(1, 8),
     prefix_cache=st.booleans(),
     recorded=st.sampled_from([False, False, True]),
+    overlap=st.booleans(),
     seed=st.integers(0, 1000),
 )
 def test_a_request_in_a_mixture_gets_the_logits_it_would_get_alone(
@@ -77,6 +78,7 @@ def test_a_request_in_a_mixture_gets_the_logits_it_would_get_alone(
     max_sequences: int,
     prefix_cache: bool,
     recorded: bool,
+    overlap: bool,
     seed: int,
 ) -> None:
     engine = make_engine(
@@ -87,6 +89,7 @@ def test_a_request_in_a_mixture_gets_the_logits_it_would_get_alone(
         max_sequences=max_sequences,
         prefix_cache=prefix_cache,
         recorded=recorded,
+        overlap=overlap,
     )
     rng = random.Random(seed)  # noqa: S311 - test data
     shared = [rng.randrange(3, 300) for _ in range(40)]
