@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from reftserve.interventions import Activation, Intervention, Positions
 from reftserve.server.engine.errors import RequestRefused
+from reftserve.server.engine.transfers import Uploads
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +55,7 @@ class Bank:
         self.is_linear = np.ones(self.num_rows, dtype=bool)
         self._free = list(range(self.num_rows - 1, 0, -1))
         self._slots: OrderedDict[str, Slot] = OrderedDict()
+        self._uploads = Uploads(device)
 
     @property
     def rows_used(self) -> int:
@@ -117,13 +119,12 @@ class Bank:
         return True
 
     def _write(self, rows: NDArray[np.int64], intervention: Intervention) -> None:
-        index = torch.from_numpy(rows).to(self.A.device)
         edits = [placed.edit for placed in intervention.edits]
-        act = torch.cat([edit.act for edit in edits])
-        self.A[index] = torch.cat([edit.A for edit in edits]).to(self.A)
-        self.U[index] = torch.cat([edit.U for edit in edits]).to(self.U)
-        self.b[index] = torch.cat([edit.b for edit in edits]).to(self.b)
-        self.act[index] = act.to(self.act)
+        A, U, b, act = (torch.cat([getattr(edit, name) for edit in edits]) for name in ("A", "U", "b", "act"))
+        # The copies run beside the steps; the rows are written in the steps' own order, after those that read the old.
+        index, *columns = self._uploads.upload(torch.from_numpy(rows), A, U, b, act)
+        for pool, new in zip((self.A, self.U, self.b, self.act), columns, strict=True):
+            pool.index_copy_(0, index, new.to(pool.dtype))
         self.is_linear[rows] = (act == Activation.LINEAR).numpy()
 
 
