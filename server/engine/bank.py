@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from reftserve.interventions import Activation, Intervention, Positions
 from reftserve.server.engine.errors import RequestRefused
+from reftserve.server.engine.transfers import Uploads
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +69,7 @@ class Bank:
         self._slots: dict[str, Slot] = {}
         self._idle: OrderedDict[str, Slot] = OrderedDict()  # those of `_slots` without pins, least recently used first
         self._idle_rows = 0
+        self._uploads = Uploads(device)
 
     @property
     def rows_used(self) -> int:
@@ -140,12 +142,11 @@ class Bank:
         return True
 
     def _write(self, rows: NDArray[np.int64], intervention: Intervention) -> None:
-        index = torch.from_numpy(rows).to(self.A.device)
         columns = intervention.columns
-        self.A.index_copy_(0, index, columns.A.to(self.A))
-        self.U.index_copy_(0, index, columns.U.to(self.U))
-        self.b.index_copy_(0, index, columns.b.to(self.b))
-        self.act.index_copy_(0, index, columns.act.to(self.act))
+        # The copies run beside the steps; the rows are written in the steps' own order, after those that read the old.
+        index, *new = self._uploads.upload(torch.from_numpy(rows), columns.A, columns.U, columns.b, columns.act)
+        for pool, numbers in zip((self.A, self.U, self.b, self.act), new, strict=True):
+            pool.index_copy_(0, index, numbers.to(pool.dtype))
         self.is_linear[rows] = columns.act.numpy() == Activation.LINEAR
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from reftserve.interventions import Positions, activate
 from reftserve.server.engine.bank import Bank, EditUse
 from reftserve.server.engine.scheduler import Chunk
+from reftserve.server.engine.transfers import to_device
 
 GROUP_ROWS = 16
 
@@ -156,13 +157,12 @@ def _pack(groups: list[_Group], bank: Bank, device: torch.device) -> list[LayerE
         valid[index, : len(group.rows)] = True
         columns[:, index, : group.columns.shape[1]] = group.columns
         scale[:, index, 0, : group.scales.shape[1]] = group.scales
-    packed_rows = torch.from_numpy(rows).to(device)
-    edited = torch.from_numpy(rows[valid]).to(device)
-    kept = None if valid.all() else torch.from_numpy(np.flatnonzero(valid)).to(device)
+    packed_rows, edited = to_device(rows, device), to_device(rows[valid], device)
+    kept = None if valid.all() else to_device(np.flatnonzero(valid), device)
     is_linear = [bool(each.all()) for each in bank.is_linear[columns]]
     by_layer = zip(
-        torch.from_numpy(columns).to(device).unbind(),
-        torch.from_numpy(scale).to(device).unbind(),
+        to_device(columns, device).unbind(),
+        to_device(scale, device).unbind(),
         is_linear,
         strict=True,
     )

@@ -1,7 +1,7 @@
 """The engine: requests in, tokens out, one step at a time. Single-threaded; the process around it does the talking.
 
 submit ─► (loader, grammar compiler) ─► scheduler.add    step():  collect loads, drop what is too late
-cancel ─► scheduler.finish                                        schedule ─► runner.step ─► sample ─► outputs
+cancel ─► scheduler.finish                                        schedule ─► launch (the next too) ─► finish ─► outputs
 """
 
 from __future__ import annotations
@@ -10,18 +10,20 @@ import heapq
 import time
 from collections import defaultdict
 
-import torch
+from torch import Tensor
 
 from reftserve.server.engine.block_allocator import BlockAllocator
 from reftserve.server.engine.errors import RequestRefused
+from reftserve.server.engine.launched_step import LaunchedStep
 from reftserve.server.engine.loader import Loader
 from reftserve.server.engine.logits import adjust, token_logprobs
 from reftserve.server.engine.messages import EngineStats, StepOutput, Submit, TokenLogprobs, TokenOutput
 from reftserve.server.engine.runner import Logits, Runner
-from reftserve.server.engine.sampler import sample
+from reftserve.server.engine.sampler import choose, present
 from reftserve.server.engine.scheduler import Batch, Scheduler
 from reftserve.server.engine.sequence import Sequence, Status
 from reftserve.server.engine.structured import GrammarCompiler
+from reftserve.server.engine.transfers import ToHost, indices
 
 NOT_FINITE = "the logits are not finite: an edit overflows; lower its scale, or train it with a lower learning rate"
 
@@ -34,7 +36,8 @@ class Engine:
     """Continuous batching of requests with any mixture of interventions over one frozen model.
 
     grammars: compiles what structured output needs; without it such requests are refused. A request of priority p
-    stands in the queue as if it had come p * PRIORITY_STEP_S later, so that none waits for ever.
+    stands in the queue as if it had come p * PRIORITY_STEP_S later, so that none waits for ever. overlap: while the
+    host waits for a step's tokens and hands them out, the device computes the next one already, where that can be.
     """
 
     def __init__(
@@ -46,7 +49,9 @@ class Engine:
         host_bytes: int = 1 << 30,
         prefix_cache: bool = True,
         grammars: GrammarCompiler | None = None,
+        overlap: bool = False,
     ) -> None:
+        self.overlap = overlap
         self.runner = runner
         self.loader = Loader(host_bytes)
         self.grammars = grammars
@@ -60,6 +65,7 @@ class Engine:
         self._sequences: dict[str, Sequence] = {}
         self._awaiting: defaultdict[str, list[Sequence]] = defaultdict(list)
         self._outputs: list[TokenOutput] = []
+        self._in_flight: LaunchedStep | None = None
         self._deadlines: list[tuple[float, str]] = []
         self._submitted = 0
         self._steps = self._prompt_tokens = self._cached_prompt_tokens = self._generated_tokens = 0
@@ -108,9 +114,14 @@ class Engine:
         self._collect_loads()
         self._collect_grammars()
         self._drop_late()
-        batch = self.scheduler.schedule()
-        if batch.chunks:
-            self._advance(batch)
+        step, self._in_flight = self._in_flight, None
+        if step is None:
+            batch = self.scheduler.schedule()
+            step = self._launch(batch) if batch.chunks else None
+        if step is not None:
+            ahead = self._run_ahead(step) if self.overlap else None
+            self._finish(step)
+            self._in_flight = ahead if self.scheduler.running else None
         outputs, self._outputs = self._outputs, []
         return StepOutput(outputs, self.stats())
 
@@ -137,19 +148,42 @@ class Engine:
         if self.grammars is not None:
             self.grammars.close()
 
-    def _advance(self, batch: Batch) -> None:
-        logits = self.runner.step(batch)
+    def _launch(self, batch: Batch, token_ids: Tensor | None = None) -> LaunchedStep:
+        """Hand a step to the device. token_ids: [rows], where only the device knows them."""
+        logits = self.runner.step(batch, token_ids)
         self._score(batch, logits)
-        sampling, read = [], []
-        for chunk in batch.chunks:
-            self.scheduler.advance(chunk)
-            self._prompt_tokens += max(0, min(chunk.stop, chunk.sequence.n_prompt) - chunk.start)
-            if chunk.samples:
-                sampling.append(chunk.sequence)
-            elif chunk.stop == len(chunk.sequence.token_ids):
-                read.append(chunk.sequence)
-        if sampling:
-            self._sample(sampling, logits.sampling)
+        sampling = [chunk for chunk in batch.chunks if chunk.samples]
+        if not sampling:
+            return LaunchedStep(batch)
+        sequences = [chunk.sequence for chunk in sampling]
+        asking = [row for row, s in enumerate(sequences) if s.sampling.logprobs is not None]
+        unadjusted = logits.sampling[indices(asking, logits.sampling.device)] if asking else None
+        adjust(logits.sampling, sequences)
+        tokens = choose(logits.sampling, [s.sampling for s in sequences], [chunk.stop for chunk in sampling])
+        return LaunchedStep(batch, sequences, tokens, ToHost(tokens), asking, unadjusted)
+
+    def _run_ahead(self, step: LaunchedStep) -> LaunchedStep | None:
+        """Hand over the step that follows, if it depends on this one for nothing but the tokens themselves."""
+        ahead = self.scheduler.run_ahead(step.batch)
+        if ahead is None or step.tokens is None:
+            return None
+        batch, rows = ahead
+        going_on = step.tokens if len(rows) == len(step.tokens) else step.tokens[indices(rows, step.tokens.device)]
+        # A token that is not there, -1, ends its request, but only once the host knows.
+        return self._launch(batch, going_on.clamp(min=0))
+
+    def _finish(self, step: LaunchedStep) -> None:
+        """Wait for a step's tokens; its sequences go on. Those that ended since it was launched stay as they are."""
+        tokens = present(step.arriving.tolist()) if step.arriving is not None else []
+        read = []
+        for chunk in step.batch.chunks:
+            sequence = chunk.sequence
+            if sequence.status is Status.RUNNING:
+                self.scheduler.advance(chunk)
+                self._prompt_tokens += max(0, min(chunk.stop, sequence.n_prompt) - chunk.start)
+                if chunk.stop == len(sequence.token_ids) and not chunk.samples:
+                    read.append(sequence)
+        self._take(step, tokens)
         for sequence in read:
             self._end(sequence, self._output(sequence, [], "length"))
         self._steps += 1
@@ -166,18 +200,16 @@ class Engine:
                 sequence.prompt_logprobs += token_logprobs(rows, following, [count] * len(rows))
                 offset += len(rows)
 
-    def _sample(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
-        asking = [row for row, s in enumerate(sequences) if s.sampling.logprobs is not None]
-        unadjusted = logits[asking] if asking else None
-        adjust(logits, sequences)
-        tokens = sample(logits, [s.sampling for s in sequences], [len(s.token_ids) for s in sequences])
+    def _take(self, step: LaunchedStep, tokens: list[int | None]) -> None:
         logprobs: dict[int, TokenLogprobs] = {}
-        if unadjusted is not None:
-            counts = [sequences[row].sampling.logprobs or 0 for row in asking]
+        if step.unadjusted is not None:
+            counts = [step.sampling[row].sampling.logprobs or 0 for row in step.asking]
             # A token that is not there ends its request below; token 0 stands in its place until then.
-            found = token_logprobs(unadjusted, [tokens[row] or 0 for row in asking], counts)
-            logprobs = dict(zip(asking, found, strict=True))
-        for row, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
+            found = token_logprobs(step.unadjusted, [tokens[row] or 0 for row in step.asking], counts)
+            logprobs = dict(zip(step.asking, found, strict=True))
+        for row, (sequence, token) in enumerate(zip(step.sampling, tokens, strict=True)):
+            if sequence.status is not Status.RUNNING:
+                continue
             if sequence.grammar_error is not None:
                 self._end(sequence, TokenOutput(sequence.request_id, [], "error", sequence.grammar_error))
             elif token is None:

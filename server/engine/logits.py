@@ -15,6 +15,7 @@ from torch import Tensor
 from reftserve.server.engine.messages import TokenLogprobs
 from reftserve.server.engine.sequence import Sequence
 from reftserve.server.engine.structured import forbidden_tokens
+from reftserve.server.engine.transfers import column, indices, to_device
 
 
 @torch.inference_mode()
@@ -26,8 +27,8 @@ def adjust(logits: Tensor, sequences: list[Sequence]) -> None:
     biases = [(row, *bias) for row, s in enumerate(sequences) for bias in s.sampling.logit_bias]
     if biases:
         rows, tokens, values = zip(*biases, strict=True)
-        amount = torch.tensor(values, dtype=logits.dtype, device=logits.device)
-        logits.index_put_((_index(rows, logits), _index(tokens, logits)), amount, accumulate=True)
+        amount = column(values, logits).squeeze(1)
+        logits.index_put_((indices(rows, logits.device), indices(tokens, logits.device)), amount, accumulate=True)
     too_short = [
         (row, token)
         for row, s in enumerate(sequences)
@@ -36,12 +37,12 @@ def adjust(logits: Tensor, sequences: list[Sequence]) -> None:
     ]
     if too_short:
         rows, tokens = zip(*too_short, strict=True)
-        logits[_index(rows, logits), _index(tokens, logits)] = -torch.inf
+        logits[indices(rows, logits.device), indices(tokens, logits.device)] = -torch.inf
     bound = [row for row, s in enumerate(sequences) if s.matcher is not None]
     if bound:
         forbidden = forbidden_tokens([m for s in sequences if (m := s.matcher) is not None], logits.shape[1])
-        rows_ = _index(bound, logits)
-        logits[rows_] = logits[rows_].masked_fill(forbidden.to(logits.device), -torch.inf)
+        rows_ = indices(bound, logits.device)
+        logits[rows_] = logits[rows_].masked_fill(to_device(forbidden, logits.device), -torch.inf)
 
 
 @torch.inference_mode()
@@ -49,7 +50,7 @@ def token_logprobs(logits: Tensor, token_ids: list[int], counts: list[int]) -> l
     """How likely each row's token is, and its row's `count` likeliest. logits: [rows, vocabulary], unadjusted."""
     values = logits.float()
     norm = values.logsumexp(dim=-1, keepdim=True)
-    chosen = (values.gather(1, _index(token_ids, logits).unsqueeze(1)) - norm).squeeze(1).tolist()
+    chosen = (values.gather(1, indices(token_ids, logits.device).unsqueeze(1)) - norm).squeeze(1).tolist()
     top = values.topk(min(max(counts), values.shape[1]), dim=-1)
     likeliest = zip(top.indices.tolist(), (top.values - norm).tolist(), strict=True)
     return [
@@ -59,18 +60,15 @@ def token_logprobs(logits: Tensor, token_ids: list[int], counts: list[int]) -> l
 
 
 def _penalise(logits: Tensor, rows: list[int], sequences: list[Sequence]) -> None:
-    index = _index(rows, logits)
+    index = indices(rows, logits.device)
     values = logits[index]
     answer = _counts([s.token_ids[s.n_prompt :] for s in sequences], values)
     seen = answer + _counts([s.token_ids[: s.n_prompt] for s in sequences], values) > 0
 
-    def column(amounts: list[float]) -> Tensor:
-        return torch.tensor(amounts, dtype=values.dtype, device=values.device).unsqueeze(1)
-
-    repetition = column([s.sampling.repetition_penalty for s in sequences])
+    repetition = column([s.sampling.repetition_penalty for s in sequences], values)
     values = torch.where(seen, torch.where(values > 0, values / repetition, values * repetition), values)
-    values -= column([s.sampling.frequency_penalty for s in sequences]) * answer
-    values -= column([s.sampling.presence_penalty for s in sequences]) * (answer > 0)
+    values -= column([s.sampling.frequency_penalty for s in sequences], values) * answer
+    values -= column([s.sampling.presence_penalty for s in sequences], values) * (answer > 0)
     logits[index] = values
 
 
@@ -80,8 +78,5 @@ def _counts(token_ids: list[list[int]], like: Tensor) -> Tensor:
     tokens = np.fromiter(chain.from_iterable(token_ids), dtype=np.int64, count=len(rows))
     counts = torch.zeros_like(like)
     ones = torch.ones(len(rows), dtype=like.dtype, device=like.device)
-    return counts.index_put_((_index(rows, like), _index(tokens, like)), ones, accumulate=True)
-
-
-def _index(values: object, like: Tensor) -> Tensor:
-    return torch.as_tensor(values, dtype=torch.int64, device=like.device)
+    index = (to_device(rows, like.device), to_device(tokens, like.device))
+    return counts.index_put_(index, ones, accumulate=True)

@@ -90,6 +90,7 @@ def build(config: EngineConfig) -> tuple[Engine, Ready]:
         max_sequences=config.max_sequences,
         host_bytes=config.host_bytes,
         prefix_cache=config.prefix_cache,
+        overlap=device.type == "cuda",
         grammars=GrammarCompiler(tokenizer, eos_token_ids(folder, tokenizer), runner.config.vocab_size),
     )
     ready = Ready(

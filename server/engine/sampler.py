@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from reftserve.server.engine.messages import SamplingParams
+from reftserve.server.engine.transfers import column, indices, to_device
 
 LOWEST_TEMPERATURE = 1e-6
 
@@ -22,37 +23,40 @@ def sample(logits: Tensor, params: list[SamplingParams], positions: list[int]) -
 
     logits: [rows, vocabulary]. positions: index that each row's token will have in its sequence.
     """
+    return present(choose(logits, params, positions).tolist())
+
+
+def present(tokens: list[int]) -> list[int | None]:
+    """What `choose` gave, on the host: None for -1."""
+    return [token if token >= 0 else None for token in tokens]
+
+
+def choose(logits: Tensor, params: list[SamplingParams], positions: list[int]) -> Tensor:
+    """`sample` without a look at the device: [rows], a token that is not there is -1."""
     largest, tokens = logits.max(dim=-1)
     sampled = [row for row, p in enumerate(params) if p.temperature > 0]
     if sampled:
-        rows = torch.tensor(sampled, device=logits.device)
+        rows = indices(sampled, logits.device)
         tokens[rows] = _sample_rows(logits[rows], [params[row] for row in sampled], [positions[row] for row in sampled])
-    # One copy to the host: a token that is not there is -1.
-    chosen: list[int] = torch.where(largest.isfinite(), tokens, -1).tolist()
-    return [token if token >= 0 else None for token in chosen]
+    return torch.where(largest.isfinite(), tokens, -1)
 
 
 def _sample_rows(logits: Tensor, params: list[SamplingParams], positions: list[int]) -> Tensor:
-    device = logits.device
-
-    def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=device).unsqueeze(1)
-
     # The largest logit is taken off first: a tiny temperature must give certainty, neither infinity nor 0 / 0.
     shifted = logits.float() - logits.float().amax(dim=-1, keepdim=True)
-    temperature = column([max(p.temperature, LOWEST_TEMPERATURE) for p in params])
+    temperature = column([max(p.temperature, LOWEST_TEMPERATURE) for p in params], shifted)
     probabilities = torch.softmax(shifted / temperature, dim=-1)
     ordered, tokens = probabilities.sort(dim=-1, descending=True, stable=True)
-    rank = torch.arange(ordered.shape[1], device=device)
-    top_k = column([p.top_k or ordered.shape[1] for p in params])
+    rank = torch.arange(ordered.shape[1], device=logits.device)
+    top_k = column([p.top_k or ordered.shape[1] for p in params], shifted)
     ordered = ordered.masked_fill(rank >= top_k, 0.0)
     ordered /= ordered.sum(dim=-1, keepdim=True)
     # Nucleus: the smallest set that reaches top_p; the first token that crosses it stays in.
     before = ordered.cumsum(dim=-1) - ordered
-    ordered = ordered.masked_fill((before >= column([p.top_p for p in params])) & (rank > 0), 0.0)
-    ordered = ordered.masked_fill(ordered < column([p.min_p for p in params]) * ordered[:, :1], 0.0)
+    ordered = ordered.masked_fill((before >= column([p.top_p for p in params], shifted)) & (rank > 0), 0.0)
+    ordered = ordered.masked_fill(ordered < column([p.min_p for p in params], shifted) * ordered[:, :1], 0.0)
     cumulative = ordered.double().cumsum(dim=-1)
-    uniform = torch.from_numpy(uniforms([p.seed for p in params], positions)).to(device).unsqueeze(1)
+    uniform = to_device(uniforms([p.seed for p in params], positions), logits.device).unsqueeze(1)
     index = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
     last = (ordered > 0).sum(dim=-1, keepdim=True) - 1
     return tokens.gather(1, torch.minimum(index, last).clamp(min=0)).squeeze(1)

@@ -125,6 +125,28 @@ class Scheduler:
             stale_blocks=self.allocator.take_stale() if planned else [],
         )
 
+    def run_ahead(self, batch: Batch) -> tuple[Batch, list[int]] | None:
+        """The step that follows `batch` whatever tokens it gives, and which of its sampled rows go on.
+
+        None where tokens or newcomers would change it. Sequences that `batch` takes to their last token are left out;
+        one that ends by what its token is takes part in vain.
+        """
+        chunks = batch.chunks
+        running = [(row, c) for row, c in enumerate(chunks) if c.sequence.status is Status.RUNNING]
+        if self.waiting or len(running) < len(self.running) or not all(c.samples for c in chunks):
+            return None
+        if not all(c.sequence.can_run_ahead for _, c in running):
+            return None
+        going_on = [
+            (row, Chunk(c.sequence, c.stop, c.stop + 1))
+            for row, c in running
+            if c.stop + 1 - c.sequence.n_prompt < c.sequence.sampling.max_tokens
+        ]
+        if not going_on or not all(self.allocator.extend(c.sequence.block_table, c.stop) for _, c in going_on):
+            return None
+        ahead = Batch(prefills=[], decodes=[c for _, c in going_on], stale_blocks=self.allocator.take_stale())
+        return ahead, [row for row, _ in going_on]
+
     def advance(self, chunk: Chunk) -> None:
         """A chunk is computed: its sequence goes on, and the blocks that it filled can be found by others."""
         sequence, size = chunk.sequence, self.allocator.block_size

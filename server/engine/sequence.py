@@ -97,6 +97,12 @@ class Sequence:
         return len(self.token_ids) - self.n_computed
 
     @property
+    def can_run_ahead(self) -> bool:
+        """Whether its next logits can be adjusted while only the device knows its last token."""
+        is_long_enough = self.n_generated >= self.sampling.min_tokens
+        return self.matcher is None and not self.sampling.has_penalties and is_long_enough
+
+    @property
     def grammar_error(self) -> str | None:
         """Why the grammar cannot be followed any further: it needs more than llguidance's limits."""
         if self.matcher is None or not self.matcher.is_error():

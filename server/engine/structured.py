@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import torch
 from llguidance import LLMatcher, LLTokenizer
 from llguidance.hf import from_tokenizer
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
-from torch import Tensor
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 SILENT = 0  # llguidance would write what it thinks of a grammar to standard error
@@ -77,8 +76,8 @@ class GrammarCompiler:
             self._results.put(Compiled(request_id, matcher, matcher.get_error() or None))
 
 
-def forbidden_tokens(matchers: list[LLMatcher], vocabulary: int) -> Tensor:
-    """Which tokens cannot come next, [matchers, vocabulary] of booleans, on the CPU.
+def forbidden_tokens(matchers: list[LLMatcher], vocabulary: int) -> NDArray[np.bool_]:
+    """Which tokens cannot come next, [matchers, vocabulary] of booleans.
 
     A matcher that gives up, because its grammar needs more than llguidance's limits, has an error afterwards.
     """
@@ -86,4 +85,5 @@ def forbidden_tokens(matchers: list[LLMatcher], vocabulary: int) -> Tensor:
     for row, matcher in enumerate(matchers):
         fill_next_token_bitmask(matcher, bits, row)
     allowed = np.unpackbits(bits.view(np.uint8), axis=1, bitorder="little")[:, :vocabulary]
-    return torch.from_numpy(allowed == 0)
+    forbidden: NDArray[np.bool_] = allowed == 0
+    return forbidden

@@ -38,6 +38,31 @@ def column(values: Sequence[float], like: Tensor) -> Tensor:
     return to_device(np.array(values, dtype=np.float32), like.device).to(like.dtype).unsqueeze(1)
 
 
+class Uploads:
+    """Copies large things to the device on a stream of their own, while steps run.
+
+    Work queued after `upload` on the caller's stream waits for the copies; what was queued before does not.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def upload(self, *tensors: Tensor) -> list[Tensor]:
+        """The tensors on the device. On the CPU the tensors themselves."""
+        if self._stream is None:
+            return list(tensors)
+        with torch.cuda.stream(self._stream):
+            copies = [tensor.pin_memory().to(self._device, non_blocking=True) for tensor in tensors]
+        current = torch.cuda.current_stream(self._device)
+        current.wait_stream(self._stream)
+        for copy in copies:
+            copy.record_stream(current)  # its memory is not handed out again before that stream has read it
+        return copies
+
+
 class ToHost:
     """A tensor on its way to the host. Ask for its numbers late: that waits for it, and for nothing queued after it."""
 

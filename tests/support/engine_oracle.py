@@ -161,6 +161,7 @@ def make_engine(
     prefix_cache: bool = True,
     host_bytes: int = 1 << 30,
     recorded: bool = False,
+    overlap: bool = False,
 ) -> Engine:
     """A fresh engine over a tiny float32 model with caches of exactly these sizes.
 
@@ -185,6 +186,7 @@ def make_engine(
         max_sequences=max_sequences,
         prefix_cache=prefix_cache,
         host_bytes=host_bytes,
+        overlap=overlap,
         grammars=GrammarCompiler(tokenizer, (2,), runner.config.vocab_size),
     )
 

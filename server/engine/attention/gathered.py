@@ -23,6 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from reftserve.server.engine.attention.interface import LayerShape, blocks_within, sdpa
 from reftserve.server.engine.scheduler import Batch, Chunk
+from reftserve.server.engine.transfers import indices, to_device
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class GatheredCache:
 
     def clear(self, blocks: list[int]) -> None:
         """Zero whole blocks in all layers."""
-        index = torch.tensor(blocks, device=self.keys[0].device)
+        index = indices(blocks, self.device)
         for store in (*self.keys, *self.values):
             store.view(self.num_blocks, -1).index_fill_(0, index, 0.0)
 
@@ -112,7 +113,7 @@ class GatheredStep:
     def __init__(self, batch: Batch, cache: GatheredCache) -> None:
         self.cache, device = cache, cache.device
         slots = [cache.slots(c.sequence.block_table, c.start, c.stop) for c in batch.chunks]
-        self.new_slots = cache.slots_per_head(torch.from_numpy(np.concatenate(slots)).to(device))
+        self.new_slots = cache.slots_per_head(to_device(np.concatenate(slots), device))
         self.prefills: list[_Prefill] = []
         offset = 0
         for chunk in batch.prefills:
@@ -122,7 +123,7 @@ class GatheredStep:
         self.decode_rows = slice(offset, offset + len(batch.decodes))
         if batch.decodes:
             self.decode_blocks = self._blocks(batch.decodes, device)
-            self.decode_lengths = torch.tensor([chunk.stop for chunk in batch.decodes], device=device)
+            self.decode_lengths = indices([chunk.stop for chunk in batch.decodes], device)
         self._masks: dict[tuple[int, int | None], Tensor | None] = {}
         self._biases: dict[tuple[int, int | None], Tensor] = {}
 
@@ -187,7 +188,7 @@ class GatheredStep:
         for row, chunk, count in zip(blocks, chunks, counts, strict=True):
             row[:count] = chunk.sequence.block_table[:count]
             row[count:] = row[0]
-        return self.cache.blocks_per_head(torch.from_numpy(blocks).to(device))
+        return self.cache.blocks_per_head(to_device(blocks, device))
 
     def _mask(self, index: int, window: int | None) -> Tensor | None:
         """Who may look at whom in prefill `index` (the decode rows come last); None is plain causal."""

@@ -70,6 +70,7 @@ planned = st.builds(
     prefix_cache=st.booleans(),
     host_bytes=st.sampled_from([0, 1 << 30]),
     recorded=st.sampled_from([False, False, True]),
+    overlap=st.booleans(),
     seed=st.integers(0, 1000),
 )
 def test_a_request_in_a_mixture_gets_the_logits_it_would_get_alone(
@@ -84,6 +85,7 @@ def test_a_request_in_a_mixture_gets_the_logits_it_would_get_alone(
     prefix_cache: bool,
     host_bytes: int,
     recorded: bool,
+    overlap: bool,
     seed: int,
 ) -> None:
     engine = make_engine(
@@ -95,6 +97,7 @@ def test_a_request_in_a_mixture_gets_the_logits_it_would_get_alone(
         prefix_cache=prefix_cache,
         host_bytes=host_bytes,
         recorded=recorded,
+        overlap=overlap,
     )
     rng = random.Random(seed)  # noqa: S311 - test data
     shared = [rng.randrange(3, 300) for _ in range(40)]
