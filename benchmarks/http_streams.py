@@ -1,89 +1,101 @@
-"""The server with 64 streams over HTTP beside the engine alone: `python benchmarks/http_streams.py`."""
+"""The server with 64 streams over HTTP beside the engine alone: `python benchmarks/http_streams.py`.
+
+Server, engine and client share the machine's cores, so what the first and the last take is printed too: the processor
+time of a token outside the engine. The client reads sockets and parses nothing.
+"""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import os
-import socket
-import subprocess
+import json
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
-import httpx
+import psutil
 import torch
 import workload as w
+
+sys.path.append(str(w.ROOT / "tests" / "support"))  # starts servers for tests
+
+from running_server import RunningServer, running_server
 
 STREAMS, NEW_TOKENS = 64, 64
 
 
-async def stream(client: httpx.AsyncClient, prompt: list[int]) -> None:
+async def stream(port: int, prompt: list[int]) -> None:
     """Read one stream to its end."""
-    body = {"model": w.MODEL.name, "prompt": prompt, "max_tokens": NEW_TOKENS, "ignore_eos": True, "temperature": 0}
-    async with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as response:
-        response.raise_for_status()
-        async for _ in response.aiter_raw():
-            pass
+    fields = {"model": w.MODEL.name, "prompt": prompt, "max_tokens": NEW_TOKENS, "ignore_eos": True, "temperature": 0}
+    body = json.dumps({**fields, "stream": True}).encode()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {len(body)}\r\n"
+    writer.write(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
+    answer = await reader.read()
+    writer.close()
+    assert answer.startswith(b"HTTP/1.1 200"), answer[:500]
+    assert b"data: [DONE]" in answer, answer[-500:]
 
 
-async def _all(url: str, prompts: list[list[int]]) -> None:
-    limits = httpx.Limits(max_connections=STREAMS)
-    async with httpx.AsyncClient(base_url=url, limits=limits, timeout=600) as client:
-        await asyncio.gather(*(stream(client, prompt) for prompt in prompts))
+async def _all(port: int, prompts: list[list[int]]) -> None:
+    await asyncio.gather(*(stream(port, prompt) for prompt in prompts))
 
 
-def over_http(url: str, prompts: list[list[int]]) -> float:
+def over_http(server: RunningServer, prompts: list[list[int]]) -> float:
     """Generated tokens a second."""
+    port = int(server.url.rsplit(":", 1)[1])
     began = time.perf_counter()
-    asyncio.run(_all(url, prompts))
+    asyncio.run(_all(port, prompts))
     return len(prompts) * NEW_TOKENS / (time.perf_counter() - began)
+
+
+@contextmanager
+def counted(seconds: dict[str, float], processes: dict[str, psutil.Process]) -> Iterator[None]:
+    """Add the processor time that processes use inside."""
+    before = {name: sum(process.cpu_times()[:2]) for name, process in processes.items()}
+    yield
+    for name, process in processes.items():
+        seconds[name] = seconds.get(name, 0.0) + sum(process.cpu_times()[:2]) - before[name]
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--runs", type=int, default=5)
-    runs = arguments.parse_args().runs
+    arguments.add_argument("--quantization", choices=["none", "int8"], default="none")
+    args = arguments.parse_args()
     torch.set_num_threads(2)
     prompts = w.prompts(STREAMS, 59, 72)
-    engine = w.make_engine(prefix_cache=False)
-    with socket.socket() as free, tempfile.TemporaryDirectory() as data:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
-        command = [sys.executable, "-m", "reftserve.client.cli", "serve", "--model", str(w.MODEL), "--port", str(port)]
-        environment = {
-            **os.environ,
-            "REFTSERVE_DATA": data,
-            "REFTSERVE_WORKER": "false",
-            "REFTSERVE_PREFIX_CACHE": "false",
-            "REFTSERVE_ENGINE_THREADS": "2",
-        }
-        server = subprocess.Popen(command, env=environment)
-        try:
-            url = f"http://127.0.0.1:{port}"
-            while server.poll() is None:
-                try:
-                    if httpx.get(f"{url}/ready").status_code == 200:
-                        break
-                except httpx.TransportError:
-                    pass
-                time.sleep(0.5)
-            figures = w.medians(
-                {
-                    "engine alone": lambda: w.serve(engine, prompts, NEW_TOKENS, []),
-                    "over HTTP": lambda: over_http(url, prompts),
-                },
-                runs,
-            )
-        finally:
-            server.terminate()
-            server.wait()
-    print(f"{STREAMS} streams of {NEW_TOKENS} tokens; {w.machine()}; median of {runs}")
+    engine = w.make_engine(prefix_cache=False, quantization=args.quantization)
+    settings = {
+        "REFTSERVE_PREFIX_CACHE": "false",
+        "REFTSERVE_ENGINE_THREADS": "2",
+        "REFTSERVE_QUANTIZATION": args.quantization,
+    }
+    seconds: dict[str, float] = {}
+    with (
+        tempfile.TemporaryDirectory() as data,
+        running_server(w.MODEL, Path(data), worker=False, env=settings) as server,
+    ):
+        processes = {"HTTP process": psutil.Process(server.process.pid), "client": psutil.Process()}
+
+        def served() -> float:
+            with counted(seconds, processes):
+                return over_http(server, prompts)
+
+        figures = w.medians(
+            {"engine alone": lambda: w.serve(engine, prompts, NEW_TOKENS, []), "over HTTP": served}, args.runs
+        )
+    engine.close()
+    print(f"{STREAMS} streams of {NEW_TOKENS} tokens; {w.machine()}; median of {args.runs}")
     for name, figure in figures.items():
         print(f"{name:14} {figure:7.1f} tokens/s")
+    tokens = STREAMS * NEW_TOKENS * (args.runs + 1)
+    for name, used in seconds.items():
+        print(f"{name:14} {1e6 * used / tokens:7.1f} us of processor time a token")
     print(f"over HTTP / engine alone = {figures['over HTTP'] / figures['engine alone']:.3f}")
-    engine.close()
 
 
 if __name__ == "__main__":

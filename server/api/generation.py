@@ -44,6 +44,18 @@ class Piece:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
+    def followed_by(self, other: Piece) -> Piece:
+        """One piece of it and the next of the same answer."""
+        return Piece(
+            self.index,
+            self.text + other.text,
+            self.tokens + other.tokens,
+            other.finish_reason,
+            self.cached_tokens,
+            self.logprobs + other.logprobs,
+            self.prompt_logprobs,
+        )
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -169,21 +181,36 @@ async def stream(services: Services, generation: Generation) -> AsyncGenerator[P
         outcome = "cancelled"
         try:
             while running:
-                item = await queue.get()
-                if isinstance(item, Exception):
-                    outcome = "error"
-                    raise item
-                if first:
-                    services.metrics.first_token_s.observe(time.monotonic() - began)
-                    first = False
-                running -= item.finish_reason is not None
-                yield item
+                for item in await _waiting(queue):
+                    if isinstance(item, Exception):
+                        outcome = "error"
+                        raise item
+                    if first:
+                        services.metrics.first_token_s.observe(time.monotonic() - began)
+                        first = False
+                    running -= item.finish_reason is not None
+                    yield item
             outcome = "finished"
         finally:
             services.metrics.requests.labels(outcome).inc()
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _waiting(queue: asyncio.Queue[Piece | Exception]) -> list[Piece | Exception]:
+    """What is in the queue, at least one; pieces of one answer that follow each other are one.
+
+    Where clients or this process are slower than the engine, tokens then cost an event for several, and not each.
+    """
+    found = [await queue.get()]
+    while not queue.empty():
+        item, last = queue.get_nowait(), found[-1]
+        if isinstance(item, Piece) and isinstance(last, Piece) and item.index == last.index:
+            found[-1] = last.followed_by(item)
+        else:
+            found.append(item)
+    return found
 
 
 async def _answer(

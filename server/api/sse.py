@@ -21,16 +21,21 @@ CLIENT_POLL_S = 0.2
 def event_stream(chunks: AsyncGenerator[BaseModel]) -> EventSourceResponse:
     """Each chunk as one `data:` line, `[DONE]` at the end; an error on the way becomes the last event."""
 
-    async def lines() -> AsyncIterator[dict[str, str]]:
+    async def lines() -> AsyncIterator[bytes]:
         async with contextlib.aclosing(chunks) as source:
             try:
                 async for chunk in source:
-                    yield {"data": chunk.model_dump_json()}
+                    yield _event(chunk)
             except ServerError as cause:
-                yield {"data": error_body(cause).model_dump_json()}
-        yield {"data": "[DONE]"}
+                yield _event(error_body(cause))
+        yield b"data: [DONE]\n\n"
 
     return EventSourceResponse(lines(), ping=15, sep="\n")
+
+
+def _event(message: BaseModel) -> bytes:
+    # Encoded here: JSON holds no line breaks, for which sse_starlette would look through every token.
+    return b"data: " + message.model_dump_json().encode() + b"\n\n"
 
 
 async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:

@@ -194,8 +194,8 @@ def test_a_request_without_edits_gets_the_same_to_the_bit_in_any_float32_mixture
     mixed = make_engine(
         tiny_llama_folder, max_batch_tokens=max_batch_tokens, blocks=60, bank_rows=120, prefix_cache=prefix_cache
     )
-    arrives = Planned(n_prompt=30, n_shared=30, max_tokens=6, uses=[], arrives=seed % 4, cancelled=None)
-    run_with_arrivals(mixed, [*plans, arrives], [*submits, mine])
+    arrives = Planned(n_prompt=30, n_shared=30, max_tokens=6, uses=[], priority=0, arrives=seed % 4, cancelled=None)
+    run_until_done(mixed, run_with_arrivals(mixed, [*plans, arrives], [*submits, mine]))
     for index in range(6):
         key = ("mine", 30 + index)
         assert torch.equal(mixed.runner.logits[key], alone.runner.logits[key])  # type: ignore[attr-defined]
