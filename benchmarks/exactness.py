@@ -60,9 +60,9 @@ class ForcedRunner(RecordingRunner):
         super().__init__(model, **sizes)
         self.forced: dict[str, list[int]] = {}
 
-    def step(self, batch: Batch) -> Logits:
+    def step(self, batch: Batch, token_ids: Tensor | None = None) -> Logits:
         """Compute the batch, then leave nothing but the given token to choose from."""
-        logits = super().step(batch)
+        logits = super().step(batch, token_ids)
         for chunk, row in zip((c for c in batch.chunks if c.samples), logits.sampling, strict=True):
             tokens = self.forced.get(chunk.sequence.request_id)
             if tokens is not None:
