@@ -46,7 +46,7 @@ class Settings(BaseSettings):
     )
     native_kernels: bool = Field(
         True,
-        description="On the CPU, in float32: use kernels that a C++ compiler makes once; without, about half as fast",
+        description="On the CPU, in float32: use kernels that a C++ compiler makes once; slower without",
     )
     cuda_graphs: bool = Field(
         True, description="On CUDA: record decode steps once and replay them; without, small models wait for Python"
