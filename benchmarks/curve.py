@@ -18,15 +18,20 @@ def main() -> None:
     arguments.add_argument("--runs", type=int, default=5)
     arguments.add_argument("--requests", type=int, default=256, help="queued at once")
     arguments.add_argument("--new-tokens", type=int, default=16)
+    arguments.add_argument(
+        "--counts", type=int, nargs="*", default=COUNTS, help="different interventions; 0 and 1 first"
+    )
+    arguments.add_argument("--quantization", choices=["none", "int8"], default="none")
     arguments.add_argument("--positions", nargs="*", default=["l1", "f7+l7", "prompt"])
     args = arguments.parse_args()
     torch.set_num_threads(2)
     prompts = w.prompts(args.requests, 59, 72)
-    engine = w.make_engine(prefix_cache=False, bank_bytes=2 << 30)
+    engine = w.make_engine(prefix_cache=False, bank_bytes=2 << 30, quantization=args.quantization)
     print(f"{args.requests} requests of 59 to 72 tokens, {args.new_tokens} new ones; rank 8, all layers; {w.machine()}")
+    print(f"quantization {args.quantization}; medians of {args.runs}")
     with tempfile.TemporaryDirectory() as scratch:
         for positions in args.positions:
-            counts = [count for count in COUNTS if count <= args.requests]
+            counts = [count for count in args.counts if count <= args.requests]
             refs = w.interventions(Path(scratch), counts[-1], positions=positions, rank=8, layers=tuple(range(30)))
             figures = w.medians(
                 {
