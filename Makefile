@@ -6,7 +6,7 @@ DATA := reftserve-data
 PROPERTIES := $(addprefix tests/server/engine/test_,mixtures.py prefix_cache.py logprobs.py logits.py sampler.py)
 MODEL := $(DATA)/models/HuggingFaceTB--SmolLM2-135M-Instruct
 
-.PHONY: demo test test-thorough bench bench-peers check format install model lint-links clean help
+.PHONY: demo test test-thorough bench bench-peers bench-train check format install model lint-links clean help
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -24,9 +24,13 @@ bench: model ## Measure the engine: takes an hour, alone on the machine
 	for script in throughput curve time_to_first_token residency http_streams batch_sizes int8; do \
 	  $(BIN)/python benchmarks/$$script.py || exit 1; done
 
-bench-peers: model ## Measure it beside vLLM, llama.cpp and PEFT (6 GB, and half an hour to set up)
+bench-peers: model ## Measure it beside vLLM, llama.cpp and PEFT (8 GB, and half an hour to set up)
 	benchmarks/peers/setup.sh
 	$(BIN)/python benchmarks/peers/run.py
+
+bench-train: model ## Measure training beside pyreft and PEFT (half an hour)
+	benchmarks/peers/setup.sh
+	$(BIN)/python benchmarks/train.py
 
 check: install lint-links ## Lint, format check, types, import contracts
 	$(BIN)/ruff check .

@@ -70,6 +70,8 @@ class Settings(BaseSettings):
         False,
         description="Accept interventions whose weights, tokenizer or template hash differs from the base's",
     )
+    trunk_bytes: int = Field(1 << 30, ge=0, description="Memory for what a job's steps have in common, of each example")
+    trunk_disk_bytes: int = Field(4 << 30, ge=0, description="Disk for what that memory has no room for")
     checkpoint_steps: int = Field(10, ge=1, description="Optimizer steps between durable checkpoints of a job")
 
     @classmethod

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Environments of the peers, each of its own, under .peers/ (6 GB): vLLM for the CPU, PEFT, and llama.cpp from source.
+# Environments of the peers, each of its own, under .peers/ (8 GB): vLLM for the CPU, PEFT, pyreft, and llama.cpp from
+# source.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 mkdir -p .peers
@@ -9,6 +10,13 @@ if [ ! -e .peers/peft/done ]; then
   .peers/peft/bin/pip install --quiet torch==2.13.0
   .peers/peft/bin/pip install --quiet transformers==5.23.0 accelerate==1.15.0 peft==0.21.2
   touch .peers/peft/done
+fi
+
+if [ ! -e .peers/pyreft/done ]; then
+  python3 -m venv .peers/pyreft
+  .peers/pyreft/bin/pip install --quiet torch==2.13.0
+  .peers/pyreft/bin/pip install --quiet pyreft==0.1.0 transformers==4.45.1 "accelerate<1.0"
+  touch .peers/pyreft/done
 fi
 
 if [ ! -e .peers/llama.cpp/done ]; then

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from reftserve.client.schemas.base import Request, Response
 
@@ -26,7 +26,10 @@ class SupervisedMethod(Request):
 
 
 class ReftHyperparameters(Request):
-    """How a LoReFT intervention is trained; what is absent the recipe decides. max_length: tokens."""
+    """How a LoReFT intervention is trained; what is absent the recipe decides.
+
+    max_length: tokens. early_stopping_epochs: end when the validation loss has not become better for so many.
+    """
 
     n_epochs: int | None = Field(None, ge=1, le=1000)
     batch_size: int | None = Field(None, ge=1, le=1024)
@@ -34,10 +37,36 @@ class ReftHyperparameters(Request):
     warmup_ratio: float | None = Field(None, ge=0, le=1)
     weight_decay: float | None = Field(None, ge=0, le=1)
     max_length: int | None = Field(None, ge=2)
+    early_stopping_epochs: int | None = Field(None, ge=1, le=1000)
+
+
+class Range(Request):
+    """Any number from `low` to `high`; log: as many from each power of ten."""
+
+    low: float = Field(gt=0)
+    high: float = Field(gt=0)
+    log: bool = True
+
+    @model_validator(mode="after")
+    def _is_ordered(self) -> Range:
+        if self.low > self.high:
+            raise ValueError(f"low is {self.low}, above high, {self.high}")
+        return self
+
+
+class ReftSweep(Request):
+    """What trials differ in: values to choose from. trials: how many combinations are tried at most."""
+
+    layers: list[list[int] | Literal["all"]] | None = Field(None, min_length=1, max_length=64)
+    positions: list[str] | None = Field(None, min_length=1, max_length=64)
+    rank: list[int] | None = Field(None, min_length=1, max_length=64)
+    learning_rate: list[float] | Range | None = None
+    dropout: list[float] | Range | None = None
+    trials: int = Field(8, ge=2, le=64)
 
 
 class ReftMethod(Request):
-    """What is trained; what is absent the recipe decides."""
+    """What is trained; what is absent the recipe decides. sweep: fields that trials vary, the best is published."""
 
     family: str | None = None
     layers: list[int] | Literal["all"] | None = None
@@ -46,6 +75,7 @@ class ReftMethod(Request):
     dropout: float | None = Field(None, ge=0, lt=1)
     tied: bool | None = None
     hyperparameters: ReftHyperparameters = ReftHyperparameters()
+    sweep: ReftSweep | None = None
 
 
 class Method(Request):

@@ -6,12 +6,21 @@ fastest and share the prefix cache in serving, at one layer in the middle, where
 
 from __future__ import annotations
 
+import itertools
 import math
+import random
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from reftserve.client.schemas import Method, ReftHyperparameters, ReftMethod, SupervisedHyperparameters
+from reftserve.client.schemas import (
+    Method,
+    Range,
+    ReftHyperparameters,
+    ReftMethod,
+    ReftSweep,
+    SupervisedHyperparameters,
+)
 from reftserve.interventions import (
     FAMILIES,
     BaseFingerprint,
@@ -27,8 +36,24 @@ TARGET_STEPS = 60
 EPOCHS = (2, 20)
 
 
+class Variant(BaseModel):
+    """What a trial of a sweep changes in the plan; None leaves it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    layers: list[int] | None = None
+    positions: str | None = None
+    rank: int | None = None
+    learning_rate: float | None = None
+    dropout: float | None = None
+
+
 class Plan(BaseModel):
-    """Every decision of a training run. max_length: tokens of prompt and completion together."""
+    """Every decision of a training run.
+
+    max_length: tokens of prompt and completion together. sweep: the trials, when there are several.
+    early_stopping_epochs: epochs without a better validation loss; None: goes on to the end.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -43,7 +68,22 @@ class Plan(BaseModel):
     learning_rate: float
     warmup_ratio: float
     weight_decay: float
+    max_grad_norm: float = 1.0
     max_length: int
+    early_stopping_epochs: int | None = None
+    sweep: list[Variant] = []
+
+    @property
+    def trials(self) -> list[Plan]:
+        """The plan of each trial; without a sweep it is the only one."""
+        changes = [variant.model_dump(exclude_none=True) for variant in self.sweep] or [{}]
+        return [self.model_copy(update={**change, "sweep": []}) for change in changes]
+
+    @property
+    def edited(self) -> tuple[Positions, ...]:
+        """The positions, prefix and suffix apart where they have weights of their own."""
+        positions = Positions.parse(self.positions)
+        return (positions,) if self.tied else tuple(positions.split())
 
     @property
     def intervention(self) -> InterventionConfig:
@@ -69,6 +109,7 @@ def make_plan(
     *,
     examples: int,
     max_context: int,
+    seed: int = 0,
 ) -> Plan:
     """Resolve a job's `method` (and OpenAI's older `hyperparameters`) for a data set of `examples` rows.
 
@@ -82,21 +123,18 @@ def make_plan(
     family = reft.family or "loreft"
     if family not in FAMILIES:
         raise _invalid("family", family, f"one of {', '.join(FAMILIES)}")
-    if reft.rank is not None and reft.rank > base.hidden_size:
-        raise _invalid("rank", reft.rank, f"at most the base's hidden size, {base.hidden_size}")
+    rank = reft.rank or min(4, base.hidden_size)
+    _check_rank(rank, base, "rank")
     positions = reft.positions or "l1"
-    try:
-        Positions.parse(positions)
-    except PositionsError as cause:
-        raise InvalidRequest(str(cause), param="method.reft.positions") from cause
+    _check_positions(positions, "positions")
     max_length = hyper.max_length or min(max_context, 1024)
     if max_length > max_context:
         raise _invalid("hyperparameters.max_length", max_length, f"at most the base's context, {max_context}")
-    return Plan(
+    plan = Plan(
         family=family,
         layers=layers,
         positions=positions,
-        rank=reft.rank or min(4, base.hidden_size),
+        rank=rank,
         dropout=reft.dropout or 0.0,
         tied=True if reft.tied is None else reft.tied,
         n_epochs=hyper.n_epochs or epochs,
@@ -105,7 +143,9 @@ def make_plan(
         warmup_ratio=0.1 if hyper.warmup_ratio is None else hyper.warmup_ratio,
         weight_decay=hyper.weight_decay or 0.0,
         max_length=max_length,
+        early_stopping_epochs=hyper.early_stopping_epochs,
     )
+    return plan if reft.sweep is None else plan.model_copy(update={"sweep": variants(reft.sweep, base, seed=seed)})
 
 
 def _asked(
@@ -135,6 +175,66 @@ def _asked(
             param="method.supervised.hyperparameters.learning_rate_multiplier",
         )
     return ReftMethod(), ReftHyperparameters(**given), factor
+
+
+def variants(sweep: ReftSweep, base: BaseFingerprint, *, seed: int) -> list[Variant]:
+    """Up to `trials` different combinations; of more, and of ranges, random ones.
+
+    Raises InvalidRequest that names the field and what is right.
+    """
+    for rank in sweep.rank or ():
+        _check_rank(rank, base, "sweep.rank")
+    for positions in sweep.positions or ():
+        _check_positions(positions, "sweep.positions")
+    for rate in _bounds(sweep.learning_rate):
+        if not 0 < rate <= 1:
+            raise _invalid("sweep.learning_rate", rate, "above 0, at most 1")
+    for dropout in _bounds(sweep.dropout):
+        if not 0 <= dropout < 1:
+            raise _invalid("sweep.dropout", dropout, "0 or more, below 1")
+    layers = [_layers(each, base.num_layers) for each in sweep.layers] if sweep.layers else None
+    given = {"layers": layers, "positions": sweep.positions, "rank": sweep.rank}
+    ranges = {}
+    for field in ("learning_rate", "dropout"):
+        asked = getattr(sweep, field)
+        if isinstance(asked, Range):
+            ranges[field] = asked
+        else:
+            given[field] = asked
+    if not ranges and not any(given.values()):
+        raise InvalidRequest("the sweep varies nothing; give it at least one field", param="method.reft.sweep")
+    draw = random.Random(seed)  # noqa: S311 - a choice of trials, not a secret
+    lists = {field: values for field, values in given.items() if values}
+    grid = [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
+    draw.shuffle(grid)
+    if ranges:  # every trial draws its own numbers, so combinations may come again
+        grid = [grid[number % len(grid)] for number in range(sweep.trials)]
+    return [
+        Variant(**change, **{field: _drawn(draw, asked) for field, asked in ranges.items()})
+        for change in grid[: sweep.trials]
+    ]
+
+
+def _bounds(asked: list[float] | Range | None) -> list[float]:
+    return [asked.low, asked.high] if isinstance(asked, Range) else asked or []
+
+
+def _drawn(draw: random.Random, asked: Range) -> float:
+    if asked.log:
+        return math.exp(draw.uniform(math.log(asked.low), math.log(asked.high)))
+    return draw.uniform(asked.low, asked.high)
+
+
+def _check_rank(rank: int, base: BaseFingerprint, field: str) -> None:
+    if not 1 <= rank <= base.hidden_size:
+        raise _invalid(field, rank, f"1 to the base's hidden size, {base.hidden_size}")
+
+
+def _check_positions(positions: str, field: str) -> None:
+    try:
+        Positions.parse(positions)
+    except PositionsError as cause:
+        raise InvalidRequest(str(cause), param=f"method.reft.{field}") from cause
 
 
 def _layers(asked: list[int] | str | None, num_layers: int) -> list[int]:

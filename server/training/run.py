@@ -17,17 +17,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
-
-from reftserve.interventions import Provenance, save_artifact
+from reftserve.interventions import Positions, Provenance, save_artifact
 from reftserve.server.base_model import Base
 from reftserve.server.errors import InvalidRequest
 from reftserve.server.registry.store import Store
 from reftserve.server.storage.tables import Job
 from reftserve.server.training.dataset import EncodedExample, Splits, dataset_hash, encode, read_examples, split
 from reftserve.server.training.job_log import ENDED, JobLog
+from reftserve.server.training.packed import PackedModel
 from reftserve.server.training.recipe import Plan
 from reftserve.server.training.trainer import Trainer
+from reftserve.server.training.trunk import Arena, Trunk
 
 CANCELLED = -1
 KEPT_CHECKPOINTS = 2
@@ -38,13 +38,22 @@ class Runs:
     """The runs of one worker: at most one trainer is in memory."""
 
     def __init__(
-        self, store: Store, base: Base, model: PreTrainedModel, folder: Path, *, checkpoint_steps: int
+        self,
+        store: Store,
+        base: Base,
+        packed: PackedModel,
+        folder: Path,
+        *,
+        checkpoint_steps: int,
+        trunk_bytes: int = 0,
+        trunk_disk_bytes: int = 0,
     ) -> None:
         self._store = store
         self._base = base
-        self._model = model
+        self._packed = packed
         self._folder = folder
         self._checkpoint_steps = checkpoint_steps
+        self._trunk_bytes, self._trunk_disk_bytes = trunk_bytes, trunk_disk_bytes
         self._log = JobLog(store.database)
         self._current: tuple[str, Trainer] | None = None
 
@@ -159,13 +168,22 @@ class Runs:
             return self._current[1]
         job = self._log.get(job_id)
         plan = Plan.model_validate(job.plan)
-        trainer = Trainer(self._model, self._splits(job, plan), plan, seed=job.seed)
+        splits = self._splits(job, plan)
+        trainer = Trainer(self._trunk(job_id, plan, splits), splits, plan, seed=job.seed)
         step = trainer.total_steps if step is None else step
         if step > 0:
             trainer.load(self._checkpoint(job_id, step))
             self._log.event(job_id, f"Resumed from the checkpoint at step {step}", level="warn")
         self._current = (job_id, trainer)
         return trainer
+
+    def _trunk(self, job_id: str, plan: Plan, splits: Splits) -> Trunk:
+        """What the job's steps have in common, computed."""
+        positions = Positions.parse(plan.positions)
+        arena = Arena(self._trunk_bytes, self._trunk_disk_bytes, self._folder / job_id)
+        trunk = Trunk(self._packed, min(plan.layers), [positions] if plan.tied else positions.split(), arena)
+        trunk.fill([*splits.train, *splits.validation])
+        return trunk
 
     def _splits(self, job: Job, plan: Plan) -> Splits:
         folder = self._folder / job.id
@@ -235,4 +253,5 @@ class Runs:
     def _forget(self, job_id: str) -> None:
         """Free the memory and the disk that only a living job needs."""
         self._current = None
+        self._packed.release()
         shutil.rmtree(self._folder / job_id, ignore_errors=True)

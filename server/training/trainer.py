@@ -2,13 +2,18 @@
 
 Everything that a step depends on follows from the plan, the seed and the number of the step (order of the examples,
 learning rate, dropout), so a checkpoint is the weights, the optimizer's moments and the best weights so far.
+
+`advance` takes several trainers of one trunk a step further in the same forward passes: the rows of a pass belong to
+different trainers, each one's edits touch only its own, so no gradient reaches another.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import random
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +21,19 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from torch.nn import functional
 
-from reftserve.interventions import PlacedEdit, TrainableIntervention, attach
+from reftserve.interventions import PlacedEdit, Positions, TrainableIntervention
 from reftserve.server.training.dataset import EncodedExample, Splits
-from reftserve.server.training.evaluation import Score, TokenBatch, collate, completion_loss, forward
+from reftserve.server.training.evaluation import Score
+from reftserve.server.training.packed import PackedRows, RowEdit
 from reftserve.server.training.recipe import Plan
+from reftserve.server.training.trunk import Trunk
 
 BUCKET_BATCHES = 16
-EVALUATION_BATCH = 16
+MAX_ROWS = 2048  # of one pass with gradients, which keeps every layer's activations
+
+Place = tuple[int, Positions, Callable[[Tensor], Tensor]]
 
 
 @dataclass(frozen=True)
@@ -38,15 +47,21 @@ class StepMetrics:
 
 
 class Trainer:
-    """AdamW on the intervention's parameters with linear warm-up and decay; the base never changes."""
+    """AdamW on the intervention's parameters, gradients clipped; the base never changes.
 
-    def __init__(self, model: PreTrainedModel, splits: Splits, plan: Plan, *, seed: int) -> None:
-        self.model = model
+    Raises ValueError when the trunk does not hold for the plan's layers and positions.
+    """
+
+    def __init__(self, trunk: Trunk, splits: Splits, plan: Plan, *, seed: int) -> None:
+        self.trunk = trunk
         self.splits = splits
         self.plan = plan
         self.seed = seed
-        hidden_size = model.config.get_text_config().hidden_size
-        self.intervention = TrainableIntervention(plan.intervention, hidden_size, seed=seed).to(model.device)
+        packed = trunk.packed
+        self.intervention = TrainableIntervention(plan.intervention, packed.hidden_size, seed=seed).to(packed.device)
+        places = self.intervention.places
+        if not trunk.serves([layer for layer, _ in places], [positions for _, positions in places]):
+            raise ValueError(f"edits at {places} change what the trunk keeps from layer {trunk.lowest} on")
         self.optimizer = torch.optim.AdamW(self._parameter_groups(), lr=plan.learning_rate)
         self.steps_per_epoch = plan.steps_per_epoch(len(splits.train))
         self.total_steps = plan.n_epochs * self.steps_per_epoch
@@ -57,21 +72,31 @@ class Trainer:
 
     def advance(self) -> StepMetrics:
         """Do one optimizer step."""
-        batch = self._batch(self.step)
+        return advance([self])[0]
+
+    def places(self) -> list[Place]:
+        """What the step edits where: layer, positions, and what is added to the rows there, which has gradients."""
+        return [
+            (layer, positions, self._delta(number, family))
+            for number, (layer, positions, family) in enumerate(self.intervention.placed())
+        ]
+
+    def batch(self) -> list[EncodedExample]:
+        """The examples of the next step."""
+        epoch, index = divmod(self.step, self.steps_per_epoch)
+        return [self.splits.train[i] for i in self._epoch_batches(epoch)[index]]
+
+    def update(self, loss: float, tokens: int) -> StepMetrics:
+        """Take the optimizer's step with the gradients that are there."""
         learning_rate = self._learning_rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        self.intervention.train()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(hash((self.seed, self.step)))  # dropout; hash of ints is the same in every process
-            with attach(self.model, self.intervention, batch.n_prompt):
-                loss = completion_loss(forward(self.model, batch), batch.labels)
-        self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.intervention.parameters(), self.plan.max_grad_norm)
         self.optimizer.step()
+        self.optimizer.zero_grad()
         self.step += 1
-        self.trained_tokens += batch.num_targets
-        return StepMetrics(self.step, float(loss.detach()), learning_rate, batch.num_targets)
+        self.trained_tokens += tokens
+        return StepMetrics(self.step, loss, learning_rate, tokens)
 
     @property
     def ends_epoch(self) -> bool:
@@ -97,12 +122,13 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self, examples: Sequence[EncodedExample], edits: Sequence[PlacedEdit]) -> dict[str, float]:
         """Score examples with edits; without any, that is the base."""
+        places: list[Place] = [(e.layer, e.positions, e.edit.to(self.trunk.packed.device).delta) for e in edits]
         score = Score()
-        ordered = sorted(examples, key=lambda example: example.length)
-        for start in range(0, len(ordered), EVALUATION_BATCH):
-            batch = collate(ordered[start : start + EVALUATION_BATCH], self.model.device)
-            with attach(self.model, edits, batch.n_prompt):
-                score.add(forward(self.model, batch), batch.labels)
+        for numbers in self.trunk.passes(examples, MAX_ROWS):
+            chosen = [examples[i] for i in numbers]
+            rows = PackedRows([self.trunk.span(e) for e in chosen], self.trunk.packed.device)
+            logits = self.trunk.logits(rows, _row_edits(rows, [places] * len(chosen)))
+            score.add(logits, rows.labels, [len(e.completion_ids) for e in chosen])
         return score.means()
 
     def save(self, folder: Path) -> None:
@@ -117,7 +143,7 @@ class Trainer:
 
     def load(self, folder: Path) -> None:
         """Go on from a checkpoint of the same plan, seed and data."""
-        tensors = load_file(folder / "state.safetensors", device=str(self.model.device))
+        tensors = load_file(folder / "state.safetensors", device=str(self.trunk.packed.device))
         self.intervention.load_state_dict(_below("intervention.", tensors))
         self._best_state = _below("best.", tensors)
         state: dict[int, dict[str, Tensor]] = {}
@@ -142,18 +168,22 @@ class Trainer:
         return [{"params": params, "weight_decay": decay} for params, decay in groups if params]
 
     def _learning_rate(self, step: int) -> float:
-        """Linear warm-up to the plan's rate, then linear decay to 0."""
-        warmup = round(self.plan.warmup_ratio * self.total_steps)
-        if step < warmup:  # noqa: SIM108 - two phases read better as two branches
-            factor = (step + 1) / warmup
-        else:
-            factor = (self.total_steps - step) / max(1, self.total_steps - warmup)
-        return self.plan.learning_rate * factor
+        """Linear warm-up from 0 to the plan's rate, then linear decay to 0, as transformers' and pyreft's trainers."""
+        warmup = math.ceil(self.plan.warmup_ratio * self.total_steps)
+        rising, falling = step / max(1, warmup), (self.total_steps - step) / max(1, self.total_steps - warmup)
+        return self.plan.learning_rate * (rising if step < warmup else falling)
 
-    def _batch(self, step: int) -> TokenBatch:
-        epoch, index = divmod(step, self.steps_per_epoch)
-        chosen = self._epoch_batches(epoch)[index]
-        return collate([self.splits.train[i] for i in chosen], self.model.device)
+    def _delta(self, number: int, family: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def delta(rows: Tensor) -> Tensor:
+            hidden = rows.float()
+            if not self.plan.dropout:
+                return family(hidden) - hidden
+            with torch.random.fork_rng(devices=[]):
+                # Seeded for each module: the same in whatever pass; hash of ints is the same in every process.
+                torch.manual_seed(hash((self.seed, self.step, number)))
+                return family(hidden) - hidden
+
+        return delta
 
     def _epoch_batches(self, epoch: int) -> list[list[int]]:
         """The epoch's batches: random, but of examples of like length, so that little is padding."""
@@ -167,6 +197,50 @@ class Trainer:
             batches += [bucket[i : i + size] for i in range(0, len(bucket), size)]
         rng.shuffle(batches)
         return batches
+
+
+def advance(trainers: Sequence[Trainer]) -> list[StepMetrics]:
+    """One optimizer step of each trainer, all of one trunk, in passes that they share."""
+    trunk = trainers[0].trunk
+    batches = [trainer.batch() for trainer in trainers]
+    places = [trainer.places() for trainer in trainers]
+    owners = [owner for owner, batch in enumerate(batches) for _ in batch]
+    examples = [example for batch in batches for example in batch]
+    tokens = [sum(len(e.completion_ids) for e in batch) for batch in batches]
+    losses = [0.0] * len(trainers)
+    for trainer in trainers:
+        trainer.intervention.train()
+    for numbers in trunk.passes(examples, MAX_ROWS):
+        chosen = [examples[i] for i in numbers]
+        rows = PackedRows([trunk.span(e) for e in chosen], trunk.packed.device)
+        logits = trunk.logits(rows, _row_edits(rows, [places[owners[i]] for i in numbers]))
+        each = functional.cross_entropy(logits.float(), rows.labels, reduction="none")
+        counts = [len(e.completion_ids) for e in chosen]
+        # A trainer's loss is the mean over all its tokens of the step, whatever the passes.
+        shares = torch.tensor([1 / tokens[owners[i]] for i in numbers], device=each.device)
+        weighted = each * shares.repeat_interleave(torch.tensor(counts, device=each.device))
+        weighted.sum().backward()  # type: ignore[no-untyped-call]
+        sums = torch.stack([part.sum() for part in weighted.detach().split(counts)]).tolist()
+        for i, loss in zip(numbers, sums, strict=True):
+            losses[owners[i]] += loss
+    return [t.update(loss, count) for t, loss, count in zip(trainers, losses, tokens, strict=True)]
+
+
+def _row_edits(rows: PackedRows, places: Sequence[Sequence[Place]]) -> dict[int, list[RowEdit]]:
+    """What a pass adds where. places: of each span, the same list for spans of one owner."""
+    touched: defaultdict[tuple[int, Positions], list[Tensor]] = defaultdict(list)
+    owners = {id(at): at for at in places}
+    for span, offset, at in zip(rows.spans, rows.offsets, places, strict=True):
+        for positions in {positions for _, positions, _ in at}:
+            indices = positions.indices(len(span.example.prompt_ids), span.start, span.stop)
+            touched[id(at), positions].append(torch.from_numpy(indices) + (offset - span.start))
+    index = {key: torch.cat(parts).to(rows.input_ids.device) for key, parts in touched.items()}
+    edits: defaultdict[int, list[RowEdit]] = defaultdict(list)
+    for owner, at in owners.items():
+        for layer, positions, delta in at:
+            if len(index[owner, positions]):
+                edits[layer].append(RowEdit(index[owner, positions], delta))
+    return dict(edits)
 
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

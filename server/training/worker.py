@@ -25,6 +25,7 @@ from reftserve.server.settings import LOG_FORMAT, Settings
 from reftserve.server.training.dataset import count_examples
 from reftserve.server.training.durable import MAX_RECOVERIES, QUEUE, WORKFLOW, configure
 from reftserve.server.training.job_log import JobLog
+from reftserve.server.training.packed import PackedModel
 from reftserve.server.training.run import CANCELLED, Runs
 
 POLL_S = 0.2
@@ -80,7 +81,15 @@ def run(settings: Settings) -> None:
 def _runs(settings: Settings, store: Store, base: Base) -> Runs:
     device = resolve_device(settings.device)
     model = load_model(base.folder, resolve_dtype(settings.dtype, device), device)
-    return Runs(store, base, model, settings.data / "jobs", checkpoint_steps=settings.checkpoint_steps)
+    return Runs(
+        store,
+        base,
+        PackedModel(model, native_kernels=settings.native_kernels),
+        settings.data / "jobs",
+        checkpoint_steps=settings.checkpoint_steps,
+        trunk_bytes=settings.trunk_bytes,
+        trunk_disk_bytes=settings.trunk_disk_bytes,
+    )
 
 
 def _register(runs: Runs):  # type: ignore[no-untyped-def]

@@ -16,6 +16,7 @@ from reftserve.server.settings import Settings
 from reftserve.server.training.dataset import count_examples
 from reftserve.server.training.job_log import JobLog
 from reftserve.server.training.jobs import JobService
+from reftserve.server.training.packed import PackedModel
 from reftserve.server.training.run import CANCELLED, Runs
 
 OWNER = "default"
@@ -29,7 +30,7 @@ class Workplace:
         self.jobs = JobService(self.store, self.base)
         self.log = JobLog(self.store.database)
         model = load_model(self.base.folder, torch.float32, torch.device("cpu"))
-        self.runs = Runs(self.store, self.base, model, data / "jobs", checkpoint_steps=10)
+        self.runs = Runs(self.store, self.base, PackedModel(model), data / "jobs", checkpoint_steps=10)
 
     def create(self) -> str:
         file = self.store.files.upload(OWNER, "set.jsonl", "fine-tune", io.BytesIO(chat_lines(24)))

@@ -1,0 +1,134 @@
+"""Training beside pyreft and PEFT: `python benchmarks/train.py` (`make bench-train` sets the peers up first).
+
+200 film reviews (SST-2) as chats with one-word answers, batches of 10, float32. Ours is measured with everything that
+a job does once: filling the trunk and packing the weights. The peers take the same time for every epoch, so one is run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import workload as w
+
+from reftserve.interventions import Positions
+from reftserve.server.base_model import load_model, load_tokenizer
+from reftserve.server.training.dataset import EncodedExample, Splits, encode, read_examples
+from reftserve.server.training.packed import PackedModel
+from reftserve.server.training.recipe import Plan
+from reftserve.server.training.trainer import Trainer, advance
+from reftserve.server.training.trunk import Arena, Trunk
+
+ROWS, BATCH, RANK = 200, 10, 4
+PEERS = Path(__file__).parent / "peers"
+MIDDLE, ALL = [15], list(range(30))
+CASES = {
+    "middle layer, l1": (MIDDLE, "l1"),
+    "all layers, l1": (ALL, "l1"),
+    "all layers, f7+l7": (ALL, "f7+l7"),
+}
+
+
+def plan(layers: list[int], positions: str, epochs: int) -> Plan:
+    """What every system trains."""
+    return Plan(
+        family="loreft",
+        layers=layers,
+        positions=positions,
+        rank=RANK,
+        dropout=0.0,
+        tied=True,
+        n_epochs=epochs,
+        batch_size=BATCH,
+        learning_rate=4e-3,
+        warmup_ratio=0.0,
+        weight_decay=0.0,
+        max_length=1024,
+    )
+
+
+def ours(packed: PackedModel, data: list[EncodedExample], runs: list[Plan], epochs: list[int]) -> dict[int, float]:
+    """Examples a second of each trial after so many epochs; several trials share trunk and passes."""
+    packed.release()
+    began = time.perf_counter()
+    lowest = min(min(run.layers) for run in runs)
+    trunk = Trunk(packed, lowest, {Positions.parse(run.positions) for run in runs}, Arena(4 << 30))
+    trunk.fill(data)
+    splits = Splits(data, data[:1], data[:1])
+    trainers = [Trainer(trunk, splits, run, seed=0) for run in runs]
+    found = {}
+    for epoch in range(1, max(epochs) + 1):
+        for _ in range(trainers[0].steps_per_epoch):
+            advance(trainers)
+        if epoch in epochs:
+            found[epoch] = epoch * len(data) / (time.perf_counter() - began)
+    return found
+
+
+def peer(environment: str, script: str, job: dict[str, object]) -> float:
+    """Examples a second."""
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(job, file)
+        file.flush()
+        python = w.ROOT / ".peers" / environment / "bin" / "python"
+        done = subprocess.run([python, PEERS / script, file.name], capture_output=True, text=True, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
+    if not lines:
+        raise SystemExit(f"{script} failed:\n{done.stderr[-2000:]}")
+    return float(lines[0].split()[1])
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--runs", type=int, default=3)
+    arguments.add_argument("--no-peers", action="store_true", help="ours alone")
+    args = arguments.parse_args()
+    torch.set_num_threads(2)
+    tokenizer = load_tokenizer(w.MODEL)
+    files = [w.ROOT / "examples" / f"sentiment.{part}.jsonl" for part in ("train", "heldout")]
+    data = [encode(tokenizer, example) for file in files for example in read_examples(file)][:ROWS]
+    packed = PackedModel(load_model(w.MODEL, torch.float32, torch.device("cpu")))
+    tokens = statistics.mean(example.length for example in data)
+    print(f"{len(data)} rows of {tokens:.0f} tokens on average, batches of {BATCH}, rank {RANK}; {w.machine()}")
+    figures: dict[str, list[float]] = {}
+    for _ in range(args.runs):
+        for name, (layers, positions) in CASES.items():
+            epochs = [5, 20] if positions == "l1" else [1]
+            for count, figure in ours(packed, data, [plan(layers, positions, max(epochs))], epochs).items():
+                figures.setdefault(f"ours, {name}, {count} epochs", []).append(figure)
+        trials = [plan([layer], "l1", 5) for layer in range(8, 24, 2)]
+        for label, sweep in (("one trial", trials[:1]), ("8 trials", trials)):
+            figures.setdefault(f"ours, {label}", []).append(ours(packed, data, sweep, [5])[5])
+        if args.no_peers:
+            continue
+        packed.release()
+        job = {"model": str(w.MODEL), "batch_size": BATCH, "rank": RANK, "epochs": 1}
+        texts = {
+            "prompts": [tokenizer.decode(e.prompt_ids) for e in data],
+            "completions": [tokenizer.decode(e.completion_ids) for e in data],
+        }
+        for name, (layers, positions) in CASES.items():
+            each = {**job, **texts, "layers": layers, "positions": positions}
+            figures.setdefault(f"pyreft, {name}", []).append(peer("pyreft", "pyreft_train.py", each))
+        rows = [{"ids": list(e.prompt_ids + e.completion_ids), "n_prompt": len(e.prompt_ids)} for e in data]
+        figures.setdefault("PEFT LoRA r=8", []).append(peer("peft", "peft_train.py", {**job, "rows": rows}))
+    median = {name: statistics.median(values) for name, values in figures.items()}
+    for name, figure in median.items():
+        print(f"{name:40} {figure:7.2f} examples/s")
+    print(f"8-trial sweep / one trial, wall time: {median['ours, one trial'] / median['ours, 8 trials']:.2f}")
+    if not args.no_peers:
+        for name, (_, positions) in CASES.items():
+            for count in [5, 20] if positions == "l1" else [1]:
+                figure = median[f"ours, {name}, {count} epochs"]
+                against = f"{figure / median[f'pyreft, {name}']:6.2f} of pyreft"
+                print(f"{name}, {count} epochs: {against}  {figure / median['PEFT LoRA r=8']:6.2f} of PEFT LoRA")
+
+
+if __name__ == "__main__":
+    main()

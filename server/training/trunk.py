@@ -1,0 +1,182 @@
+"""What no step of a training run changes, computed once for each example and kept.
+
+The base is frozen and causal. Under edits at layer `lowest` and above, from token `start` of an example on:
+
+    layers up to `lowest`      their output is constant everywhere       kept: output of `lowest`, tokens from start on
+    tokens before `start`      constant in every layer                   kept: their keys and values above `lowest`
+
+So an epoch computes only the tokens from `start` on in the layers above `lowest`: of `l1` the last prompt token and the
+completion. Trials of a sweep share a trunk whose `lowest` and `start` hold for all of them. What the budget has no room
+for is computed anew each time.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from reftserve.interventions import Positions
+from reftserve.server.training.dataset import EncodedExample
+from reftserve.server.training.packed import PackedModel, PackedRows, RowEdit, Span
+
+FILL_ROWS = 1024  # tokens of one pass while the trunk is filled
+FILE_NUMBERS = 64 << 20  # float32 numbers in one file of the disk tier
+
+
+class Arena:
+    """Room for tensors that are written once: memory first, then files that vanish with the process."""
+
+    def __init__(self, memory_bytes: int, disk_bytes: int = 0, folder: Path | None = None) -> None:
+        self._memory_bytes, self._disk_bytes = memory_bytes, disk_bytes if folder is not None else 0
+        self._folder = folder
+        self._file = torch.empty(0)
+
+    def keep(self, tensor: Tensor) -> Tensor | None:
+        """A copy, or None when there is no room."""
+        if tensor.nbytes <= self._memory_bytes:
+            self._memory_bytes -= tensor.nbytes
+            return tensor.clone(memory_format=torch.contiguous_format)
+        count = tensor.numel() * tensor.element_size() // self._file.element_size()
+        if tensor.nbytes > self._disk_bytes or count > FILE_NUMBERS:
+            return None
+        if count > len(self._file):
+            self._file = self._new_file()
+        self._disk_bytes -= tensor.nbytes
+        room, self._file = self._file[:count], self._file[count:]
+        return room.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+    def _new_file(self) -> Tensor:
+        with tempfile.NamedTemporaryFile(dir=self._folder, prefix="trunk-") as file:
+            return torch.from_file(file.name, shared=True, size=FILE_NUMBERS)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """One example's constants.
+
+    hidden: [rows, hidden]. before: keys and values of each layer above the lowest edited one,
+    [2, kv_heads, start, dim]; empty where spans begin their examples.
+    """
+
+    hidden: Tensor
+    before: tuple[Tensor, ...]
+
+
+class _KeptPrefixes:
+    """Keys and values of several examples, padded to the longest, as attention wants them."""
+
+    def __init__(self, kept: Sequence[Kept], first_layer: int) -> None:
+        self._kept, self._first_layer = kept, first_layer
+
+    def at(self, layer: int) -> tuple[Tensor, Tensor]:
+        """[spans, kv_heads, longest start, dim] each."""
+        parts = [kept.before[layer - self._first_layer] for kept in self._kept]
+        _, heads, _, dim = parts[0].shape
+        longest = max(part.shape[2] for part in parts)
+        both = parts[0].new_zeros(2, len(parts), heads, longest, dim)
+        for index, part in enumerate(parts):
+            both[:, index, :, : part.shape[2]] = part
+        return both[0], both[1]
+
+
+class Trunk:
+    """Constants of examples under any edits at `lowest` and above that touch no token before those of `positions`."""
+
+    def __init__(self, packed: PackedModel, lowest: int, positions: Iterable[Positions], arena: Arena) -> None:
+        self.packed = packed
+        self.lowest = lowest
+        self._positions = tuple(positions)
+        self._has_prefixes = not any(p.first or p.prompt for p in self._positions)
+        self._arena = arena
+        self._kept: dict[EncodedExample, Kept] = {}
+
+    def __len__(self) -> int:
+        """Examples that are kept."""
+        return len(self._kept)
+
+    def serves(self, layers: Iterable[int], positions: Iterable[Positions]) -> bool:
+        """Whether edits at these places leave the constants constant."""
+        return min(layers) >= self.lowest and set(positions) <= set(self._positions)
+
+    def start(self, example: EncodedExample) -> int:
+        """The first token that is not constant in all layers, or the first that predicts if that comes before."""
+        n_prompt, stop = len(example.prompt_ids), example.length - 1
+        edited = [indices[0] for p in self._positions if len(indices := p.indices(n_prompt, 0, stop))]
+        return int(min([n_prompt - 1, *edited]))
+
+    def fill(self, examples: Iterable[EncodedExample], poll: Callable[[], None] = lambda: None) -> None:
+        """Compute and keep what is not there yet, as far as there is room. poll: called between passes; may raise."""
+        missing = sorted({e for e in examples if e not in self._kept}, key=lambda e: (e.length, e.prompt_ids))
+        for group in _by_rows([Span(example, 0) for example in missing], FILL_ROWS):
+            poll()
+            if not self._fill(group):
+                return
+
+    def logits(self, rows: PackedRows, edits: dict[int, list[RowEdit]]) -> Tensor:
+        """The targets' logits under edits, [targets, vocabulary]; the spans are all kept, or none is (`passes`)."""
+        kept = [self._kept[span.example] for span in rows.spans if span.example in self._kept]
+        if not kept:
+            return self.packed.logits(rows, edits)
+        return self.packed.logits(
+            rows,
+            edits,
+            prefixes=_KeptPrefixes(kept, self.lowest + 1) if self._has_prefixes else None,
+            begin=(self.lowest, torch.cat([each.hidden for each in kept])),
+        )
+
+    def passes(self, examples: Sequence[EncodedExample], max_rows: int) -> list[list[int]]:
+        """Numbers of the examples that one forward pass computes together; those of like length meet.
+
+        A pass has up to `max_rows` rows, unless a single example has more.
+        """
+        groups: list[list[int]] = []
+        for is_kept in (True, False):
+            chosen = [i for i, e in enumerate(examples) if (e in self._kept) is is_kept]
+            chosen.sort(key=lambda i: self.span(examples[i]).rows)
+            spans = [self.span(examples[i]) for i in chosen]
+            counts = [len(group) for group in _by_rows(spans, max_rows)]
+            for count in counts:
+                groups.append(chosen[:count])
+                chosen = chosen[count:]
+        return groups
+
+    def span(self, example: EncodedExample) -> Span:
+        """The tokens of an example that a pass computes."""
+        return Span(example, self.start(example) if example in self._kept else 0)
+
+    def _fill(self, spans: Sequence[Span]) -> bool:
+        """Whether there was room for all of them."""
+        rows = PackedRows(spans, self.packed.device)
+        starts = [self.start(span.example) for span in spans]
+        before: list[list[Tensor]] = []
+
+        def seen(layer: int, key: Tensor, value: Tensor) -> None:
+            both = torch.stack([key, value])
+            before.append([both[:, :, o : o + s] for o, s in zip(rows.offsets, starts, strict=True)])
+
+        hidden = self.packed.constants(rows, self.lowest, seen, above=self._has_prefixes)
+        for index, (span, offset, start) in enumerate(zip(spans, rows.offsets, starts, strict=True)):
+            parts = [hidden[offset + start : offset + span.rows], *(layer[index] for layer in before)]
+            kept = [self._arena.keep(part) for part in parts]
+            if any(part is None for part in kept):
+                return False
+            found = [part for part in kept if part is not None]
+            self._kept[span.example] = Kept(found[0], tuple(found[1:]))
+        return True
+
+
+def _by_rows(spans: Sequence[Span], max_rows: int) -> list[list[Span]]:
+    groups: list[list[Span]] = []
+    size = 0
+    for span in spans:
+        if not groups or size + span.rows > max_rows:
+            groups.append([])
+            size = 0
+        groups[-1].append(span)
+        size += span.rows
+    return groups

@@ -1,0 +1,195 @@
+"""Training from kept constants equals training from nothing: losses and gradients, in every form that it takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from plain_training import plain_loss
+from training_data import examples, plan
+from transformers import PreTrainedModel
+
+from reftserve.interventions import FAMILIES, Positions, TrainableIntervention
+from reftserve.server.training.dataset import EncodedExample, Splits
+from reftserve.server.training.packed import PackedModel
+from reftserve.server.training.recipe import Plan
+from reftserve.server.training.trainer import Trainer, advance
+from reftserve.server.training.trunk import Arena, Trunk
+
+TOLERANCE = 1e-5
+POSITIONS = ["l1", "l3", "f1+l1", "f2+l2", "f3", "prompt", "generated", "all"]
+PLENTY = 1 << 30
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, tuple[PreTrainedModel, PackedModel]]:
+    """Of each architecture: one to compute plainly, and one to pack."""
+    pairs = {}
+    for name in ARCHITECTURES:
+        plain, packed = (tiny_model(name).requires_grad_(False) for _ in range(2))
+        pairs[name] = (plain, PackedModel(packed))
+    return pairs
+
+
+def trunk_of(
+    packed: PackedModel, run: Plan, data: list[EncodedExample], arena: Arena, lowest: int | None = None
+) -> Trunk:
+    positions = Positions.parse(run.positions)
+    places = [positions] if run.tied else positions.split()
+    trunk = Trunk(packed, min(run.layers), places, arena)
+    trunk.fill(data)
+    return trunk
+
+
+def trainer_of(trunk: Trunk, run: Plan, data: list[EncodedExample], seed: int = 0) -> Trainer:
+    return Trainer(trunk, Splits(train=data, validation=data[:2], test=data[:2]), run, seed=seed)
+
+
+def gradients(trainers: list[Trainer]) -> list[tuple[float, list[torch.Tensor]]]:
+    """Losses and gradients of the next step of each."""
+    kept: list[list[torch.Tensor]] = [[] for _ in trainers]
+    for trainer, found in zip(trainers, kept, strict=True):
+
+        def record(*_: object, trainer: Trainer = trainer, found: list[torch.Tensor] = found) -> None:
+            parameters = trainer.intervention.parameters()
+            found.extend(torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters)
+
+        trainer.optimizer.register_step_pre_hook(record)
+    return [(metrics.loss, found) for metrics, found in zip(advance(trainers), kept, strict=True)]
+
+
+def plain_gradients(
+    model: PreTrainedModel, run: Plan, batch: list[EncodedExample], hidden_size: int, seed: int = 0
+) -> tuple[float, list[torch.Tensor]]:
+    intervention = TrainableIntervention(run.intervention, hidden_size, seed=seed)
+    loss = plain_loss(model, batch, intervention)
+    loss.backward()
+    found = [torch.zeros_like(p) if p.grad is None else p.grad for p in intervention.parameters()]
+    return float(loss.detach()), found
+
+
+def assert_equal(one: tuple[float, list[torch.Tensor]], other: tuple[float, list[torch.Tensor]]) -> None:
+    assert one[0] == pytest.approx(other[0], abs=TOLERANCE)
+    for found, expected in zip(one[1], other[1], strict=True):
+        scale = max(1.0, float(expected.abs().max()))
+        torch.testing.assert_close(found, expected, atol=TOLERANCE * scale, rtol=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    architecture=st.sampled_from(ARCHITECTURES),
+    family=st.sampled_from(sorted(FAMILIES)),
+    positions=st.sampled_from(POSITIONS),
+    layers=st.sets(st.integers(0, 2), min_size=1),
+    tied=st.booleans(),
+    room=st.sampled_from(["none", "some", "disk", "plenty"]),
+    max_rows=st.sampled_from([5, 2048]),
+    seed=st.integers(0, 1000),
+)
+def test_gradients_equal_those_of_the_plain_computation(
+    models: dict[str, tuple[PreTrainedModel, PackedModel]],
+    tmp_path_factory: pytest.TempPathFactory,
+    architecture: str,
+    family: str,
+    positions: str,
+    layers: set[int],
+    tied: bool,
+    room: str,
+    max_rows: int,
+    seed: int,
+) -> None:
+    plain, packed = models[architecture]
+    run = plan(
+        layers=sorted(layers),
+        positions=positions,
+        family=family,
+        tied=tied,
+        dropout=0.0,
+        batch_size=6,
+        max_grad_norm=1e9,
+    )
+    data = examples(6, seed, vocabulary=100, tail=2)
+    arenas = {
+        "none": lambda: Arena(0),
+        "some": lambda: Arena(6_000),
+        "disk": lambda: Arena(2_000, PLENTY, tmp_path_factory.mktemp("trunk")),
+        "plenty": lambda: Arena(PLENTY),
+    }
+    trunk = trunk_of(packed, run, data, arenas[room]())
+    assert len(trunk) == {"none": 0, "plenty": 6, "disk": 6}.get(room, len(trunk))
+    trainer = trainer_of(trunk, run, data)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("reftserve.server.training.trainer.MAX_ROWS", max_rows)
+        found = gradients([trainer])[0]
+    assert_equal(found, plain_gradients(plain, run, data, packed.hidden_size))
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    layers=st.lists(st.integers(0, 2), min_size=2, max_size=3),
+    positions=st.lists(st.sampled_from(POSITIONS), min_size=3, max_size=3),
+    seed=st.integers(0, 1000),
+)
+def test_trials_that_share_passes_learn_exactly_what_each_learns_alone(
+    models: dict[str, tuple[PreTrainedModel, PackedModel]], layers: list[int], positions: list[str], seed: int
+) -> None:
+    _, packed = models["llama"]
+    data = examples(7, seed, vocabulary=100, tail=2)
+    runs = [
+        plan(layers=[layer], positions=at, tied=True, dropout=0.0, rank=1 + number, max_grad_norm=1e9)
+        for number, (layer, at) in enumerate(zip(layers, positions, strict=False))
+    ]
+    shared = Trunk(packed, min(layers), {Positions.parse(at) for at in positions}, Arena(PLENTY))
+    shared.fill(data)
+    together = gradients([trainer_of(shared, run, data, seed=number) for number, run in enumerate(runs)])
+    for number, (run, found) in enumerate(zip(runs, together, strict=True)):
+        alone = trainer_of(trunk_of(packed, run, data, Arena(PLENTY)), run, data, seed=number)
+        assert_equal(found, gradients([alone])[0])
+
+
+def test_scores_from_a_trunk_are_those_of_the_plain_model(
+    models: dict[str, tuple[PreTrainedModel, PackedModel]],
+) -> None:
+    plain, packed = models["gemma3"]
+    run = plan(layers=[1], positions="l1", tied=True)
+    data = examples(5, 3, vocabulary=100, tail=2)
+    trainer = trainer_of(trunk_of(packed, run, data, Arena(PLENTY)), run, data)
+    for edits in ((), trainer.intervention.lower()):
+        with torch.no_grad():
+            expected = float(plain_loss(plain, data, edits))
+        assert trainer.evaluate(data, edits)["loss"] == pytest.approx(expected, abs=TOLERANCE)
+
+
+def test_a_suffix_only_pass_computes_the_last_prompt_token_and_the_completion(
+    models: dict[str, tuple[PreTrainedModel, PackedModel]],
+) -> None:
+    _, packed = models["llama"]
+    data = examples(4, 1, vocabulary=100, tail=2)
+    trunk = trunk_of(packed, plan(layers=[1], positions="l1"), data, Arena(PLENTY))
+    assert [trunk.span(e).rows for e in data] == [len(e.completion_ids) for e in data]
+
+
+def test_a_trunk_refuses_a_trainer_whose_edits_would_change_what_it_keeps(
+    models: dict[str, tuple[PreTrainedModel, PackedModel]],
+) -> None:
+    _, packed = models["llama"]
+    data = examples(4, 1, vocabulary=100, tail=2)
+    trunk = trunk_of(packed, plan(layers=[1], positions="l1"), data, Arena(PLENTY))
+    for wrong in (plan(layers=[0], positions="l1"), plan(layers=[1], positions="l2")):
+        with pytest.raises(ValueError, match="trunk keeps"):
+            trainer_of(trunk, wrong, data)
+
+
+def test_what_the_arena_keeps_on_disk_is_the_same_and_its_file_has_no_name(tmp_path: Path) -> None:
+    arena = Arena(100, 10_000, tmp_path)
+    tensors = [torch.randn(5, 5), torch.randn(20, 20), torch.randn(10, 100).to(torch.bfloat16)]
+    for tensor in tensors:
+        kept = arena.keep(tensor)
+        assert kept is not None
+        assert torch.equal(kept, tensor)
+    assert arena.keep(torch.zeros(2000)) is None
+    assert list(tmp_path.iterdir()) == []

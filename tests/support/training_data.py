@@ -1,0 +1,38 @@
+"""Plans and random examples for tests of the trainer."""
+
+from __future__ import annotations
+
+import torch
+
+from reftserve.server.training.dataset import EncodedExample
+from reftserve.server.training.recipe import Plan
+
+
+def plan(**changes: object) -> Plan:
+    """A small plan with some fields changed."""
+    fields = {
+        "family": "loreft",
+        "layers": [1, 2],
+        "positions": "f2+l2",
+        "rank": 2,
+        "dropout": 0.1,
+        "tied": False,
+        "n_epochs": 4,
+        "batch_size": 3,
+        "learning_rate": 0.01,
+        "warmup_ratio": 0.1,
+        "weight_decay": 0.01,
+        "max_length": 64,
+    }
+    return Plan.model_validate({**fields, **changes})
+
+
+def examples(count: int, seed: int, vocabulary: int = 300, tail: int = 0) -> list[EncodedExample]:
+    """Prompts of 2 to 11 random tokens; completions of 2 that can be learned, and up to `tail` that cannot."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low: int, high: int) -> tuple[int, ...]:
+        length = int(torch.randint(low, high, (1,), generator=generator))
+        return tuple(torch.randint(3, vocabulary, (length,), generator=generator).tolist())
+
+    return [EncodedExample(draw(2, 12), (7 + i % 2, 2, *draw(0, tail + 1))) for i in range(count)]
