@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -111,7 +111,9 @@ class Trainer:
         tensors |= {f"best.{name}": t for name, t in self._best_state.items()}
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": t for name, t in state.items()}
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / "state.safetensors")
+        # Not save_file: to it a full disk is no OSError.
+        state_bytes = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
+        (folder / "state.safetensors").write_bytes(state_bytes)
         meta = {"step": self.step, "trained_tokens": self.trained_tokens, "best": self.best}
         (folder / "progress.json").write_text(json.dumps(meta))
 
