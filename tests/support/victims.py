@@ -76,7 +76,7 @@ class Victim:
         assert not self.process.is_alive(), self.log.read_text()
 
     def _start(self) -> BaseProcess:
-        process = PROCESSES.Process(target=self._target, args=(self._settings, self.log))
+        process = PROCESSES.Process(target=self._target, args=(self._settings, self.log), daemon=True)
         process.start()
         return process
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from workplace import CHECKPOINT_STEPS, OWNER, STEPS, Worker, Workplace
 
-from reftserve.server.errors import Conflict
-from reftserve.server.training.leases import LeaseLost
+from reftserve.server.errors import Conflict, QuotaExceeded
+from reftserve.server.training.leases import Lease, LeaseLost
 from reftserve.server.training.run import MAX_ATTEMPTS
 from reftserve.server.training.trainer import Trainer
 
@@ -127,14 +127,14 @@ def test_a_paused_job_holds_no_memory_and_no_worker_and_ends_as_if_it_had_not_be
     place: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place.create("straight")
-    worker = place.worker()
+    worker, before = place.worker(), trainers()
     worker.work()
     job_id = place.create("paused")
     on_step(monkeypatch, 6, lambda: place.jobs.pause(OWNER, job_id))
     worker.work()
     assert (place.job(job_id).status, place.steps(job_id)[-1]) == ("paused", 6), "before the next optimizer step"
     assert worker.leases.take() is None
-    assert not [found for found in gc.get_objects() if isinstance(found, Trainer)]
+    assert trainers() == before
     assert place.jobs.resume(OWNER, job_id).status == "queued"
     place.worker("another").work()
     assert place.steps(job_id) == list(range(1, STEPS + 1)), "no step is lost"
@@ -157,14 +157,14 @@ def test_a_job_that_waits_is_paused_at_once_and_a_pause_can_be_withdrawn(place: 
 def test_a_cancelled_job_ends_at_once_and_its_worker_stops_before_the_next_step(
     place: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job_id = place.create()
+    job_id, before = place.create(), trainers()
     on_step(monkeypatch, 6, lambda: place.jobs.cancel(OWNER, job_id))
     place.worker().work()
     assert place.job(job_id).status == "cancelled"
     assert place.steps(job_id) == [1, 2, 3, 4, 5], "the step on the way is not even written down"
     assert place.messages(job_id)[-1] == "The job was cancelled"
     assert place.published("tone") == []
-    assert not [found for found in gc.get_objects() if isinstance(found, Trainer)]
+    assert trainers() == before
     with pytest.raises(Conflict, match="has cancelled"):
         place.jobs.cancel(OWNER, job_id)
 
@@ -269,35 +269,37 @@ def test_a_full_disk_fails_the_job_with_its_previous_checkpoint_intact(
     assert place.steps(job_id)[2 * CHECKPOINT_STEPS] == CHECKPOINT_STEPS + 1
 
 
-def test_checkpoints_past_the_quota_fail_the_job_after_ended_jobs_made_room(
-    tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    place = Workplace(tiny_llama_folder, tmp_path)
-    cancelled = place.create("cancelled")
-    with monkeypatch.context() as patch:
-        on_step(patch, 6, lambda: place.jobs.cancel(OWNER, cancelled))
-        place.worker().work()
-    one_job = place.store.blobs.size("jobs")
-    assert (place.kept(), one_job > 0) == ([cancelled], True)
+def test_ended_jobs_make_room_for_others_and_living_ones_do_not(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    place = Workplace(tiny_llama_folder, tmp_path, max_jobs_bytes=1000)
+    worker = place.worker()
+    ended, living = place.create("ended"), place.create("living")
 
-    # Room for one job and a half: the ended one has to go.
-    tight = Workplace(tiny_llama_folder, tmp_path, max_jobs_bytes=int(1.5 * one_job) + 4000)
-    going = tight.create("going")
-    tight.worker().work()
-    assert (tight.job(going).status, tight.kept()) == ("succeeded", [])
+    def write(lease: Lease, step: int, size: int) -> None:
+        worker.files.write_checkpoint(lease, step, {}, lambda folder: fill(folder, size))
 
-    tighter = Workplace(tiny_llama_folder, tmp_path, max_jobs_bytes=one_job // 2)
-    failing = tighter.create("failing")
-    tighter.worker().work()
-    error = tighter.job(failing).error
-    assert error is not None
-    assert error["code"] == "storage_quota_exceeded"
-    assert "max_jobs_bytes" in error["message"]
+    write(worker.take(), 1, 600)
+    place.jobs.cancel(OWNER, ended)
+    lease = worker.take()
+    write(lease, 1, 300)
+    assert place.kept() == [ended, living]
+    write(lease, 2, 300)
+    assert place.kept() == [living], "the one that has ended had to go"
+    with pytest.raises(QuotaExceeded, match="max_jobs_bytes"):
+        write(lease, 3, 500)
+    newest = worker.files.newest_checkpoint(lease)
+    assert newest is not None
+    assert (newest.name.split("-")[1], (newest / "f").stat().st_size) == ("2", 300), "the one before is whole"
+    place.jobs.retry(OWNER, ended)
+    assert worker.files.newest_checkpoint(worker.take()) is None, "it begins again"
 
-    tight.jobs.retry(OWNER, cancelled)
-    tight.worker().work()
-    assert tight.job(cancelled).status == "succeeded"
-    assert tight.steps(cancelled) == [1, 2, 3, 4, 5, *range(1, STEPS + 1)], "its checkpoint had to go"
+
+def test_a_job_for_which_there_is_no_room_fails_and_says_so(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    place = Workplace(tiny_llama_folder, tmp_path, max_jobs_bytes=1)
+    job_id = place.create()
+    place.worker().work()
+    job = place.job(job_id)
+    assert job.error is not None
+    assert (job.status, job.error["code"], place.kept()) == ("failed", "storage_quota_exceeded", [])
 
 
 def test_files_of_ended_jobs_go_when_their_time_is_up_and_those_of_others_stay(
@@ -311,7 +313,6 @@ def test_files_of_ended_jobs_go_when_their_time_is_up_and_those_of_others_stay(
             place.worker().work()
     assert place.worker().files.sweep() == []
     later = Workplace(tiny_llama_folder, tmp_path, keep_jobs_s=0)
-    time.sleep(1.1)  # times of jobs are whole seconds
     assert later.worker().files.sweep() == [ended]
     assert later.kept() == [paused]
     assert all(not row.kept for row in later.log.checkpoints(ended))
@@ -329,6 +330,17 @@ def test_the_first_event_is_that_the_job_was_created(place: Workplace) -> None:
 def test_jobs_are_listed_newest_first(place: Workplace) -> None:
     created = [place.create() for _ in range(8)]
     assert [job.id for job in place.jobs.list_page(OWNER, after=None, limit=20)[0]] == created[::-1]
+
+
+def fill(folder: Path, size: int) -> None:
+    """A checkpoint of so many bytes."""
+    (folder / "f").write_bytes(bytes(size))
+
+
+def trainers() -> int:
+    """Trainers in memory."""
+    gc.collect()
+    return sum(isinstance(found, Trainer) for found in gc.get_objects())
 
 
 def on_step(patch: pytest.MonkeyPatch, step: int, act: Callable[[], object]) -> None:
