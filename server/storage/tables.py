@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from sqlalchemy import JSON, ForeignKey, MetaData, UniqueConstraint
+from sqlalchemy import JSON, Double, ForeignKey, MetaData, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 
@@ -107,7 +107,7 @@ class Job(Table):
     base: Mapped[dict[str, Any] | None] = mapped_column(JSON)
     pause_requested: Mapped[bool] = mapped_column(default=False)
     lease_worker: Mapped[str | None]
-    lease_expires_at: Mapped[float | None]
+    lease_expires_at: Mapped[float | None] = mapped_column(Double)
     fence: Mapped[int] = mapped_column(default=0)
     attempts: Mapped[int] = mapped_column(default=0)
     fine_tuned_model: Mapped[str | None]

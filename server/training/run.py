@@ -58,7 +58,8 @@ class Runs:
         try:
             self._run(lease)
         except LeaseLost as cause:
-            logger.warning("%s", cause)
+            # As text: a record that keeps the exception keeps the trainer with it.
+            logger.warning("%s", str(cause))
         finally:
             _free_memory()
 

@@ -340,7 +340,7 @@ def fill(folder: Path, size: int) -> None:
 def trainers() -> int:
     """Trainers in memory."""
     gc.collect()
-    return sum(isinstance(found, Trainer) for found in gc.get_objects())
+    return sum(type(found) is Trainer for found in gc.get_objects())
 
 
 def on_step(patch: pytest.MonkeyPatch, step: int, act: Callable[[], object]) -> None:

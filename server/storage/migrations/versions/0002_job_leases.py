@@ -24,7 +24,7 @@ def upgrade() -> None:
     op.alter_column("jobs", "cancel_requested", new_column_name="pause_requested")
     op.add_column("jobs", sa.Column("base", sa.JSON(), nullable=True))
     op.add_column("jobs", sa.Column("lease_worker", sa.String(), nullable=True))
-    op.add_column("jobs", sa.Column("lease_expires_at", sa.Float(), nullable=True))
+    op.add_column("jobs", sa.Column("lease_expires_at", sa.Double(), nullable=True))
     op.add_column("jobs", sa.Column("fence", sa.Integer(), nullable=False, server_default="0"))
     op.add_column("jobs", sa.Column("attempts", sa.Integer(), nullable=False, server_default="0"))
     op.add_column("job_checkpoints", sa.Column("kept", sa.Boolean(), nullable=False, server_default=sa.true()))
