@@ -31,6 +31,7 @@ SEED = 4
 CHECKPOINT_STEPS = 5
 STEPS = 60
 LIVING_JOBS = 3
+PAUSE_S = 0.15
 TIMEOUT_S = 120
 RECIPE = {"layers": [1], "rank": 1, "dropout": 0.1, "n_epochs": 12, "batch_size": 4}
 
@@ -58,7 +59,7 @@ class Users(threading.Thread):
 
     def run(self) -> None:
         number = 0
-        while not self._gone.wait(0.05):
+        while not self._gone.wait(PAUSE_S):
             number += 1
             try:
                 self._act(number)
@@ -140,7 +141,7 @@ def test_everything_acknowledged_is_whole_after_kills_at_random_moments(settings
         users.start()
         database = Database(settings.resolved_database_url)
         for _ in range(MOMENTS):
-            wait_for_steps(database, draw.randint(1, STEPS))
+            wait_for_steps(database, draw.randint(1, STEPS // 2))
             going = draw.choice([[server], [workers[0]], [workers[1]], workers, [server, *workers]])
             for victim in going:
                 victim.kill()
