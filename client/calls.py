@@ -291,6 +291,21 @@ def cancel_job(job_id: str) -> Call[FineTuningJob]:
     return Call("POST", f"/v1/fine_tuning/jobs/{job_id}/cancel", _reads(FineTuningJob))
 
 
+def pause_job(job_id: str) -> Call[FineTuningJob]:
+    """POST /v1/fine_tuning/jobs/{id}/pause."""
+    return Call("POST", f"/v1/fine_tuning/jobs/{job_id}/pause", _reads(FineTuningJob))
+
+
+def resume_job(job_id: str) -> Call[FineTuningJob]:
+    """POST /v1/fine_tuning/jobs/{id}/resume."""
+    return Call("POST", f"/v1/fine_tuning/jobs/{job_id}/resume", _reads(FineTuningJob))
+
+
+def retry_job(job_id: str) -> Call[FineTuningJob]:
+    """POST /v1/fine_tuning/jobs/{id}/retry."""
+    return Call("POST", f"/v1/fine_tuning/jobs/{job_id}/retry", _reads(FineTuningJob))
+
+
 def list_events(job_id: str, after: str | None, limit: int) -> Call[Page[FineTuningEvent]]:
     """GET /v1/fine_tuning/jobs/{id}/events; newest first."""
     params = _given({"after": after, "limit": limit})

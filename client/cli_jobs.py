@@ -91,5 +91,23 @@ def events(context: typer.Context, job_id: Id) -> None:
 
 @app.command("cancel")
 def cancel(context: typer.Context, job_id: Id) -> None:
-    """Stop a job before its next optimizer step."""
+    """End a job at once; `retry` takes it up again."""
     session(context).show(session(context).client.jobs.get(job_id).cancel().data)
+
+
+@app.command("pause")
+def pause(context: typer.Context, job_id: Id) -> None:
+    """Let a job rest after its current optimizer step, with a checkpoint."""
+    session(context).show(session(context).client.jobs.get(job_id).pause().data)
+
+
+@app.command("resume")
+def resume(context: typer.Context, job_id: Id) -> None:
+    """Let a paused job go on where it stands."""
+    session(context).show(session(context).client.jobs.get(job_id).resume().data)
+
+
+@app.command("retry")
+def retry(context: typer.Context, job_id: Id) -> None:
+    """Try a failed or cancelled job again, from its last checkpoint if that is still kept."""
+    session(context).show(session(context).client.jobs.get(job_id).retry().data)

@@ -1,4 +1,4 @@
-"""A training job as an object to wait for, watch and cancel; blocking and asynchronous."""
+"""A training job as an object to wait for, watch, pause, cancel and retry; blocking and asynchronous."""
 
 from __future__ import annotations
 
@@ -105,8 +105,23 @@ class Job(_JobState):
         return self
 
     def cancel(self) -> Job:
-        """Stop it before its next optimizer step."""
+        """End it at once; it can be retried. Raises Conflict when it has ended."""
         self.data = self._send(calls.cancel_job(self.id))
+        return self
+
+    def pause(self) -> Job:
+        """Let it rest after its current optimizer step; `paused` then. Raises Conflict when it has ended."""
+        self.data = self._send(calls.pause_job(self.id))
+        return self
+
+    def resume(self) -> Job:
+        """Let it go on where it stands. Raises Conflict when it has ended."""
+        self.data = self._send(calls.resume_job(self.id))
+        return self
+
+    def retry(self) -> Job:
+        """Try it again, from its last checkpoint if that is still kept. Raises Conflict unless it has failed."""
+        self.data = self._send(calls.retry_job(self.id))
         return self
 
     def events(self, *, timeout_s: float | None = None, poll_s: float = POLL_S) -> Iterator[FineTuningEvent]:
@@ -163,8 +178,23 @@ class AsyncJob(_JobState):
         return self
 
     async def cancel(self) -> AsyncJob:
-        """Stop it before its next optimizer step."""
+        """End it at once; it can be retried. Raises Conflict when it has ended."""
         self.data = await self._send(calls.cancel_job(self.id))
+        return self
+
+    async def pause(self) -> AsyncJob:
+        """Let it rest after its current optimizer step; `paused` then. Raises Conflict when it has ended."""
+        self.data = await self._send(calls.pause_job(self.id))
+        return self
+
+    async def resume(self) -> AsyncJob:
+        """Let it go on where it stands. Raises Conflict when it has ended."""
+        self.data = await self._send(calls.resume_job(self.id))
+        return self
+
+    async def retry(self) -> AsyncJob:
+        """Try it again, from its last checkpoint if that is still kept. Raises Conflict unless it has failed."""
+        self.data = await self._send(calls.retry_job(self.id))
         return self
 
     async def events(

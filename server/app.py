@@ -34,6 +34,7 @@ def open_services(settings: Settings) -> Services:
     base = open_base(settings)
     store = open_store(settings, base.fingerprint, count_examples)
     store.interventions.sweep()
+    store.files.sweep()
     engine = EngineClient(_engine_config(settings, base))
     return Services(
         settings=settings,

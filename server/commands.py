@@ -49,7 +49,7 @@ def serve(
 
 @app.command()
 def worker(model: Model = None, data: Data = None, config: Config = None) -> None:
-    """Run a training worker apart from the server, on the same data folder."""
+    """Run a training worker apart from the server, on the same data folder; several share the jobs."""
     with _explained():
         settings = _settings(model=model, data=data, config=config)
         from reftserve.server.training.worker import run

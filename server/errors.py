@@ -5,6 +5,7 @@
     ├── NotFound              404    no such model, intervention, file or job
     ├── Conflict              409    the state of the thing forbids it (in use, already cancelled, ...)
     ├── PayloadTooLarge       413    upload above the limit
+    ├── QuotaExceeded         413    the owner's, or the jobs', share of the disk is used up
     ├── Overloaded            429    the queue is full; try again after `retry_after_s`
     ├── Unavailable           503    engine, worker or database are not there right now
     ├── DeadlineExceeded      504    not done within the time that the request gave
@@ -64,6 +65,12 @@ class PayloadTooLarge(ServerError):
     """An upload above the configured limit."""
 
     status, type, code = 413, "invalid_request_error", "payload_too_large"
+
+
+class QuotaExceeded(ServerError):
+    """A configured share of the disk is used up; 413 and not 507, because another attempt cannot mend it."""
+
+    status, type, code = 413, "invalid_request_error", "storage_quota_exceeded"
 
 
 class Overloaded(ServerError):

@@ -65,6 +65,10 @@ class Settings(BaseSettings):
     max_interventions: int = Field(8, ge=1, description="Interventions composed in one request")
 
     max_file_bytes: int = Field(512 << 20, gt=0, description="Size limit of one upload")
+    max_owner_bytes: int = Field(16 << 30, gt=0, description="Uploaded files of one owner in all; past it 413")
+    max_jobs_bytes: int = Field(
+        64 << 30, gt=0, description="Data copies and checkpoints of all jobs; past it those of ended jobs go first"
+    )
     max_artifact_bytes: int = Field(256 << 20, gt=0, description="Size limit of one uploaded intervention")
     override_fingerprint: bool = Field(
         False,
@@ -73,6 +77,12 @@ class Settings(BaseSettings):
     trunk_bytes: int = Field(1 << 30, ge=0, description="Memory for what a job's steps have in common, of each example")
     trunk_disk_bytes: int = Field(4 << 30, ge=0, description="Disk for what that memory has no room for")
     checkpoint_steps: int = Field(10, ge=1, description="Optimizer steps between durable checkpoints of a job")
+    lease_s: float = Field(
+        10.0, gt=0, description="Seconds without a sign of life after which a worker's job goes to another worker"
+    )
+    keep_jobs_s: float = Field(
+        7 * 86400.0, ge=0, description="Seconds that a failed or cancelled job can be retried from its checkpoint"
+    )
 
     @classmethod
     def settings_customise_sources(

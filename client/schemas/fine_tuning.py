@@ -100,7 +100,7 @@ class FineTuningJobCreate(Request):
     integrations: list[Any] | None = Field(None, max_length=0)
 
 
-JobStatus = Literal["validating_files", "queued", "running", "succeeded", "failed", "cancelled"]
+JobStatus = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
 
 
 class JobError(Response):

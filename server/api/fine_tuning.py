@@ -41,8 +41,26 @@ def get_job(job_id: str, server: Server, owner: Owner) -> FineTuningJob:
 
 @router.post("/{job_id}/cancel")
 def cancel_job(job_id: str, server: Server, owner: Owner) -> FineTuningJob:
-    """Stop a job before its next optimizer step."""
+    """End a job at once; it can be retried."""
     return _job(server.jobs.cancel(owner, job_id))
+
+
+@router.post("/{job_id}/pause")
+def pause_job(job_id: str, server: Server, owner: Owner) -> FineTuningJob:
+    """Let a job rest after its current optimizer step."""
+    return _job(server.jobs.pause(owner, job_id))
+
+
+@router.post("/{job_id}/resume")
+def resume_job(job_id: str, server: Server, owner: Owner) -> FineTuningJob:
+    """Let a paused job go on where it stands."""
+    return _job(server.jobs.resume(owner, job_id))
+
+
+@router.post("/{job_id}/retry")
+def retry_job(job_id: str, server: Server, owner: Owner) -> FineTuningJob:
+    """Try a failed or cancelled job again, from its last checkpoint if that is still kept."""
+    return _job(server.jobs.retry(owner, job_id))
 
 
 @router.get("/{job_id}/events")
@@ -104,7 +122,7 @@ def _checkpoint(row: JobCheckpoint) -> FineTuningCheckpoint:
         id=f"ftckpt-{row.job_id.removeprefix('ftjob-')}-{row.step}",
         created_at=row.created_at,
         fine_tuning_job_id=row.job_id,
-        fine_tuned_model_checkpoint=row.path,
+        fine_tuned_model_checkpoint=f"checkpoint-{row.step}",
         step_number=row.step,
         metrics=row.metrics,
     )

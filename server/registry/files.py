@@ -10,32 +10,44 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-from sqlalchemy import select
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
 
-from reftserve.server.errors import InvalidRequest, NotFound, PayloadTooLarge
-from reftserve.server.storage.blobs import BlobStore
+from reftserve.server.errors import InvalidRequest, NotFound, PayloadTooLarge, QuotaExceeded
+from reftserve.server.storage.blobs import BlobStore, no_room_for
 from reftserve.server.storage.database import Database
 from reftserve.server.storage.tables import File
 
 TRAINING, RESULTS = "fine-tune", "fine-tune-results"
+BLOBS = "files"
 CHUNK_BYTES = 1 << 20
 
 
 class FileStore:
-    """Files by id. validate: counts the examples of a training file, or raises InvalidRequest."""
+    """Files by id. validate: counts the examples of a training file, or raises InvalidRequest.
+
+    max_bytes: of one upload; max_owner_bytes: of all that an owner has uploaded. What jobs produce is not counted.
+    """
 
     def __init__(
-        self, database: Database, blobs: BlobStore, *, max_bytes: int, validate: Callable[[Path], int]
+        self,
+        database: Database,
+        blobs: BlobStore,
+        *,
+        max_bytes: int,
+        validate: Callable[[Path], int],
+        max_owner_bytes: int = 16 << 30,
     ) -> None:
         self._database = database
         self._blobs = blobs
         self._max_bytes = max_bytes
+        self._max_owner_bytes = max_owner_bytes
         self._validate = validate
 
     def upload(self, owner: str, filename: str, purpose: str, stream: BinaryIO) -> File:
         """Take a user's file; it exists only if it is valid.
 
-        Raises InvalidRequest, PayloadTooLarge or StorageFull.
+        Raises InvalidRequest, PayloadTooLarge, QuotaExceeded or StorageFull.
         """
         if purpose != TRAINING:
             raise InvalidRequest(
@@ -48,15 +60,31 @@ class FileStore:
             self._receive(stream, received)
             examples = self._validate(received)
             file_id = f"file-{uuid.uuid4().hex}"
-            return self._store(owner, filename, purpose, received, examples, file_id=file_id)
 
-    def put_result(self, owner: str, job_id: str, filename: str, content: bytes) -> File:
-        """Keep what a job produced; again, after a crash, it replaces the same file."""
+            def within_quota(session: Session) -> None:
+                self._require_quota(session, owner, received.stat().st_size)
+
+            return self._store(owner, filename, purpose, received, examples, file_id, within_quota)
+
+    def put_result(
+        self,
+        owner: str,
+        job_id: str,
+        filename: str,
+        content: bytes,
+        *,
+        check: Callable[[Session], object] = lambda session: None,
+    ) -> File:
+        """Keep what a job produced; again, after a crash, it replaces the same file.
+
+        check: called in the transaction that stores it; what it raises undoes it.
+        """
         with tempfile.TemporaryDirectory() as scratch:
             file = Path(scratch) / "result"
-            file.write_bytes(content)
+            with no_room_for(filename):
+                file.write_bytes(content)
             file_id = f"file-{job_id.removeprefix('ftjob-')}"
-            return self._store(owner, filename, RESULTS, file, None, file_id=file_id)
+            return self._store(owner, filename, RESULTS, file, None, file_id, check)
 
     def get(self, owner: str, file_id: str, *, param: str = "file_id") -> File:
         """A file's row.
@@ -77,8 +105,17 @@ class FileStore:
         with self._database.reading() as session:
             return list(session.scalars(query))
 
-    def path(self, file: File) -> Path:
-        """A file's bytes as a local path."""
+    def path(self, file: File, *, param: str = "file_id") -> Path:
+        """A file's bytes as a local path.
+
+        Raises NotFound when the store has lost them.
+        """
+        if not self._blobs.exists(file.blob_key):
+            raise NotFound(
+                f"the bytes of file {file.id!r} ({file.filename}) are no longer in the store; upload it again",
+                param=param,
+                code="file_content_missing",
+            )
         return self._blobs.local_file(file.blob_key)
 
     def delete(self, owner: str, file_id: str) -> None:
@@ -91,9 +128,15 @@ class FileStore:
             session.delete(session.get_one(File, file_id))
         self._blobs.delete(file.blob_key)
 
+    def sweep(self) -> list[str]:
+        """Remove bytes that a crash left without a row; for start-up."""
+        with self._database.reading() as session:
+            known = set(session.scalars(select(File.blob_key)))
+        return self._blobs.sweep(BLOBS, known)
+
     def _receive(self, stream: BinaryIO, target: Path) -> None:
         received = 0
-        with target.open("wb") as file:
+        with no_room_for("the file"), target.open("wb") as file:
             while chunk := stream.read(CHUNK_BYTES):
                 received += len(chunk)
                 if received > self._max_bytes:
@@ -102,8 +145,24 @@ class FileStore:
                     )
                 file.write(chunk)
 
+    def _require_quota(self, session: Session, owner: str, more: int) -> None:
+        query = select(func.coalesce(func.sum(File.bytes), 0)).where(File.owner == owner, File.purpose == TRAINING)
+        used = int(session.scalar(query) or 0)
+        if used + more > self._max_owner_bytes:
+            raise QuotaExceeded(
+                f"the file has {more} bytes, and {used} of {self._max_owner_bytes} bytes are used; delete files first",
+                param="file",
+            )
+
     def _store(
-        self, owner: str, filename: str, purpose: str, content: Path, examples: int | None, *, file_id: str
+        self,
+        owner: str,
+        filename: str,
+        purpose: str,
+        content: Path,
+        examples: int | None,
+        file_id: str,
+        check: Callable[[Session], object],
     ) -> File:
         file = File(
             id=file_id,
@@ -112,17 +171,23 @@ class FileStore:
             purpose=purpose,
             bytes=content.stat().st_size,
             sha256=_sha256(content),
-            blob_key=f"files/{file_id}",
+            # Never the same key twice: whoever replaces a file must not touch the bytes of the one that is there.
+            blob_key=f"{BLOBS}/{uuid.uuid4().hex}",
             examples=examples,
             created_at=int(time.time()),
         )
         self._blobs.put_file(file.blob_key, content)
         try:
             with self._database.session() as session:
+                check(session)
+                replaced = session.get(File, file_id)
+                replaced_key = None if replaced is None else replaced.blob_key
                 session.merge(file)
         except BaseException:
             self._blobs.delete(file.blob_key)
             raise
+        if replaced_key is not None:
+            self._blobs.delete(replaced_key)
         return file
 
 

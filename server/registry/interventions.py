@@ -11,6 +11,7 @@ import threading
 import time
 import uuid
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,10 +64,19 @@ class InterventionRegistry:
         self._holds: Counter[str] = Counter()
         self._doomed: set[str] = set()
 
-    def publish(self, owner: str, name: str, folder: Path, *, job_id: str | None = None) -> PublishedVersion:
+    def publish(
+        self,
+        owner: str,
+        name: str,
+        folder: Path,
+        *,
+        job_id: str | None = None,
+        alongside: Callable[[Session, str], object] = lambda session, published_id: None,
+    ) -> PublishedVersion:
         """Publish an artifact folder as the next version of `name`; `latest` moves to it.
 
-        A job publishes once: again with the same job_id gives the same version.
+        A job publishes once: again with the same job_id gives the same version. alongside: called with `name@version`
+        in the transaction that publishes; what it raises undoes it.
         Raises InvalidRequest when the name or the artifact will not do, StorageFull when there is no room.
         """
         check_name(name)
@@ -87,7 +97,7 @@ class InterventionRegistry:
         )
         self._blobs.put_folder(version.blob_key, folder)
         try:
-            committed = self._commit(owner, name, version)
+            committed = self._commit(owner, name, version, alongside)
         except BaseException:
             self._blobs.delete(version.blob_key)
             raise
@@ -222,7 +232,7 @@ class InterventionRegistry:
             known = set(session.scalars(select(Version.blob_key)))
         return self._blobs.sweep(BLOBS, known)
 
-    def _commit(self, owner: str, name: str, version: Version) -> Version:
+    def _commit(self, owner: str, name: str, version: Version, alongside: Callable[[Session, str], object]) -> Version:
         """Give the version its number and commit it; what the job has published already, if it has."""
         for attempt in range(5):
             try:
@@ -230,6 +240,7 @@ class InterventionRegistry:
                     if version.job_id is not None:
                         published = session.scalar(select(Version).where(Version.job_id == version.job_id))
                         if published is not None:
+                            alongside(session, f"{name}@{published.version}")
                             return published
                     query = select(Intervention).where(Intervention.owner == owner, Intervention.name == name)
                     row = session.scalar(query.with_for_update())
@@ -242,6 +253,7 @@ class InterventionRegistry:
                     row.next_version += 1
                     session.add(copy)
                     session.merge(Alias(intervention_id=row.id, alias=LATEST, owner=owner, version=copy.version))
+                    alongside(session, f"{name}@{copy.version}")
                 return copy
             except IntegrityError:
                 # Another process created the same name, or published for the same job, in the same moment.

@@ -16,9 +16,10 @@ from reftserve.server.storage.database import Database
 
 @dataclass(frozen=True)
 class Store:
-    """Database, files and interventions of one data folder."""
+    """Database, blobs, files and interventions of one data folder."""
 
     database: Database
+    blobs: BlobStore
     files: FileStore
     interventions: InterventionRegistry
 
@@ -31,7 +32,14 @@ def open_store(settings: Settings, base: BaseFingerprint, validate: Callable[[Pa
     blobs = BlobStore(settings.resolved_blob_url, cache=settings.data / "cache")
     return Store(
         database=database,
-        files=FileStore(database, blobs, max_bytes=settings.max_file_bytes, validate=validate),
+        blobs=blobs,
+        files=FileStore(
+            database,
+            blobs,
+            max_bytes=settings.max_file_bytes,
+            validate=validate,
+            max_owner_bytes=settings.max_owner_bytes,
+        ),
         interventions=InterventionRegistry(
             database,
             blobs,

@@ -1,7 +1,8 @@
 """Blobs: files and folders of files under keys, in a local folder or any fsspec URL (s3://, gs://, ...).
 
 Keys are written once and become visible through a database row that is committed afterwards, so a write that fails
-half-way leaves nothing that anyone can reach; its remains are removed at once, or by `sweep` after a crash.
+half-way leaves nothing that anyone can reach; its remains are removed at once, or by `sweep` after a crash. A single
+file appears under its key whole or not at all.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import shutil
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,6 +65,24 @@ class BlobStore:
         """A stored folder as a local path; remote ones are copied into the cache once."""
         return self._local(key)
 
+    def exists(self, key: str) -> bool:
+        """Whether a file or folder is stored under the key."""
+        # Other processes write too: what this one has listed before is no longer true.
+        self.filesystem.invalidate_cache()
+        return bool(self.filesystem.exists(self._path(key)))
+
+    def children(self, prefix: str) -> list[str]:
+        """Keys directly below `prefix`, in order."""
+        if not self.exists(prefix):
+            return []
+        names = [path.rstrip("/").rsplit("/", 1)[-1] for path in self.filesystem.ls(self._path(prefix), detail=False)]
+        return sorted(f"{prefix}/{name}" for name in names)
+
+    def size(self, prefix: str) -> int:
+        """Bytes stored below `prefix`."""
+        self.filesystem.invalidate_cache()
+        return sum(info["size"] for info in self.filesystem.find(self._path(prefix), detail=True).values())
+
     def delete(self, key: str) -> None:
         """Remove a file or folder; one that is not there is no error."""
         if self.filesystem.exists(self._path(key)):
@@ -75,13 +95,9 @@ class BlobStore:
 
         Young ones may belong to a row that another process is about to commit. Returns the keys removed.
         """
-        folder = self._path(prefix)
-        if not self.filesystem.exists(folder):
-            return []
         swept = []
-        for path in self.filesystem.ls(folder, detail=False):
-            key = f"{prefix}/{path.rstrip('/').rsplit('/', 1)[-1]}"
-            if key not in keep and time.time() - self._modified(path) > older_than_s:
+        for key in self.children(prefix):
+            if key not in keep and time.time() - self._modified(self._path(key)) > older_than_s:
                 self.delete(key)
                 swept.append(key)
         return swept
@@ -113,17 +129,32 @@ class BlobStore:
             self.filesystem.put_file(str(source), target)
             return
         Path(target).parent.mkdir(parents=True, exist_ok=True)
-        with source.open("rb") as read, Path(target).open("wb") as write:
-            shutil.copyfileobj(read, write)
-            write.flush()
-            os.fsync(write.fileno())
+        scratch = Path(f"{target}.{uuid.uuid4().hex}.partial")
+        try:
+            with source.open("rb") as read, scratch.open("wb") as write:
+                shutil.copyfileobj(read, write)
+                write.flush()
+                os.fsync(write.fileno())
+            scratch.replace(target)
+        finally:
+            scratch.unlink(missing_ok=True)
 
     @contextmanager
     def _all_or_nothing(self, key: str) -> Iterator[None]:
         try:
-            yield
-        except OSError as cause:
+            with no_room_for(key):
+                yield
+        except (OSError, StorageFull):
             self.delete(key)
-            if cause.errno in NO_ROOM:
-                raise StorageFull(f"no room to store {key}; nothing was stored") from cause
             raise
+
+
+@contextmanager
+def no_room_for(what: str) -> Iterator[None]:
+    """Raises StorageFull in place of the operating system's errors for a full disk."""
+    try:
+        yield
+    except OSError as cause:
+        if cause.errno in NO_ROOM:
+            raise StorageFull(f"no room to store {what}; nothing was stored") from cause
+        raise

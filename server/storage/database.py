@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,6 +68,12 @@ class Database:
         except DatabaseError:
             return False
         return True
+
+    def now(self, session: Session) -> float:
+        """Unix seconds by the clock that all processes share: the database's; this machine's for a local file."""
+        if self.url.get_backend_name() == "sqlite":
+            return time.time()
+        return float(session.execute(text("SELECT extract(epoch FROM clock_timestamp())")).scalar_one())
 
     def close(self) -> None:
         """Give all connections back."""

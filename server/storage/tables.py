@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from sqlalchemy import JSON, ForeignKey, MetaData, UniqueConstraint
+from sqlalchemy import JSON, Double, ForeignKey, MetaData, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 
@@ -85,7 +85,11 @@ class Alias(Table):
 
 
 class Job(Table):
-    """A training run. plan: every decision of the recipe; error: code, message and param when it failed."""
+    """A training run. plan: every decision of the recipe; error: code, message and param when it failed.
+
+    base: fingerprint of the model that it was made for. lease_worker: who runs it, until lease_expires_at (Unix
+    seconds) unless renewed; fence: counts its changes of hands; attempts: takings since its last checkpoint.
+    """
 
     __tablename__ = "jobs"
 
@@ -100,7 +104,12 @@ class Job(Table):
     plan: Mapped[dict[str, Any]]
     seed: Mapped[int]
     job_metadata: Mapped[dict[str, Any] | None] = mapped_column(JSON)
-    cancel_requested: Mapped[bool]
+    base: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    pause_requested: Mapped[bool] = mapped_column(default=False)
+    lease_worker: Mapped[str | None]
+    lease_expires_at: Mapped[float | None] = mapped_column(Double)
+    fence: Mapped[int] = mapped_column(default=0)
+    attempts: Mapped[int] = mapped_column(default=0)
     fine_tuned_model: Mapped[str | None]
     trained_tokens: Mapped[int | None]
     result_files: Mapped[list[str]]
@@ -127,7 +136,7 @@ class JobEvent(Table):
 
 
 class JobCheckpoint(Table):
-    """A durable step of a job; its state is the folder `path` below the data folder."""
+    """A durable step of a job; its state is the blob folder `path` for as long as it is `kept`."""
 
     __tablename__ = "job_checkpoints"
 
@@ -135,5 +144,6 @@ class JobCheckpoint(Table):
     step: Mapped[int] = mapped_column(primary_key=True)
     owner: Mapped[str]
     path: Mapped[str]
+    kept: Mapped[bool] = mapped_column(default=True)
     metrics: Mapped[dict[str, Any]]
     created_at: Mapped[int]

@@ -1,4 +1,4 @@
-"""The jobs of the API: create, list, retrieve, cancel, events, checkpoints. Training itself is the worker's.
+"""The jobs of the API: create, list, cancel, pause, resume, retry, events, checkpoints. Training is the worker's.
 
 A job exists once its row is committed with status `queued`; the worker finds it there. No second write is needed, so
 an acknowledged job can not be lost between two stores.
@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from sqlalchemy import select
+from sqlalchemy.orm import Session
 
 from reftserve.client.schemas import FineTuningJobCreate
 from reftserve.server.base_model import Base
@@ -19,7 +22,8 @@ from reftserve.server.registry.names import check_name
 from reftserve.server.registry.store import Store
 from reftserve.server.storage.tables import File, Job, JobCheckpoint, JobEvent
 from reftserve.server.training.dataset import MIN_EXAMPLES
-from reftserve.server.training.job_log import ENDED, JobLog
+from reftserve.server.training.job_log import JobLog, finish, queue, rest
+from reftserve.server.training.leases import ENDED, is_held
 from reftserve.server.training.recipe import make_plan
 
 
@@ -72,7 +76,7 @@ class JobService:
             plan=plan.model_dump(),
             seed=request.seed if request.seed is not None else 0,
             job_metadata=request.metadata,
-            cancel_requested=False,
+            base=self._base.fingerprint.model_dump(),
             result_files=[],
             created_at=int(time.time()),
         )
@@ -97,23 +101,55 @@ class JobService:
         return jobs[:limit], len(jobs) > limit
 
     def cancel(self, owner: str, job_id: str) -> Job:
-        """Stop a job: at once when it waits, before its next optimizer step when it runs.
+        """End a job at once; a worker that runs it notices before its next optimizer step.
 
         Raises NotFound, or Conflict when it has ended.
         """
-        self.get(owner, job_id)
-        with self._store.database.session() as session:
-            job = session.get_one(Job, job_id)
-            if job.status in ENDED:
-                raise Conflict(f"job {job_id} has {job.status} and cannot be cancelled", code="job_ended")
-            job.cancel_requested = True
-            waiting = job.status == "queued"
-            if waiting:
-                job.status = "cancelled"
-                job.finished_at = int(time.time())
-        if waiting:
-            self.log.event(job_id, "The job was cancelled before it began")
-        return self.get(owner, job_id)
+        with self._changing(owner, job_id) as (session, job):
+            _require_living(job, "cancelled")
+            finish(session, job, "cancelled", "The job was cancelled")
+        return job
+
+    def pause(self, owner: str, job_id: str) -> Job:
+        """Let a job rest: at once when nobody runs it, else after its current optimizer step, with a checkpoint.
+
+        Raises NotFound, or Conflict when it has ended.
+        """
+        with self._changing(owner, job_id) as (session, job):
+            _require_living(job, "paused")
+            if is_held(job, self._store.database.now(session)):
+                job.pause_requested = True
+            elif job.status != "paused":
+                rest(session, job, "The job was paused")
+        return job
+
+    def resume(self, owner: str, job_id: str) -> Job:
+        """Queue a paused job again, or withdraw a pause that has not begun; of a job that goes on nothing changes.
+
+        Raises NotFound, or Conflict when it has ended.
+        """
+        with self._changing(owner, job_id) as (session, job):
+            _require_living(job, "resumed")
+            job.pause_requested = False
+            if job.status == "paused":
+                queue(session, job, "The job goes on")
+        return job
+
+    def retry(self, owner: str, job_id: str) -> Job:
+        """Queue a failed or cancelled job again; it goes on from its last checkpoint if that is still kept.
+
+        Raises NotFound, or Conflict when the job has not failed.
+        """
+        with self._changing(owner, job_id) as (session, job):
+            if job.status not in ("failed", "cancelled"):
+                raise Conflict(
+                    f"job {job_id} is {job.status}; only a failed or cancelled job can be retried",
+                    code="job_not_failed",
+                )
+            job.error = None
+            job.finished_at = None
+            queue(session, job, "The job is tried again")
+        return job
 
     def events(self, owner: str, job_id: str, *, after: str | None, limit: int) -> tuple[list[JobEvent], bool]:
         """Events, newest first, after the one with id `after`; and whether there are more."""
@@ -127,6 +163,13 @@ class JobService:
         self.get(owner, job_id)
         return self.log.checkpoints(job_id)
 
+    @contextmanager
+    def _changing(self, owner: str, job_id: str) -> Iterator[tuple[Session, Job]]:
+        """A job in a transaction that has its row for itself."""
+        self.get(owner, job_id)
+        with self._store.database.session() as session:
+            yield session, session.get_one(Job, job_id, with_for_update=True)
+
     def _data_file(self, owner: str, file_id: str, param: str) -> File:
         file = self._store.files.get(owner, file_id, param=param)
         if file.purpose != TRAINING:
@@ -136,6 +179,11 @@ class JobService:
                 code="invalid_file",
             )
         return file
+
+
+def _require_living(job: Job, wanted: str) -> None:
+    if job.status in ENDED:
+        raise Conflict(f"job {job.id} has {job.status} and cannot be {wanted}", code="job_ended")
 
 
 def event_id(event: JobEvent) -> str:

@@ -86,6 +86,11 @@ class Plan(BaseModel):
         return (positions,) if self.tied else tuple(positions.split())
 
     @property
+    def edits_prefix(self) -> bool:
+        """Whether a prompt's first tokens are edited, so that nothing before its end is constant in all layers."""
+        return any(positions.first or positions.prompt for positions in self.edited)
+
+    @property
     def intervention(self) -> InterventionConfig:
         """What is trained."""
         return InterventionConfig(

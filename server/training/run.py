@@ -1,202 +1,256 @@
-"""One job's run, in durable steps: begin, advance (again and again), publish. The worker calls them through DBOS.
+"""One job's run under its lease: begin, advance (again and again), publish.
 
-Each can be repeated after a crash: begin copies the data and plans; advance goes from one checkpoint to the next;
-publish makes the artifact and hands it to the registry, which takes it once.
-
-    data folder / jobs / <id> /  training.jsonl  validation.jsonl  checkpoint-<step>/
+Each can be repeated after a crash: begin copies the data and goes to the newest checkpoint; advance goes on to
+the next; publish makes the artifact and hands it to the registry, which takes it once, in the transaction that ends the
+job.
 """
 
 from __future__ import annotations
 
 import csv
+import gc
 import io
-import shutil
+import logging
+import tempfile
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from reftserve.interventions import Positions, Provenance, save_artifact
+import torch
+from sqlalchemy.orm import Session
+
+from reftserve.interventions import BaseFingerprint, FingerprintMismatch, PlacedEdit, Provenance, save_artifact
 from reftserve.server.base_model import Base
-from reftserve.server.errors import InvalidRequest
+from reftserve.server.errors import Conflict, InvalidRequest, ServerError
 from reftserve.server.registry.store import Store
+from reftserve.server.storage.blobs import no_room_for
 from reftserve.server.storage.tables import Job
 from reftserve.server.training.dataset import EncodedExample, Splits, dataset_hash, encode, read_examples, split
-from reftserve.server.training.job_log import ENDED, JobLog
+from reftserve.server.training.job_files import JobFiles
+from reftserve.server.training.job_log import JobLog, finish
+from reftserve.server.training.leases import Lease, LeaseLost, held
 from reftserve.server.training.packed import PackedModel
 from reftserve.server.training.recipe import Plan
+from reftserve.server.training.sweep import Sweep
 from reftserve.server.training.trainer import Trainer
 from reftserve.server.training.trunk import Arena, Trunk
 
-CANCELLED = -1
-KEPT_CHECKPOINTS = 2
+logger = logging.getLogger(__name__)
+MAX_ATTEMPTS = 20
 METRICS_FILE_FIELDS = ("step", "train_loss", "learning_rate", "valid_loss", "valid_exact_match")
 
 
 class Runs:
-    """The runs of one worker: at most one trainer is in memory."""
+    """The runs of one worker, one after the other.
+
+    trunk_bytes, trunk_disk_bytes: what a job keeps of its examples (`trunk.py`) in memory, and in files in `scratch`.
+    """
 
     def __init__(
         self,
         store: Store,
         base: Base,
         packed: PackedModel,
-        folder: Path,
+        files: JobFiles,
         *,
         checkpoint_steps: int,
-        trunk_bytes: int = 0,
-        trunk_disk_bytes: int = 0,
+        trunk_bytes: int,
+        trunk_disk_bytes: int,
+        scratch: Path,
     ) -> None:
         self._store = store
         self._base = base
         self._packed = packed
-        self._folder = folder
+        self._files = files
         self._checkpoint_steps = checkpoint_steps
-        self._trunk_bytes, self._trunk_disk_bytes = trunk_bytes, trunk_disk_bytes
+        self._trunk_bytes, self._trunk_disk_bytes, self._scratch = trunk_bytes, trunk_disk_bytes, scratch
         self._log = JobLog(store.database)
-        self._current: tuple[str, Trainer] | None = None
 
-    def begin(self, job_id: str) -> int:
-        """Copy and check the data; the number of optimizer steps to do, or CANCELLED."""
-        if not self._log.start(job_id):
-            return CANCELLED
-        job = self._log.get(job_id)
-        folder = self._folder / job_id
-        folder.mkdir(parents=True, exist_ok=True)
-        for file_id, target in ((job.training_file, "training"), (job.validation_file, "validation")):
-            if file_id is not None:
-                row = self._store.files.get(job.owner, file_id, param=f"{target}_file")
-                shutil.copyfile(self._store.files.path(row), folder / f"{target}.jsonl")
-        trainer = self._trainer(job_id, 0)
-        splits = trainer.splits
+    def carry(self, lease: Lease) -> None:
+        """From where the job stands to its end, its pause, or the loss of the lease; then its memory is free again."""
+        try:
+            self._run(lease)
+        except LeaseLost as cause:
+            # As text: a record that keeps the exception keeps the trainer with it.
+            logger.warning("%s", str(cause))
+        finally:
+            self._packed.release()
+            _free_memory()
+
+    def begin(self, lease: Lease) -> Sweep:
+        """Check the base, copy and check the data; the job's trials at its newest checkpoint.
+
+        Raises ServerError when data or base are gone, or the job has ended too many workers.
+        """
+        job = self._log.get(lease.job_id)
+        if lease.attempt > MAX_ATTEMPTS:
+            raise ServerError(
+                f"{MAX_ATTEMPTS} times in a row a worker ended before the job's next checkpoint", code="worker_lost"
+            )
+        self._require_base(job)
+        plan = Plan.model_validate(job.plan)
+        splits = self._splits(lease, job, plan)
+        sweep = Sweep(self._trainers(lease, job, plan, splits), patience=plan.early_stopping_epochs)
+        checkpoint = self._files.newest_checkpoint(lease)
+        if checkpoint is not None:
+            sweep.load(checkpoint)
+            self._log.event(lease, f"Resumed from the checkpoint at step {sweep.step}")
+            return sweep
+        trials = f"{len(sweep.running)} trials, up to " if len(sweep.running) > 1 else ""
+        parameters = max(trial.trainer.intervention.num_parameters for trial in sweep.running)
         self._log.event(
-            job_id,
-            f"Training {trainer.intervention.num_parameters} parameters on {len(splits.train)} examples for "
-            f"{trainer.total_steps} steps; {len(splits.validation)} examples select, {len(splits.test)} score",
+            lease,
+            f"Training {trials}{parameters} parameters on {len(splits.train)} examples for {sweep.total_steps} steps; "
+            f"{len(splits.validation)} examples select, {len(splits.test)} score",
         )
-        return trainer.total_steps
+        return sweep
 
-    def advance(self, job_id: str, step: int) -> int:
-        """Train from checkpoint `step` to the next; the step reached, or CANCELLED."""
-        if self._log.get(job_id).status in ENDED:
-            return CANCELLED
-        trainer = self._trainer(job_id, step)
-        until = min(step + self._checkpoint_steps, trainer.total_steps)
-        while trainer.step < until:
-            if self._log.cancel_requested(job_id):
-                self._forget(job_id)
-                self._log.end(job_id, "cancelled", f"The job was cancelled after {trainer.step} steps")
-                return CANCELLED
-            self._one_step(job_id, trainer)
-        self._save_checkpoint(job_id, trainer)
-        return trainer.step
+    def advance(self, lease: Lease, sweep: Sweep) -> bool:
+        """Train to the next checkpoint; False when the job was paused on the way."""
+        until = min(sweep.step + self._checkpoint_steps, sweep.total_steps)
+        while sweep.step < until and not sweep.has_ended:
+            if self._log.pause_requested(lease):
+                self._save_checkpoint(lease, sweep)
+                self._log.pause(lease, f"The job was paused after {sweep.step} steps")
+                return False
+            self._one_step(lease, sweep)
+        self._save_checkpoint(lease, sweep)
+        return True
 
-    def publish(self, job_id: str) -> str:
+    def publish(self, lease: Lease, sweep: Sweep) -> str:
         """Score base and best intervention on the test split, publish, and end the job; `name@version`."""
-        job = self._log.get(job_id)
-        if job.status in ENDED:
-            return job.fine_tuned_model or ""
-        trainer = self._trainer(job_id, None)
+        job = self._log.get(lease.job_id)
+        trainer = sweep.leader
         edits = trainer.best_edits()
         scores = {
             "base": trainer.evaluate(trainer.splits.test, []),
             "intervention": trainer.evaluate(trainer.splits.test, edits),
         }
-        artifact = self._folder / job_id / "artifact"
-        shutil.rmtree(artifact, ignore_errors=True)
-        plan = trainer.plan
-        save_artifact(
-            artifact,
-            edits,
-            family=plan.family,
-            positions=plan.positions,
-            rank=plan.rank,
-            tied=plan.tied,
-            base=self._base.fingerprint,
-            parameters=trainer.intervention.num_parameters,
-            provenance=self._provenance(job, trainer, scores),
+        self._log.event(lease, f"Test scores of base and intervention: {scores}", data={"test": scores})
+        results = self._store.files.put_result(
+            job.owner, job.id, f"{job.id}.csv", self._metrics_csv(job.id), check=lambda session: held(session, lease)
         )
-        published = self._store.interventions.publish(job.owner, job.suffix, artifact, job_id=job_id)
-        results = self._store.files.put_result(job.owner, job_id, f"{job_id}.csv", self._metrics_csv(job_id))
-        self._log.event(job_id, f"Test scores of base and intervention: {scores}", data={"test": scores})
-        self._log.end(
-            job_id,
-            "succeeded",
-            f"Published {published.id}",
-            fine_tuned_model=published.id,
-            trained_tokens=trainer.trained_tokens,
-            result_files=[results.id],
-        )
-        self._forget(job_id)
+
+        def end(session: Session, published_id: str) -> None:
+            finish(
+                session,
+                held(session, lease),
+                "succeeded",
+                f"Published {published_id}",
+                fine_tuned_model=published_id,
+                trained_tokens=trainer.trained_tokens,
+                result_files=[results.id],
+            )
+
+        with tempfile.TemporaryDirectory() as scratch:
+            artifact = Path(scratch) / "artifact"
+            self._save_artifact(artifact, edits, trainer, self._provenance(job, sweep, scores))
+            published = self._store.interventions.publish(job.owner, job.suffix, artifact, job_id=job.id, alongside=end)
+        self._files.remove(job.id)
         return published.id
 
-    def fail(self, job_id: str, cause: Exception) -> None:
-        """End the job with a reason."""
+    def fail(self, lease: Lease, cause: Exception) -> None:
+        """End the job with a reason; its last checkpoint stays for a retry."""
+        if not isinstance(cause, ServerError):
+            logger.error("job %s failed", lease.job_id, exc_info=cause)
         error = {
             "code": getattr(cause, "code", "internal_error"),
             "message": str(cause) or type(cause).__name__,
             "param": getattr(cause, "param", None),
         }
-        self._log.end(job_id, "failed", f"The job failed: {error['message']}", level="error", error=error)
-        self._forget(job_id)
+        self._log.end(lease, "failed", f"The job failed: {error['message']}", level="error", error=error)
 
-    def _one_step(self, job_id: str, trainer: Trainer) -> None:
+    def _run(self, lease: Lease) -> None:
+        try:
+            sweep = self.begin(lease)
+            while not sweep.has_ended:
+                if not self.advance(lease, sweep):
+                    return
+            self.publish(lease, sweep)
+        except LeaseLost:
+            raise
+        except Exception as cause:
+            self.fail(lease, cause)
+
+    def _one_step(self, lease: Lease, sweep: Sweep) -> None:
         began = time.monotonic()
-        metrics = trainer.advance()
+        metrics = sweep.advance()
         seconds = time.monotonic() - began
-        remaining = trainer.total_steps - metrics.step
+        remaining = sweep.total_steps - metrics.step
         data: dict[str, Any] = {
             "step": metrics.step,
-            "total_steps": trainer.total_steps,
+            "total_steps": sweep.total_steps,
             "train_loss": metrics.loss,
             "learning_rate": metrics.learning_rate,
             "tokens_per_second": metrics.tokens / seconds,
             "eta_s": remaining * seconds,
         }
-        if trainer.ends_epoch:
-            score = trainer.validate()
-            data |= {f"valid_{name}": value for name, value in score.items()}
-        self._log.event(
-            job_id, f"Step {metrics.step}/{trainer.total_steps}: training loss {metrics.loss:.4f}", data=data
+        if len(sweep.running) > 1:
+            data["trials"] = len(sweep.running)
+        if sweep.validates:
+            data |= sweep.validate()
+        self._log.progress(
+            lease,
+            f"Step {metrics.step}/{sweep.total_steps}: training loss {metrics.loss:.4f}",
+            data,
+            estimated_finish=int(time.time() + remaining * seconds),
         )
-        self._log.update(job_id, estimated_finish=int(time.time() + remaining * seconds))
 
-    def _trainer(self, job_id: str, step: int | None) -> Trainer:
-        """The job's trainer at a checkpoint (None: the newest), from memory when it stands there."""
-        if self._current is not None and self._current[0] == job_id and step in (None, self._current[1].step):
-            return self._current[1]
-        job = self._log.get(job_id)
-        plan = Plan.model_validate(job.plan)
-        splits = self._splits(job, plan)
-        trainer = Trainer(self._trunk(job_id, plan, splits), splits, plan, seed=job.seed)
-        step = trainer.total_steps if step is None else step
-        if step > 0:
-            trainer.load(self._checkpoint(job_id, step))
-            self._log.event(job_id, f"Resumed from the checkpoint at step {step}", level="warn")
-        self._current = (job_id, trainer)
-        return trainer
+    def _trainers(self, lease: Lease, job: Job, plan: Plan, splits: Splits) -> list[Trainer]:
+        """One for each trial. Trials share a trunk, but those that edit no prefix keep theirs from those that do."""
+        groups = {has_prefix: [t for t in plan.trials if t.edits_prefix is has_prefix] for has_prefix in (False, True)}
+        trunks = {has_prefix: self._trunk(lease, trials, splits) for has_prefix, trials in groups.items() if trials}
+        return [Trainer(trunks[trial.edits_prefix], splits, trial, seed=job.seed) for trial in plan.trials]
 
-    def _trunk(self, job_id: str, plan: Plan, splits: Splits) -> Trunk:
-        """What the job's steps have in common, computed."""
-        positions = Positions.parse(plan.positions)
-        arena = Arena(self._trunk_bytes, self._trunk_disk_bytes, self._folder / job_id)
-        trunk = Trunk(self._packed, min(plan.layers), [positions] if plan.tied else positions.split(), arena)
-        trunk.fill([*splits.train, *splits.validation])
+    def _trunk(self, lease: Lease, trials: Sequence[Plan], splits: Splits) -> Trunk:
+        """What all steps of these trials have in common, computed."""
+        arena = Arena(self._trunk_bytes, self._trunk_disk_bytes, self._scratch)
+        lowest = min(layer for trial in trials for layer in trial.layers)
+        trunk = Trunk(self._packed, lowest, {positions for trial in trials for positions in trial.edited}, arena)
+        # Asking whether to pause finds out whether the lease still holds; the pause itself comes before the first step.
+        trunk.fill([*splits.train, *splits.validation], poll=lambda: self._log.pause_requested(lease))
         return trunk
 
-    def _splits(self, job: Job, plan: Plan) -> Splits:
-        folder = self._folder / job.id
-        training = self._encoded(job.id, folder / "training.jsonl", plan)
-        validation = self._encoded(job.id, folder / "validation.jsonl", plan) if job.validation_file else None
-        return split(training, validation, seed=job.seed)
+    def _require_base(self, job: Job) -> None:
+        if job.base is None:
+            return  # made before jobs recorded it
+        try:
+            self._base.fingerprint.require(BaseFingerprint(**job.base))
+        except FingerprintMismatch as cause:
+            raise Conflict(
+                f"the job was made for another base than {self._base.name!r} now is: {cause}",
+                param="model",
+                code=cause.code,
+            ) from cause
 
-    def _encoded(self, job_id: str, path: Path, plan: Plan) -> Sequence[EncodedExample]:
+    def _data(self, job: Job) -> dict[str, Path]:
+        """The job's copies of its data sets, made now if it has none.
+
+        Raises NotFound when there is no copy and the uploaded file has gone.
+        """
+        copies = {}
+        for name, file_id in (("training", job.training_file), ("validation", job.validation_file)):
+            if file_id is not None:
+                copies[name] = self._files.data(job.id, name) or self._copy(job, name, file_id)
+        return copies
+
+    def _copy(self, job: Job, name: str, file_id: str) -> Path:
+        param = f"{name}_file"
+        row = self._store.files.get(job.owner, file_id, param=param)
+        return self._files.keep_data(job.id, name, self._store.files.path(row, param=param))
+
+    def _splits(self, lease: Lease, job: Job, plan: Plan) -> Splits:
+        parts = {name: self._encoded(lease, path, plan) for name, path in self._data(job).items()}
+        return split(parts["training"], parts.get("validation"), seed=job.seed)
+
+    def _encoded(self, lease: Lease, path: Path, plan: Plan) -> Sequence[EncodedExample]:
         encoded = [encode(self._base.tokenizer, example) for example in read_examples(path)]
         fitting = [example for example in encoded if example.length <= plan.max_length]
         if len(fitting) < len(encoded):
             self._log.event(
-                job_id,
+                lease,
                 f"{path.stem}: left out {len(encoded) - len(fitting)} of {len(encoded)} examples, longer than "
                 f"max_length, {plan.max_length} tokens",
                 level="warn",
@@ -207,30 +261,34 @@ class Runs:
             )
         return fitting
 
-    def _checkpoint(self, job_id: str, step: int) -> Path:
-        return self._folder / job_id / f"checkpoint-{step}"
+    def _save_checkpoint(self, lease: Lease, sweep: Sweep) -> None:
+        metrics = {"step": sweep.step, "best": sweep.leader.best or {}}
+        self._files.write_checkpoint(lease, sweep.step, metrics, sweep.save)
 
-    def _save_checkpoint(self, job_id: str, trainer: Trainer) -> None:
-        target = self._checkpoint(job_id, trainer.step)
-        scratch = target.with_suffix(".partial")
-        for leftover in (scratch, target):
-            shutil.rmtree(leftover, ignore_errors=True)
-        scratch.mkdir(parents=True)
-        trainer.save(scratch)
-        scratch.rename(target)
-        best = trainer.best or {}
-        self._log.checkpoint(job_id, trainer.step, target.name, {"step": trainer.step, "best": best})
-        for old in self._log.checkpoints(job_id)[KEPT_CHECKPOINTS:]:
-            shutil.rmtree(self._folder / job_id / old.path, ignore_errors=True)
+    def _save_artifact(
+        self, folder: Path, edits: Sequence[PlacedEdit], trainer: Trainer, provenance: Provenance
+    ) -> None:
+        plan = trainer.plan
+        with no_room_for("the artifact"):
+            save_artifact(
+                folder,
+                edits,
+                family=plan.family,
+                positions=plan.positions,
+                rank=plan.rank,
+                tied=plan.tied,
+                base=self._base.fingerprint,
+                parameters=trainer.intervention.num_parameters,
+                provenance=provenance,
+            )
 
-    def _provenance(self, job: Job, trainer: Trainer, scores: dict[str, dict[str, float]]) -> Provenance:
-        folder = self._folder / job.id
-        data = [path for path in (folder / "training.jsonl", folder / "validation.jsonl") if path.exists()]
-        splits = trainer.splits
+    def _provenance(self, job: Job, sweep: Sweep, scores: dict[str, dict[str, float]]) -> Provenance:
+        trainer, splits = sweep.leader, sweep.leader.splits
         return Provenance(
             source="trained",
-            dataset_hash=dataset_hash(data),
-            hyperparameters=job.plan,
+            dataset_hash=dataset_hash(list(self._data(job).values())),
+            hyperparameters=trainer.plan.model_dump(),
+            sweep=sweep.table,
             losses={f"validation_{name}": value for name, value in (trainer.best or {}).items()},
             scores=scores,
             seconds=time.time() - (job.started_at or time.time()),
@@ -250,8 +308,9 @@ class Runs:
     def _all_events(self, job_id: str) -> Sequence[Any]:
         return self._log.events(job_id, before=None, limit=10**9)
 
-    def _forget(self, job_id: str) -> None:
-        """Free the memory and the disk that only a living job needs."""
-        self._current = None
-        self._packed.release()
-        shutil.rmtree(self._folder / job_id, ignore_errors=True)
+
+def _free_memory() -> None:
+    """What trainers held comes back now, not when the collector gets to it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.nn import functional
 
@@ -131,28 +131,30 @@ class Trainer:
             score.add(logits, rows.labels, [len(e.completion_ids) for e in chosen])
         return score.means()
 
-    def save(self, folder: Path) -> None:
-        """Write a checkpoint into an existing folder."""
-        tensors = {f"intervention.{name}": t for name, t in self.intervention.state_dict().items()}
-        tensors |= {f"best.{name}": t for name, t in self._best_state.items()}
+    def save(self, folder: Path, name: str = "state") -> None:
+        """Write a checkpoint into an existing folder: two files of this name."""
+        tensors = {f"intervention.{key}": t for key, t in self.intervention.state_dict().items()}
+        tensors |= {f"best.{key}": t for key, t in self._best_state.items()}
         for index, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{name}": t for name, t in state.items()}
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / "state.safetensors")
+            tensors |= {f"optimizer.{index}.{key}": t for key, t in state.items()}
+        # Not save_file: to it a full disk is no OSError.
+        state_bytes = save({key: t.detach().cpu().contiguous() for key, t in tensors.items()})
+        (folder / f"{name}.safetensors").write_bytes(state_bytes)
         meta = {"step": self.step, "trained_tokens": self.trained_tokens, "best": self.best}
-        (folder / "progress.json").write_text(json.dumps(meta))
+        (folder / f"{name}.json").write_text(json.dumps(meta))
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path, name: str = "state") -> None:
         """Go on from a checkpoint of the same plan, seed and data."""
-        tensors = load_file(folder / "state.safetensors", device=str(self.trunk.packed.device))
+        tensors = load_file(folder / f"{name}.safetensors", device=str(self.trunk.packed.device))
         self.intervention.load_state_dict(_below("intervention.", tensors))
         self._best_state = _below("best.", tensors)
         state: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in _below("optimizer.", tensors).items():
-            index, moment = name.split(".", 1)
+        for key, tensor in _below("optimizer.", tensors).items():
+            index, moment = key.split(".", 1)
             state.setdefault(int(index), {})[moment] = tensor
         whole = self.optimizer.state_dict()
         self.optimizer.load_state_dict({**whole, "state": state})
-        meta: dict[str, Any] = json.loads((folder / "progress.json").read_text())
+        meta: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
         self.step, self.trained_tokens, self.best = meta["step"], meta["trained_tokens"], meta["best"]
 
     def _parameter_groups(self) -> list[dict[str, Any]]:

@@ -109,7 +109,7 @@ class Trunk:
         edited = [indices[0] for p in self._positions if len(indices := p.indices(n_prompt, 0, stop))]
         return int(min([n_prompt - 1, *edited]))
 
-    def fill(self, examples: Iterable[EncodedExample], poll: Callable[[], None] = lambda: None) -> None:
+    def fill(self, examples: Iterable[EncodedExample], poll: Callable[[], object] = lambda: None) -> None:
         """Compute and keep what is not there yet, as far as there is room. poll: called between passes; may raise."""
         missing = sorted({e for e in examples if e not in self._kept}, key=lambda e: (e.length, e.prompt_ids))
         for group in _by_rows([Span(example, 0) for example in missing], FILL_ROWS):

@@ -1,7 +1,8 @@
-"""The training worker: a process of its own that takes queued jobs and carries them to their end, through crashes.
+"""The training worker: a process of its own that takes jobs, one after the other, and carries them to their end.
 
 Started by the server (`python -m reftserve.server.training.worker`, settings as JSON in the first line of standard
-input; when standard input ends the server has gone and so does the worker), or apart from it by `reftserve worker`.
+input; when standard input ends the server has gone and so does the worker), or apart from it by `reftserve worker`, as
+often as there is work for: leases decide who runs what.
 """
 
 from __future__ import annotations
@@ -13,25 +14,29 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
-from dbos import DBOS, SetWorkflowID
-from filelock import FileLock, Timeout
+from sqlalchemy.exc import DBAPIError
 
 from reftserve.server.base_model import Base, load_model, open_base, resolve_device, resolve_dtype
-from reftserve.server.errors import Conflict, ServerError
+from reftserve.server.errors import StorageFull
 from reftserve.server.registry.store import Store, open_store
 from reftserve.server.settings import LOG_FORMAT, Settings
 from reftserve.server.training.dataset import count_examples
-from reftserve.server.training.durable import MAX_RECOVERIES, QUEUE, WORKFLOW, configure
+from reftserve.server.training.job_files import JobFiles
 from reftserve.server.training.job_log import JobLog
+from reftserve.server.training.leases import Leases, worker_id
 from reftserve.server.training.packed import PackedModel
-from reftserve.server.training.run import CANCELLED, Runs
+from reftserve.server.training.run import Runs
 
+logger = logging.getLogger(__name__)
 POLL_S = 0.2
 HEARTBEAT_S = 1.0
 HEARTBEAT_FILE = "worker.heartbeat"
-LOCK_WAIT_S = 10.0
+RENEWALS_PER_LEASE = 4
+SWEEP_S = 60.0
+EXIT_S = 5.0
 NICENESS = 5
 
 
@@ -43,101 +48,91 @@ def main() -> None:
     run(settings)
 
 
-def run(settings: Settings) -> None:
-    """Work until the process is ended.
+def run(settings: Settings) -> NoReturn:
+    """Work until the process is ended; on SIGTERM and Ctrl-C the job in hand is free at once for another worker.
 
-    Raises Conflict when another worker has the data folder, NotFound when there is no base model.
+    Raises NotFound when there is no base model.
     """
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
-    settings.data.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(settings.data / "worker.lock")
-    try:
-        # A predecessor that has just lost its server needs a moment to go.
-        lock.acquire(timeout=LOCK_WAIT_S)
-    except Timeout as cause:
-        raise Conflict(f"another worker has the data folder {settings.data}") from cause
+    signal.signal(signal.SIGTERM, _exit)
     os.nice(NICENESS)
     if settings.worker_threads is not None:
         torch.set_num_threads(settings.worker_threads)
     base = open_base(settings)
     store = open_store(settings, base.fingerprint, count_examples)
-    configure(settings)
-    workflow = _register(_runs(settings, store, base))
-    DBOS.launch()
-    queue = DBOS.register_queue(QUEUE, worker_concurrency=1, polling_interval_sec=POLL_S)
-    threading.Thread(target=_beat, args=(settings.data / HEARTBEAT_FILE,), name="heartbeat", daemon=True).start()
-    log = JobLog(store.database)
-    enqueued: set[str] = set()
-    while True:
-        for job_id in log.queued():
-            # The same id again is the same workflow: enqueueing twice, or after a restart, does nothing.
-            if job_id not in enqueued:
-                with SetWorkflowID(job_id):
-                    queue.enqueue(workflow, job_id)
-                enqueued.add(job_id)
-        time.sleep(POLL_S)
+    worker = worker_id()
+    leases = Leases(store.database, worker, lease_s=settings.lease_s)
+    runs, files = open_runs(settings, store, base, leases)
+    heartbeat = threading.Thread(target=_beat, args=(settings, leases), name="heartbeat", daemon=True)
+    heartbeat.start()
+    logger.info("worker %s waits for jobs", worker)
+    try:
+        _work(runs, files, leases)
+    finally:
+        leases.release()
 
 
-def _runs(settings: Settings, store: Store, base: Base) -> Runs:
+def open_runs(settings: Settings, store: Store, base: Base, leases: Leases) -> tuple[Runs, JobFiles]:
+    """What a worker works with, the base's weights included."""
     device = resolve_device(settings.device)
     model = load_model(base.folder, resolve_dtype(settings.dtype, device), device)
-    return Runs(
+    files = JobFiles(
+        store.blobs,
+        JobLog(store.database),
+        leases,
+        max_bytes=settings.max_jobs_bytes,
+        keep_s=settings.keep_jobs_s,
+    )
+    runs = Runs(
         store,
         base,
         PackedModel(model, native_kernels=settings.native_kernels),
-        settings.data / "jobs",
+        files,
         checkpoint_steps=settings.checkpoint_steps,
         trunk_bytes=settings.trunk_bytes,
         trunk_disk_bytes=settings.trunk_disk_bytes,
+        scratch=settings.data,
     )
+    return runs, files
 
 
-def _register(runs: Runs):  # type: ignore[no-untyped-def]
-    # DBOS recovers jobs outside their queue, so its limit alone would let a recovered and a new one run together.
-    one_at_a_time = threading.Lock()
-
-    @DBOS.step(name="begin")
-    def begin(job_id: str) -> int:
-        return runs.begin(job_id)
-
-    @DBOS.step(name="advance")
-    def advance(job_id: str, step: int) -> int:
-        return runs.advance(job_id, step)
-
-    @DBOS.step(name="publish")
-    def publish(job_id: str) -> str:
-        return runs.publish(job_id)
-
-    @DBOS.workflow(name=WORKFLOW, max_recovery_attempts=MAX_RECOVERIES)
-    def train(job_id: str) -> str | None:
-        with one_at_a_time:
-            try:
-                total = begin(job_id)
-                done = 0 if total != CANCELLED else CANCELLED
-                while CANCELLED < done < total:
-                    done = advance(job_id, done)
-                return publish(job_id) if done != CANCELLED else None
-            except ServerError as cause:
-                # The job's own fault: its row says so, and nobody needs a traceback.
-                runs.fail(job_id, cause)
-                return None
-            except Exception as cause:
-                runs.fail(job_id, cause)
-                raise
-
-    return train
+def _work(runs: Runs, files: JobFiles, leases: Leases) -> NoReturn:
+    swept_at = -SWEEP_S
+    while True:
+        if time.monotonic() - swept_at > SWEEP_S:
+            files.sweep()
+            swept_at = time.monotonic()
+        lease = leases.take()
+        if lease is None:
+            time.sleep(POLL_S)
+        else:
+            logger.info("took job %s, fence %d", lease.job_id, lease.fence)
+            runs.carry(lease)
 
 
-def _beat(file: Path) -> None:
+def _beat(settings: Settings, leases: Leases) -> NoReturn:
+    file: Path = settings.data / HEARTBEAT_FILE
+    pause_s = min(HEARTBEAT_S, settings.lease_s / RENEWALS_PER_LEASE)
     while True:
         file.touch()
-        time.sleep(HEARTBEAT_S)
+        try:
+            leases.renew()
+        except (DBAPIError, StorageFull):
+            # The next beat tries again; if none comes through in time, the lease is lost, and the run notices.
+            logger.exception("the lease could not be renewed")
+        time.sleep(pause_s)
 
 
-def _exit_with_parent() -> None:
+def _exit(signum: int, frame: Any) -> NoReturn:
+    sys.exit(0)
+
+
+def _exit_with_parent() -> NoReturn:
     while sys.stdin.read(4096):
         pass
-    # Jobs are durable: what this process was doing, the next one does again from the last checkpoint.
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(EXIT_S)
+    # In the middle of something long. The lease runs out, and the job goes on from its last checkpoint.
     os._exit(0)
 
 

@@ -55,6 +55,8 @@ def test_files_train_jobs_and_interventions(run, tmp_path: Path) -> None:  # typ
     assert job["id"] in run("jobs", "list")
     assert "Published cli@1" in run("jobs", "events", job["id"])
     assert "succeeded" in run("jobs", "watch", job["id"])
+    for verb in ("pause", "resume", "retry"):
+        assert job["id"] in run("jobs", verb, job["id"], code=1), "of a job that has ended"
     folder = tmp_path / "out"
     assert run("interventions", "download", "cli@latest", str(folder)).strip() == str(folder)
     assert json.loads(run("--json", "interventions", "upload", "cli2", str(folder)))["id"] == "cli2@1"

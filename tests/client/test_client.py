@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from api_data import BASE, chat_lines
 from running_server import RunningServer
 
-from reftserve.client import AsyncClient, BadRequest, Client, ConnectionFailed, JobEnded, NotFound
+from reftserve.client import AsyncClient, BadRequest, Client, Conflict, ConnectionFailed, JobEnded, NotFound
 from reftserve.client.schemas import ChatMessage, InterventionUse
 
 QUICK = {"layers": [1], "rank": 1, "n_epochs": 1, "batch_size": 8}
@@ -93,6 +94,21 @@ def test_a_cancelled_job_raises_when_waited_for(client: Client) -> None:
     assert job.status == "cancelled"
 
 
+def test_a_job_rests_goes_on_and_is_tried_again(client: Client) -> None:
+    file = client.files.upload(chat_lines(24), filename="bytes.jsonl")
+    job = client.train(file, name="restless", n_epochs=1000, batch_size=1, layers=[1], rank=1)
+    job.pause()
+    deadline = time.monotonic() + 60
+    while job.refresh().status != "paused":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert job.resume().status == "queued"
+    assert job.cancel().retry().status == "queued"
+    job.cancel()
+    with pytest.raises(Conflict):
+        job.pause()
+
+
 def test_an_intervention_goes_out_and_comes_back_under_another_name(
     client: Client, trained: str, tmp_path: Path
 ) -> None:
@@ -141,6 +157,9 @@ def test_the_asynchronous_client_does_the_same(server: RunningServer, client: Cl
             await job.wait()
             assert messages[-1] == f"Published {job.fine_tuned_model}"
             assert (await remote.interventions.version("async")).job_id == job.id
+            for of_an_ended_job in (job.pause, job.resume, job.retry, job.cancel):
+                with pytest.raises(Conflict, match=job.id):
+                    await of_an_ended_job()
             with pytest.raises(NotFound):
                 await remote.files.get("file-none")
 

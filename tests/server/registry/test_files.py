@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 from pathlib import Path
 
 import pytest
 from published import OWNER
 
-from reftserve.server.errors import InvalidRequest, NotFound, PayloadTooLarge
+from reftserve.server.errors import InvalidRequest, NotFound, PayloadTooLarge, QuotaExceeded, StorageFull
 from reftserve.server.registry.files import FileStore
 from reftserve.server.storage.blobs import BlobStore
 from reftserve.server.storage.database import Database
@@ -21,9 +23,8 @@ LINES = b'{"prompt": "a", "completion": "b"}\n' * 3
 def files(tmp_path: Path) -> FileStore:
     database = Database(f"sqlite:///{tmp_path / 'test.db'}")
     database.migrate()
-    return FileStore(
-        database, BlobStore(str(tmp_path / "blobs"), tmp_path / "cache"), max_bytes=200, validate=count_examples
-    )
+    blobs = BlobStore(str(tmp_path / "blobs"), tmp_path / "cache")
+    return FileStore(database, blobs, max_bytes=200, validate=count_examples, max_owner_bytes=5 * len(LINES))
 
 
 def upload(files: FileStore, content: bytes, purpose: str = "fine-tune") -> str:
@@ -58,6 +59,45 @@ def test_a_bad_file_is_refused_and_leaves_nothing(
         upload(files, content)
     assert files.list_all(OWNER) == []
     assert not (tmp_path / "blobs").exists()
+
+
+def test_an_owner_uploads_up_to_a_quota_that_deleting_frees_and_results_do_not_use(
+    files: FileStore, tmp_path: Path
+) -> None:
+    kept = [upload(files, LINES) for _ in range(5)]
+    with pytest.raises(QuotaExceeded, match="delete files first") as refused:
+        upload(files, LINES)
+    assert (refused.value.status, refused.value.code, refused.value.param) == (413, "storage_quota_exceeded", "file")
+    assert len(list((tmp_path / "blobs" / "files").iterdir())) == 5, "nothing half-written"
+    files.put_result(OWNER, "ftjob-1", "job.csv", b"step\n")
+    assert files.upload("somebody else", "set.jsonl", "fine-tune", io.BytesIO(LINES)).bytes == len(LINES)
+    files.delete(OWNER, kept[0])
+    upload(files, LINES)
+
+
+def test_a_full_disk_leaves_nothing_of_an_upload(
+    files: FileStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(StorageFull):
+            upload(files, LINES)
+    assert files.list_all(OWNER) == []
+    assert list((tmp_path / "blobs" / "files").iterdir()) == []
+    assert upload(files, LINES)
+
+
+def test_bytes_that_a_crash_left_without_a_row_are_swept(files: FileStore, tmp_path: Path) -> None:
+    kept = files.path(files.get(OWNER, upload(files, LINES)))
+    left = kept.with_name("left")
+    left.write_bytes(LINES)
+    os.utime(left, (0, 0))
+    os.utime(kept, (0, 0))
+    assert files.sweep() == ["files/left"]
+    assert kept.exists()
 
 
 def test_another_purpose_is_refused_by_name(files: FileStore) -> None:

@@ -7,12 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import select
+from sqlalchemy import select, text
 
+from reftserve.server.storage import migrations
 from reftserve.server.storage.database import Database
-from reftserve.server.storage.tables import Intervention, Table
+from reftserve.server.storage.tables import Intervention, Job, Table
 
 INSERT = """
 import os, signal, sys
@@ -40,6 +43,25 @@ def test_migrations_make_the_declared_tables(url: str) -> None:
     database.migrate()
     with database.engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), Table.metadata) == []
+
+
+def test_an_upgrade_keeps_jobs_and_ends_those_that_were_being_cancelled(url: str) -> None:
+    database = Database(url)
+    config = Config()
+    config.set_main_option("script_location", str(Path(migrations.__file__).parent))
+    config.attributes["engine"] = database.engine
+    command.upgrade(config, "0001")
+    old = (
+        "INSERT INTO jobs (id, owner, status, model, training_file, suffix, plan, seed, cancel_requested, result_files,"
+        " created_at) VALUES (:id, 'o', 'running', 'm', 'f', 's', '{}', 0, :cancel_requested, '[]', 0)"
+    )
+    with database.engine.begin() as connection:
+        for job_id, cancel_requested in (("going", False), ("stopping", True)):
+            connection.execute(text(old), {"id": job_id, "cancel_requested": cancel_requested})
+    database.migrate()
+    with database.reading() as session:
+        found = {job.id: (job.status, job.pause_requested, job.fence) for job in session.scalars(select(Job))}
+    assert found == {"going": ("running", False, 0), "stopping": ("cancelled", False, 0)}
 
 
 def test_what_was_committed_survives_kill_9(url: str) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+
+import httpx
 import openai
 import pytest
 from api_data import BASE, chat_lines, finished
@@ -55,3 +58,29 @@ def test_a_queued_job_can_be_cancelled_and_an_ended_one_cannot(client: openai.Op
     assert finished(client, running).status == "cancelled"
     with pytest.raises(openai.ConflictError):
         client.fine_tuning.jobs.cancel(running)
+
+
+def test_a_running_job_is_paused_resumed_cancelled_and_retried(client: openai.OpenAI, server: RunningServer) -> None:
+    reft = {"layers": [2], "rank": 1, "hyperparameters": {"n_epochs": 40}}
+    job_id = create(client, "restless", method={"type": "reft", "reft": reft})
+    wait_for(client, job_id, "running")
+    client.fine_tuning.jobs.pause(job_id)
+    wait_for(client, job_id, "paused")
+    following = finished(client, create(client, "following"))
+    assert following.status == "succeeded", "the worker is free for others"
+    assert client.fine_tuning.jobs.resume(job_id).status == "queued"
+    wait_for(client, job_id, "running")
+    assert client.fine_tuning.jobs.cancel(job_id).status == "cancelled"
+    retried = httpx.post(f"{server.url}/v1/fine_tuning/jobs/{job_id}/retry").json()
+    assert (retried["status"], retried["error"], retried["finished_at"]) == ("queued", None, None)
+    assert finished(client, job_id).fine_tuned_model == "restless@1"
+    for verb in ("pause", "resume", "retry"):
+        refused = httpx.post(f"{server.url}/v1/fine_tuning/jobs/{job_id}/{verb}")
+        assert (refused.status_code, refused.json()["error"]["code"]) in [(409, "job_ended"), (409, "job_not_failed")]
+
+
+def wait_for(client: openai.OpenAI, job_id: str, status: str) -> None:
+    deadline = time.monotonic() + 60
+    while client.fine_tuning.jobs.retrieve(job_id).status != status:
+        assert time.monotonic() < deadline, client.fine_tuning.jobs.retrieve(job_id)
+        time.sleep(0.05)

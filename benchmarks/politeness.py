@@ -1,0 +1,105 @@
+"""What a training job costs those who are served: `python benchmarks/politeness.py`.
+
+A server with its worker; streams generate, while a job trains or none does, in turns. Printed: the median time between
+a stream's tokens, and how fast the job went while it had the machine to itself and beside the streams.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import workload as w
+
+from reftserve.client import Client, Job
+
+sys.path.append(str(w.ROOT / "tests" / "support"))  # starts servers for tests
+
+from running_server import RunningServer, running_server
+
+PROMPT = "Write a long story about a lighthouse keeper who learns to"
+WARM_UP_S, SECONDS = 5.0, 15.0
+
+
+def gaps(server: RunningServer, streams: int, seconds: float) -> list[float]:
+    """Seconds between two pieces of a stream, of all streams together."""
+    found: list[float] = []
+    stop_at = time.perf_counter() + seconds
+
+    def one() -> None:
+        client = Client(server.url)
+        while time.perf_counter() < stop_at:
+            with client.stream(PROMPT, max_tokens=200, temperature=0, ignore_eos=True) as pieces:
+                last = None
+                for _ in pieces:
+                    now = time.perf_counter()
+                    if last is not None:
+                        found.append(now - last)
+                    last = now
+                    if now > stop_at:
+                        break
+
+    threads = [threading.Thread(target=one) for _ in range(streams)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def begin_job(client: Client, positions: str) -> Job:
+    """A job that has taken its first step and goes on until it is cancelled."""
+    data = w.ROOT / "examples" / "sentiment.train.jsonl"
+    job = client.train(data, name="polite", layers="all", positions=positions, n_epochs=1000, batch_size=10)
+    while not any(event.data and "step" in event.data for event in client.jobs.events(job.id)):
+        time.sleep(0.2)
+    return job
+
+
+def steps_done(client: Client, job: Job) -> int:
+    """Optimizer steps so far."""
+    return max(event.data["step"] for event in client.jobs.events(job.id) if event.data and "step" in event.data)
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--runs", type=int, default=3)
+    arguments.add_argument("--streams", type=int, default=4)
+    arguments.add_argument("--positions", default="f7+l7", help="of the job")
+    arguments.add_argument("--niceness", type=int, help="of the worker; default: the setting's")
+    args = arguments.parse_args()
+    env = {} if args.niceness is None else {"REFTSERVE_WORKER_NICENESS": str(args.niceness)}
+    between: dict[str, list[float]] = {"no job": [], "a job": []}
+    rates: dict[str, list[float]] = {"alone": [], "beside the streams": []}
+    with tempfile.TemporaryDirectory() as data, running_server(w.MODEL, Path(data), env=env) as server:
+        client = Client(server.url)
+        gaps(server, args.streams, WARM_UP_S)
+        for _ in range(args.runs):
+            between["no job"].append(statistics.median(gaps(server, args.streams, SECONDS)))
+            job = begin_job(client, args.positions)
+            for name, busy in (("alone", False), ("beside the streams", True)):
+                before, began = steps_done(client, job), time.perf_counter()
+                if busy:
+                    between["a job"].append(statistics.median(gaps(server, args.streams, SECONDS)))
+                else:
+                    time.sleep(SECONDS)
+                rates[name].append((steps_done(client, job) - before) / (time.perf_counter() - began))
+            job.cancel()
+            while not job.refresh().has_ended:
+                time.sleep(0.1)
+    print(f"{args.streams} streams; a job of {args.positions} at all layers; {w.machine()}; median of {args.runs}")
+    gap = {name: statistics.median(values) for name, values in between.items()}
+    for name, value in gap.items():
+        print(f"{name:20} {1000 * value:7.1f} ms between tokens")
+    for name, values in rates.items():
+        print(f"the job {name:20} {statistics.median(values):6.2f} steps/s")
+    print(f"with a job / without = {gap['a job'] / gap['no job']:.2f}")
+
+
+if __name__ == "__main__":
+    main()

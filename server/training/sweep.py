@@ -1,0 +1,125 @@
+"""The trials of one job, side by side: of several the worse half is dropped again and again, the best is published.
+
+Successive halving (Jamieson and Talwalkar 2016): with n trials the halves are dropped after 1/n, 2/n, 4/n ... of the
+steps, by validation loss; all n together cost about as much as 1 + log2(n) / 2 of them alone. Trials of one trunk share
+their forward passes. A job without a sweep is a sweep of one trial.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reftserve.server.training.trainer import StepMetrics, Trainer, advance
+
+
+@dataclass
+class Trial:
+    """One trainer, by its number in the plan, and how it stood when it was last validated."""
+
+    number: int
+    trainer: Trainer
+    score: dict[str, float]
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """What the table of the sweep says of it."""
+        plan = self.trainer.plan
+        varied = {name: getattr(plan, name) for name in ("layers", "positions", "rank", "learning_rate", "dropout")}
+        return {"trial": self.number, **varied, "steps": self.trainer.step, **self.score}
+
+
+class Sweep:
+    """Trials that take their steps together.
+
+    patience: epochs without a better validation loss of the leader, after which the job ends; None goes on to the end.
+    Raises ValueError when the trials differ in their number of steps.
+    """
+
+    def __init__(self, trainers: Sequence[Trainer], *, patience: int | None = None) -> None:
+        first = trainers[0]
+        self.total_steps, self.steps_per_epoch = first.total_steps, first.steps_per_epoch
+        if any((t.total_steps, t.steps_per_epoch) != (self.total_steps, self.steps_per_epoch) for t in trainers):
+            raise ValueError("the trials of a sweep have the same batches and epochs")
+        self._patience = patience
+        self._rungs = rungs(self.total_steps, len(trainers))
+        self.running = [Trial(number, trainer, {}) for number, trainer in enumerate(trainers)]
+        self.dropped: list[dict[str, Any]] = []
+
+    @property
+    def step(self) -> int:
+        """Steps that the running trials have done."""
+        return self.running[0].trainer.step
+
+    @property
+    def leader(self) -> Trainer:
+        """The running trial with the best validation loss so far, or the first."""
+        return min(self.running, key=lambda trial: (trial.trainer.best or {}).get("loss", math.inf)).trainer
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether there is nothing left to do: all steps are done, or the leader has not become better for long."""
+        best = self.leader.best
+        if self.step >= self.total_steps:
+            return True
+        waited = 0 if best is None else self.step - best["step"]
+        return self._patience is not None and waited >= self._patience * self.steps_per_epoch
+
+    @property
+    def validates(self) -> bool:
+        """Whether the trials are to be validated after the last step."""
+        return self.leader.ends_epoch or self.step in self._rungs
+
+    @property
+    def table(self) -> list[dict[str, Any]]:
+        """All trials, those that ran longest first."""
+        return [*(trial.row for trial in self.running), *reversed(self.dropped)]
+
+    def advance(self) -> StepMetrics:
+        """One optimizer step of every running trial; what the leader did."""
+        leader = self.leader
+        found: dict[int, StepMetrics] = {}
+        by_trunk = {id(trial.trainer.trunk): trial.trainer.trunk for trial in self.running}
+        for trunk in by_trunk.values():
+            together = [trial.trainer for trial in self.running if trial.trainer.trunk is trunk]
+            found.update(zip(map(id, together), advance(together), strict=True))
+        return found[id(leader)]
+
+    def validate(self) -> dict[str, float]:
+        """Validate the running trials, and drop the worse half when it is time; the leader's scores."""
+        for trial in self.running:
+            trial.score = {f"valid_{name}": value for name, value in trial.trainer.validate().items()}
+        leader = self.leader
+        if self.step in self._rungs and len(self.running) > 1:
+            ranked = sorted(self.running, key=lambda trial: trial.trainer.best["loss"] if trial.trainer.best else 0.0)
+            kept = ranked[: math.ceil(len(ranked) / 2)]
+            self.dropped += [trial.row for trial in reversed(ranked[len(kept) :])]
+            self.running = sorted(kept, key=lambda trial: trial.number)
+        return next((trial.score for trial in self.running if trial.trainer is leader), {})
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint into an existing folder."""
+        for trial in self.running:
+            trial.trainer.save(folder, f"trial-{trial.number}")
+        running = [{"number": trial.number, "score": trial.score} for trial in self.running]
+        (folder / "sweep.json").write_text(json.dumps({"running": running, "dropped": self.dropped}))
+
+    def load(self, folder: Path) -> None:
+        """Go on from a checkpoint of the same trials."""
+        meta: dict[str, Any] = json.loads((folder / "sweep.json").read_text())
+        scores = {trial["number"]: trial["score"] for trial in meta["running"]}
+        self.running = [trial for trial in self.running if trial.number in scores]
+        self.dropped = meta["dropped"]
+        for trial in self.running:
+            trial.score = scores[trial.number]
+            trial.trainer.load(folder, f"trial-{trial.number}")
+
+
+def rungs(total_steps: int, trials: int) -> list[int]:
+    """After which steps the worse half of the trials is dropped."""
+    halvings = math.ceil(math.log2(trials))
+    return sorted({max(1, total_steps >> (halvings - number)) for number in range(halvings)})

@@ -1,0 +1,94 @@
+"""A sweep: halves its trials by validation loss, publishes the best, resumes as if never stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny_models import tiny_llama
+from training_data import examples, plan
+from workplace import OWNER, Workplace
+
+from reftserve.interventions import Positions
+from reftserve.server.training.dataset import Splits
+from reftserve.server.training.packed import PackedModel
+from reftserve.server.training.sweep import Sweep, rungs
+from reftserve.server.training.trainer import Trainer
+from reftserve.server.training.trunk import Arena, Trunk
+
+SPLITS = Splits(train=examples(12, 1), validation=examples(4, 2), test=examples(4, 3))
+RATES = [1e-6, 0.02, 1e-5, 1e-7, 0.01]
+
+
+@pytest.fixture(scope="module")
+def trunk() -> Trunk:
+    trunk = Trunk(PackedModel(tiny_llama().requires_grad_(False)), 1, [Positions.parse("l1")], Arena(1 << 20))
+    trunk.fill(SPLITS.train + SPLITS.validation)
+    return trunk
+
+
+def new_sweep(trunk: Trunk, rates: list[float] = RATES, **options: int) -> Sweep:
+    runs = [plan(positions="l1", tied=True, n_epochs=8, learning_rate=rate) for rate in rates]
+    return Sweep([Trainer(trunk, SPLITS, run, seed=3) for run in runs], **options)
+
+
+def run(sweep: Sweep, until: int) -> None:
+    while sweep.step < until and not sweep.has_ended:
+        sweep.advance()
+        if sweep.validates:
+            sweep.validate()
+
+
+@pytest.mark.parametrize(
+    ("steps", "trials", "expected"), [(32, 8, [4, 8, 16]), (32, 5, [4, 8, 16]), (32, 1, []), (2, 8, [1])]
+)
+def test_the_worse_half_is_dropped_when_the_rest_has_as_much_to_do_again(
+    steps: int, trials: int, expected: list[int]
+) -> None:
+    assert rungs(steps, trials) == expected
+
+
+def test_the_best_trial_is_left_and_the_table_says_how_far_each_came(trunk: Trunk) -> None:
+    sweep = new_sweep(trunk)
+    run(sweep, sweep.total_steps)
+    assert sweep.has_ended
+    assert sweep.leader.plan.learning_rate in (0.02, 0.01)
+    table = sweep.table
+    assert sorted(row["trial"] for row in table) == [0, 1, 2, 3, 4]
+    assert [row["steps"] for row in table] == [32, 16, 8, 4, 4]
+    assert table[0]["valid_loss"] == min(row["valid_loss"] for row in table)
+
+
+def test_a_sweep_resumed_from_a_checkpoint_ends_as_one_that_was_not(trunk: Trunk, tmp_path: Path) -> None:
+    whole, first, second = new_sweep(trunk), new_sweep(trunk), new_sweep(trunk)
+    run(whole, whole.total_steps)
+    run(first, 10)
+    first.save(tmp_path)
+    second.load(tmp_path)
+    assert second.step == 10
+    run(second, second.total_steps)
+    assert second.table == whole.table
+    for one, other in zip(second.leader.best_edits(), whole.leader.best_edits(), strict=True):
+        assert one.edit.content_hash == other.edit.content_hash
+
+
+def test_a_run_that_does_not_become_better_ends_early(trunk: Trunk) -> None:
+    sweep = new_sweep(trunk, [1.0], patience=2)
+    run(sweep, sweep.total_steps)
+    assert sweep.has_ended
+    assert sweep.leader.best is not None
+    assert sweep.step == sweep.leader.best["step"] + 2 * sweep.steps_per_epoch < sweep.total_steps
+
+
+def test_a_sweep_is_one_job_with_its_table_in_the_provenance(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    place = Workplace(tiny_llama_folder, tmp_path)
+    job_id = place.create(sweep={"layers": [[1], "all"], "positions": ["l1", "f1+l1"], "learning_rate": [1e-6, 1e-2]})
+    place.worker().work()
+    assert place.job(job_id).status == "succeeded"
+    manifest = place.store.interventions.get(OWNER, "tone").versions[0].manifest
+    table = manifest["provenance"]["sweep"]
+    assert len(table) == 8
+    best = table[0]
+    assert best["steps"] == max(row["steps"] for row in table)
+    assert (manifest["layers"], manifest["positions"]) == (best["layers"], best["positions"])
+    assert manifest["provenance"]["hyperparameters"]["learning_rate"] == best["learning_rate"]

@@ -1,0 +1,93 @@
+"""Servers and workers to be killed: as `reftserve serve` and `reftserve worker` make them, but quick to start.
+
+They are forked from one that has the imports behind it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import httpx
+
+from reftserve.server.settings import Settings
+
+ANSWER_TIMEOUT_S = 60
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["reftserve.server.main", "reftserve.server.training.worker"])
+
+
+def free_port() -> int:
+    """A port that nobody has now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def serve(settings: Settings, log: Path) -> None:
+    """What `reftserve serve` does."""
+    _write_to(log)
+    from reftserve.server.main import serve as run
+
+    run(settings)
+
+
+def work(settings: Settings, log: Path) -> None:
+    """What `reftserve worker` does."""
+    _write_to(log)
+    from reftserve.server.training.worker import run
+
+    run(settings)
+
+
+def _write_to(log: Path) -> None:
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for descriptor in (1, 2):
+        os.dup2(file, descriptor)
+
+
+class Victim:
+    """A process that is started again each time that it is killed."""
+
+    def __init__(self, target: Callable[[Settings, Path], None], settings: Settings, log: Path) -> None:
+        self._target = target
+        self._settings = settings
+        self.log = log
+        self.process = self._start()
+
+    def kill(self) -> None:
+        """kill -9."""
+        self.process.kill()
+        self.process.join()
+
+    def restart(self) -> None:
+        """Start it again."""
+        self.process = self._start()
+
+    def stop(self) -> None:
+        """End it as an operator would."""
+        self.process.terminate()
+        self.process.join(30)
+        assert not self.process.is_alive(), self.log.read_text()
+
+    def _start(self) -> BaseProcess:
+        process = PROCESSES.Process(target=self._target, args=(self._settings, self.log), daemon=True)
+        process.start()
+        return process
+
+
+def wait_for_answer(url: str) -> None:
+    """Until a server answers."""
+    deadline = time.monotonic() + ANSWER_TIMEOUT_S
+    while time.monotonic() < deadline:
+        try:
+            if httpx.get(f"{url}/health", timeout=5).is_success:
+                return
+        except httpx.TransportError:
+            time.sleep(0.05)
+    raise AssertionError(f"no answer from {url} after {ANSWER_TIMEOUT_S} s")

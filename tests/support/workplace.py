@@ -1,0 +1,109 @@
+"""A store, the API's jobs, and any number of workers on it in one process, for tests that go through a run by hand."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+from api_data import chat_lines
+
+from reftserve.client.schemas import FineTuningJobCreate
+from reftserve.server.base_model import Base, load_model, open_base
+from reftserve.server.registry.store import Store, open_store
+from reftserve.server.settings import Settings
+from reftserve.server.storage.tables import Job
+from reftserve.server.training.dataset import count_examples
+from reftserve.server.training.job_files import JobFiles
+from reftserve.server.training.job_log import JobLog
+from reftserve.server.training.jobs import JobService
+from reftserve.server.training.leases import Lease, Leases
+from reftserve.server.training.packed import PackedModel
+from reftserve.server.training.run import Runs
+
+OWNER = "default"
+EXAMPLES = 24
+STEPS = 10
+CHECKPOINT_STEPS = 4
+
+
+class Workplace:
+    """What server and workers of one data folder share. lease_s: how long a worker that is silent keeps a job."""
+
+    def __init__(self, model_folder: Path, data: Path, *, lease_s: float = 60, **settings: Any) -> None:
+        self.settings = Settings(model=str(model_folder), data=data, lease_s=lease_s, **settings)
+        self.base: Base = open_base(self.settings)
+        self.store: Store = open_store(self.settings, self.base.fingerprint, count_examples)
+        self.jobs = JobService(self.store, self.base)
+        self.log = JobLog(self.store.database)
+        self.packed = PackedModel(load_model(self.base.folder, torch.float32, torch.device("cpu")))
+
+    def create(self, name: str = "tone", sweep: dict[str, Any] | None = None, **fields: Any) -> str:
+        """A job of STEPS steps, as the API makes it."""
+        file = self.store.files.upload(OWNER, "set.jsonl", "fine-tune", io.BytesIO(chat_lines(EXAMPLES)))
+        reft = {"layers": [1], "rank": 1, "dropout": 0.1, "hyperparameters": {"n_epochs": 2, "batch_size": 4}}
+        reft |= {} if sweep is None else {"sweep": sweep}
+        body = {"model": self.base.name, "training_file": file.id, "suffix": name, "seed": 7, **fields}
+        request = FineTuningJobCreate.model_validate({**body, "method": {"type": "reft", "reft": reft}})
+        return self.jobs.create(OWNER, request).id
+
+    def worker(self, name: str = "a", *, base: Base | None = None) -> Worker:
+        """A worker of this store; another base: one that serves another model."""
+        return Worker(self, name, base or self.base)
+
+    def job(self, job_id: str) -> Job:
+        """The job's row."""
+        return self.jobs.get(OWNER, job_id)
+
+    def messages(self, job_id: str) -> list[str]:
+        """What its events say, oldest first."""
+        return [event.message for event in self.log.events(job_id, before=None, limit=10**6)][::-1]
+
+    def steps(self, job_id: str) -> list[int]:
+        """Optimizer steps in the order in which they were done."""
+        events = self.log.events(job_id, before=None, limit=10**6)[::-1]
+        return [event.data["step"] for event in events if event.data and "step" in event.data]
+
+    def published(self, name: str) -> list[int]:
+        """Versions of a name."""
+        return [v.version for i in self.store.interventions.list_all(OWNER) if i.name == name for v in i.versions]
+
+    def content_hash(self, name: str) -> str:
+        """What a name's first version does."""
+        return self.store.interventions.get(OWNER, name).versions[0].content_hash
+
+    def kept(self) -> list[str]:
+        """Jobs that have files in the store."""
+        return [key.rsplit("/", 1)[-1] for key in self.store.blobs.children("jobs")]
+
+
+class Worker:
+    """A worker whose runs are called by hand."""
+
+    def __init__(self, place: Workplace, name: str, base: Base) -> None:
+        settings = place.settings
+        self.leases = Leases(place.store.database, name, lease_s=settings.lease_s)
+        self.files = JobFiles(
+            place.store.blobs, place.log, self.leases, max_bytes=settings.max_jobs_bytes, keep_s=settings.keep_jobs_s
+        )
+        self.runs = Runs(
+            place.store,
+            base,
+            place.packed,
+            self.files,
+            checkpoint_steps=CHECKPOINT_STEPS,
+            trunk_bytes=settings.trunk_bytes,
+            trunk_disk_bytes=settings.trunk_disk_bytes,
+            scratch=settings.data,
+        )
+
+    def take(self) -> Lease:
+        """The next job, which is there."""
+        lease = self.leases.take()
+        assert lease is not None, "no job to take"
+        return lease
+
+    def work(self) -> None:
+        """Carry the next job as far as it goes."""
+        self.runs.carry(self.take())
