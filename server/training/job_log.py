@@ -53,9 +53,13 @@ class JobLog:
         return True
 
     def end(self, job_id: str, status: str, message: str, *, level: str = "info", **fields: Any) -> None:
-        """Give the job its final status, with an event that says so."""
-        self.update(job_id, status=status, finished_at=int(time.time()), estimated_finish=None, **fields)
-        self.event(job_id, message, level=level)
+        """Give the job its final status, with an event that says so, in one transaction: no watcher misses it."""
+        final = {"status": status, "finished_at": int(time.time()), "estimated_finish": None, **fields}
+        with self._database.session() as session:
+            job = session.get_one(Job, job_id)
+            for name, value in final.items():
+                setattr(job, name, value)
+            self._append(session, job, message, level, None)
 
     def queued(self) -> Sequence[str]:
         """Ids of jobs that wait for a worker, oldest first."""
@@ -79,6 +83,10 @@ class JobLog:
         """Append an event; one with data is of type `metrics`."""
         with self._database.session() as session:
             self._append(session, session.get_one(Job, job_id), message, level, data)
+
+    def note(self, session: Session, job: Job, message: str) -> None:
+        """Append an event within a transaction of the caller's."""
+        self._append(session, job, message, "info", None)
 
     def events(self, job_id: str, *, before: int | None, limit: int) -> list[JobEvent]:
         """Up to `limit` events, newest first, that are older than number `before`."""
