@@ -58,6 +58,7 @@ from reftserve.client.schemas.health import (
 )
 from reftserve.client.schemas.interventions import (
     AliasUpdate,
+    InterventionHistory,
     InterventionInfo,
     InterventionVersion,
 )
@@ -87,6 +88,7 @@ __all__ = [
     "FineTuningJobCreate",
     "FinishReason",
     "GenerationFields",
+    "InterventionHistory",
     "InterventionInfo",
     "InterventionUse",
     "InterventionVersion",

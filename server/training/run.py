@@ -19,7 +19,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from reftserve.interventions import Provenance, save_artifact
+from reftserve.interventions import History, Provenance, save_artifact
 from reftserve.server.base_model import Base
 from reftserve.server.errors import InvalidRequest
 from reftserve.server.registry.store import Store
@@ -107,6 +107,7 @@ class Runs:
             base=self._base.fingerprint,
             parameters=trainer.intervention.num_parameters,
             provenance=self._provenance(job, trainer, scores),
+            history=History.of_steps(self._steps(job_id)),
         )
         published = self._store.interventions.publish(job.owner, job.suffix, artifact, job_id=job_id)
         results = self._store.files.put_result(job.owner, job_id, f"{job_id}.csv", self._metrics_csv(job_id))
@@ -221,12 +222,16 @@ class Runs:
             examples={"train": len(splits.train), "validation": len(splits.validation), "test": len(splits.test)},
         )
 
-    def _metrics_csv(self, job_id: str) -> bytes:
+    def _steps(self, job_id: str) -> list[dict[str, Any]]:
+        """What was measured at each step; of one that was done again after a crash, the last time."""
         by_step = {e.data["step"]: e.data for e in reversed(self._all_events(job_id)) if e.data and "step" in e.data}
+        return [by_step[step] for step in sorted(by_step)]
+
+    def _metrics_csv(self, job_id: str) -> bytes:
         buffer = io.StringIO()
         writer = csv.DictWriter(buffer, METRICS_FILE_FIELDS, extrasaction="ignore")
         writer.writeheader()
-        writer.writerows(by_step[step] for step in sorted(by_step))
+        writer.writerows(self._steps(job_id))
         return buffer.getvalue().encode()
 
     def _all_events(self, job_id: str) -> Sequence[Any]:
