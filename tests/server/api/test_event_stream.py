@@ -124,7 +124,8 @@ def test_a_quiet_stream_is_kept_by_comments(api: JobsApi, monkeypatch: pytest.Mo
 
 def test_a_watcher_that_goes_away_is_watched_for_no_more(api: JobsApi) -> None:
     with httpx.stream("GET", path(api, api.add_job()), params={"stream": "true"}, timeout=5) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()
+        next(lines)
         before = api.reads
         time.sleep(4 * POLL_S)
         assert api.reads > before
