@@ -15,7 +15,7 @@ from reftserve.client.schemas import FineTuningEvent
 
 CURVE_HEIGHT = 14
 # Lines of the view that are not the curve, and one that keeps it from scrolling.
-OTHER_LINES = 8
+OTHER_LINES = 9
 
 
 def watch(job: Job, console: Console) -> None:
@@ -49,8 +49,9 @@ class JobView:
         if newest:
             steps = Table.grid(padding=(0, 2))
             bar = ProgressBar(total=newest["total_steps"], completed=newest["step"], width=24)
-            steps.add_row(f"step {newest['step']}/{newest['total_steps']}", bar, ", ".join(pace(newest)))
+            steps.add_row(f"step {newest['step']}/{newest['total_steps']}", bar)
             yield steps
+            yield Text(", ".join(pace(newest)))
             yield Text(", ".join(scores(newest)))
             yield from self._curve(options.max_width, min(CURVE_HEIGHT, console.height - OTHER_LINES))
         yield Text(self._message, "dim", no_wrap=True, overflow="ellipsis")
