@@ -18,15 +18,17 @@ from tenacity import AsyncRetrying
 
 from reftserve.client import calls
 from reftserve.client.calls import Call, GenerationOptions, Messages, TrainingOptions
+from reftserve.client.event_reader import EventReader
 from reftserve.client.exceptions import ConnectionFailed, Unavailable
 from reftserve.client.jobs import AsyncJob
-from reftserve.client.retries import retry_policy
+from reftserve.client.retries import reconnect_policy, retry_policy
 from reftserve.client.schemas import (
     ChatCompletion,
     Completion,
     Deleted,
     FileObject,
     FineTuningJob,
+    InterventionHistory,
     InterventionInfo,
     InterventionVersion,
     Model,
@@ -103,7 +105,7 @@ class AsyncClient:
             metadata=metadata,
             **options,
         )
-        return AsyncJob(self.send, await self.send(call))
+        return AsyncJob(self, await self.send(call))
 
     async def base_model(self) -> str:
         """The base model's id."""
@@ -122,6 +124,10 @@ class AsyncClient:
         """The answer to a call, after as many retries as it takes and is allowed."""
         return await AsyncRetrying(**retry_policy(call, self._max_retries))(self._answer, call)
 
+    async def open_events(self, reader: EventReader) -> httpx.Response:
+        """The stream of a job's events from where `reader` stands; a server that is away is waited for."""
+        return await AsyncRetrying(**reconnect_policy())(self._open_events_once, reader)
+
     async def close(self) -> None:
         """Close the connections."""
         await self._http.aclose()
@@ -138,16 +144,18 @@ class AsyncClient:
         return call.read(checked(response))
 
     async def _open(self, call: Call[None]) -> AsyncTextStream:
-        return await AsyncRetrying(**retry_policy(call, self._max_retries))(self._open_once, call)
+        return AsyncTextStream(await AsyncRetrying(**retry_policy(call, self._max_retries))(self._open_once, call))
 
-    async def _open_once(self, call: Call[None]) -> AsyncTextStream:
-        with answered():
-            response = await self._http.send(
-                self._http.build_request(call.method, call.path, json=call.json), stream=True
-            )
+    async def _open_once(self, call: Call[None]) -> httpx.Response:
+        with opened(call) as arguments, answered():
+            request = self._http.build_request(call.method, call.path, **arguments)
+            response = await self._http.send(request, stream=True)
             if response.is_error:
                 await response.aread()
-        return AsyncTextStream(checked(response))
+        return checked(response)
+
+    async def _open_events_once(self, reader: EventReader) -> httpx.Response:
+        return await self._open_once(reader.next_call())
 
     async def _model(self, options: GenerationOptions) -> str:
         return options.get("model") or await self.base_model()
@@ -200,7 +208,7 @@ class AsyncJobs:
 
     async def get(self, job_id: str) -> AsyncJob:
         """One job, to wait for or watch."""
-        return AsyncJob(self._client.send, await self._client.send(calls.get_job(job_id)))
+        return AsyncJob(self._client, await self._client.send(calls.get_job(job_id)))
 
 
 class AsyncModels:
@@ -232,12 +240,19 @@ class AsyncInterventions:
         """A version, by number or alias, with its manifest."""
         return await self._client.send(calls.get_version(name, version))
 
+    async def history(self, name: str, version: int | str = "latest") -> InterventionHistory:
+        """How a version was trained, step by step, in columns.
+
+        Raises NotFound when its artifact tells nothing of that.
+        """
+        return await self._client.send(calls.get_history(name, version))
+
     async def upload(self, name: str, artifact: str | Path) -> InterventionVersion:
         """Publish an artifact, a folder or a zip of one, as the next version of `name`."""
         return await self._client.send(calls.upload_intervention(name, artifact))
 
     async def download(self, name: str, folder: str | Path, *, version: int | str = "latest") -> Path:
-        """Write a version's artifact, manifest.json and edits.safetensors, into a folder; the folder."""
+        """Write a version's artifact into a folder: manifest.json, edits.safetensors, perhaps history.json."""
         return await self._client.send(calls.download_intervention(name, version, folder))
 
     async def delete(self, name: str, version: int | str | None = None, *, force: bool = False) -> Deleted:

@@ -22,8 +22,8 @@ from reftserve.client.schemas import (
     Deleted,
     FileObject,
     FineTuningCheckpoint,
-    FineTuningEvent,
     FineTuningJob,
+    InterventionHistory,
     InterventionInfo,
     InterventionUse,
     InterventionVersion,
@@ -38,6 +38,7 @@ M = TypeVar("M", bound=BaseModel)
 Messages = str | Sequence[ChatMessage | Mapping[str, Any]]
 Interventions = Sequence[str | InterventionUse | Mapping[str, Any]]
 ARTIFACT_FILES = ("manifest.json", "edits.safetensors")
+HISTORY_FILE = "history.json"
 
 
 class GenerationOptions(TypedDict, total=False):
@@ -102,13 +103,18 @@ class Upload:
 
 @dataclass(frozen=True)
 class Call(Generic[T]):
-    """A request and how to read its answer."""
+    """A request and how to read its answer.
+
+    read_timeout_s: for how long the answer may be silent; the client's default when None.
+    """
 
     method: str
     path: str
     read: Callable[[httpx.Response], T]
     json: Any = None
     params: Mapping[str, Any] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict)
+    read_timeout_s: float | None = None
     form: Mapping[str, str] = field(default_factory=dict)
     upload: Upload | None = None
 
@@ -306,10 +312,12 @@ def retry_job(job_id: str) -> Call[FineTuningJob]:
     return Call("POST", f"/v1/fine_tuning/jobs/{job_id}/retry", _reads(FineTuningJob))
 
 
-def list_events(job_id: str, after: str | None, limit: int) -> Call[Page[FineTuningEvent]]:
-    """GET /v1/fine_tuning/jobs/{id}/events; newest first."""
-    params = _given({"after": after, "limit": limit})
-    return Call("GET", f"/v1/fine_tuning/jobs/{job_id}/events", _reads(Page[FineTuningEvent]), params=params)
+def stream_events(job_id: str, last: str | None, read_timeout_s: float) -> Call[None]:
+    """GET /v1/fine_tuning/jobs/{id}/events as a stream, behind the event with id `last`."""
+    path = f"/v1/fine_tuning/jobs/{job_id}/events"
+    headers = {"Accept": "text/event-stream", **_given({"Last-Event-ID": last})}
+    params = {"stream": True}
+    return Call("GET", path, lambda _: None, params=params, headers=headers, read_timeout_s=read_timeout_s)
 
 
 def list_checkpoints(job_id: str) -> Call[list[FineTuningCheckpoint]]:
@@ -336,8 +344,13 @@ def get_version(name: str, version: int | str) -> Call[InterventionVersion]:
     return Call("GET", f"/v1/interventions/{name}/versions/{version}", _reads(InterventionVersion))
 
 
+def get_history(name: str, version: int | str) -> Call[InterventionHistory]:
+    """GET /v1/interventions/{name}/versions/{version}/history."""
+    return Call("GET", f"/v1/interventions/{name}/versions/{version}/history", _reads(InterventionHistory))
+
+
 def upload_intervention(name: str, artifact: str | Path) -> Call[InterventionVersion]:
-    """POST /v1/interventions. artifact: a folder with manifest.json and edits.safetensors, or such a folder zipped."""
+    """POST /v1/interventions. artifact: a folder as `download` writes it, or such a folder zipped."""
     path = Path(artifact)
     upload = Upload(f"{name}.zip", _zipped(path) if path.is_dir() else path)
     return Call("POST", "/v1/interventions", _reads(InterventionVersion), form={"name": name}, upload=upload)
@@ -348,6 +361,8 @@ def _zipped(folder: Path) -> bytes:
     with zipfile.ZipFile(buffer, "w") as archive:
         for name in ARTIFACT_FILES:
             archive.write(folder / name, name)
+        if (folder / HISTORY_FILE).exists():
+            archive.write(folder / HISTORY_FILE, HISTORY_FILE)
     return buffer.getvalue()
 
 
@@ -358,7 +373,7 @@ def download_intervention(name: str, version: int | str, folder: str | Path) -> 
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         with zipfile.ZipFile(io.BytesIO(response.content)) as archive:
-            for member in ARTIFACT_FILES:
+            for member in (*ARTIFACT_FILES, *({HISTORY_FILE} & set(archive.namelist()))):
                 (target / member).write_bytes(archive.read(member))
         return target
 

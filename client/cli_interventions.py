@@ -38,7 +38,7 @@ def upload(
 
 @app.command("download")
 def download(context: typer.Context, reference: Reference, folder: Path) -> None:
-    """Write a version's manifest.json and edits.safetensors into a folder."""
+    """Write a version's files into a folder."""
     name, _, version = reference.partition("@")
     print(session(context).client.interventions.download(name, folder, version=version or "latest"))
 

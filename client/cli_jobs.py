@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from reftserve.client.cli_output import session
+from reftserve.client.exceptions import JobEnded
+from reftserve.client.figures import event_line
+from reftserve.client.jobs import Job
+from reftserve.client.watch import watch as watch_live
 
 app = typer.Typer(no_args_is_help=True, help="Training runs.")
 COLUMNS = {"id": "ID", "status": "STATUS", "suffix": "NAME", "fine_tuned_model": "PUBLISHED", "created_at": "CREATED"}
 Id = Annotated[str, typer.Argument(help="ftjob-...")]
+INTERRUPTED = 130
 
 
 def train(
@@ -51,7 +60,8 @@ def train(
         seed=seed,
     )
     if not detach:
-        job.wait(progress=True)
+        with _left_running_by_ctrl_c(job):
+            job.wait(progress=True)
     here.show(job.data)
 
 
@@ -78,15 +88,41 @@ def show(context: typer.Context, job_id: Id) -> None:
 
 @app.command("watch")
 def watch(context: typer.Context, job_id: Id) -> None:
-    """Follow a job to its end; exits with 1 when it does not succeed."""
-    session(context).show(session(context).client.jobs.get(job_id).wait(progress=True).data)
+    """Follow a job to its end, live in a terminal, else in a line for each event; exits with 1 unless it succeeds."""
+    here = session(context)
+    job = here.client.jobs.get(job_id)
+    console = Console(highlight=False)
+    with _left_running_by_ctrl_c(job):
+        if console.is_terminal and not here.as_json:
+            watch_live(job, console)
+        else:
+            _print_events(job, as_json=here.as_json)
+    if job.status != "succeeded":
+        raise JobEnded(job.data)
+    here.show(job.data)
 
 
 @app.command("events")
 def events(context: typer.Context, job_id: Id) -> None:
     """Print every event as it comes, until the job has ended."""
-    for event in session(context).client.jobs.get(job_id).events():
-        print(json.dumps(event.model_dump(mode="json")) if session(context).as_json else event.message, flush=True)
+    here = session(context)
+    job = here.client.jobs.get(job_id)
+    with _left_running_by_ctrl_c(job):
+        _print_events(job, as_json=here.as_json)
+
+
+def _print_events(job: Job, *, as_json: bool) -> None:
+    for event in job.events():
+        print(json.dumps(event.model_dump(mode="json")) if as_json else event_line(event), flush=True)
+
+
+@contextmanager
+def _left_running_by_ctrl_c(job: Job) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"job {job.id} goes on; follow it with: reftserve jobs watch {job.id}", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
 
 
 @app.command("cancel")

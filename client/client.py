@@ -16,15 +16,17 @@ from tenacity import Retrying
 
 from reftserve.client import calls
 from reftserve.client.calls import Call, GenerationOptions, Messages, TrainingOptions
+from reftserve.client.event_reader import EventReader
 from reftserve.client.exceptions import ConnectionFailed, Unavailable
 from reftserve.client.jobs import Job
-from reftserve.client.retries import retry_policy
+from reftserve.client.retries import reconnect_policy, retry_policy
 from reftserve.client.schemas import (
     ChatCompletion,
     Completion,
     Deleted,
     FileObject,
     FineTuningJob,
+    InterventionHistory,
     InterventionInfo,
     InterventionVersion,
     Model,
@@ -101,7 +103,7 @@ class Client:
             metadata=metadata,
             **options,
         )
-        return Job(self.send, self.send(call))
+        return Job(self, self.send(call))
 
     @property
     def base_model(self) -> str:
@@ -122,6 +124,10 @@ class Client:
         answer: T = Retrying(**retry_policy(call, self._max_retries))(self._answer, call)
         return answer
 
+    def open_events(self, reader: EventReader) -> httpx.Response:
+        """The stream of a job's events from where `reader` stands; a server that is away is waited for."""
+        return Retrying(**reconnect_policy())(self._open_events_once, reader)
+
     def close(self) -> None:
         """Close the connections."""
         self._http.close()
@@ -138,14 +144,18 @@ class Client:
         return call.read(checked(response))
 
     def _open(self, call: Call[None]) -> TextStream:
-        return Retrying(**retry_policy(call, self._max_retries))(self._open_once, call)
+        return TextStream(Retrying(**retry_policy(call, self._max_retries))(self._open_once, call))
 
-    def _open_once(self, call: Call[None]) -> TextStream:
-        with answered():
-            response = self._http.send(self._http.build_request(call.method, call.path, json=call.json), stream=True)
+    def _open_once(self, call: Call[None]) -> httpx.Response:
+        with opened(call) as arguments, answered():
+            request = self._http.build_request(call.method, call.path, **arguments)
+            response = self._http.send(request, stream=True)
             if response.is_error:
                 response.read()
-        return TextStream(checked(response))
+        return checked(response)
+
+    def _open_events_once(self, reader: EventReader) -> httpx.Response:
+        return self._open_once(reader.next_call())
 
     def _model(self, options: GenerationOptions) -> str:
         return options.get("model") or self.base_model
@@ -197,7 +207,7 @@ class Jobs:
 
     def get(self, job_id: str) -> Job:
         """One job, to wait for or watch."""
-        return Job(self._client.send, self._client.send(calls.get_job(job_id)))
+        return Job(self._client, self._client.send(calls.get_job(job_id)))
 
 
 class Models:
@@ -229,12 +239,19 @@ class Interventions:
         """A version, by number or alias, with its manifest."""
         return self._client.send(calls.get_version(name, version))
 
+    def history(self, name: str, version: int | str = "latest") -> InterventionHistory:
+        """How a version was trained, step by step, in columns.
+
+        Raises NotFound when its artifact tells nothing of that.
+        """
+        return self._client.send(calls.get_history(name, version))
+
     def upload(self, name: str, artifact: str | Path) -> InterventionVersion:
         """Publish an artifact, a folder or a zip of one, as the next version of `name`."""
         return self._client.send(calls.upload_intervention(name, artifact))
 
     def download(self, name: str, folder: str | Path, *, version: int | str = "latest") -> Path:
-        """Write a version's artifact, manifest.json and edits.safetensors, into a folder; the folder."""
+        """Write a version's artifact into a folder: manifest.json, edits.safetensors, perhaps history.json."""
         return self._client.send(calls.download_intervention(name, version, folder))
 
     def delete(self, name: str, version: int | str | None = None, *, force: bool = False) -> Deleted:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Iterator
-from contextlib import nullcontext
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, closing, nullcontext, suppress
 from typing import Protocol, TypeVar
+
+import httpx
+from httpx_sse import EventSource
 
 from reftserve.client import calls
 from reftserve.client.calls import Call
+from reftserve.client.event_reader import PAUSE_S, EventReader
 from reftserve.client.exceptions import JobEnded
 from reftserve.client.progress import JobProgress
-from reftserve.client.schemas import FineTuningCheckpoint, FineTuningEvent, FineTuningJob, JobStatus, Page
+from reftserve.client.schemas import FineTuningCheckpoint, FineTuningEvent, FineTuningJob, JobStatus
 
 T = TypeVar("T")
-POLL_S = 0.5
-EVENTS_PER_PAGE = 100
 
 
 class _JobState:
@@ -50,54 +52,25 @@ class _JobState:
             raise JobEnded(self.data)
 
 
-class _NewEvents:
-    """Gathers pages, newest first, until one reaches back to what was seen before."""
+class _Client(Protocol):
+    def send(self, call: Call[T], /) -> T: ...
 
-    def __init__(self, last_seen: str | None) -> None:
-        self._last_seen = last_seen
-        self._gathered: list[FineTuningEvent] = []
-
-    def add(self, page: Page[FineTuningEvent]) -> str | None:
-        """Take a page; the `after` of the next one to fetch, or None when this was the last."""
-        for event in page.data:
-            if event.id == self._last_seen:
-                return None
-            self._gathered.append(event)
-        return page.data[-1].id if page.has_more else None
-
-    @property
-    def in_order(self) -> list[FineTuningEvent]:
-        """Oldest first."""
-        return self._gathered[::-1]
+    def open_events(self, reader: EventReader, /) -> httpx.Response: ...
 
 
-class _Deadline:
-    """When to stop waiting; None: never."""
+class _AsyncClient(Protocol):
+    async def send(self, call: Call[T], /) -> T: ...
 
-    def __init__(self, timeout_s: float | None) -> None:
-        self._timeout_s = timeout_s
-        self._at = float("inf") if timeout_s is None else time.monotonic() + timeout_s
-
-    def check(self, job: _JobState) -> None:
-        """Raises TimeoutError when it has passed."""
-        if time.monotonic() > self._at:
-            raise TimeoutError(f"job {job.id} is still {job.status} after {self._timeout_s} seconds; it goes on")
-
-
-class _Send(Protocol):
-    def __call__(self, call: Call[T], /) -> T: ...
-
-
-class _SendAsync(Protocol):
-    def __call__(self, call: Call[T], /) -> Awaitable[T]: ...
+    async def open_events(self, reader: EventReader, /) -> httpx.Response: ...
 
 
 class Job(_JobState):
     """A training job."""
 
-    def __init__(self, send: _Send, data: FineTuningJob) -> None:
+    def __init__(self, client: _Client, data: FineTuningJob) -> None:
         super().__init__(data)
-        self._send = send
+        self._send = client.send
+        self._open_events = client.open_events
 
     def refresh(self) -> Job:
         """Ask the server how it stands."""
@@ -124,30 +97,31 @@ class Job(_JobState):
         self.data = self._send(calls.retry_job(self.id))
         return self
 
-    def events(self, *, timeout_s: float | None = None, poll_s: float = POLL_S) -> Iterator[FineTuningEvent]:
+    def events(self, *, timeout_s: float | None = None) -> Iterator[FineTuningEvent]:
         """Everything that happened, oldest first, then what happens until the job has ended.
 
-        Raises TimeoutError after `timeout_s`; the job goes on then.
+        A stream that breaks off, as when the server restarts, goes on where it was; ConnectionFailed is raised when no
+        server comes back. Raises TimeoutError after `timeout_s`; the job goes on then.
         """
-        deadline = _Deadline(timeout_s)
-        last: str | None = None
-        while True:
-            self.refresh()  # before the events are read, so that none of an ended job is missed
-            for event in self._events_since(last):
-                yield event
-                last = event.id
-            if self.has_ended:
-                return
-            deadline.check(self)
-            time.sleep(poll_s)
+        reader = EventReader(self.id, timeout_s)
+        while not reader.ended:
+            # Breaking off is no failure: the next stream begins behind the last event.
+            with suppress(httpx.TransportError), closing(self._open_events(reader)) as response:
+                reader.check(response)
+                for message in EventSource(response).iter_sse():
+                    if (event := reader.take(message)) is not None:
+                        yield event
+            if not reader.ended:
+                time.sleep(PAUSE_S)
+        self.refresh()
 
-    def wait(self, *, progress: bool = False, timeout_s: float | None = None, poll_s: float = POLL_S) -> Job:
+    def wait(self, *, progress: bool = False, timeout_s: float | None = None) -> Job:
         """Until it has published its intervention. progress: show a bar in the terminal.
 
         Raises JobEnded when it failed or was cancelled, TimeoutError after `timeout_s`; the job goes on then.
         """
         with JobProgress() if progress else nullcontext() as bar:
-            for event in self.events(timeout_s=timeout_s, poll_s=poll_s):
+            for event in self.events(timeout_s=timeout_s):
                 if bar is not None:
                     bar.update(event)
         self._raise_unless_succeeded()
@@ -157,20 +131,14 @@ class Job(_JobState):
         """Its durable steps, newest first."""
         return self._send(calls.list_checkpoints(self.id))
 
-    def _events_since(self, last: str | None) -> list[FineTuningEvent]:
-        new = _NewEvents(last)
-        after = new.add(self._send(calls.list_events(self.id, None, EVENTS_PER_PAGE)))
-        while after is not None:
-            after = new.add(self._send(calls.list_events(self.id, after, EVENTS_PER_PAGE)))
-        return new.in_order
-
 
 class AsyncJob(_JobState):
     """Job for asyncio."""
 
-    def __init__(self, send: _SendAsync, data: FineTuningJob) -> None:
+    def __init__(self, client: _AsyncClient, data: FineTuningJob) -> None:
         super().__init__(data)
-        self._send = send
+        self._send = client.send
+        self._open_events = client.open_events
 
     async def refresh(self) -> AsyncJob:
         """Ask the server how it stands."""
@@ -197,32 +165,32 @@ class AsyncJob(_JobState):
         self.data = await self._send(calls.retry_job(self.id))
         return self
 
-    async def events(
-        self, *, timeout_s: float | None = None, poll_s: float = POLL_S
-    ) -> AsyncGenerator[FineTuningEvent]:
+    async def events(self, *, timeout_s: float | None = None) -> AsyncGenerator[FineTuningEvent]:
         """Everything that happened, oldest first, then what happens until the job has ended.
 
-        Raises TimeoutError after `timeout_s`; the job goes on then.
+        A stream that breaks off, as when the server restarts, goes on where it was; ConnectionFailed is raised when no
+        server comes back. Raises TimeoutError after `timeout_s`; the job goes on then.
         """
-        deadline = _Deadline(timeout_s)
-        last: str | None = None
-        while True:
-            await self.refresh()  # before the events are read, so that none of an ended job is missed
-            for event in await self._events_since(last):
-                yield event
-                last = event.id
-            if self.has_ended:
-                return
-            deadline.check(self)
-            await asyncio.sleep(poll_s)
+        reader = EventReader(self.id, timeout_s)
+        while not reader.ended:
+            # Breaking off is no failure: the next stream begins behind the last event.
+            with suppress(httpx.TransportError):
+                async with aclosing(await self._open_events(reader)) as response:
+                    reader.check(response)
+                    async for message in EventSource(response).aiter_sse():
+                        if (event := reader.take(message)) is not None:
+                            yield event
+            if not reader.ended:
+                await asyncio.sleep(PAUSE_S)
+        await self.refresh()
 
-    async def wait(self, *, progress: bool = False, timeout_s: float | None = None, poll_s: float = POLL_S) -> AsyncJob:
+    async def wait(self, *, progress: bool = False, timeout_s: float | None = None) -> AsyncJob:
         """Until it has published its intervention. progress: show a bar in the terminal.
 
         Raises JobEnded when it failed or was cancelled, TimeoutError after `timeout_s`; the job goes on then.
         """
         with JobProgress() if progress else nullcontext() as bar:
-            async for event in self.events(timeout_s=timeout_s, poll_s=poll_s):
+            async for event in self.events(timeout_s=timeout_s):
                 if bar is not None:
                     bar.update(event)
         self._raise_unless_succeeded()
@@ -231,10 +199,3 @@ class AsyncJob(_JobState):
     async def checkpoints(self) -> list[FineTuningCheckpoint]:
         """Its durable steps, newest first."""
         return await self._send(calls.list_checkpoints(self.id))
-
-    async def _events_since(self, last: str | None) -> list[FineTuningEvent]:
-        new = _NewEvents(last)
-        after = new.add(await self._send(calls.list_events(self.id, None, EVENTS_PER_PAGE)))
-        while after is not None:
-            after = new.add(await self._send(calls.list_events(self.id, after, EVENTS_PER_PAGE)))
-        return new.in_order

@@ -5,13 +5,14 @@ from __future__ import annotations
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from reftserve.client.figures import HELD_OUT, TrainingFigures, event_line, pace, scores
 from reftserve.client.schemas import FineTuningEvent
 
 
 class JobProgress:
-    """Steps done of all steps, with the loss, the held-out score and the time to go; on standard error.
+    """Steps done of all steps, with the loss, held-out loss, speed and time to go; on standard error.
 
     Without a terminal, one line for each event that is no step, and for every held-out score.
     """
@@ -20,28 +21,26 @@ class JobProgress:
         self._console = console or Console(stderr=True, highlight=False)
         self._progress = Progress(
             TextColumn("training"),
-            BarColumn(),
+            BarColumn(bar_width=16),
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(),
             console=self._console,
             disable=not self._console.is_terminal,
         )
         self._task = self._progress.add_task("", total=None, figures="waiting for a worker")
-        self._held_out = ""
+        self._figures = TrainingFigures()
 
     def update(self, event: FineTuningEvent) -> None:
         """Show an event."""
-        data = event.data or {}
-        if "step" not in data:
+        if not self._figures.add(event):
             self._progress.console.print(event.message)
             return
-        if "valid_loss" in data:
-            self._held_out = f"  held-out {data['valid_loss']:.3f}"
-            if not self._console.is_terminal:
-                self._console.print(f"{event.message},{self._held_out}")
-        figures = f"loss {data['train_loss']:.3f}{self._held_out}"
-        self._progress.update(self._task, completed=data["step"], total=data["total_steps"], figures=figures)
+        newest = self._figures.newest
+        # Loss and held-out loss, speed and time: the bar has one line.
+        figures = ", ".join([*scores(newest)[:2], *pace(newest)[1:]])
+        self._progress.update(self._task, completed=newest["step"], total=newest["total_steps"], figures=figures)
+        if not self._console.is_terminal and any(name.startswith(HELD_OUT) for name in event.data or {}):
+            self._console.print(event_line(event))
 
     def __enter__(self) -> JobProgress:
         self._progress.start()

@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import httpx
-from tenacity import RetryCallState, retry_if_exception, stop_after_attempt, wait_exponential_jitter
+from tenacity import RetryCallState, retry_if_exception, stop_after_attempt, stop_after_delay, wait_exponential_jitter
 from tenacity.wait import wait_base
 
 from reftserve.client.calls import Call
-from reftserve.client.exceptions import ConnectionFailed, Overloaded, Unavailable
+from reftserve.client.exceptions import ConnectionFailed, Overloaded, ServerFault, Unavailable
 
 FIRST_WAIT_S = 0.2
 LONGEST_WAIT_S = 10.0
+RECONNECT_S = 300.0
+LONGEST_RECONNECT_WAIT_S = 2.0
 
 
 def retry_policy(call: Call[Any], max_retries: int) -> dict[str, Any]:
@@ -30,17 +32,35 @@ def retry_policy(call: Call[Any], max_retries: int) -> dict[str, Any]:
     return {
         "retry": retry_if_exception(is_transient),
         "stop": stop_after_attempt(max_retries + 1),
-        "wait": _BackoffOrRetryAfter(),
+        "wait": _BackoffOrRetryAfter(LONGEST_WAIT_S),
+        "reraise": True,
+    }
+
+
+def reconnect_policy() -> dict[str, Any]:
+    """The same for the stream of a job's events, which has to outlive restarts of the server."""
+
+    def is_restarting(failure: BaseException) -> bool:
+        # A proxy in front of a server that is away answers 502 or 504.
+        is_proxy = isinstance(failure, ServerFault) and failure.status in (502, 504)
+        return is_proxy or isinstance(failure, (ConnectionFailed, Overloaded, Unavailable))
+
+    return {
+        "retry": retry_if_exception(is_restarting),
+        "stop": stop_after_delay(RECONNECT_S),
+        "wait": _BackoffOrRetryAfter(LONGEST_RECONNECT_WAIT_S),
         "reraise": True,
     }
 
 
 class _BackoffOrRetryAfter(wait_base):
-    """What the server asks for, else exponential backoff with jitter; at most LONGEST_WAIT_S."""
+    """What the server asks for, else exponential backoff with jitter; at most `longest_s`."""
 
-    _backoff = wait_exponential_jitter(initial=FIRST_WAIT_S, max=LONGEST_WAIT_S, jitter=FIRST_WAIT_S)
+    def __init__(self, longest_s: float) -> None:
+        self._longest_s = longest_s
+        self._backoff = wait_exponential_jitter(initial=FIRST_WAIT_S, max=longest_s, jitter=FIRST_WAIT_S)
 
     def __call__(self, retry_state: RetryCallState) -> float:
         failure = retry_state.outcome.exception() if retry_state.outcome is not None else None
         asked = getattr(failure, "retry_after_s", None)
-        return min(asked, LONGEST_WAIT_S) if asked is not None else self._backoff(retry_state)
+        return min(asked, self._longest_s) if asked is not None else self._backoff(retry_state)

@@ -26,6 +26,12 @@ _CHUNK: TypeAdapter[ChatCompletionChunk | Completion] = TypeAdapter(
 )
 
 
+def raise_if_error(data: str) -> None:
+    """Raises StreamFailed when an event's data is the server's error object."""
+    if data.startswith('{"error"'):
+        raise StreamFailed(ErrorBody.model_validate_json(data).error)
+
+
 class _StreamedText:
     """What a stream has said so far.
 
@@ -43,8 +49,7 @@ class _StreamedText:
 
         Raises StreamFailed when the event is an error.
         """
-        if data.startswith('{"error"'):
-            raise StreamFailed(ErrorBody.model_validate_json(data).error)
+        raise_if_error(data)
         chunk = _CHUNK.validate_json(data)
         piece = ""
         for choice in chunk.choices:

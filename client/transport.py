@@ -15,7 +15,8 @@ from reftserve.client.exceptions import ConnectionFailed, response_error
 DEFAULT_URL = "http://127.0.0.1:8000"
 MAX_RETRIES = 3
 # Long answers keep a connection silent until their first byte.
-TIMEOUT = httpx.Timeout(600.0, connect=5.0)
+CONNECT_TIMEOUT_S = 5.0
+TIMEOUT = httpx.Timeout(600.0, connect=CONNECT_TIMEOUT_S)
 
 
 def headers(api_key: str | None) -> dict[str, str]:
@@ -27,7 +28,9 @@ def headers(api_key: str | None) -> dict[str, str]:
 def opened(call: Call[Any]) -> Iterator[dict[str, Any]]:
     """Httpx's arguments for a call, with the file that it uploads open."""
     with ExitStack() as stack:
-        arguments: dict[str, Any] = {"params": dict(call.params)}
+        arguments: dict[str, Any] = {"params": dict(call.params), "headers": dict(call.headers)}
+        if call.read_timeout_s is not None:
+            arguments["timeout"] = httpx.Timeout(call.read_timeout_s, connect=CONNECT_TIMEOUT_S)
         if call.json is not None:
             arguments["json"] = call.json
         if call.upload is not None:

@@ -3,6 +3,7 @@
 from reftserve.interventions.artifact import (
     Intervention,
     load_artifact,
+    load_history,
     pack,
     parse_artifact,
     save_artifact,
@@ -22,6 +23,7 @@ from reftserve.interventions.errors import (
 )
 from reftserve.interventions.families import FAMILIES, Family
 from reftserve.interventions.fingerprint import fingerprint, model_checksum
+from reftserve.interventions.history import History
 from reftserve.interventions.manifest import BaseFingerprint, EditEntry, Manifest, Provenance
 from reftserve.interventions.positions import Positions
 from reftserve.interventions.trainable import InterventionConfig, TrainableIntervention
@@ -35,6 +37,7 @@ __all__ = [
     "Family",
     "FingerprintMismatch",
     "HashMismatch",
+    "History",
     "Intervention",
     "InterventionConfig",
     "InterventionError",
@@ -54,6 +57,7 @@ __all__ = [
     "decoder_layers",
     "fingerprint",
     "load_artifact",
+    "load_history",
     "model_checksum",
     "pack",
     "parse_artifact",

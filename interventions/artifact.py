@@ -1,4 +1,6 @@
-"""Artifacts on disk: a folder of `manifest.json` and `edits.safetensors`; for the wire, a zip of the two.
+"""Artifacts on disk: a folder of `manifest.json`, `edits.safetensors` and, where it was trained, `history.json`.
+
+For the wire, a zip of them.
 
 Reading trusts nothing: every field, name, shape, type and number is checked, sizes are bounded, nothing is unpickled.
 Writing is all or nothing: a folder appears under its name only when it is complete and on the disk.
@@ -12,7 +14,7 @@ import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,11 +28,13 @@ from safetensors.torch import load, save
 
 from reftserve.interventions.edit import TENSORS, LowRankEdit, PlacedEdit
 from reftserve.interventions.errors import DtypeError, HashMismatch, ManifestError, ShapeError
+from reftserve.interventions.history import HISTORY_FILE, History
 from reftserve.interventions.manifest import BaseFingerprint, EditEntry, Manifest, Provenance
 from reftserve.interventions.positions import Positions
 
 MANIFEST_FILE = "manifest.json"
 EDITS_FILE = "edits.safetensors"
+REQUIRED_FILES = (MANIFEST_FILE, EDITS_FILE)
 DTYPES = {"A": "F32", "b": "F32", "U": "F32", "act": "I8", "scale": "F32"}
 MAX_BYTES = 1 << 30
 
@@ -71,6 +75,7 @@ def save_artifact(
     tied: bool = True,
     parameters: int | None = None,
     provenance: Provenance | None = None,
+    history: History | None = None,
 ) -> Manifest:
     """Write a new artifact folder; it must not exist. Raises OSError with nothing left behind."""
     manifest = Manifest(
@@ -94,7 +99,10 @@ def save_artifact(
         for i, placed in enumerate(edits)
         for name in TENSORS
     }
-    _write_folder(folder, manifest.model_dump_json(indent=2).encode(), save(tensors))
+    files = {MANIFEST_FILE: manifest.model_dump_json(indent=2).encode(), EDITS_FILE: save(tensors)}
+    if history is not None:
+        files[HISTORY_FILE] = history.model_dump_json().encode()
+    _write_folder(folder, files)
     return manifest
 
 
@@ -104,6 +112,15 @@ def load_artifact(folder: Path) -> Intervention:
     Raises an InterventionError that says what is wrong and what was expected; OSError when files cannot be read.
     """
     return parse_artifact(_bounded(folder / MANIFEST_FILE), _bounded(folder / EDITS_FILE))
+
+
+def load_history(folder: Path) -> History | None:
+    """Read an artifact folder's history; None when it has none.
+
+    Raises ManifestError.
+    """
+    file = folder / HISTORY_FILE
+    return History.parse(_bounded(file)) if file.exists() else None
 
 
 def parse_artifact(manifest_bytes: bytes, edits_bytes: bytes) -> Intervention:
@@ -137,26 +154,30 @@ def pack(folder: Path) -> bytes:
     """The artifact as one zip file for the wire."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
-        for name in (MANIFEST_FILE, EDITS_FILE):
-            archive.write(folder / name, name)
+        for name in (*REQUIRED_FILES, HISTORY_FILE):
+            if name in REQUIRED_FILES or (folder / name).exists():
+                archive.write(folder / name, name)
     return buffer.getvalue()
 
 
 def unpack(data: bytes, folder: Path, *, max_bytes: int = MAX_BYTES) -> Intervention:
     """Check a zipped artifact and write it to a new folder; nothing is written when it is refused.
 
-    Raises an InterventionError; ManifestError when it is not a zip of exactly the two files within `max_bytes`.
+    Raises an InterventionError; ManifestError when it is not a zip of exactly an artifact's files within `max_bytes`.
     """
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             names = sorted(archive.namelist())
-            if names != sorted([MANIFEST_FILE, EDITS_FILE]):
-                raise ManifestError(f"the archive holds {names}; expected exactly {MANIFEST_FILE} and {EDITS_FILE}")
+            if names not in (sorted(REQUIRED_FILES), sorted([*REQUIRED_FILES, HISTORY_FILE])):
+                expected = f"exactly {MANIFEST_FILE} and {EDITS_FILE}, and perhaps {HISTORY_FILE}"
+                raise ManifestError(f"the archive holds {names}; expected {expected}")
             contents = {name: _read_member(archive, name, max_bytes) for name in names}
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as cause:
         raise ManifestError(f"not a readable zip file: {cause}") from cause
     intervention = parse_artifact(contents[MANIFEST_FILE], contents[EDITS_FILE])
-    _write_folder(folder, contents[MANIFEST_FILE], contents[EDITS_FILE])
+    if HISTORY_FILE in contents:
+        History.parse(contents[HISTORY_FILE])
+    _write_folder(folder, contents)
     return intervention
 
 
@@ -223,11 +244,11 @@ def _read_member(archive: zipfile.ZipFile, name: str, max_bytes: int) -> bytes:
     return content
 
 
-def _write_folder(folder: Path, manifest: bytes, edits: bytes) -> None:
+def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial-"))
     try:
-        for name, content in ((MANIFEST_FILE, manifest), (EDITS_FILE, edits)):
+        for name, content in files.items():
             with (scratch / name).open("wb") as file:
                 file.write(content)
                 file.flush()

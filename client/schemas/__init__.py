@@ -60,6 +60,7 @@ from reftserve.client.schemas.health import (
 )
 from reftserve.client.schemas.interventions import (
     AliasUpdate,
+    InterventionHistory,
     InterventionInfo,
     InterventionVersion,
 )
@@ -89,6 +90,7 @@ __all__ = [
     "FineTuningJobCreate",
     "FinishReason",
     "GenerationFields",
+    "InterventionHistory",
     "InterventionInfo",
     "InterventionUse",
     "InterventionVersion",

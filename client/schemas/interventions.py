@@ -35,6 +35,21 @@ class InterventionVersion(Response):
     job_id: str | None = None
 
 
+class InterventionHistory(Response):
+    """How a version was trained: columns of equal length, a row for each step, or for each of 1,000 of very many.
+
+    valid: the scores of the held-out part (`loss`, `exact_match`, ...) after the steps at which it was scored; None at
+    the others, as wherever a number is unknown or was not finite.
+    """
+
+    id: str
+    object: Literal["intervention.history"] = "intervention.history"
+    step: list[int]
+    train_loss: list[float | None]
+    learning_rate: list[float | None]
+    valid: dict[str, list[float | None]]
+
+
 class AliasUpdate(Request):
     """PUT /v1/interventions/{name}/aliases/{alias}."""
 

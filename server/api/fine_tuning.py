@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Query
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Query, Response
 
 from reftserve.client.schemas import (
     FineTuningCheckpoint,
@@ -12,6 +16,7 @@ from reftserve.client.schemas import (
     Page,
 )
 from reftserve.server.api.dependencies import Owner, Server
+from reftserve.server.api.sse import event_stream
 from reftserve.server.storage.tables import Job, JobCheckpoint, JobEvent
 from reftserve.server.training.jobs import event_id
 
@@ -63,17 +68,27 @@ def retry_job(job_id: str, server: Server, owner: Owner) -> FineTuningJob:
     return _job(server.jobs.retry(owner, job_id))
 
 
-@router.get("/{job_id}/events")
+@router.get("/{job_id}/events", response_model=Page[FineTuningEvent])
 def list_events(
     job_id: str,
     server: Server,
     owner: Owner,
     after: str | None = None,
     limit: int = Query(20, ge=1, le=1000),
-) -> Page[FineTuningEvent]:
-    """Events, newest first; `after` continues towards older ones."""
-    events, more = server.jobs.events(owner, job_id, after=after, limit=limit)
-    return Page(data=[_event(event) for event in events], has_more=more)
+    stream: bool | None = None,
+    accept: Annotated[str | None, Header()] = None,
+    last_event_id: Annotated[str | None, Header()] = None,
+) -> Page[FineTuningEvent] | Response:
+    """Events, newest first; `after` continues towards older ones.
+
+    With `stream=true`, or `Accept: text/event-stream`: as server-sent events, oldest first, then each as it is
+    written, until the job has ended; `Last-Event-ID`, or `after`, is the last event that was seen.
+    """
+    if stream if stream is not None else "text/event-stream" in (accept or ""):
+        events = server.jobs.follow(owner, job_id, after=last_event_id or after)
+        return event_stream(_streamed(events), id_of=lambda event: event.id)
+    page, more = server.jobs.events(owner, job_id, after=after, limit=limit)
+    return Page(data=[_event(event) for event in page], has_more=more)
 
 
 @router.get("/{job_id}/checkpoints")
@@ -104,6 +119,12 @@ def _job(job: Job) -> FineTuningJob:
         estimated_finish=job.estimated_finish,
         metadata=job.job_metadata,
     )
+
+
+async def _streamed(events: AsyncGenerator[JobEvent]) -> AsyncGenerator[FineTuningEvent]:
+    async with aclosing(events):
+        async for event in events:
+            yield _event(event)
 
 
 def _event(event: JobEvent) -> FineTuningEvent:

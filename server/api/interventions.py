@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from fastapi import APIRouter, File, Form, Query, Response, UploadFile
 
-from reftserve.client.schemas import AliasUpdate, Deleted, InterventionInfo, InterventionVersion, Page
+from reftserve.client.schemas import (
+    AliasUpdate,
+    Deleted,
+    InterventionHistory,
+    InterventionInfo,
+    InterventionVersion,
+    Page,
+)
 from reftserve.server.api.dependencies import Owner, Server
 from reftserve.server.errors import PayloadTooLarge
 from reftserve.server.registry.interventions import PublishedVersion
@@ -53,10 +60,17 @@ def get_version(name: str, version: str, server: Server, owner: Owner) -> Interv
 
 @router.get("/{name}/versions/{version}/content", response_class=Response)
 def download_version(name: str, version: str, server: Server, owner: Owner) -> Response:
-    """The artifact as a zip of manifest.json and edits.safetensors."""
+    """The artifact as a zip of its files."""
     content = server.registry.download(owner, Reference.parse(f"{name}@{version}"))
     disposition = f'attachment; filename="{name}-{version}.zip"'
     return Response(content, media_type="application/zip", headers={"Content-Disposition": disposition})
+
+
+@router.get("/{name}/versions/{version}/history")
+def get_history(name: str, version: str, server: Server, owner: Owner) -> InterventionHistory:
+    """How a version was trained, step by step, in columns."""
+    published, history = server.registry.history(owner, Reference.parse(f"{name}@{version}"))
+    return InterventionHistory(id=published.id, **history.model_dump())
 
 
 @router.delete("/{name}/versions/{version}")

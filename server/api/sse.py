@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -15,22 +15,28 @@ from reftserve.server.api.errors import error_body
 from reftserve.server.errors import ServerError
 
 T = TypeVar("T")
+M = TypeVar("M", bound=BaseModel)
 CLIENT_POLL_S = 0.2
+KEEP_ALIVE_S = 15
 
 
-def event_stream(chunks: AsyncGenerator[BaseModel]) -> EventSourceResponse:
-    """Each chunk as one `data:` line, `[DONE]` at the end; an error on the way becomes the last event."""
+def event_stream(chunks: AsyncGenerator[M], *, id_of: Callable[[M], str] | None = None) -> EventSourceResponse:
+    """Each chunk as one `data:` line, `[DONE]` at the end; an error on the way becomes the last event.
+
+    id_of: what `Last-Event-ID` can name when the stream is resumed behind a chunk. While there is nothing to say, a
+    comment every KEEP_ALIVE_S seconds keeps the connection.
+    """
 
     async def lines() -> AsyncIterator[bytes]:
         async with contextlib.aclosing(chunks) as source:
             try:
                 async for chunk in source:
-                    yield _event(chunk)
+                    yield _event(chunk) if id_of is None else f"id: {id_of(chunk)}\n".encode() + _event(chunk)
             except ServerError as cause:
                 yield _event(error_body(cause))
         yield b"data: [DONE]\n\n"
 
-    return EventSourceResponse(lines(), ping=15, sep="\n")
+    return EventSourceResponse(lines(), ping=KEEP_ALIVE_S, sep="\n")
 
 
 def _event(message: BaseModel) -> bytes:

@@ -19,7 +19,15 @@ from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, selectinload
 
-from reftserve.interventions import BaseFingerprint, InterventionError, load_artifact, pack, unpack
+from reftserve.interventions import (
+    BaseFingerprint,
+    History,
+    InterventionError,
+    load_artifact,
+    load_history,
+    pack,
+    unpack,
+)
 from reftserve.server.errors import Conflict, InvalidRequest, NotFound
 from reftserve.server.registry.names import LATEST, Reference, check_alias, check_name, suggestion
 from reftserve.server.storage.blobs import BlobStore
@@ -125,6 +133,19 @@ class InterventionRegistry:
         Raises NotFound.
         """
         return pack(self.resolve(owner, reference).folder)
+
+    def history(self, owner: str, reference: Reference) -> tuple[PublishedVersion, History]:
+        """A version, and how it was trained, step by step.
+
+        Raises NotFound, also when its artifact tells nothing of that.
+        """
+        version = self.resolve(owner, reference)
+        history = load_history(version.folder)
+        if history is None:
+            raise NotFound(
+                f"the artifact of {version.id} holds no training history", param="version", code="no_history"
+            )
+        return version, history
 
     def list_all(self, owner: str) -> list[Intervention]:
         """An owner's interventions with their versions and aliases, by name."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -25,7 +26,7 @@ class Score:
         self.loss += float(functional.cross_entropy(logits.float(), labels, reduction="sum"))
         self.correct += int(right.sum())
         self.tokens += len(labels)
-        self.exact += sum(bool(part.all()) for part in right.split(list(counts)))
+        self.exact += sum(bool(part.all()) for part in torch.split(right, list(counts)))
         self.examples += len(counts)
 
     def means(self) -> dict[str, float]:

@@ -71,6 +71,6 @@ def use_frozen_linears(model: PreTrainedModel) -> list[FrozenLinear]:
     for module in model.modules():
         if type(module) is nn.Linear:
             layer = FrozenLinear(module)
-            module.forward = layer  # type: ignore[method-assign]
+            module.forward = layer  # type: ignore[method-assign, assignment]
             frozen.append(layer)
     return frozen

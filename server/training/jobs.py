@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 
 from sqlalchemy import select
@@ -22,9 +22,12 @@ from reftserve.server.registry.names import check_name
 from reftserve.server.registry.store import Store
 from reftserve.server.storage.tables import File, Job, JobCheckpoint, JobEvent
 from reftserve.server.training.dataset import MIN_EXAMPLES
+from reftserve.server.training.event_feed import EventFeed
 from reftserve.server.training.job_log import JobLog, finish, queue, rest
 from reftserve.server.training.leases import ENDED, is_held
 from reftserve.server.training.recipe import make_plan
+
+MAX_DIGITS = 9  # of an event's number: what every database takes for an integer
 
 
 class JobService:
@@ -34,6 +37,7 @@ class JobService:
         self._store = store
         self._base = base
         self.log = JobLog(store.database)
+        self._feed = EventFeed(store.database)
 
     def create(self, owner: str, request: FineTuningJobCreate) -> Job:
         """Check everything that can be checked now, and queue the job.
@@ -154,9 +158,20 @@ class JobService:
     def events(self, owner: str, job_id: str, *, after: str | None, limit: int) -> tuple[list[JobEvent], bool]:
         """Events, newest first, after the one with id `after`; and whether there are more."""
         self.get(owner, job_id)
-        before = None if after is None else event_number(after)
+        before = None if after is None else event_number(after, job_id)
         events = self.log.events(job_id, before=before, limit=limit + 1)
         return events[:limit], len(events) > limit
+
+    def follow(self, owner: str, job_id: str, *, after: str | None) -> AsyncGenerator[JobEvent]:
+        """Events, oldest first, behind the one with id `after`, then those to come until the job has ended.
+
+        Raises, before the first of them, NotFound, or InvalidRequest when the job has no such event.
+        """
+        self.get(owner, job_id)
+        number = 0 if after is None else event_number(after, job_id)
+        if number and not self._feed.has(job_id, number):
+            raise InvalidRequest(f"{after!r} is no event of job {job_id} yet", param="after")
+        return self._feed.follow(job_id, number)
 
     def checkpoints(self, owner: str, job_id: str) -> list[JobCheckpoint]:
         """Durable steps, newest first."""
@@ -188,15 +203,19 @@ def _require_living(job: Job, wanted: str) -> None:
 
 def event_id(event: JobEvent) -> str:
     """An event's id on the wire."""
-    return f"ftevent-{event.job_id.removeprefix('ftjob-')}-{event.number}"
+    return f"{_event_prefix(event.job_id)}{event.number}"
 
 
-def event_number(identity: str) -> int:
-    """An event's number, from its id.
+def event_number(identity: str, job_id: str) -> int:
+    """An event's number within its job, from its id.
 
-    Raises InvalidRequest when it is not one.
+    Raises InvalidRequest when it is not the id of an event of this job.
     """
-    number = identity.rpartition("-")[2]
-    if not identity.startswith("ftevent-") or not number.isdecimal():
-        raise InvalidRequest(f"after is {identity!r}; expected the id of an event", param="after")
+    number = identity.removeprefix(_event_prefix(job_id))
+    if number == identity or not number.isdecimal() or len(number) > MAX_DIGITS:
+        raise InvalidRequest(f"{identity!r} is no event of job {job_id}; expected an event's id", param="after")
     return int(number)
+
+
+def _event_prefix(job_id: str) -> str:
+    return f"ftevent-{job_id.removeprefix('ftjob-')}-"

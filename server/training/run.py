@@ -21,7 +21,14 @@ from typing import Any
 import torch
 from sqlalchemy.orm import Session
 
-from reftserve.interventions import BaseFingerprint, FingerprintMismatch, PlacedEdit, Provenance, save_artifact
+from reftserve.interventions import (
+    BaseFingerprint,
+    FingerprintMismatch,
+    History,
+    PlacedEdit,
+    Provenance,
+    save_artifact,
+)
 from reftserve.server.base_model import Base
 from reftserve.server.errors import Conflict, InvalidRequest, ServerError
 from reftserve.server.registry.store import Store
@@ -146,7 +153,7 @@ class Runs:
 
         with tempfile.TemporaryDirectory() as scratch:
             artifact = Path(scratch) / "artifact"
-            self._save_artifact(artifact, edits, trainer, self._provenance(job, sweep, scores))
+            self._save_artifact(artifact, edits, trainer, self._provenance(job, sweep, scores), self._steps(job.id))
             published = self._store.interventions.publish(job.owner, job.suffix, artifact, job_id=job.id, alongside=end)
         self._files.remove(job.id)
         return published.id
@@ -266,7 +273,12 @@ class Runs:
         self._files.write_checkpoint(lease, sweep.step, metrics, sweep.save)
 
     def _save_artifact(
-        self, folder: Path, edits: Sequence[PlacedEdit], trainer: Trainer, provenance: Provenance
+        self,
+        folder: Path,
+        edits: Sequence[PlacedEdit],
+        trainer: Trainer,
+        provenance: Provenance,
+        steps: Sequence[dict[str, Any]],
     ) -> None:
         plan = trainer.plan
         with no_room_for("the artifact"):
@@ -280,6 +292,7 @@ class Runs:
                 base=self._base.fingerprint,
                 parameters=trainer.intervention.num_parameters,
                 provenance=provenance,
+                history=History.of_steps(steps),
             )
 
     def _provenance(self, job: Job, sweep: Sweep, scores: dict[str, dict[str, float]]) -> Provenance:
@@ -297,12 +310,16 @@ class Runs:
             examples={"train": len(splits.train), "validation": len(splits.validation), "test": len(splits.test)},
         )
 
-    def _metrics_csv(self, job_id: str) -> bytes:
+    def _steps(self, job_id: str) -> list[dict[str, Any]]:
+        """What was measured at each step; of one that was done again after a crash, the last time."""
         by_step = {e.data["step"]: e.data for e in reversed(self._all_events(job_id)) if e.data and "step" in e.data}
+        return [by_step[step] for step in sorted(by_step)]
+
+    def _metrics_csv(self, job_id: str) -> bytes:
         buffer = io.StringIO()
         writer = csv.DictWriter(buffer, METRICS_FILE_FIELDS, extrasaction="ignore")
         writer.writeheader()
-        writer.writerows(by_step[step] for step in sorted(by_step))
+        writer.writerows(self._steps(job_id))
         return buffer.getvalue().encode()
 
     def _all_events(self, job_id: str) -> Sequence[Any]:

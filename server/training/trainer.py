@@ -222,7 +222,7 @@ def advance(trainers: Sequence[Trainer]) -> list[StepMetrics]:
         shares = torch.tensor([1 / tokens[owners[i]] for i in numbers], device=each.device)
         weighted = each * shares.repeat_interleave(torch.tensor(counts, device=each.device))
         weighted.sum().backward()  # type: ignore[no-untyped-call]
-        sums = torch.stack([part.sum() for part in weighted.detach().split(counts)]).tolist()
+        sums = torch.stack([part.sum() for part in torch.split(weighted.detach(), counts)]).tolist()
         for i, loss in zip(numbers, sums, strict=True):
             losses[owners[i]] += loss
     return [t.update(loss, count) for t, loss, count in zip(trainers, losses, tokens, strict=True)]

@@ -64,7 +64,7 @@ def test_a_path_is_uploaded_and_trained_and_the_job_tells_all(client: Client, tm
     path = tmp_path / "greetings.jsonl"
     path.write_bytes(chat_lines(24))
     job = client.train(path, name="from-path", seed=1, metadata={"who": "test"}, **QUICK)  # type: ignore[arg-type]
-    assert job.wait(timeout_s=120, poll_s=0.1) is job
+    assert job.wait(timeout_s=120) is job
     assert job.fine_tuned_model == "from-path@1"
     assert job.data.metadata == {"who": "test"}
     events = list(job.events())
@@ -87,7 +87,7 @@ def test_a_cancelled_job_raises_when_waited_for(client: Client) -> None:
     file = client.files.upload(chat_lines(24), filename="bytes.jsonl")
     job = client.train(file, name="never", n_epochs=1000, batch_size=1, layers=[1], rank=1)
     with pytest.raises(TimeoutError, match="goes on"):
-        job.wait(timeout_s=0.2, poll_s=0.1)
+        job.wait(timeout_s=0.2)
     job.cancel()
     with pytest.raises(JobEnded, match="cancelled"):
         job.wait(timeout_s=60)
@@ -113,10 +113,14 @@ def test_an_intervention_goes_out_and_comes_back_under_another_name(
     client: Client, trained: str, tmp_path: Path
 ) -> None:
     folder = client.interventions.download("greeter", tmp_path / "greeter")
-    assert sorted(path.name for path in folder.iterdir()) == ["edits.safetensors", "manifest.json"]
+    assert sorted(path.name for path in folder.iterdir()) == ["edits.safetensors", "history.json", "manifest.json"]
     copy = client.interventions.upload("copy", folder)
     assert copy.content_hash == client.interventions.version("greeter").content_hash
+    assert client.interventions.history("copy").step == client.interventions.history("greeter", 1).step
+    (folder / "history.json").unlink()
     second = client.interventions.upload("copy", folder)
+    with pytest.raises(NotFound, match="copy@2 holds no training history"):
+        client.interventions.history("copy")
     assert second.id == "copy@2"
     assert client.interventions.alias("copy", "stable", 1).aliases == {"latest": 2, "stable": 1}
     assert client.interventions.version("copy", "stable").version == 1
@@ -160,6 +164,7 @@ def test_the_asynchronous_client_does_the_same(server: RunningServer, client: Cl
             for of_an_ended_job in (job.pause, job.resume, job.retry, job.cancel):
                 with pytest.raises(Conflict, match=job.id):
                     await of_an_ended_job()
+            assert (await remote.interventions.history("async")).step[0] == 1
             with pytest.raises(NotFound):
                 await remote.files.get("file-none")
 

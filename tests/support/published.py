@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from reftserve.interventions import BaseFingerprint, LowRankEdit, PlacedEdit, Positions, save_artifact
+from reftserve.interventions import BaseFingerprint, History, LowRankEdit, PlacedEdit, Positions, save_artifact
 from reftserve.server.errors import StorageFull
 from reftserve.server.registry.interventions import InterventionRegistry
 from reftserve.server.storage.blobs import BlobStore
@@ -20,13 +20,15 @@ OWNER = "default"
 BASE = BaseFingerprint(architecture="LlamaForCausalLM", hidden_size=64, num_layers=4, vocab_size=40, weights_hash="w")
 
 
-def make_artifact(folder: Path, *, seed: int = 0, rank: int = 2, base: BaseFingerprint = BASE) -> Path:
+def make_artifact(
+    folder: Path, *, seed: int = 0, rank: int = 2, base: BaseFingerprint = BASE, history: History | None = None
+) -> Path:
     """An artifact folder with random edits."""
     draw = torch.Generator().manual_seed(seed)
     A, U = (torch.randn(rank, base.hidden_size, generator=draw) for _ in range(2))
     edit = LowRankEdit(A, torch.zeros(rank), U, torch.zeros(rank, dtype=torch.int8), torch.ones(rank))
     placed = [PlacedEdit(1, Positions.parse("l1"), edit)]
-    save_artifact(folder, placed, family="loreft", positions="l1", rank=rank, base=base)
+    save_artifact(folder, placed, family="loreft", positions="l1", rank=rank, base=base, history=history)
     return folder
 
 

@@ -1,0 +1,61 @@
+"""What the metrics events of a job say of its training: figures of the newest step, and losses of all steps so far."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+from reftserve.client.schemas import FineTuningEvent
+
+HELD_OUT = "valid_"
+
+
+class TrainingFigures:
+    """Gathered event by event.
+
+    newest: data of the newest step, and the newest held-out scores. losses, held_out_losses: by step; what a resumed
+    job does again replaces what it did before.
+    """
+
+    def __init__(self) -> None:
+        self.newest: dict[str, Any] = {}
+        self.losses: dict[int, float] = {}
+        self.held_out_losses: dict[int, float] = {}
+
+    def add(self, event: FineTuningEvent) -> bool:
+        """Take an event in; whether it was of a training step."""
+        data = event.data or {}
+        if "step" not in data:
+            return False
+        self.newest |= data
+        for losses, name in ((self.losses, "train_loss"), (self.held_out_losses, f"{HELD_OUT}loss")):
+            if (loss := data.get(name)) is not None and math.isfinite(loss):
+                losses[data["step"]] = loss
+        return True
+
+
+def event_line(event: FineTuningEvent) -> str:
+    """An event in one line; for a step, its figures."""
+    data = event.data or {}
+    if "step" not in data:
+        return event.message
+    return f"step {data['step']}/{data['total_steps']}: {', '.join([*scores(data), *pace(data)])}"
+
+
+def scores(data: Mapping[str, Any]) -> list[str]:
+    """The loss, and whatever was measured on the held-out part."""
+    named = {"loss": data["train_loss"]}
+    named |= {name.replace(HELD_OUT, "held-out "): data[name] for name in data if name.startswith(HELD_OUT)}
+    # A loss that is no number any more comes as null.
+    return [f"{name} {'nan' if value is None else f'{value:.4g}'}" for name, value in named.items()]
+
+
+def pace(data: Mapping[str, Any]) -> list[str]:
+    """Learning rate, speed, and the time to go."""
+    return [
+        f"learning rate {data['learning_rate']:.2e}",
+        f"{data['tokens_per_second']:,.0f} tokens/s",
+        f"{timedelta(seconds=round(data['eta_s']))} to go",
+    ]

@@ -1,0 +1,88 @@
+"""How an intervention came to be, step by step: `history.json`, which an artifact may hold beside its two other files.
+
+It is no part of what the intervention does: whoever serves it reads neither it nor a hash of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from reftserve.interventions.errors import ManifestError
+
+T = TypeVar("T")
+HISTORY_FILE = "history.json"
+MAX_POINTS = 1000
+MAX_SCORES = 32
+HELD_OUT = "valid_"
+
+Column = list[float | None]
+
+
+class History(BaseModel):
+    """Columns of equal length, at most MAX_POINTS long; None where a number is unknown or was not finite.
+
+    step: optimizer steps, rising. valid: for each score of the held-out part (`loss`, `exact_match`, ...), its value
+    after those steps that were followed by a validation.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    step: list[int] = Field(max_length=MAX_POINTS)
+    train_loss: Column
+    learning_rate: Column
+    valid: dict[str, Column] = Field(default_factory=dict, max_length=MAX_SCORES)
+
+    @model_validator(mode="after")
+    def _is_a_table(self) -> History:
+        for name, column in {"train_loss": self.train_loss, "learning_rate": self.learning_rate, **self.valid}.items():
+            if len(column) != len(self.step):
+                raise ValueError(f"{name} has {len(column)} values, step has {len(self.step)}")
+        return self
+
+    @classmethod
+    def of_steps(cls, steps: Sequence[Mapping[str, Any]]) -> History:
+        """From what was measured at each step: step, train_loss, learning_rate, and valid_... where there are scores.
+
+        Of more than MAX_POINTS steps some are left out, evenly; half the room is kept for steps with scores.
+        """
+        scored = [row for row in steps if any(name.startswith(HELD_OUT) for name in row)]
+        if len(steps) > MAX_POINTS:
+            kept = [*_evenly(steps, MAX_POINTS // 2), *_evenly(scored, MAX_POINTS // 2)]
+            steps = sorted({row["step"]: row for row in kept}.values(), key=lambda row: row["step"])
+        names = sorted({name for row in scored for name in row if name.startswith(HELD_OUT)})
+        return cls(
+            step=[row["step"] for row in steps],
+            train_loss=_column(steps, "train_loss"),
+            learning_rate=_column(steps, "learning_rate"),
+            valid={name.removeprefix(HELD_OUT): _column(steps, name) for name in names},
+        )
+
+    @classmethod
+    def parse(cls, content: bytes) -> History:
+        """Read the file.
+
+        Raises ManifestError when it is not of this form.
+        """
+        try:
+            return cls.model_validate_json(content)
+        except ValidationError as cause:
+            first = cause.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise ManifestError(f"{HISTORY_FILE}: {where or 'document'}: {first['msg']}") from cause
+
+
+def _column(steps: Sequence[Mapping[str, Any]], name: str) -> Column:
+    """Six digits: what float32 knows, and a third of the bytes."""
+    found = (row.get(name) for row in steps)
+    return [None if value is None or not math.isfinite(value) else float(f"{value:.6g}") for value in found]
+
+
+def _evenly(rows: Sequence[T], count: int) -> list[T]:
+    """At most `count` rows at equal distances, the first and the last among them."""
+    if len(rows) <= count:
+        return list(rows)
+    return [rows[round(index * (len(rows) - 1) / (count - 1))] for index in range(count)]
