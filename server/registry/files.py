@@ -22,10 +22,13 @@ CHUNK_BYTES = 1 << 20
 
 
 class FileStore:
-    """Files by id. validate: counts the examples of a training file, or raises InvalidRequest."""
+    """Files by id.
+
+    validate: counts the examples of a training file at a path, that came under a name, or raises InvalidRequest.
+    """
 
     def __init__(
-        self, database: Database, blobs: BlobStore, *, max_bytes: int, validate: Callable[[Path], int]
+        self, database: Database, blobs: BlobStore, *, max_bytes: int, validate: Callable[[Path, str], int]
     ) -> None:
         self._database = database
         self._blobs = blobs
@@ -46,7 +49,7 @@ class FileStore:
         with tempfile.TemporaryDirectory() as scratch:
             received = Path(scratch) / "upload"
             self._receive(stream, received)
-            examples = self._validate(received)
+            examples = self._validate(received, filename)
             file_id = f"file-{uuid.uuid4().hex}"
             return self._store(owner, filename, purpose, received, examples, file_id=file_id)
 

@@ -23,7 +23,7 @@ class Table(DeclarativeBase):
 
 
 class File(Table):
-    """An uploaded or produced file; its bytes are the blob `blob_key`. examples: rows of a data set."""
+    """An uploaded or produced file; its bytes are the blob `blob_key`. examples: of a data set."""
 
     __tablename__ = "files"
 
@@ -85,7 +85,10 @@ class Alias(Table):
 
 
 class Job(Table):
-    """A training run. plan: every decision of the recipe; error: code, message and param when it failed."""
+    """A training run. plan: every decision of the recipe; error: code, message and param when it failed.
+
+    data_report: what was found in its data when it was created.
+    """
 
     __tablename__ = "jobs"
 
@@ -98,6 +101,7 @@ class Job(Table):
     suffix: Mapped[str]
     method: Mapped[dict[str, Any] | None] = mapped_column(JSON)
     plan: Mapped[dict[str, Any]]
+    data_report: Mapped[dict[str, Any] | None] = mapped_column(JSON)
     seed: Mapped[int]
     job_metadata: Mapped[dict[str, Any] | None] = mapped_column(JSON)
     cancel_requested: Mapped[bool]

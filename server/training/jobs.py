@@ -11,16 +11,16 @@ import time
 
 from sqlalchemy import select
 
-from reftserve.client.schemas import FineTuningJobCreate
+from reftserve.client.schemas import DataReport, FineTuningJobCreate
 from reftserve.server.base_model import Base
 from reftserve.server.errors import Conflict, InvalidRequest, NotFound
 from reftserve.server.registry.files import TRAINING
 from reftserve.server.registry.names import check_name
 from reftserve.server.registry.store import Store
 from reftserve.server.storage.tables import File, Job, JobCheckpoint, JobEvent
-from reftserve.server.training.dataset import MIN_EXAMPLES
+from reftserve.server.training.data import make_report
 from reftserve.server.training.job_log import ENDED, JobLog
-from reftserve.server.training.recipe import make_plan
+from reftserve.server.training.recipe import Plan, make_plan
 
 
 class JobService:
@@ -36,28 +36,7 @@ class JobService:
 
         Raises InvalidRequest or NotFound, naming the field.
         """
-        if request.model != self._base.name:
-            raise NotFound(
-                f"model {request.model!r} cannot be trained; the base is {self._base.name!r}",
-                param="model",
-                code="model_not_found",
-            )
-        training = self._data_file(owner, request.training_file, "training_file")
-        if (training.examples or 0) < MIN_EXAMPLES:
-            raise InvalidRequest(
-                f"training_file has {training.examples} examples; at least {MIN_EXAMPLES} are needed",
-                param="training_file",
-                code="too_few_examples",
-            )
-        if request.validation_file is not None:
-            self._data_file(owner, request.validation_file, "validation_file")
-        plan = make_plan(
-            request.method,
-            request.hyperparameters,
-            self._base.fingerprint,
-            examples=training.examples or 0,
-            max_context=self._base.max_context,
-        )
+        plan, report = self._checked(owner, request)
         # Times are kept in seconds; ids that sort by creation decide who was first within one.
         identity = f"{time.time_ns():016x}{secrets.token_hex(8)}"
         job = Job(
@@ -67,10 +46,11 @@ class JobService:
             model=request.model,
             training_file=request.training_file,
             validation_file=request.validation_file,
-            suffix=check_name(request.suffix, "suffix") if request.suffix else f"intervention-{identity[-8:]}",
+            suffix=request.suffix or f"intervention-{identity[-8:]}",
             method=request.method.model_dump(exclude_none=True) if request.method else None,
             plan=plan.model_dump(),
-            seed=request.seed if request.seed is not None else 0,
+            data_report=report.model_dump(),
+            seed=_seed(request),
             job_metadata=request.metadata,
             cancel_requested=False,
             result_files=[],
@@ -78,6 +58,13 @@ class JobService:
         )
         self.log.create(job, f"Created job {job.id} for intervention {job.suffix!r}")
         return job
+
+    def validate(self, owner: str, request: FineTuningJobCreate) -> DataReport:
+        """Check all that `create` checks, and queue nothing.
+
+        Raises InvalidRequest or NotFound, naming the field.
+        """
+        return self._checked(owner, request)[1]
 
     def get(self, owner: str, job_id: str) -> Job:
         """One job.
@@ -127,6 +114,36 @@ class JobService:
         self.get(owner, job_id)
         return self.log.checkpoints(job_id)
 
+    def _checked(self, owner: str, request: FineTuningJobCreate) -> tuple[Plan, DataReport]:
+        """What a job would do, and what it would learn from."""
+        if request.model != self._base.name:
+            raise NotFound(
+                f"model {request.model!r} cannot be trained; the base is {self._base.name!r}",
+                param="model",
+                code="model_not_found",
+            )
+        training = self._data_file(owner, request.training_file, "training_file")
+        validation = None
+        if request.validation_file is not None:
+            validation = self._data_file(owner, request.validation_file, "validation_file")
+        plan = make_plan(
+            request.method,
+            request.hyperparameters,
+            self._base.fingerprint,
+            examples=training.examples or 0,
+            max_context=self._base.max_context,
+        )
+        if request.suffix:
+            check_name(request.suffix, "suffix")
+        report = make_report(
+            self._base.tokenizer,
+            self._store.files.path(training),
+            None if validation is None else self._store.files.path(validation),
+            max_length=plan.max_length,
+            seed=_seed(request),
+        )
+        return plan, report
+
     def _data_file(self, owner: str, file_id: str, param: str) -> File:
         file = self._store.files.get(owner, file_id, param=param)
         if file.purpose != TRAINING:
@@ -136,6 +153,10 @@ class JobService:
                 code="invalid_file",
             )
         return file
+
+
+def _seed(request: FineTuningJobCreate) -> int:
+    return request.seed if request.seed is not None else 0
 
 
 def event_id(event: JobEvent) -> str:

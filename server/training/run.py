@@ -24,7 +24,7 @@ from reftserve.server.base_model import Base
 from reftserve.server.errors import InvalidRequest
 from reftserve.server.registry.store import Store
 from reftserve.server.storage.tables import Job
-from reftserve.server.training.dataset import EncodedExample, Splits, dataset_hash, encode, read_examples, split
+from reftserve.server.training.data import EncodedExample, Splits, dataset_hash, encode, read_examples, split
 from reftserve.server.training.job_log import ENDED, JobLog
 from reftserve.server.training.recipe import Plan
 from reftserve.server.training.trainer import Trainer

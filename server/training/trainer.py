@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from reftserve.interventions import PlacedEdit, TrainableIntervention, attach
-from reftserve.server.training.dataset import EncodedExample, Splits
+from reftserve.server.training.data import EncodedExample, Splits
 from reftserve.server.training.evaluation import Score, TokenBatch, collate, completion_loss, forward
 from reftserve.server.training.recipe import Plan
 

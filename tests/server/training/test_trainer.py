@@ -10,7 +10,7 @@ from tiny_models import tiny_llama
 from transformers import LlamaForCausalLM
 
 from reftserve.interventions import attach, model_checksum
-from reftserve.server.training.dataset import EncodedExample, Splits
+from reftserve.server.training.data import EncodedExample, Splits
 from reftserve.server.training.evaluation import collate, completion_loss, forward
 from reftserve.server.training.recipe import Plan
 from reftserve.server.training.trainer import Trainer
