@@ -42,7 +42,8 @@ def read_csv(path: Path) -> Iterator[tuple[Place, dict[str, Any]]]:
         ) as reader,
     ):
         _check_columns(reader.schema.names)
-        yield from _numbered(reader)
+        # As a spreadsheet, and Arrow's own errors, count: the header is row 1.
+        yield from _numbered(reader, first=2)
 
 
 def read_parquet(path: Path) -> Iterator[tuple[Place, dict[str, Any]]]:
@@ -65,27 +66,41 @@ def read_parquet(path: Path) -> Iterator[tuple[Place, dict[str, Any]]]:
             page_checksum_verification=True,
         ) as file:
             _check_columns(file.schema_arrow.names)
-            yield from _numbered(file.iter_batches(batch_size=BATCH_ROWS, use_threads=False))
+            yield from _numbered(file.iter_batches(batch_size=BATCH_ROWS, use_threads=False), first=1)
 
 
-def _numbered(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[Place, dict[str, Any]]]:
-    number = 0
+def _numbered(batches: Iterator[pa.RecordBatch], *, first: int) -> Iterator[tuple[Place, dict[str, Any]]]:
+    number = first
+    unfolded = 0
     for batch in batches:
         batch.validate(full=True)
-        for name, column in zip(batch.schema.names, batch.columns, strict=True):
-            longest = max((_longest(leaf) for leaf in _leaves(column)), default=0)
+        unfolded += _text_bytes(batch)
+        if unfolded > MAX_UNFOLDED_BYTES:
+            raise file_error(f"the file unfolds to more than {MAX_UNFOLDED_BYTES} bytes of text; split it")
+        for row in batch.to_pylist():
+            yield Place("row", number), row
+            number += 1
+
+
+def _text_bytes(batch: pa.RecordBatch) -> int:
+    """Bytes of all texts, each cell counted that a dictionary's value stands in.
+
+    Raises InvalidRequest when one of them is too long.
+    """
+    total = 0
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        for leaf in _leaves(column):
+            lengths = _lengths(leaf)
+            longest = pc.max(lengths).as_py() or 0
             if longest > MAX_CELL_BYTES:
                 raise file_error(f"column {name!r} has a text of {longest} bytes; at most {MAX_CELL_BYTES} are read")
-        for row in batch.to_pylist():
-            number += 1
-            yield Place("row", number), row
+            total += pc.sum(lengths).as_py() or 0
+    return total
 
 
 def _leaves(array: pa.Array) -> Iterator[pa.Array]:
-    """The arrays of plain values that a nested one is made of; of a dictionary, its values."""
-    if pa.types.is_dictionary(array.type):
-        yield array.dictionary
-    elif pa.types.is_struct(array.type):
+    """The arrays of values that a nested one is made of."""
+    if pa.types.is_struct(array.type):
         for field in array.flatten():
             yield from _leaves(field)
     elif pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
@@ -94,11 +109,13 @@ def _leaves(array: pa.Array) -> Iterator[pa.Array]:
         yield array
 
 
-def _longest(leaf: pa.Array) -> int:
-    if leaf.type not in (pa.string(), pa.large_string(), pa.binary(), pa.large_binary()):
-        return 0
-    longest: int | None = pc.max(pc.binary_length(leaf)).as_py()
-    return longest or 0
+def _lengths(leaf: pa.Array) -> pa.Array:
+    """The bytes of each text; null for what is none."""
+    if pa.types.is_dictionary(leaf.type):
+        return pc.take(_lengths(leaf.dictionary), leaf.indices)
+    if leaf.type in (pa.string(), pa.large_string(), pa.binary(), pa.large_binary()):
+        return pc.binary_length(leaf)
+    return pa.nulls(len(leaf), pa.int64())
 
 
 def _check_columns(names: Sequence[str]) -> None:
@@ -123,4 +140,6 @@ def _arrow_errors(kind: str) -> Iterator[None]:
         # Arrow reports corrupt data as an OSError too, but one that no system call has made.
         if isinstance(cause, OSError) and cause.errno is not None:
             raise
+        if "straddling" in str(cause):  # what Arrow says of a row that is longer than a block
+            raise file_error(f"a row has more than {MAX_CELL_BYTES} bytes, or a quote is never closed") from cause
         raise file_error(f"this cannot be read as {kind}: {cause}") from cause
