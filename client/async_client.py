@@ -25,6 +25,7 @@ from reftserve.client.retries import reconnect_policy, retry_policy
 from reftserve.client.schemas import (
     ChatCompletion,
     Completion,
+    DataReport,
     Deleted,
     FileObject,
     FineTuningJob,
@@ -107,6 +108,28 @@ class AsyncClient:
         )
         return AsyncJob(self, await self.send(call))
 
+    async def check_data(
+        self,
+        training_file: TrainingFile,
+        *,
+        validation_file: TrainingFile | None = None,
+        model: str | None = None,
+        seed: int | None = None,
+        **options: Unpack[TrainingOptions],
+    ) -> DataReport:
+        """What `train` would learn from, and what should be looked at before; trains nothing.
+
+        Files: as for `train`; what is uploaded stays.
+        """
+        call = calls.check_data(
+            model or await self.base_model(),
+            await self._file_id(training_file),
+            validation_file=None if validation_file is None else await self._file_id(validation_file),
+            seed=seed,
+            **options,
+        )
+        return await self.send(call)
+
     async def base_model(self) -> str:
         """The base model's id."""
         if self._base_model is None:
@@ -175,7 +198,7 @@ class AsyncFiles:
     async def upload(
         self, file: str | Path | bytes, *, purpose: str = "fine-tune", filename: str | None = None
     ) -> FileObject:
-        """Upload a path, or bytes; a data set is validated line by line."""
+        """Upload a path, or bytes; a data set is validated row by row."""
         return await self._client.send(calls.upload_file(file, purpose, filename))
 
     async def list(self, *, purpose: str | None = None) -> list[FileObject]:

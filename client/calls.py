@@ -19,6 +19,7 @@ from reftserve.client.schemas import (
     ChatCompletion,
     ChatMessage,
     Completion,
+    DataReport,
     Deleted,
     FileObject,
     FineTuningCheckpoint,
@@ -257,15 +258,36 @@ def create_job(
 ) -> Call[FineTuningJob]:
     """POST /v1/fine_tuning/jobs. training_file, validation_file: ids."""
     body = {
-        "model": model,
-        "training_file": training_file,
+        **_data(model, training_file, validation_file, seed, options),
         "suffix": name,
-        "validation_file": validation_file,
-        "seed": seed,
         "metadata": None if metadata is None else dict(metadata),
-        "method": _method(_given(options)),
     }
     return Call("POST", "/v1/fine_tuning/jobs", _reads(FineTuningJob), json=_given(body))
+
+
+def check_data(
+    model: str,
+    training_file: str,
+    *,
+    validation_file: str | None,
+    seed: int | None,
+    **options: Unpack[TrainingOptions],
+) -> Call[DataReport]:
+    """POST /v1/fine_tuning/validate. training_file, validation_file: ids."""
+    body = _data(model, training_file, validation_file, seed, options)
+    return Call("POST", "/v1/fine_tuning/validate", _reads(DataReport), json=_given(body))
+
+
+def _data(
+    model: str, training_file: str, validation_file: str | None, seed: int | None, options: TrainingOptions
+) -> dict[str, Any]:
+    return {
+        "model": model,
+        "training_file": training_file,
+        "validation_file": validation_file,
+        "seed": seed,
+        "method": _method(_given(options)),
+    }
 
 
 def _method(options: dict[str, Any]) -> dict[str, Any] | None:

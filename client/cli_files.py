@@ -13,12 +13,25 @@ from reftserve.client.cli_output import session
 app = typer.Typer(no_args_is_help=True, help="Data sets and results.")
 COLUMNS = {"id": "ID", "filename": "FILE", "purpose": "PURPOSE", "bytes": "BYTES", "examples": "EXAMPLES"}
 Id = Annotated[str, typer.Argument(help="file-...")]
+DataFile = Annotated[str, typer.Argument(help="A data set, or the id of an uploaded one")]
 
 
 @app.command("upload")
 def upload(context: typer.Context, path: Path) -> None:
-    """Upload a data set in JSON Lines; it is validated line by line."""
+    """Upload a data set in JSON Lines, JSON, CSV or Parquet; it is validated row by row."""
     session(context).show(session(context).client.files.upload(path))
+
+
+@app.command("check")
+def check(
+    context: typer.Context,
+    training_file: DataFile,
+    validation_file: Annotated[str | None, typer.Option(help="Held-out examples, to be looked for leaks")] = None,
+    max_length: Annotated[int | None, typer.Option(min=2, help="Tokens that an example may have")] = None,
+) -> None:
+    """Report on a data set as a training run would find it; a file is uploaded for that, and stays."""
+    here = session(context)
+    here.show(here.client.check_data(training_file, validation_file=validation_file, max_length=max_length))
 
 
 @app.command("list")

@@ -25,7 +25,9 @@ INTERRUPTED = 130
 
 def train(
     context: typer.Context,
-    training_file: Annotated[str, typer.Argument(help="JSON Lines file, or the id of an uploaded one")],
+    training_file: Annotated[
+        str, typer.Argument(help="A data set (JSON Lines, JSON, CSV, Parquet), or the id of an uploaded one")
+    ],
     name: Annotated[str, typer.Option(help="The intervention's name")],
     validation_file: Annotated[
         str | None, typer.Option(help="Held-out examples; a tenth and a tenth when absent")

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 
-from reftserve.server.api import chat, completions, files, fine_tuning, health, interventions, models
+from reftserve.server.api import chat, completions, files, fine_tuning, health, interventions, models, validation
 from reftserve.server.api.errors import install_error_handlers
 from reftserve.server.base_model import Base, open_base
 from reftserve.server.engine.client import EngineClient
@@ -20,10 +20,10 @@ from reftserve.server.registry.store import open_store
 from reftserve.server.services import Services
 from reftserve.server.settings import Settings
 from reftserve.server.supervisor import keep_engine, keep_worker
-from reftserve.server.training.dataset import count_examples
+from reftserve.server.training.data import count_examples
 from reftserve.server.training.jobs import JobService
 
-ROUTERS = (chat, completions, models, files, fine_tuning, interventions, health)
+ROUTERS = (chat, completions, models, files, fine_tuning, validation, interventions, health)
 
 
 def open_services(settings: Settings) -> Services:

@@ -8,6 +8,12 @@ from reftserve.client.schemas.base import (
     Request,
     Response,
 )
+from reftserve.client.schemas.data_report import (
+    DataReport,
+    FileReport,
+    SplitSizes,
+    TokenLengths,
+)
 from reftserve.client.schemas.files import (
     FileObject,
 )
@@ -79,11 +85,13 @@ __all__ = [
     "CompletionChoice",
     "CompletionLogprobs",
     "CompletionRequest",
+    "DataReport",
     "Deleted",
     "Delta",
     "ErrorBody",
     "ErrorDetail",
     "FileObject",
+    "FileReport",
     "FineTuningCheckpoint",
     "FineTuningEvent",
     "FineTuningJob",
@@ -110,11 +118,13 @@ __all__ = [
     "Request",
     "Response",
     "ResponseFormat",
+    "SplitSizes",
     "StreamOptions",
     "StructuredOutputs",
     "SupervisedHyperparameters",
     "SupervisedMethod",
     "TextPart",
+    "TokenLengths",
     "TokenLogprob",
     "TopLogprob",
     "Usage",

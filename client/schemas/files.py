@@ -8,7 +8,7 @@ from reftserve.client.schemas.base import Response
 
 
 class FileObject(Response):
-    """An uploaded or produced file. examples: rows of a validated data set."""
+    """An uploaded or produced file. examples: of a validated data set, one for each answer to learn."""
 
     id: str
     object: Literal["file"] = "file"

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from reftserve.client.schemas.base import Request, Response
+from reftserve.client.schemas.data_report import DataReport
 
 Auto = Literal["auto"]
 
@@ -112,7 +113,7 @@ class JobError(Response):
 
 
 class FineTuningJob(Response):
-    """A training run. fine_tuned_model: `name@version` once it is published."""
+    """A training run. fine_tuned_model: `name@version` once it is published. data_report: what it learns from."""
 
     id: str
     object: Literal["fine_tuning.job"] = "fine_tuning.job"
@@ -129,6 +130,7 @@ class FineTuningJob(Response):
     suffix: str | None = None
     hyperparameters: dict[str, Any] = Field(default_factory=dict)
     method: dict[str, Any] | None = None
+    data_report: DataReport | None = None
     error: JobError | None = None
     seed: int
     estimated_finish: int | None = None

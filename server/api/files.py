@@ -15,7 +15,10 @@ router = APIRouter(prefix="/v1/files", tags=["files"])
 
 @router.post("")
 def upload_file(server: Server, owner: Owner, purpose: str = Form(), file: UploadFile = FormFile()) -> FileObject:
-    """Upload a data set: JSON Lines with chat `messages`, or `prompt` and `completion`."""
+    """Upload a data set, in JSON Lines, a JSON array, CSV or Parquet.
+
+    Rows have chat `messages`, or `prompt` and `completion`, or `instruction`, `input` and `output`.
+    """
     return _file(server.files.upload(owner, file.filename or "upload", purpose, file.file))
 
 

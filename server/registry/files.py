@@ -24,8 +24,9 @@ CHUNK_BYTES = 1 << 20
 
 
 class FileStore:
-    """Files by id. validate: counts the examples of a training file, or raises InvalidRequest.
+    """Files by id.
 
+    validate: counts the examples of a training file at a path, that came under a name, or raises InvalidRequest.
     max_bytes: of one upload; max_owner_bytes: of all that an owner has uploaded. What jobs produce is not counted.
     """
 
@@ -35,7 +36,7 @@ class FileStore:
         blobs: BlobStore,
         *,
         max_bytes: int,
-        validate: Callable[[Path], int],
+        validate: Callable[[Path, str], int],
         max_owner_bytes: int = 16 << 30,
     ) -> None:
         self._database = database
@@ -58,7 +59,7 @@ class FileStore:
         with tempfile.TemporaryDirectory() as scratch:
             received = Path(scratch) / "upload"
             self._receive(stream, received)
-            examples = self._validate(received)
+            examples = self._validate(received, filename)
             file_id = f"file-{uuid.uuid4().hex}"
 
             def within_quota(session: Session) -> None:

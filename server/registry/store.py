@@ -24,7 +24,7 @@ class Store:
     interventions: InterventionRegistry
 
 
-def open_store(settings: Settings, base: BaseFingerprint, validate: Callable[[Path], int]) -> Store:
+def open_store(settings: Settings, base: BaseFingerprint, validate: Callable[[Path, str], int]) -> Store:
     """Open, and migrate to the newest schema. validate: counts a training file's examples or refuses it."""
     settings.data.mkdir(parents=True, exist_ok=True)
     database = Database(settings.resolved_database_url)

@@ -23,7 +23,7 @@ class Table(DeclarativeBase):
 
 
 class File(Table):
-    """An uploaded or produced file; its bytes are the blob `blob_key`. examples: rows of a data set."""
+    """An uploaded or produced file; its bytes are the blob `blob_key`. examples: of a data set."""
 
     __tablename__ = "files"
 
@@ -89,6 +89,7 @@ class Job(Table):
 
     base: fingerprint of the model that it was made for. lease_worker: who runs it, until lease_expires_at (Unix
     seconds) unless renewed; fence: counts its changes of hands; attempts: takings since its last checkpoint.
+    data_report: what was found in its data when it was created.
     """
 
     __tablename__ = "jobs"
@@ -102,6 +103,7 @@ class Job(Table):
     suffix: Mapped[str]
     method: Mapped[dict[str, Any] | None] = mapped_column(JSON)
     plan: Mapped[dict[str, Any]]
+    data_report: Mapped[dict[str, Any] | None] = mapped_column(JSON)
     seed: Mapped[int]
     job_metadata: Mapped[dict[str, Any] | None] = mapped_column(JSON)
     base: Mapped[dict[str, Any] | None] = mapped_column(JSON)

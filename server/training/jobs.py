@@ -14,18 +14,18 @@ from contextlib import contextmanager
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from reftserve.client.schemas import FineTuningJobCreate
+from reftserve.client.schemas import DataReport, FineTuningJobCreate
 from reftserve.server.base_model import Base
 from reftserve.server.errors import Conflict, InvalidRequest, NotFound
 from reftserve.server.registry.files import TRAINING
 from reftserve.server.registry.names import check_name
 from reftserve.server.registry.store import Store
 from reftserve.server.storage.tables import File, Job, JobCheckpoint, JobEvent
-from reftserve.server.training.dataset import MIN_EXAMPLES
+from reftserve.server.training.data import make_report
 from reftserve.server.training.event_feed import EventFeed
 from reftserve.server.training.job_log import JobLog, finish, queue, rest
 from reftserve.server.training.leases import ENDED, is_held
-from reftserve.server.training.recipe import make_plan
+from reftserve.server.training.recipe import Plan, make_plan
 
 MAX_DIGITS = 9  # of an event's number: what every database takes for an integer
 
@@ -44,28 +44,7 @@ class JobService:
 
         Raises InvalidRequest or NotFound, naming the field.
         """
-        if request.model != self._base.name:
-            raise NotFound(
-                f"model {request.model!r} cannot be trained; the base is {self._base.name!r}",
-                param="model",
-                code="model_not_found",
-            )
-        training = self._data_file(owner, request.training_file, "training_file")
-        if (training.examples or 0) < MIN_EXAMPLES:
-            raise InvalidRequest(
-                f"training_file has {training.examples} examples; at least {MIN_EXAMPLES} are needed",
-                param="training_file",
-                code="too_few_examples",
-            )
-        if request.validation_file is not None:
-            self._data_file(owner, request.validation_file, "validation_file")
-        plan = make_plan(
-            request.method,
-            request.hyperparameters,
-            self._base.fingerprint,
-            examples=training.examples or 0,
-            max_context=self._base.max_context,
-        )
+        plan, report = self._checked(owner, request)
         # Times are kept in seconds; ids that sort by creation decide who was first within one.
         identity = f"{time.time_ns():016x}{secrets.token_hex(8)}"
         job = Job(
@@ -75,10 +54,11 @@ class JobService:
             model=request.model,
             training_file=request.training_file,
             validation_file=request.validation_file,
-            suffix=check_name(request.suffix, "suffix") if request.suffix else f"intervention-{identity[-8:]}",
+            suffix=request.suffix or f"intervention-{identity[-8:]}",
             method=request.method.model_dump(exclude_none=True) if request.method else None,
             plan=plan.model_dump(),
-            seed=request.seed if request.seed is not None else 0,
+            data_report=report.model_dump(),
+            seed=_seed(request),
             job_metadata=request.metadata,
             base=self._base.fingerprint.model_dump(),
             result_files=[],
@@ -86,6 +66,13 @@ class JobService:
         )
         self.log.create(job, f"Created job {job.id} for intervention {job.suffix!r}")
         return job
+
+    def validate(self, owner: str, request: FineTuningJobCreate) -> DataReport:
+        """Check all that `create` checks, and queue nothing.
+
+        Raises InvalidRequest or NotFound, naming the field.
+        """
+        return self._checked(owner, request)[1]
 
     def get(self, owner: str, job_id: str) -> Job:
         """One job.
@@ -185,6 +172,37 @@ class JobService:
         with self._store.database.session() as session:
             yield session, session.get_one(Job, job_id, with_for_update=True)
 
+    def _checked(self, owner: str, request: FineTuningJobCreate) -> tuple[Plan, DataReport]:
+        """What a job would do, and what it would learn from."""
+        if request.model != self._base.name:
+            raise NotFound(
+                f"model {request.model!r} cannot be trained; the base is {self._base.name!r}",
+                param="model",
+                code="model_not_found",
+            )
+        training = self._data_file(owner, request.training_file, "training_file")
+        validation = None
+        if request.validation_file is not None:
+            validation = self._data_file(owner, request.validation_file, "validation_file")
+        plan = make_plan(
+            request.method,
+            request.hyperparameters,
+            self._base.fingerprint,
+            examples=training.examples or 0,
+            max_context=self._base.max_context,
+            seed=_seed(request),
+        )
+        if request.suffix:
+            check_name(request.suffix, "suffix")
+        report = make_report(
+            self._base.tokenizer,
+            self._store.files.path(training, param="training_file"),
+            None if validation is None else self._store.files.path(validation, param="validation_file"),
+            max_length=plan.max_length,
+            seed=_seed(request),
+        )
+        return plan, report
+
     def _data_file(self, owner: str, file_id: str, param: str) -> File:
         file = self._store.files.get(owner, file_id, param=param)
         if file.purpose != TRAINING:
@@ -199,6 +217,10 @@ class JobService:
 def _require_living(job: Job, wanted: str) -> None:
     if job.status in ENDED:
         raise Conflict(f"job {job.id} has {job.status} and cannot be {wanted}", code="job_ended")
+
+
+def _seed(request: FineTuningJobCreate) -> int:
+    return request.seed if request.seed is not None else 0
 
 
 def event_id(event: JobEvent) -> str:

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from reftserve.interventions import decoder_layers
 from reftserve.server.engine.attention import ATTENTION, attention_step
 from reftserve.server.engine.native import load_kernels
-from reftserve.server.training.dataset import EncodedExample
+from reftserve.server.training.data import EncodedExample
 from reftserve.server.training.frozen_linear import use_frozen_linears
 
 FEW_ROWS = 16  # of a sequence: up to here query heads of one key-value head are cheaper as rows than with repeated keys

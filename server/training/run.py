@@ -34,7 +34,7 @@ from reftserve.server.errors import Conflict, InvalidRequest, ServerError
 from reftserve.server.registry.store import Store
 from reftserve.server.storage.blobs import no_room_for
 from reftserve.server.storage.tables import Job
-from reftserve.server.training.dataset import EncodedExample, Splits, dataset_hash, encode, read_examples, split
+from reftserve.server.training.data import EncodedExample, Splits, dataset_hash, encode, read_examples, split
 from reftserve.server.training.job_files import JobFiles
 from reftserve.server.training.job_log import JobLog, finish
 from reftserve.server.training.leases import Lease, LeaseLost, held

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from reftserve.interventions import PlacedEdit, Positions, TrainableIntervention
-from reftserve.server.training.dataset import EncodedExample, Splits
+from reftserve.server.training.data import EncodedExample, Splits
 from reftserve.server.training.evaluation import Score
 from reftserve.server.training.packed import PackedRows, RowEdit
 from reftserve.server.training.recipe import Plan

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from reftserve.interventions import Positions
-from reftserve.server.training.dataset import EncodedExample
+from reftserve.server.training.data import EncodedExample
 from reftserve.server.training.packed import PackedModel, PackedRows, RowEdit, Span
 
 FILL_ROWS = 1024  # tokens of one pass while the trunk is filled

@@ -23,7 +23,7 @@ from reftserve.server.base_model import Base, load_model, open_base, resolve_dev
 from reftserve.server.errors import StorageFull
 from reftserve.server.registry.store import Store, open_store
 from reftserve.server.settings import LOG_FORMAT, Settings
-from reftserve.server.training.dataset import count_examples
+from reftserve.server.training.data import count_examples
 from reftserve.server.training.job_files import JobFiles
 from reftserve.server.training.job_log import JobLog
 from reftserve.server.training.leases import Leases, worker_id

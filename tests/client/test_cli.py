@@ -47,6 +47,8 @@ def test_files_train_jobs_and_interventions(run, tmp_path: Path) -> None:  # typ
     data.write_bytes(chat_lines(24))
     file = json.loads(run("--json", "files", "upload", str(data)))
     assert file["examples"] == 24
+    report = json.loads(run("--json", "files", "check", file["id"], "--max-length", "100"))
+    assert (report["labels"], report["max_length"]) == (["no", "yes"], 100)
     job = json.loads(
         run("--json", "train", file["id"], "--name", "cli", "--epochs", "1", "--layers", "0,2", "--rank", "1")
     )

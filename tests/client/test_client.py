@@ -83,6 +83,19 @@ def test_a_path_is_uploaded_and_trained_and_the_job_tells_all(client: Client, tm
     again.wait(timeout_s=120)
 
 
+def test_a_data_set_can_be_looked_at_before_anything_is_trained(client: Client, tmp_path: Path) -> None:
+    path = tmp_path / "greetings.jsonl"
+    path.write_bytes(chat_lines(24))
+    jobs = [job.id for job in client.jobs.list()]
+    report = client.check_data(path, validation_file=client.files.upload(chat_lines(30)), max_length=200)
+    assert (report.training.rows, report.max_length, report.labels) == (24, 200, ["no", "yes"])
+    assert report.leaked == 24
+    assert "24 of 30 validation examples" in report.warnings[0]
+    assert [job.id for job in client.jobs.list()] == jobs
+    with pytest.raises(BadRequest, match="at least 10 are needed"):
+        client.check_data(client.files.upload(chat_lines(9)))
+
+
 def test_a_cancelled_job_raises_when_waited_for(client: Client) -> None:
     file = client.files.upload(chat_lines(24), filename="bytes.jsonl")
     job = client.train(file, name="never", n_epochs=1000, batch_size=1, layers=[1], rank=1)
@@ -165,6 +178,7 @@ def test_the_asynchronous_client_does_the_same(server: RunningServer, client: Cl
                 with pytest.raises(Conflict, match=job.id):
                     await of_an_ended_job()
             assert (await remote.interventions.history("async")).step[0] == 1
+            assert await remote.check_data(job.data.training_file, **QUICK) == job.data.data_report  # type: ignore[arg-type]
             with pytest.raises(NotFound):
                 await remote.files.get("file-none")
 

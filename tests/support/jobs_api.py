@@ -25,7 +25,7 @@ from reftserve.server.base_model import open_base
 from reftserve.server.registry.store import open_store
 from reftserve.server.settings import Settings
 from reftserve.server.storage.tables import Job, JobEvent
-from reftserve.server.training.dataset import count_examples
+from reftserve.server.training.data import count_examples
 from reftserve.server.training.jobs import JobService
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from reftserve.server.training.dataset import EncodedExample
+from reftserve.server.training.data import EncodedExample
 from reftserve.server.training.recipe import Plan
 
 

@@ -14,7 +14,7 @@ from reftserve.server.base_model import Base, load_model, open_base
 from reftserve.server.registry.store import Store, open_store
 from reftserve.server.settings import Settings
 from reftserve.server.storage.tables import Job
-from reftserve.server.training.dataset import count_examples
+from reftserve.server.training.data import count_examples
 from reftserve.server.training.job_files import JobFiles
 from reftserve.server.training.job_log import JobLog
 from reftserve.server.training.jobs import JobService

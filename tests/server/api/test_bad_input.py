@@ -155,7 +155,7 @@ def upload(http: httpx.Client, content: bytes, purpose: str = "fine-tune") -> ht
         ),
         (b'{"text": "x"}', "line 1: field messages"),
         (b'{"prompt": "\\ud800", "completion": "y"}', "line 1: field prompt"),
-        (b"[" * 100_000, "line 1: JSON that is nested too deeply"),
+        (b"[" * 100_000, "row 1: JSON that is nested too deeply"),
         (b'{"prompt": "x", "completion": "y", "weight": 1}', "line 1: field weight"),
     ],
 )

@@ -14,7 +14,7 @@ from reftserve.server.errors import InvalidRequest, NotFound, PayloadTooLarge, Q
 from reftserve.server.registry.files import FileStore
 from reftserve.server.storage.blobs import BlobStore
 from reftserve.server.storage.database import Database
-from reftserve.server.training.dataset import count_examples
+from reftserve.server.training.data import count_examples
 
 LINES = b'{"prompt": "a", "completion": "b"}\n' * 3
 

@@ -10,7 +10,7 @@ from tiny_models import tiny_llama
 from training_data import examples, plan
 
 from reftserve.interventions import Positions, model_checksum
-from reftserve.server.training.dataset import EncodedExample, Splits
+from reftserve.server.training.data import EncodedExample, Splits
 from reftserve.server.training.packed import PackedModel
 from reftserve.server.training.recipe import Plan
 from reftserve.server.training.trainer import Trainer

@@ -14,7 +14,7 @@ from training_data import examples, plan
 from transformers import PreTrainedModel
 
 from reftserve.interventions import FAMILIES, Positions, TrainableIntervention
-from reftserve.server.training.dataset import EncodedExample, Splits
+from reftserve.server.training.data import EncodedExample, Splits
 from reftserve.server.training.packed import PackedModel
 from reftserve.server.training.recipe import Plan
 from reftserve.server.training.trainer import Trainer, advance
