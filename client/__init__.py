@@ -2,10 +2,12 @@
 
 from reftserve.client.async_client import AsyncClient
 from reftserve.client.client import Client
+from reftserve.client.evals import AsyncRun, Run
 from reftserve.client.exceptions import (
     BadRequest,
     Conflict,
     ConnectionFailed,
+    EvalRunEnded,
     JobEnded,
     NotFound,
     Overloaded,
@@ -21,17 +23,20 @@ from reftserve.client.streams import AsyncTextStream, TextStream
 __all__ = [
     "AsyncClient",
     "AsyncJob",
+    "AsyncRun",
     "AsyncTextStream",
     "BadRequest",
     "Client",
     "Conflict",
     "ConnectionFailed",
+    "EvalRunEnded",
     "Job",
     "JobEnded",
     "NotFound",
     "Overloaded",
     "ReftServeError",
     "ResponseError",
+    "Run",
     "ServerFault",
     "StreamFailed",
     "TextStream",

@@ -11,19 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar, Unpack
+from typing import Any, TypeVar, Unpack
 
 import httpx
 from tenacity import AsyncRetrying
 
 from reftserve.client import calls
-from reftserve.client.calls import Call, GenerationOptions, Messages, TrainingOptions
+from reftserve.client.calls import Call, ClassifyOptions, GenerationOptions, Messages, TrainingOptions
+from reftserve.client.evals import AsyncEvals
 from reftserve.client.event_reader import EventReader
 from reftserve.client.exceptions import ConnectionFailed, Unavailable
 from reftserve.client.jobs import AsyncJob
 from reftserve.client.retries import reconnect_policy, retry_policy
 from reftserve.client.schemas import (
     ChatCompletion,
+    Classification,
     Completion,
     DataReport,
     Deleted,
@@ -63,6 +65,7 @@ class AsyncClient:
         self.jobs = AsyncJobs(self)
         self.models = AsyncModels(self)
         self.interventions = AsyncInterventions(self)
+        self.evals = AsyncEvals(self)
 
     async def generate(self, prompt: str | Sequence[int], **options: Unpack[GenerationOptions]) -> Completion:
         """How a text, or token ids, go on."""
@@ -81,6 +84,20 @@ class AsyncClient:
     ) -> AsyncTextStream:
         """The text of `generate(prompt)` or `chat(messages)`, piece by piece."""
         return await self._open(calls.streamed(calls.either(await self._model(options), prompt, messages, options)))
+
+    async def classify(
+        self,
+        text: str | Sequence[str] | None = None,
+        *,
+        labels: Sequence[str],
+        messages: Sequence[Any] | None = None,
+        **options: Unpack[ClassifyOptions],
+    ) -> Classification:
+        """How likely each label is as the answer: to a text, or several; or to messages, one conversation or several.
+
+        A label is the assistant's whole answer, or how a text goes on and ends, leading space included.
+        """
+        return await self.send(calls.classify(await self._model(options), text, messages, labels, options))
 
     async def train(
         self,
@@ -180,7 +197,7 @@ class AsyncClient:
     async def _open_events_once(self, reader: EventReader) -> httpx.Response:
         return await self._open_once(reader.next_call())
 
-    async def _model(self, options: GenerationOptions) -> str:
+    async def _model(self, options: GenerationOptions | ClassifyOptions) -> str:
         return options.get("model") or await self.base_model()
 
     async def _file_id(self, file: TrainingFile) -> str:

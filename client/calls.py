@@ -18,9 +18,13 @@ from pydantic import BaseModel
 from reftserve.client.schemas import (
     ChatCompletion,
     ChatMessage,
+    Classification,
     Completion,
     DataReport,
     Deleted,
+    Eval,
+    EvalOutputItem,
+    EvalRun,
     FileObject,
     FineTuningCheckpoint,
     FineTuningJob,
@@ -38,6 +42,7 @@ M = TypeVar("M", bound=BaseModel)
 
 Messages = str | Sequence[ChatMessage | Mapping[str, Any]]
 Interventions = Sequence[str | InterventionUse | Mapping[str, Any]]
+Criteria = Sequence[str | Mapping[str, Any]]
 ARTIFACT_FILES = ("manifest.json", "edits.safetensors")
 HISTORY_FILE = "history.json"
 
@@ -74,6 +79,20 @@ class GenerationOptions(TypedDict, total=False):
     stop: str | Sequence[str] | None
     n: int | None
     ignore_eos: bool | None
+    cache_salt: str | None
+
+
+class ClassifyOptions(TypedDict, total=False):
+    """How to classify. model, interventions, priority, timeout: as in generation.
+
+    normalize: "tokens" compares labels by their mean log-probability a token.
+    """
+
+    model: str | None
+    interventions: Interventions | None
+    normalize: str | None
+    priority: int | None
+    timeout: float | None
     cache_salt: str | None
 
 
@@ -140,15 +159,16 @@ def chat_body(model: str, messages: Messages, options: GenerationOptions) -> dic
     """Body of POST /v1/chat/completions. A string is one user message."""
     turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
     rows = [turn.model_dump(exclude_none=True) if isinstance(turn, ChatMessage) else dict(turn) for turn in turns]
-    return {**_generation_body(model, options), "messages": rows}
+    return {**_named(model, options), "messages": rows}
 
 
 def completion_body(model: str, prompt: str | Sequence[int], options: GenerationOptions) -> dict[str, Any]:
     """Body of POST /v1/completions. prompt: text or token ids."""
-    return {**_generation_body(model, options), "prompt": prompt if isinstance(prompt, str) else list(prompt)}
+    return {**_named(model, options), "prompt": prompt if isinstance(prompt, str) else list(prompt)}
 
 
-def _generation_body(model: str, options: GenerationOptions) -> dict[str, Any]:
+def _named(model: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that are given, with what runs."""
     body = _given(options)
     body["model"] = model
     if "interventions" in body:
@@ -171,6 +191,35 @@ def chat(body: Mapping[str, Any]) -> Call[ChatCompletion]:
 def generate(body: Mapping[str, Any]) -> Call[Completion]:
     """POST /v1/completions."""
     return Call("POST", "/v1/completions", _reads(Completion), json=body)
+
+
+def classify(
+    model: str,
+    text: str | Sequence[str] | None,
+    messages: Sequence[Any] | None,
+    labels: Sequence[str],
+    options: ClassifyOptions,
+) -> Call[Classification]:
+    """POST /v1/classify."""
+    inputs = {
+        "input": text if text is None or isinstance(text, str) else list(text),
+        "messages": None if messages is None else _turns(messages),
+        "labels": list(labels),
+    }
+    body = {**_named(model, options), **_given(inputs)}
+    return Call("POST", "/v1/classify", _reads(Classification), json=body)
+
+
+def _turns(messages: Sequence[Any]) -> list[Any]:
+    """Turns of a conversation, or of several, as JSON."""
+    return [
+        turn.model_dump(exclude_none=True)
+        if isinstance(turn, ChatMessage)
+        else dict(turn)
+        if isinstance(turn, Mapping)
+        else _turns(turn)
+        for turn in messages
+    ]
 
 
 def either(
@@ -346,6 +395,86 @@ def list_checkpoints(job_id: str) -> Call[list[FineTuningCheckpoint]]:
     """GET /v1/fine_tuning/jobs/{id}/checkpoints."""
     read = _reads(Page[FineTuningCheckpoint])
     return Call("GET", f"/v1/fine_tuning/jobs/{job_id}/checkpoints", lambda response: read(response).data)
+
+
+# --- Evals
+
+
+def create_eval(
+    file_id: str, criteria: Criteria, *, name: str | None, metadata: Mapping[str, str] | None
+) -> Call[Eval]:
+    """POST /v1/evals. criteria: each its type, or all of it."""
+    body = {
+        "name": name,
+        "data_source_config": {"type": "file", "file_id": file_id},
+        "testing_criteria": [{"type": each} if isinstance(each, str) else dict(each) for each in criteria],
+        "metadata": None if metadata is None else dict(metadata),
+    }
+    return Call("POST", "/v1/evals", _reads(Eval), json=_given(body))
+
+
+def list_evals(after: str | None, limit: int) -> Call[list[Eval]]:
+    """GET /v1/evals; newest first."""
+    params = _given({"after": after, "limit": limit})
+    return Call("GET", "/v1/evals", lambda response: _reads(Page[Eval])(response).data, params=params)
+
+
+def get_eval(eval_id: str) -> Call[Eval]:
+    """GET /v1/evals/{id}."""
+    return Call("GET", f"/v1/evals/{eval_id}", _reads(Eval))
+
+
+def delete_eval(eval_id: str) -> Call[Deleted]:
+    """DELETE /v1/evals/{id}."""
+    return Call("DELETE", f"/v1/evals/{eval_id}", _reads(Deleted))
+
+
+def create_eval_run(
+    eval_id: str,
+    model: str,
+    interventions: Interventions | None,
+    *,
+    name: str | None,
+    max_tokens: int | None,
+    metadata: Mapping[str, str] | None,
+) -> Call[EvalRun]:
+    """POST /v1/evals/{id}/runs."""
+    source = {
+        "type": "completions",
+        "model": model,
+        "interventions": None if interventions is None else [_use(item) for item in interventions],
+        "sampling_params": None if max_tokens is None else {"max_completion_tokens": max_tokens},
+    }
+    body = {
+        "name": name,
+        "data_source": _given(source),
+        "metadata": None if metadata is None else dict(metadata),
+    }
+    return Call("POST", f"/v1/evals/{eval_id}/runs", _reads(EvalRun), json=_given(body))
+
+
+def get_eval_run(eval_id: str, run_id: str) -> Call[EvalRun]:
+    """GET /v1/evals/{id}/runs/{id}."""
+    return Call("GET", f"/v1/evals/{eval_id}/runs/{run_id}", _reads(EvalRun))
+
+
+def cancel_eval_run(eval_id: str, run_id: str) -> Call[EvalRun]:
+    """POST /v1/evals/{id}/runs/{id}/cancel."""
+    return Call("POST", f"/v1/evals/{eval_id}/runs/{run_id}/cancel", _reads(EvalRun))
+
+
+def delete_eval_run(eval_id: str, run_id: str) -> Call[Deleted]:
+    """DELETE /v1/evals/{id}/runs/{id}."""
+    return Call("DELETE", f"/v1/evals/{eval_id}/runs/{run_id}", _reads(Deleted))
+
+
+def list_eval_items(
+    eval_id: str, run_id: str, *, status: str | None, after: str | None, limit: int
+) -> Call[Page[EvalOutputItem]]:
+    """GET /v1/evals/{id}/runs/{id}/output_items; in the order of the data set."""
+    path = f"/v1/evals/{eval_id}/runs/{run_id}/output_items"
+    params = _given({"status": status, "after": after, "limit": limit})
+    return Call("GET", path, _reads(Page[EvalOutputItem]), params=params)
 
 
 # --- Interventions

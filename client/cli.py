@@ -15,9 +15,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from reftserve.client import cli_files, cli_interventions, cli_jobs
+from reftserve.client import cli_evals, cli_files, cli_interventions, cli_jobs
 from reftserve.client.calls import GenerationOptions
-from reftserve.client.cli_output import Session, session
+from reftserve.client.cli_output import Session, parse_use, session
 from reftserve.client.client import Client
 from reftserve.client.exceptions import ReftServeError
 from reftserve.client.streams import TextStream
@@ -35,6 +35,7 @@ app.add_typer(cli_files.app, name="files")
 app.add_typer(cli_jobs.app, name="jobs")
 app.add_typer(cli_interventions.app, name="interventions")
 app.command("train")(cli_jobs.train)
+app.command("eval")(cli_evals.evaluate)
 
 Model = Annotated[str | None, typer.Option(help="Base id, or name, name@version, name@alias; the base when absent")]
 Use = Annotated[list[str] | None, typer.Option("--intervention", help="Compose name[@version][*scale]; repeatable")]
@@ -120,23 +121,13 @@ def _options(
 ) -> GenerationOptions:
     return {
         "model": model,
-        "interventions": [_use(text) for text in interventions or []] or None,
+        "interventions": [parse_use(text) for text in interventions or []] or None,
         "max_tokens": max_tokens,
         "temperature": temperature,
         "top_p": top_p,
         "seed": seed,
         "stop": stop or None,
     }
-
-
-def _use(text: str) -> dict[str, str | float]:
-    """`name[@version][*scale]`."""
-    reference, star, scale = text.partition("*")
-    name, at, version = reference.partition("@")
-    try:
-        return {"name": name, **({"version": version} if at else {}), **({"scale": float(scale)} if star else {})}
-    except ValueError as cause:
-        raise typer.BadParameter(f"{text!r}: {scale!r} is no number; expected name[@version][*scale]") from cause
 
 
 def _print(pieces: TextStream, *, as_json: bool) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import typer
 from pydantic import BaseModel
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from reftserve.client.client import Client
@@ -41,18 +42,22 @@ class Session:
                 table.add_row(name, _text(name, value))
         _console.print(table)
 
+    def show_table(self, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """A table of text."""
+        table = Table(box=None, pad_edge=False)
+        for heading in headings:
+            table.add_column(heading, overflow="fold")
+        for row in rows:
+            table.add_row(*map(escape, row))
+        _console.print(table)
+
     def show_all(self, things: Sequence[BaseModel], columns: Mapping[str, str]) -> None:
         """A table; columns: heading of each field."""
         rows = [thing.model_dump(mode="json") for thing in things]
         if self.as_json:
             print(json.dumps(rows))
             return
-        table = Table(box=None, pad_edge=False)
-        for heading in columns.values():
-            table.add_column(heading, overflow="fold")
-        for row in rows:
-            table.add_row(*(_text(name, row[name]) for name in columns))
-        _console.print(table)
+        self.show_table(list(columns.values()), [[_text(name, row[name]) for name in columns] for row in rows])
 
 
 def session(context: typer.Context) -> Session:
@@ -61,6 +66,16 @@ def session(context: typer.Context) -> Session:
     if not isinstance(found, Session):
         raise TypeError("the command runs outside the reftserve application")
     return found
+
+
+def parse_use(text: str) -> dict[str, str | float]:
+    """An intervention in a composition, `name[@version][*scale]`."""
+    reference, star, scale = text.partition("*")
+    name, at, version = reference.partition("@")
+    try:
+        return {"name": name, **({"version": version} if at else {}), **({"scale": float(scale)} if star else {})}
+    except ValueError as cause:
+        raise typer.BadParameter(f"{text!r}: {scale!r} is no number; expected name[@version][*scale]") from cause
 
 
 def _text(field: str, value: Any) -> str:

@@ -9,19 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar, Unpack
+from typing import Any, TypeVar, Unpack
 
 import httpx
 from tenacity import Retrying
 
 from reftserve.client import calls
-from reftserve.client.calls import Call, GenerationOptions, Messages, TrainingOptions
+from reftserve.client.calls import Call, ClassifyOptions, GenerationOptions, Messages, TrainingOptions
+from reftserve.client.evals import Evals
 from reftserve.client.event_reader import EventReader
 from reftserve.client.exceptions import ConnectionFailed, Unavailable
 from reftserve.client.jobs import Job
 from reftserve.client.retries import reconnect_policy, retry_policy
 from reftserve.client.schemas import (
     ChatCompletion,
+    Classification,
     Completion,
     DataReport,
     Deleted,
@@ -61,6 +63,7 @@ class Client:
         self.jobs = Jobs(self)
         self.models = Models(self)
         self.interventions = Interventions(self)
+        self.evals = Evals(self)
 
     def generate(self, prompt: str | Sequence[int], **options: Unpack[GenerationOptions]) -> Completion:
         """How a text, or token ids, go on."""
@@ -79,6 +82,20 @@ class Client:
     ) -> TextStream:
         """The text of `generate(prompt)` or `chat(messages)`, piece by piece."""
         return self._open(calls.streamed(calls.either(self._model(options), prompt, messages, options)))
+
+    def classify(
+        self,
+        text: str | Sequence[str] | None = None,
+        *,
+        labels: Sequence[str],
+        messages: Sequence[Any] | None = None,
+        **options: Unpack[ClassifyOptions],
+    ) -> Classification:
+        """How likely each label is as the answer: to a text, or several; or to messages, one conversation or several.
+
+        A label is the assistant's whole answer, or how a text goes on and ends, leading space included.
+        """
+        return self.send(calls.classify(self._model(options), text, messages, labels, options))
 
     def train(
         self,
@@ -180,7 +197,7 @@ class Client:
     def _open_events_once(self, reader: EventReader) -> httpx.Response:
         return self._open_once(reader.next_call())
 
-    def _model(self, options: GenerationOptions) -> str:
+    def _model(self, options: GenerationOptions | ClassifyOptions) -> str:
         return options.get("model") or self.base_model
 
     def _file_id(self, file: TrainingFile) -> str:

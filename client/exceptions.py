@@ -10,7 +10,8 @@ ReftServeError
 │   ├── Unavailable      503     a part of the server is not there, after all retries
 │   └── ServerFault      5xx     the server's fault
 ├── StreamFailed                 the server ended a stream with an error
-└── JobEnded                     a job that was waited for failed or was cancelled
+├── JobEnded                     a job that was waited for failed or was cancelled
+└── EvalRunEnded                 a run that was waited for failed or was canceled
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from __future__ import annotations
 import httpx
 from pydantic import ValidationError
 
-from reftserve.client.schemas import ErrorBody, ErrorDetail, FineTuningJob
+from reftserve.client.schemas import ErrorBody, ErrorDetail, EvalRun, FineTuningJob
 
 
 class ReftServeError(Exception):
@@ -85,6 +86,14 @@ class JobEnded(ReftServeError):
         reason = job.error.message if job.error is not None else f"job {job.id} was {job.status}"
         super().__init__(reason)
         self.job = job
+
+
+class EvalRunEnded(ReftServeError):
+    """A run of an eval ended before it was complete; `run` is its last state."""
+
+    def __init__(self, run: EvalRun) -> None:
+        super().__init__(run.error.message if run.error is not None else f"run {run.id} was {run.status}")
+        self.run = run
 
 
 _BY_STATUS: dict[int, type[ResponseError]] = {404: NotFound, 409: Conflict, 429: Overloaded, 503: Unavailable}

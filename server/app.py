@@ -10,11 +10,24 @@ from importlib.metadata import version
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 
-from reftserve.server.api import chat, completions, files, fine_tuning, health, interventions, models, validation
+from reftserve.server.api import (
+    chat,
+    classify,
+    completions,
+    evals,
+    files,
+    fine_tuning,
+    health,
+    interventions,
+    models,
+    validation,
+)
 from reftserve.server.api.errors import install_error_handlers
 from reftserve.server.base_model import Base, open_base
 from reftserve.server.engine.client import EngineClient
 from reftserve.server.engine.config import EngineConfig
+from reftserve.server.evaluation.evals import EvalService
+from reftserve.server.evaluation.evaluator import Evaluator
 from reftserve.server.metrics import Metrics
 from reftserve.server.registry.store import open_store
 from reftserve.server.services import Services
@@ -23,7 +36,7 @@ from reftserve.server.supervisor import keep_engine, keep_worker
 from reftserve.server.training.data import count_examples
 from reftserve.server.training.jobs import JobService
 
-ROUTERS = (chat, completions, models, files, fine_tuning, validation, interventions, health)
+ROUTERS = (chat, completions, classify, models, files, fine_tuning, validation, evals, interventions, health)
 
 
 def open_services(settings: Settings) -> Services:
@@ -36,6 +49,7 @@ def open_services(settings: Settings) -> Services:
     store.interventions.sweep()
     store.files.sweep()
     engine = EngineClient(_engine_config(settings, base))
+    evals = EvalService(store, base, max_interventions=settings.max_interventions)
     return Services(
         settings=settings,
         base=base,
@@ -43,6 +57,8 @@ def open_services(settings: Settings) -> Services:
         files=store.files,
         registry=store.interventions,
         jobs=JobService(store, base),
+        evals=evals,
+        evaluator=Evaluator(store, evals, base, engine),
         engine=engine,
         metrics=Metrics(lambda: engine.stats),
     )
@@ -53,7 +69,10 @@ def create_app(services: Services, on_engine_failure: Callable[[str], None]) -> 
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        keepers = [asyncio.create_task(keep_engine(services.engine, services.metrics, on_engine_failure))]
+        keepers = [
+            asyncio.create_task(keep_engine(services.engine, services.metrics, on_engine_failure)),
+            asyncio.create_task(services.evaluator.run_forever()),
+        ]
         if services.settings.worker:
             keepers.append(asyncio.create_task(keep_worker(services.settings)))
         yield

@@ -36,6 +36,12 @@ def encode_rendered(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids
 
 
+def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of how a plain prompt goes on and ends, end of turn included."""
+    ids = encode_rendered(tokenizer, text)
+    return ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, int(tokenizer.eos_token_id)]
+
+
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a plain prompt, with what the tokenizer puts before one (BOS, where it does)."""
     ids: list[int] = tokenizer(text)["input_ids"]

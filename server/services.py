@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from reftserve.server.base_model import Base
 from reftserve.server.engine.client import EngineClient
+from reftserve.server.evaluation.evals import EvalService
+from reftserve.server.evaluation.evaluator import Evaluator
 from reftserve.server.metrics import Metrics
 from reftserve.server.registry.files import FileStore
 from reftserve.server.registry.interventions import InterventionRegistry
@@ -24,5 +26,7 @@ class Services:
     files: FileStore
     registry: InterventionRegistry
     jobs: JobService
+    evals: EvalService
+    evaluator: Evaluator
     engine: EngineClient
     metrics: Metrics

@@ -21,7 +21,8 @@ def _whole_characters(text: str) -> str:
     return text
 
 
-Text = Annotated[str, AfterValidator(_whole_characters)]
+WholeCharacters = AfterValidator(_whole_characters)
+Text = Annotated[str, WholeCharacters]
 MAX_LOGPROBS = 20  # OpenAI's
 
 

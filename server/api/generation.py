@@ -14,18 +14,16 @@ from dataclasses import dataclass, field
 
 from starlette.concurrency import run_in_threadpool
 
-from reftserve.client.schemas import FinishReason, GenerationFields, InterventionUse, PromptTokensDetails, Usage
+from reftserve.client.schemas import FinishReason, GenerationFields, PromptTokensDetails, Usage
 from reftserve.server.api.sampling import check_sampling, sampling_params
 from reftserve.server.api.structured import grammar_of
 from reftserve.server.engine.detokenizer import Detokenizer
 from reftserve.server.engine.errors import EngineDied
-from reftserve.server.engine.messages import InterventionRef, SamplingParams, Submit, TokenLogprobs, TokenOutput
-from reftserve.server.errors import DeadlineExceeded, InvalidRequest, NotFound, Overloaded, Unavailable
-from reftserve.server.registry.interventions import PublishedVersion
-from reftserve.server.registry.names import Reference, suggestion
+from reftserve.server.engine.messages import Ready, SamplingParams, Submit, TokenLogprobs
+from reftserve.server.errors import InvalidRequest, Overloaded, Unavailable
+from reftserve.server.inference import RETRY_AFTER_S, check_output, engine_died, intervention_refs, salted
+from reftserve.server.registry.composition import Composition, held, resolve_composition
 from reftserve.server.services import Services
-
-RETRY_AFTER_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ class Generation:
     n: int
     stops: list[str]
     params: list[SamplingParams]
-    versions: list[tuple[PublishedVersion, float]]
+    versions: Composition
     cache_salt: str
     priority: int
     timeout_s: float | None
@@ -127,18 +125,19 @@ async def prepare(
 
     max_tokens: None fills the context. Raises NotFound, InvalidRequest, Overloaded or Unavailable.
     """
-    ready = services.engine.ready
-    if ready is None:
-        raise Unavailable("the engine is not ready", retry_after_s=RETRY_AFTER_S)
+    n = request.n or 1
+    ready = check_capacity(services, n * len(prompts))
     check_sampling(request, services.base, services.settings.max_stop_strings)
     grammar = await run_in_threadpool(grammar_of, request)
-    versions = await run_in_threadpool(_resolve, services, owner, request)
-    n = request.n or 1
-    if services.engine.num_requests + n * len(prompts) > services.settings.max_queue:
-        raise Overloaded(
-            f"{services.engine.num_requests} requests are waiting, {services.settings.max_queue} is the limit",
-            retry_after_s=RETRY_AFTER_S,
-        )
+    versions = await run_in_threadpool(
+        resolve_composition,
+        services.registry,
+        owner,
+        request.model,
+        request.interventions,
+        base=services.base.name,
+        limit=services.settings.max_interventions,
+    )
     params = [
         sampling_params(
             request,
@@ -151,8 +150,6 @@ async def prepare(
         for answer in range(n)
     ]
     generation_id = f"{prefix}-{uuid.uuid4().hex}"
-    # Owners never share: nobody may find out by timing what somebody else asked.
-    salt = f"{owner}\0{request.cache_salt or ''}"
     return Generation(
         generation_id,
         int(time.time()),
@@ -161,10 +158,23 @@ async def prepare(
         request.stops,
         params,
         versions,
-        salt,
+        salted(owner, request.cache_salt),
         priority=request.priority or 0,
         timeout_s=request.timeout,
     )
+
+
+def check_capacity(services: Services, requests: int) -> Ready:
+    """What the engine said when it was ready.
+
+    Raises Unavailable when it is not, Overloaded when it has no room for so many requests.
+    """
+    ready, waiting, limit = services.engine.ready, services.engine.num_requests, services.settings.max_queue
+    if ready is None:
+        raise Unavailable("the engine is not ready", retry_after_s=RETRY_AFTER_S)
+    if waiting + requests > limit:
+        raise Overloaded(f"{waiting} requests are waiting, {limit} is the limit", retry_after_s=RETRY_AFTER_S)
+    return ready
 
 
 async def stream(services: Services, generation: Generation) -> AsyncGenerator[Piece]:
@@ -173,7 +183,7 @@ async def stream(services: Services, generation: Generation) -> AsyncGenerator[P
     Raises Unavailable when the engine dies, InvalidRequest when it refuses the request, DeadlineExceeded.
     """
     queue: asyncio.Queue[Piece | Exception] = asyncio.Queue()
-    with _held(services, generation):
+    with held(services.registry, generation.versions):
         tasks = [
             asyncio.create_task(_answer(services, generation, index, queue)) for index in range(len(generation.params))
         ]
@@ -222,10 +232,7 @@ async def _answer(
         request_id=f"{generation.id}-{index}",
         prompt_ids=generation.prompts[index // generation.n],
         sampling=params,
-        interventions=tuple(
-            InterventionRef(str(version.folder), version.row.content_hash, scale)
-            for version, scale in generation.versions
-        ),
+        interventions=intervention_refs(generation.versions),
         cache_salt=generation.cache_salt,
         priority=generation.priority,
         timeout_s=generation.timeout_s,
@@ -240,7 +247,7 @@ async def _answer(
     try:
         async with contextlib.aclosing(services.engine.generate(submit)) as outputs:
             async for output in outputs:
-                _check_output(output)
+                check_output(output)
                 text = detokenizer.add(output.token_ids, last=output.finish_reason is not None)
                 reason: FinishReason | None = None
                 if detokenizer.stopped:
@@ -262,61 +269,10 @@ async def _answer(
                 if reason:
                     return
     except EngineDied as cause:
-        queue.put_nowait(Unavailable(str(cause), code="engine_died", retry_after_s=RETRY_AFTER_S))
+        queue.put_nowait(engine_died(cause))
     except Exception as cause:
         # Whatever it is, the consumer must hear of it: it would wait for ever otherwise.
         queue.put_nowait(cause)
-
-
-def _check_output(output: TokenOutput) -> None:
-    if output.finish_reason == "timeout":
-        raise DeadlineExceeded(f"{output.error}; give a longer timeout, or fewer max_tokens", param="timeout")
-    if output.error is not None:
-        raise InvalidRequest(output.error, code="request_refused")
-
-
-@contextlib.contextmanager
-def _held(services: Services, generation: Generation):  # type: ignore[no-untyped-def]
-    with contextlib.ExitStack() as stack:
-        for version, _ in generation.versions:
-            services.registry.hold(version)
-            stack.callback(services.registry.release, version)
-        yield
-
-
-def _resolve(services: Services, owner: str, request: GenerationFields) -> list[tuple[PublishedVersion, float]]:
-    """The immutable versions that a request runs with: what `model` names first, then the composition in order."""
-    uses = list(request.interventions or [])
-    if request.model != services.base.name:
-        reference = Reference.parse(request.model)
-        uses.insert(0, InterventionUse(name=reference.name, version=reference.version))
-    limit = services.settings.max_interventions
-    if len(uses) > limit:
-        raise InvalidRequest(f"{len(uses)} interventions; at most {limit} can be composed", param="interventions")
-    versions: list[tuple[PublishedVersion, float]] = []
-    for use in uses:
-        version = _resolve_use(services, owner, use)
-        if any(version.row.id == other.row.id for other, _ in versions):
-            raise InvalidRequest(
-                f"intervention {version.id} is named twice; name it once, with the scale that is meant",
-                param="interventions",
-                code="duplicate_intervention",
-            )
-        versions.append((version, use.scale))
-    return versions
-
-
-def _resolve_use(services: Services, owner: str, use: InterventionUse) -> PublishedVersion:
-    reference = Reference.parse(use.name)
-    if use.version is not None:
-        reference = Reference.parse(f"{use.name}@{use.version}")
-    try:
-        return services.registry.resolve(owner, reference)
-    except NotFound as cause:
-        if cause.code != "model_not_found" or "Did you mean" in cause.message or "has no version" in cause.message:
-            raise
-        near = suggestion(use.name, [services.base.name])
-        raise NotFound(f"{cause.message}{near}", param="model", code="model_not_found") from cause
 
 
 def _budget(prompt: list[int], max_tokens: int | None, max_context: int) -> int:

@@ -7,6 +7,7 @@ cancel ─► scheduler.finish                                        schedule �
 from __future__ import annotations
 
 import heapq
+import math
 import time
 from collections import defaultdict
 
@@ -16,7 +17,7 @@ from reftserve.server.engine.block_allocator import BlockAllocator
 from reftserve.server.engine.errors import RequestRefused
 from reftserve.server.engine.launched_step import LaunchedStep
 from reftserve.server.engine.loader import Loader
-from reftserve.server.engine.logits import adjust, token_logprobs
+from reftserve.server.engine.logits import adjust, logprobs_of, token_logprobs
 from reftserve.server.engine.messages import EngineStats, StepOutput, Submit, TokenLogprobs, TokenOutput
 from reftserve.server.engine.runner import Logits, Runner
 from reftserve.server.engine.sampler import choose, present
@@ -185,19 +186,41 @@ class Engine:
                     read.append(sequence)
         self._take(step, tokens)
         for sequence in read:
-            self._end(sequence, self._output(sequence, [], "length"))
+            # A fork may have ended with its request meanwhile.
+            if sequence.status is Status.RUNNING:
+                self._read(sequence)
         self._steps += 1
 
+    def _read(self, sequence: Sequence) -> None:
+        """A sequence that samples nothing is computed to its end."""
+        request = sequence.parent or sequence
+        if not all(math.isfinite(entry.logprob) for entry in sequence.scores):
+            self._end(request, TokenOutput(request.request_id, [], "error", NOT_FINITE))
+            return
+        if sequence.parent is not None:
+            request.unread.discard(sequence)
+            self._drop(sequence)
+        elif sequence.continuations:
+            self._cached_prompt_tokens += sequence.n_cached or 0
+            self.scheduler.hold(sequence)
+            for fork in sequence.fork():
+                self._sequences[fork.request_id] = fork
+                self.scheduler.add(fork)
+        if not request.unread:
+            self._end(request, self._output(request, [], "length"))
+
     def _score(self, batch: Batch, logits: Logits) -> None:
-        """Keep how likely the step's prompt tokens were, for those who want to know."""
+        """Keep how likely the step's tokens were, for those who want to know."""
         offset = 0
         for chunk in batch.chunks:
             scored = chunk.scores
             if scored:
                 sequence, rows = chunk.sequence, logits.scoring[offset : offset + len(scored)]
-                following = sequence.token_ids[scored.start + 1 : scored.stop + 1]
-                count = sequence.sampling.logprobs or 0
-                sequence.prompt_logprobs += token_logprobs(rows, following, [count] * len(rows))
+                if sequence.continuations:
+                    sequence.scores = logprobs_of(rows[0], [c[0] for c in sequence.continuations])
+                else:
+                    count = sequence.sampling.logprobs or 0
+                    sequence.scores += token_logprobs(rows, sequence.following(scored), [count] * len(rows))
                 offset += len(rows)
 
     def _take(self, step: LaunchedStep, tokens: list[int | None]) -> None:
@@ -244,13 +267,18 @@ class Engine:
             finish_reason,
             cached_tokens=sequence.n_cached or 0,
             logprobs=logprobs or [],
-            prompt_logprobs=sequence.prompt_logprobs if with_prompt else [],
+            prompt_logprobs=sequence.scores if with_prompt and not sequence.continuations else [],
+            continuation_logprobs=sequence.continuation_logprobs if sequence.continuations else [],
         )
 
     def _end(self, sequence: Sequence, output: TokenOutput) -> None:
+        for each in (*sequence.unread, sequence):
+            self._drop(each)
+        self._outputs.append(output)
+
+    def _drop(self, sequence: Sequence) -> None:
         self.scheduler.finish(sequence)
         del self._sequences[sequence.request_id]
-        self._outputs.append(output)
 
     def _enqueue(self, sequence: Sequence) -> None:
         try:

@@ -59,6 +59,14 @@ def token_logprobs(logits: Tensor, token_ids: list[int], counts: list[int]) -> l
     ]
 
 
+@torch.inference_mode()
+def logprobs_of(logits: Tensor, token_ids: list[int]) -> list[TokenLogprobs]:
+    """How likely each of these tokens is in one place. logits: [vocabulary], unadjusted."""
+    values = logits.float()
+    logprobs = (values[indices(token_ids, logits.device)] - values.logsumexp(dim=-1)).tolist()
+    return [TokenLogprobs(token, logprob, []) for token, logprob in zip(token_ids, logprobs, strict=True)]
+
+
 def _penalise(logits: Tensor, rows: list[int], sequences: list[Sequence]) -> None:
     index = indices(rows, logits.device)
     values = logits[index]

@@ -53,7 +53,9 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     """A generation request. `prompt_ids` are the final token ids, chat template and BOS included.
 
     cache_salt: prefixes in the cache are shared only among requests with equal salts. priority: lower goes first.
-    timeout_s: after so long the request ends with an error, wherever it is.
+    timeout_s: after so long the request ends with an error, wherever it is. continuations: texts after the prompt, none
+    empty. With them nothing is generated and `sampling` plays no part: the answer says how likely each of them is, the
+    prompt computed once. Their tokens are `generated` ones for edits, not the prompt's.
     """
 
     request_id: str
@@ -63,6 +65,7 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     cache_salt: str = ""
     priority: int = 0
     timeout_s: float | None = None
+    continuations: list[list[int]] = []
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
@@ -96,6 +99,7 @@ class TokenOutput(msgspec.Struct, frozen=True, omit_defaults=True):
 
     cached_tokens: prompt tokens found in the prefix cache; the same in all of a request's outputs.
     logprobs: of the new tokens, when asked for. prompt_logprobs: of all prompt tokens but the first, once.
+    continuation_logprobs: of each token of each of the request's continuations.
     """
 
     request_id: str
@@ -105,6 +109,7 @@ class TokenOutput(msgspec.Struct, frozen=True, omit_defaults=True):
     cached_tokens: int = 0
     logprobs: list[TokenLogprobs] = []
     prompt_logprobs: list[TokenLogprobs] = []
+    continuation_logprobs: list[list[float]] = []
 
 
 class EngineStats(msgspec.Struct, frozen=True):

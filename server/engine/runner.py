@@ -130,6 +130,8 @@ class Runner:
         """
         if batch.stale_blocks:
             self.cache.clear(batch.stale_blocks)
+        if batch.copied_blocks:
+            self.cache.copy(batch.copied_blocks)
         if self._graphs is not None and not batch.prefills:
             logits = self._graphs.run(batch.decodes, token_ids)
             if logits is not None:

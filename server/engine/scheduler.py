@@ -5,12 +5,16 @@ reading its prompt contributes as many tokens as the budget leaves. Decodes go f
 running streams; then prompts. Who waits is admitted in the order of its key (time of arrival, moved by its priority);
 when blocks run out the running sequence with the last key is preempted: it gives its blocks back, keeps its place in
 the queue, and later recomputes its tokens, with edits at the same positions as before.
+
+A sequence whose prompt others fork from is held: out of the running set, but with its blocks. A fork shares those that
+the prompt fills and gets a copy of the last one, so that it computes its own tokens only. Where blocks run out, what is
+held is let go first; its forks then find what the prefix cache still has, and compute the rest anew.
 """
 
 from __future__ import annotations
 
 from bisect import insort
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from reftserve.server.engine.bank import Bank
 from reftserve.server.engine.block_allocator import BlockAllocator
@@ -39,11 +43,9 @@ class Chunk:
 
     @property
     def scores(self) -> range:
-        """Tokens whose logits say how likely the prompt token after them was, where that is asked and not known."""
-        sequence = self.sequence
-        if not sequence.sampling.prompt_logprobs:
-            return range(0)
-        return range(max(self.start, len(sequence.prompt_logprobs)), min(self.stop, sequence.n_prompt - 1))
+        """Tokens whose logits say how likely the token after them was, where that is asked and not known."""
+        wanted, known = self.sequence.scored, len(self.sequence.scores)
+        return range(max(self.start, wanted.start + known), min(self.stop, wanted.stop))
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,13 @@ class Batch:
 
     stale_blocks: to be zeroed before the step. Edits wrote to them for somebody else, and edits can overflow; a
     sequence reads the rest of its last block too, at weight zero, where an infinity would survive.
+    copied_blocks: (from, to), after that.
     """
 
     prefills: list[Chunk]
     decodes: list[Chunk]
     stale_blocks: list[int]
+    copied_blocks: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def chunks(self) -> list[Chunk]:
@@ -82,12 +86,13 @@ class Scheduler:
         self.max_sequences = min(max_sequences, max_batch_tokens)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        self.held: list[Sequence] = []
         self.prefix_cache = prefix_cache
         self.preemptions = 0
 
     def check(self, sequence: Sequence) -> None:
         """Raise RequestRefused when the sequence could not run even alone."""
-        longest = sequence.n_prompt + sequence.sampling.max_tokens
+        longest = sequence.longest
         capacity = self.allocator.num_blocks * self.allocator.block_size
         if longest > capacity:
             raise RequestRefused(f"prompt and answer need up to {longest} tokens; the KV cache holds {capacity}")
@@ -102,6 +107,7 @@ class Scheduler:
         """The next step's batch; empty when nothing can run."""
         budget = self.max_batch_tokens
         planned: list[Chunk] = []
+        copied: list[tuple[int, int]] = []
         # Sequences with one token to compute come first.
         for sequence in sorted(self.running, key=lambda s: (s.n_uncomputed > 1, s.order)):
             if budget == 0:
@@ -114,15 +120,21 @@ class Scheduler:
         planned = [chunk for chunk in planned if chunk.sequence.status is Status.RUNNING]
         while self.waiting and budget > 0 and len(self.running) < self.max_sequences:
             sequence = self.waiting[0]
-            if not self._admit(sequence, budget):
+            if not self._admit(sequence, budget, copied):
                 break
             stop = sequence.n_computed + min(sequence.n_uncomputed, budget)
             planned.append(Chunk(sequence, sequence.n_computed, stop))
             budget -= stop - sequence.n_computed
+        if not planned and self.waiting and self.held:
+            # Who waits would wait for ever for the blocks that are held.
+            while self.held:
+                self._let_go(self.held[-1])
+            return self.schedule()
         return Batch(
             prefills=[chunk for chunk in planned if not chunk.is_decode],
             decodes=[chunk for chunk in planned if chunk.is_decode],
             stale_blocks=self.allocator.take_stale() if planned else [],
+            copied_blocks=copied,
         )
 
     def run_ahead(self, batch: Batch) -> tuple[Batch, list[int]] | None:
@@ -157,48 +169,63 @@ class Scheduler:
             for index in range(first, full):
                 self.allocator.publish(sequence.block_table[index], keys[index])
 
+    def hold(self, sequence: Sequence) -> None:
+        """Keep a running sequence's blocks for its forks, until it is finished or its blocks are needed."""
+        self.running.remove(sequence)
+        self.held.append(sequence)
+        sequence.status = Status.HOLDING
+
     def finish(self, sequence: Sequence) -> None:
         """Take a sequence out wherever it is, and free everything it holds."""
         if sequence.status is Status.RUNNING:
             self.running.remove(sequence)
             self._release(sequence)
+        elif sequence.status is Status.HOLDING:
+            self._let_go(sequence)
         elif sequence.status is Status.WAITING:
             self.waiting.remove(sequence)
         sequence.status = Status.FINISHED
 
-    def _admit(self, sequence: Sequence, budget: int) -> bool:
-        cached = self._cached_blocks(sequence)
+    def _admit(self, sequence: Sequence, budget: int, copied: list[tuple[int, int]]) -> bool:
+        """Let the first of those who wait run, if there is room; what it begins with may have to be copied."""
+        parent, size = sequence.parent, self.allocator.block_size
+        held = parent.block_table if parent is not None and parent.status is Status.HOLDING else None
+        known = self._cached_blocks(sequence) if held is None else held[: sequence.n_prompt // size]
         # All of it has to fit, and a block for each running sequence to grow into: what is admitted too eagerly is
         # preempted in the next step, and computed again and again.
-        taken = self.allocator.blocks_for(len(sequence.token_ids)) - len(cached)
-        needed = taken + self.allocator.num_free_among(cached) + len(self.running)
+        taken = self.allocator.blocks_for(len(sequence.token_ids)) - len(known)
+        needed = taken + self.allocator.num_free_among(known) + len(self.running)
         if needed > self.allocator.num_free:
             return False
         edits = self.bank.acquire(sequence.interventions)
         if edits is None:
             return False
         sequence.edits = edits
-        sequence.n_computed = len(cached) * self.allocator.block_size
+        sequence.n_computed = len(known) * size if held is None else sequence.n_prompt
         if sequence.n_cached is None:
             sequence.n_cached = sequence.n_computed
-        self.allocator.share(sequence.block_table, cached)
+        self.allocator.share(sequence.block_table, known)
         self.allocator.extend(sequence.block_table, sequence.n_computed + min(sequence.n_uncomputed, budget))
+        if held is not None and len(held) > len(known):
+            copied.append((held[len(known)], sequence.block_table[len(known)]))
         self.waiting.pop(0)
         sequence.status = Status.RUNNING
         self.running.append(sequence)
         return True
 
     def _cached_blocks(self, sequence: Sequence) -> list[int]:
-        """Blocks in the cache that the sequence begins with; its last token is always left to compute."""
-        is_unscored = sequence.sampling.prompt_logprobs and len(sequence.prompt_logprobs) < sequence.n_prompt - 1
-        if not self.prefix_cache or is_unscored:
+        """Blocks in the cache that the sequence begins with, as far as its logits are not wanted."""
+        if not self.prefix_cache:
             return []
         size = self.allocator.block_size
-        return self.allocator.find(sequence.block_keys(size, (len(sequence.token_ids) - 1) // size))
+        return self.allocator.find(sequence.block_keys(size, sequence.first_wanted // size))
 
     def _reserve(self, sequence: Sequence, tokens: int) -> bool:
         """Blocks for the sequence's first `tokens` tokens, preempting later ones for it; False if it went itself."""
         while not self.allocator.extend(sequence.block_table, tokens):
+            if self.held:
+                self._let_go(self.held[-1])
+                continue
             victim = max(self.running, key=_order)
             self._preempt(victim)
             if victim is sequence:
@@ -211,6 +238,11 @@ class Scheduler:
         sequence.n_computed = 0
         self.add(sequence)
         self.preemptions += 1
+
+    def _let_go(self, sequence: Sequence) -> None:
+        self.held.remove(sequence)
+        self._release(sequence)
+        sequence.status = Status.FINISHED
 
     def _release(self, sequence: Sequence) -> None:
         self.allocator.release(sequence.block_table, edited=bool(sequence.edits))

@@ -1,8 +1,10 @@
 """The state of one request inside the engine, owned by the scheduler.
 
 LOADING ──► WAITING ──► RUNNING ──► FINISHED
-▲            │
-└─ preempted ┘        (blocks and slot given back; tokens and n_prompt stay)
+▲            │  │             ▲
+└─ preempted ┘  └─► HOLDING ──┘
+preempted: blocks and slot given back; tokens and n_prompt stay
+holding: its prompt is computed, and its blocks are kept for the sequences that fork from it
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ class Status(Enum):
     LOADING = auto()
     WAITING = auto()
     RUNNING = auto()
+    HOLDING = auto()
     FINISHED = auto()
 
 
@@ -37,7 +40,11 @@ class Sequence:
     edits: their rows in the bank while the sequence runs.
     n_cached: prompt tokens that were found in the cache when the sequence first ran.
     order: place in the queue, lower first; kept when it is preempted.
-    matcher: where in its grammar it is, for those that have one. prompt_logprobs: of the prompt's second token and on.
+    matcher: where in its grammar it is, for those that have one.
+    scored: tokens whose logits are wanted to say how likely the token after them is; scores: that, as far as known.
+    continuations: what its request wants scored after the prompt; `scores` are those of their first tokens then.
+    forks: by continuation, the sequences that score the other tokens; unread: those of them that are not done.
+    parent: what it is a fork of; last_id: the token after its last one, which is scored and never computed.
     """
 
     request_id: str
@@ -54,21 +61,51 @@ class Sequence:
     edits: tuple[EditUse, ...] = ()
     n_cached: int | None = None
     matcher: LLMatcher | None = None
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    scored: range = range(0)
+    scores: list[TokenLogprobs] = field(default_factory=list)
+    continuations: list[list[int]] = field(default_factory=list)
+    forks: dict[int, Sequence] = field(default_factory=dict)
+    unread: set[Sequence] = field(default_factory=set)
+    parent: Sequence | None = None
+    last_id: int | None = None
     _keys: BlockKeys | None = None
 
     @classmethod
     def from_submit(cls, submit: Submit, order: tuple[float, int] = (0.0, 0)) -> Sequence:
         """A sequence that has its prompt and nothing else."""
+        n_prompt = len(submit.prompt_ids)
+        scored = range(n_prompt - 1 if submit.sampling.prompt_logprobs else 0)
         return cls(
             request_id=submit.request_id,
             token_ids=list(submit.prompt_ids),
-            n_prompt=len(submit.prompt_ids),
-            sampling=submit.sampling,
+            n_prompt=n_prompt,
+            sampling=SamplingParams(max_tokens=0) if submit.continuations else submit.sampling,
             order=order,
             refs=submit.interventions,
             cache_salt=submit.cache_salt,
+            scored=range(n_prompt - 1, n_prompt) if submit.continuations else scored,
+            continuations=submit.continuations,
         )
+
+    def fork(self) -> list[Sequence]:
+        """One sequence for each continuation of more than one token; it goes on from this one's prompt."""
+        for index, continuation in enumerate(self.continuations):
+            if len(continuation) > 1:
+                self.forks[index] = Sequence(
+                    request_id=f"{self.request_id}/{index}",
+                    token_ids=self.token_ids + continuation[:-1],
+                    n_prompt=self.n_prompt,
+                    sampling=self.sampling,
+                    order=self.order,
+                    refs=self.refs,
+                    cache_salt=self.cache_salt,
+                    loaded=self.loaded,
+                    scored=range(self.n_prompt, self.n_prompt + len(continuation) - 1),
+                    parent=self,
+                    last_id=continuation[-1],
+                )
+        self.unread = set(self.forks.values())
+        return list(self.forks.values())
 
     @property
     def is_loaded(self) -> bool:
@@ -97,6 +134,26 @@ class Sequence:
         return len(self.token_ids) - self.n_computed
 
     @property
+    def longest(self) -> int:
+        """Tokens that it, or one of its forks, may come to have."""
+        return self.n_prompt + max(self.sampling.max_tokens, *(len(c) - 1 for c in self.continuations), 0)
+
+    @property
+    def first_wanted(self) -> int:
+        """The first token whose logits are still wanted: it has to be computed, wherever the cache ends."""
+        if len(self.scores) < len(self.scored):
+            return self.scored.start + len(self.scores)
+        return len(self.token_ids) - 1
+
+    @property
+    def continuation_logprobs(self) -> list[list[float]]:
+        """Of each token of each continuation; once all forks are read."""
+        return [
+            [entry.logprob for entry in [first, *(self.forks[index].scores if index in self.forks else ())]]
+            for index, first in enumerate(self.scores)
+        ]
+
+    @property
     def can_run_ahead(self) -> bool:
         """Whether its next logits can be adjusted while only the device knows its last token."""
         is_long_enough = self.n_generated >= self.sampling.min_tokens
@@ -114,6 +171,11 @@ class Sequence:
         if self._keys is None:
             self._keys = BlockKeys(self.cache_salt, self.interventions, self.n_prompt, block_size)
         return self._keys.of(self.token_ids, count)
+
+    def following(self, scored: range) -> list[int]:
+        """The token after each of these."""
+        ids = self.token_ids[scored.start + 1 : scored.stop + 1]
+        return ids if self.last_id is None or len(ids) == len(scored) else [*ids, self.last_id]
 
     def append(self, token_id: int) -> str | None:
         """Add a sampled token; the finish reason when it was the last one."""

@@ -149,3 +149,57 @@ class JobCheckpoint(Table):
     kept: Mapped[bool] = mapped_column(default=True)
     metrics: Mapped[dict[str, Any]]
     created_at: Mapped[int]
+
+
+class Eval(Table):
+    """A data set with criteria, names and labels filled in."""
+
+    __tablename__ = "evals"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    owner: Mapped[str] = mapped_column(index=True)
+    name: Mapped[str]
+    file_id: Mapped[str]
+    criteria: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
+    eval_metadata: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    created_at: Mapped[int]
+
+    runs: Mapped[list[EvalRun]] = relationship(
+        order_by="EvalRun.id", cascade="all, delete-orphan", passive_deletes=True
+    )
+
+
+class EvalRun(Table):
+    """A run of an eval. uses: `name@version` and scale of what it runs with; tally: sums over the items done."""
+
+    __tablename__ = "eval_runs"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    owner: Mapped[str]
+    eval_id: Mapped[str] = mapped_column(ForeignKey("evals.id", ondelete="CASCADE"), index=True)
+    name: Mapped[str]
+    status: Mapped[str] = mapped_column(index=True)
+    data_source: Mapped[dict[str, Any]]
+    uses: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
+    total: Mapped[int]
+    tally: Mapped[dict[str, Any]]
+    error: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    run_metadata: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    created_at: Mapped[int]
+    started_at: Mapped[int | None]
+    finished_at: Mapped[int | None]
+
+
+class EvalItem(Table):
+    """One example in a run, `number` counting from 0 in the data set. error: why it has no results."""
+
+    __tablename__ = "eval_items"
+
+    run_id: Mapped[str] = mapped_column(ForeignKey("eval_runs.id", ondelete="CASCADE"), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True)
+    owner: Mapped[str]
+    status: Mapped[str]
+    output: Mapped[str | None]
+    results: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
+    error: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    created_at: Mapped[int]

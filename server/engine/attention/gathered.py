@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from reftserve.server.engine.attention.interface import LayerShape, blocks_within, sdpa
+from reftserve.server.engine.attention.interface import LayerShape, blocks_within, copy_blocks, sdpa
 from reftserve.server.engine.scheduler import Batch, Chunk
 from reftserve.server.engine.transfers import indices, to_device
 
@@ -97,6 +97,10 @@ class GatheredCache:
         index = indices(blocks, self.device)
         for store in (*self.keys, *self.values):
             store.view(self.num_blocks, -1).index_fill_(0, index, 0.0)
+
+    def copy(self, blocks: list[tuple[int, int]]) -> None:
+        """Copy whole blocks in all layers."""
+        copy_blocks((*self.keys, *self.values), blocks)
 
     def _gather(self, store: Tensor, index: Tensor, workspace: int) -> Tensor:
         by_head = store.view(-1, store.shape[2] * store.shape[3])

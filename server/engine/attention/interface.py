@@ -7,7 +7,7 @@ of its own sequence. Models run unpatched.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -19,6 +19,7 @@ from transformers import AttentionInterface
 
 from reftserve.server.engine.errors import EngineError, UnsupportedModel
 from reftserve.server.engine.scheduler import Batch
+from reftserve.server.engine.transfers import indices
 
 ATTENTION = "reftserve_paged"
 
@@ -58,6 +59,17 @@ class KVCache(Protocol):
     def clear(self, blocks: list[int]) -> None:
         """Make sure that what these blocks held can reach nobody (`Batch.stale_blocks`)."""
         ...
+
+    def copy(self, blocks: list[tuple[int, int]]) -> None:
+        """Copy whole blocks, (from, to), in all layers; none is both."""
+        ...
+
+
+def copy_blocks(stores: Iterable[Tensor], blocks: list[tuple[int, int]]) -> None:
+    """`KVCache.copy` for tensors whose first dimension is blocks."""
+    sources, targets = zip(*blocks, strict=True)
+    for store in stores:
+        store.index_copy_(0, indices(targets, store.device), store[indices(sources, store.device)])
 
 
 def blocks_within(max_bytes: int, bytes_per_block: int, block_size: int) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reftserve.server.engine.attention.interface import LayerShape, blocks_within
+from reftserve.server.engine.attention.interface import LayerShape, blocks_within, copy_blocks
 from reftserve.server.engine.scheduler import Batch
 
 VECTOR = 16
@@ -36,6 +36,10 @@ class NativeCache:
 
     def clear(self, blocks: list[int]) -> None:
         """Nothing to do: the kernel never reads a slot that the sequence has not written."""
+
+    def copy(self, blocks: list[tuple[int, int]]) -> None:
+        """Copy whole blocks in all layers."""
+        copy_blocks((*self.keys, *self.values), blocks)
 
 
 class NativeStep:

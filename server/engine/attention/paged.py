@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from reftserve.server.engine.attention.interface import LayerShape, blocks_within
+from reftserve.server.engine.attention.interface import LayerShape, blocks_within, copy_blocks
 from reftserve.server.engine.scheduler import Batch, Chunk
 from reftserve.server.engine.transfers import to_device
 
@@ -127,6 +127,10 @@ class PagedCache:
 
     def clear(self, blocks: list[int]) -> None:
         """Nothing to do: the kernels never read a slot that the sequence has not written."""
+
+    def copy(self, blocks: list[tuple[int, int]]) -> None:
+        """Copy whole blocks in all layers."""
+        copy_blocks((*self.keys, *self.values), blocks)
 
     def slots(self, chunk: Chunk) -> NDArray[np.int64]:
         """Slots of a chunk's tokens."""

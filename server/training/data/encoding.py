@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from reftserve.client.schemas import ChatMessage
-from reftserve.server.prompts import encode_rendered, encode_text, render_answer, render_chat
+from reftserve.server.prompts import encode_completion, encode_rendered, encode_text, render_answer, render_chat
 from reftserve.server.training.data.examples import Example, Instruction
 from reftserve.server.training.data.places import Place
 
@@ -47,9 +47,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, example: Example) -> EncodedExamp
         prompt = _instruction_prompt(prompt, has_template=tokenizer.chat_template is not None)
     if isinstance(prompt, str):
         prompt_ids = encode_text(tokenizer, prompt)
-        completion_ids = encode_rendered(tokenizer, example.target)
-        if completion_ids[-1:] != [tokenizer.eos_token_id]:
-            completion_ids.append(tokenizer.eos_token_id)
+        completion_ids = encode_completion(tokenizer, example.target)
     else:
         answer = ChatMessage(role="assistant", content=example.target)
         prompt_ids = encode_rendered(tokenizer, render_chat(tokenizer, prompt))

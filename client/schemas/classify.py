@@ -1,0 +1,66 @@
+"""/v1/classify."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from reftserve.client.schemas.base import Request, Response
+from reftserve.client.schemas.generation import ChatMessage, InterventionUse, Text, Usage, WholeCharacters
+
+MAX_LABELS = 1000
+
+Label = Annotated[str, Field(min_length=1), WholeCharacters]
+Labels = Annotated[list[Label], Field(min_length=2, max_length=MAX_LABELS)]
+Chat = Annotated[list[ChatMessage], Field(min_length=1)]
+
+
+class ClassifyRequest(Request):
+    """POST /v1/classify. input: one text or several; or messages: one conversation or several.
+
+    labels: for conversations the assistant's whole answer, for texts how they go on, leading space included.
+    normalize: `tokens` compares labels by their mean log-probability a token.
+    """
+
+    model: str
+    interventions: list[InterventionUse] | None = None
+    input: Text | list[Text] | None = None
+    messages: Chat | list[Chat] | None = None
+    labels: Labels
+    normalize: Literal["none", "tokens"] = "none"
+    priority: int | None = Field(None, ge=-100, le=100)
+    timeout: float | None = Field(None, gt=0, allow_inf_nan=False)
+    cache_salt: str | None = Field(None, min_length=1, max_length=256)
+    user: str | None = None
+
+
+class Classified(Response):
+    """How one input was classified.
+
+    label: the likeliest. probs: of each label, in their order, adding up to 1; logprobs: of each as the answer, not
+    normalized; tokens: of each, end of turn included.
+    """
+
+    index: int
+    label: str
+    probs: list[float]
+    num_classes: int
+    logprobs: list[float]
+    tokens: list[int]
+
+
+class Classification(Response):
+    """Answer of POST /v1/classify; `data` in the order of the inputs."""
+
+    id: str
+    object: Literal["list"] = "list"
+    created: int
+    model: str
+    data: list[Classified]
+    usage: Usage
+
+    @property
+    def label(self) -> str:
+        """The first input's likeliest label."""
+        return self.data[0].label

@@ -1,0 +1,137 @@
+"""POST /v1/classify: label sets by log-likelihood, each prompt computed once."""
+
+from __future__ import annotations
+
+import math
+import time
+import uuid
+
+from fastapi import APIRouter, Request
+from starlette.concurrency import run_in_threadpool
+
+from reftserve.client.schemas import (
+    ChatMessage,
+    Classification,
+    Classified,
+    ClassifyRequest,
+    PromptTokensDetails,
+    Usage,
+)
+from reftserve.server.api.dependencies import Owner, Server
+from reftserve.server.api.generation import check_capacity
+from reftserve.server.api.sse import unless_disconnected
+from reftserve.server.engine.messages import SamplingParams, Submit, TokenOutput
+from reftserve.server.errors import InvalidRequest
+from reftserve.server.evaluation.labels import LabelledPrompt, label_chat, label_texts, probabilities
+from reftserve.server.inference import answers, intervention_refs, salted
+from reftserve.server.registry.composition import held, resolve_composition
+from reftserve.server.services import Services
+
+MAX_INPUTS = 256
+MAX_PAIRS = 20_000
+
+router = APIRouter(tags=["generation"])
+
+
+@router.post("/v1/classify")
+async def classify(body: ClassifyRequest, request: Request, server: Server, owner: Owner) -> Classification:
+    """How likely each label is as the answer to each input, by the base or an intervention of it."""
+    prompts = await run_in_threadpool(_encode, server, body)
+    max_context = check_capacity(server, len(prompts)).max_context
+    longest = max(prompt.length for prompt in prompts)
+    if longest > max_context:
+        raise InvalidRequest(
+            f"an input with its longest label has {longest} tokens; the base model's context is {max_context}",
+            param="input" if body.messages is None else "messages",
+            code="context_length_exceeded",
+        )
+    versions = await run_in_threadpool(
+        resolve_composition,
+        server.registry,
+        owner,
+        body.model,
+        body.interventions,
+        base=server.base.name,
+        limit=server.settings.max_interventions,
+    )
+    request_id = f"classify-{uuid.uuid4().hex}"
+    submits = [
+        Submit(
+            request_id=f"{request_id}-{index}",
+            prompt_ids=prompt.prompt_ids,
+            sampling=SamplingParams(max_tokens=0),
+            interventions=intervention_refs(versions),
+            cache_salt=salted(owner, body.cache_salt),
+            priority=body.priority or 0,
+            timeout_s=body.timeout,
+            continuations=prompt.label_ids,
+        )
+        for index, prompt in enumerate(prompts)
+    ]
+    with held(server.registry, versions):
+        outputs = await unless_disconnected(request, answers(server.engine, submits))
+    return Classification(
+        id=request_id,
+        created=int(time.time()),
+        model=body.model,
+        data=[_classified(body, index, output.continuation_logprobs) for index, output in enumerate(outputs)],
+        usage=_usage(prompts, outputs),
+    )
+
+
+def _encode(server: Services, body: ClassifyRequest) -> list[LabelledPrompt]:
+    if (body.input is None) == (body.messages is None):
+        raise InvalidRequest("give either input or messages", param="input")
+    twice = next((label for label in body.labels if body.labels.count(label) > 1), None)
+    if twice is not None:
+        raise InvalidRequest(f"label {twice!r} is given twice", param="labels")
+    tokenizer = server.base.tokenizer
+    if body.messages is None:
+        texts = [body.input] if isinstance(body.input, str) else body.input or []
+        _check_count(len(texts), len(body.labels), "input")
+        prompts = label_texts(tokenizer, texts, body.labels)
+        empty = next((index for index, prompt in enumerate(prompts) if not prompt.prompt_ids), None)
+        if empty is not None:
+            raise InvalidRequest(f"input {empty} has no tokens", param="input", code="empty_prompt")
+        return prompts
+    chats = _chats(body.messages)
+    _check_count(len(chats), len(body.labels), "messages")
+    return [label_chat(tokenizer, chat, body.labels) for chat in chats]
+
+
+def _chats(messages: list[ChatMessage] | list[list[ChatMessage]]) -> list[list[ChatMessage]]:
+    one = [message for message in messages if isinstance(message, ChatMessage)]
+    return [one] if one else [chat for chat in messages if isinstance(chat, list)]
+
+
+def _check_count(inputs: int, labels: int, param: str) -> None:
+    if not 1 <= inputs <= MAX_INPUTS:
+        raise InvalidRequest(f"{inputs} inputs; expected 1 to {MAX_INPUTS}", param=param)
+    if inputs * labels > MAX_PAIRS:
+        raise InvalidRequest(
+            f"{inputs} inputs and {labels} labels are {inputs * labels} pairs; at most {MAX_PAIRS} are scored at once",
+            param=param,
+        )
+
+
+def _classified(body: ClassifyRequest, index: int, logprobs: list[list[float]]) -> Classified:
+    probs = probabilities(logprobs, body.normalize)
+    return Classified(
+        index=index,
+        label=body.labels[probs.index(max(probs))],
+        probs=probs,
+        num_classes=len(probs),
+        logprobs=[math.fsum(each) for each in logprobs],
+        tokens=[len(each) for each in logprobs],
+    )
+
+
+def _usage(prompts: list[LabelledPrompt], outputs: list[TokenOutput]) -> Usage:
+    prompt_tokens = sum(len(prompt.prompt_ids) for prompt in prompts)
+    label_tokens = sum(len(ids) for prompt in prompts for ids in prompt.label_ids)
+    return Usage(
+        prompt_tokens=prompt_tokens,
+        completion_tokens=label_tokens,
+        total_tokens=prompt_tokens + label_tokens,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(output.cached_tokens for output in outputs)),
+    )

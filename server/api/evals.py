@@ -1,0 +1,164 @@
+"""/v1/evals in OpenAI's shape: data sets with criteria, and runs of models over them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from fastapi import APIRouter, Query
+
+from reftserve.client.schemas import (
+    Deleted,
+    Eval,
+    EvalCreate,
+    EvalOutputItem,
+    EvalRun,
+    EvalRunCreate,
+    InterventionUse,
+    ItemSample,
+    Page,
+    TestingCriterion,
+)
+from reftserve.server.api.dependencies import Owner, Server
+from reftserve.server.errors import InvalidRequest
+from reftserve.server.evaluation.evals import criteria_of
+from reftserve.server.evaluation.tally import Tally
+from reftserve.server.storage import tables
+
+router = APIRouter(prefix="/v1/evals", tags=["evals"])
+
+
+@router.post("")
+def create_eval(request: EvalCreate, server: Server, owner: Owner) -> Eval:
+    """A data set with criteria; runs over it are compared."""
+    return _eval(server.evals.create(owner, request))
+
+
+@router.get("")
+def list_evals(
+    server: Server, owner: Owner, after: str | None = None, limit: int = Query(20, ge=1, le=100)
+) -> Page[Eval]:
+    """Evals, newest first."""
+    rows, more = server.evals.list_page(owner, after=after, limit=limit)
+    return Page(data=[_eval(row) for row in rows], has_more=more)
+
+
+@router.get("/{eval_id}")
+def get_eval(eval_id: str, server: Server, owner: Owner) -> Eval:
+    """One eval, with the scores of all its runs."""
+    return _eval(server.evals.get(owner, eval_id))
+
+
+@router.delete("/{eval_id}")
+def delete_eval(eval_id: str, server: Server, owner: Owner) -> Deleted:
+    """Delete an eval and its runs."""
+    server.evals.delete(owner, eval_id)
+    return Deleted(id=eval_id, object="eval.deleted")
+
+
+@router.post("/{eval_id}/runs")
+def create_run(eval_id: str, request: EvalRunCreate, server: Server, owner: Owner) -> EvalRun:
+    """Score the base, an intervention or a composition; it goes on in the background."""
+    run = server.evals.create_run(owner, eval_id, request)
+    return _run(run, criteria_of(server.evals.get(owner, eval_id)))
+
+
+@router.get("/{eval_id}/runs")
+def list_runs(eval_id: str, server: Server, owner: Owner) -> Page[EvalRun]:
+    """All runs of an eval, oldest first."""
+    return Page(data=_eval(server.evals.get(owner, eval_id)).runs)
+
+
+@router.get("/{eval_id}/runs/{run_id}")
+def get_run(eval_id: str, run_id: str, server: Server, owner: Owner) -> EvalRun:
+    """One run, with its scores so far."""
+    run = server.evals.get_run(owner, eval_id, run_id)
+    return _run(run, criteria_of(server.evals.get(owner, eval_id)))
+
+
+@router.post("/{eval_id}/runs/{run_id}/cancel")
+def cancel_run(eval_id: str, run_id: str, server: Server, owner: Owner) -> EvalRun:
+    """Stop a run; items that are at the engine are not kept."""
+    run = server.evals.cancel_run(owner, eval_id, run_id)
+    return _run(run, criteria_of(server.evals.get(owner, eval_id)))
+
+
+@router.delete("/{eval_id}/runs/{run_id}")
+def delete_run(eval_id: str, run_id: str, server: Server, owner: Owner) -> Deleted:
+    """Delete a run and its items."""
+    server.evals.delete_run(owner, eval_id, run_id)
+    return Deleted(id=run_id, object="eval.run.deleted")
+
+
+@router.get("/{eval_id}/runs/{run_id}/output_items")
+def list_output_items(
+    eval_id: str,
+    run_id: str,
+    server: Server,
+    owner: Owner,
+    after: str | None = None,
+    status: Literal["pass", "fail", "error"] | None = None,
+    limit: int = Query(20, ge=1, le=1000),
+) -> Page[EvalOutputItem]:
+    """What became of each item, in the order of the data set."""
+    number = -1 if after is None else _number(after)
+    rows, more = server.evals.items(owner, eval_id, run_id, after=number, status=status, limit=limit)
+    items = [_item(eval_id, row) for row in rows]
+    first, last = (items[0].id, items[-1].id) if items else (None, None)
+    return Page(data=items, has_more=more, first_id=first, last_id=last)
+
+
+def _eval(row: tables.Eval) -> Eval:
+    criteria = criteria_of(row)
+    return Eval(
+        id=row.id,
+        name=row.name,
+        created_at=row.created_at,
+        data_source_config={"type": "file", "file_id": row.file_id},
+        testing_criteria=[criterion.model_dump(exclude_none=True) for criterion in criteria],
+        metadata=row.eval_metadata,
+        runs=[_run(run, criteria) for run in row.runs],
+    )
+
+
+def _run(run: tables.EvalRun, criteria: list[TestingCriterion]) -> EvalRun:
+    tally = Tally.model_validate(run.tally)
+    return EvalRun(
+        id=run.id,
+        eval_id=run.eval_id,
+        name=run.name,
+        model=run.data_source["model"],
+        interventions=[InterventionUse.model_validate(use) for use in run.uses],
+        status=run.status,
+        created_at=run.created_at,
+        started_at=run.started_at,
+        finished_at=run.finished_at,
+        data_source=run.data_source,
+        result_counts=tally.counts(run.total),
+        per_testing_criteria_results=tally.results(criteria),
+        error=run.error,
+        metadata=run.run_metadata,
+    )
+
+
+def _item(eval_id: str, row: tables.EvalItem) -> EvalOutputItem:
+    return EvalOutputItem(
+        id=f"outputitem_{row.run_id.removeprefix('evalrun_')}_{row.number}",
+        created_at=row.created_at,
+        eval_id=eval_id,
+        run_id=row.run_id,
+        datasource_item_id=row.number,
+        status=row.status,
+        results=row.results,
+        sample=ItemSample(output=row.output, error=row.error),
+    )
+
+
+def _number(item_id: str) -> int:
+    """The number in an item's id.
+
+    Raises InvalidRequest when it is none.
+    """
+    number = item_id.rpartition("_")[2]
+    if not item_id.startswith("outputitem_") or not number.isdecimal():
+        raise InvalidRequest(f"after is {item_id!r}; expected the id of an output item", param="after")
+    return int(number)

@@ -1,0 +1,1 @@
+"""Scores of the base and of interventions on data sets: label sets, criteria, runs."""

@@ -1,0 +1,170 @@
+"""What runs measure: criteria checked against their data set, measured on one item, and summed up.
+
+A score is the weighted mean of what was measured; for the perplexity, its exponential. The loss weighs an item by its
+tokens, everything else by 1.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from pydantic_core import SchemaError, SchemaValidator, core_schema
+
+from reftserve.client.schemas import (
+    AccuracyCriterion,
+    ContainsCriterion,
+    ItemResult,
+    LikelihoodCriterion,
+    MatchCriterion,
+    RegexCriterion,
+    TestingCriterion,
+)
+from reftserve.client.schemas.classify import MAX_LABELS
+from reftserve.server.errors import InvalidRequest
+from reftserve.server.evaluation import metrics
+from reftserve.server.evaluation.labels import probabilities
+
+LARGEST_LOSS = 700.0  # its exponential is still a float
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What is known of an item. reference: the answer that the data holds; output: the greedy one, where one is needed.
+
+    reference_logprobs: of the reference's tokens. label_logprobs: of each label's, by the criterion's name.
+    """
+
+    reference: str
+    output: str = ""
+    reference_logprobs: list[float] = field(default_factory=list)
+    label_logprobs: dict[str, list[list[float]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One criterion on one item."""
+
+    value: float
+    weight: float = 1.0
+    passed: bool | None = None
+    label: str | None = None
+
+
+def check_criteria(criteria: Sequence[TestingCriterion], references: Iterable[str]) -> list[TestingCriterion]:
+    """The criteria with their names and labels filled in. references: the answers that the data holds.
+
+    Raises InvalidRequest for names that are not unique, patterns that are none, labels that do not fit the data.
+    """
+    answers = list(references) if any(isinstance(c, AccuracyCriterion) for c in criteria) else []
+    checked: list[TestingCriterion] = []
+    for index, criterion in enumerate(criteria):
+        param = f"testing_criteria.{index}"
+        name = criterion.name or criterion.type
+        if any(name == other.name for other in checked):
+            raise InvalidRequest(f"two criteria are named {name!r}; give each a name of its own", param=f"{param}.name")
+        if isinstance(criterion, RegexCriterion):
+            _check_pattern(criterion.pattern, f"{param}.pattern")
+        if isinstance(criterion, AccuracyCriterion):
+            labels = _labels(criterion.labels, answers, f"{param}.labels")
+            criterion = criterion.model_copy(update={"labels": labels})
+        checked.append(criterion.model_copy(update={"name": name}))
+    return checked
+
+
+def needs_output(criteria: Sequence[TestingCriterion]) -> bool:
+    """Whether the greedy answer is looked at."""
+    return any(isinstance(c, MatchCriterion | ContainsCriterion | RegexCriterion) for c in criteria)
+
+
+def needs_reference_logprobs(criteria: Sequence[TestingCriterion]) -> bool:
+    """Whether it is asked how likely the data's answer is."""
+    return any(isinstance(c, LikelihoodCriterion) for c in criteria)
+
+
+def label_sets(criteria: Sequence[TestingCriterion]) -> dict[str, list[str]]:
+    """The labels of each criterion that has some, by its name."""
+    return {str(c.name): c.labels or [] for c in criteria if isinstance(c, AccuracyCriterion)}
+
+
+def measure(criterion: TestingCriterion, item: Answered) -> Measured:
+    """A criterion on an item."""
+    match criterion:
+        case LikelihoodCriterion():
+            tokens = len(item.reference_logprobs)
+            return Measured(-math.fsum(item.reference_logprobs) / tokens, weight=tokens)
+        case AccuracyCriterion():
+            labels = criterion.labels or []
+            probs = probabilities(item.label_logprobs[str(criterion.name)], criterion.normalize)
+            label = labels[probs.index(max(probs))]
+            return _passed(label == item.reference, label)
+        case MatchCriterion(type="exact_match"):
+            return _passed(metrics.exact_match(item.output, item.reference) == 1)
+        case MatchCriterion():
+            return Measured(metrics.f1(item.output, item.reference))
+        case ContainsCriterion():
+            text, output = criterion.text or item.reference.strip(), item.output
+            if criterion.ignore_case:
+                text, output = text.casefold(), output.casefold()
+            return _passed(text in output)
+        case RegexCriterion():
+            return _passed(_pattern(criterion.pattern).isinstance_python(item.output))
+
+
+def final(criterion: TestingCriterion, mean: float) -> float:
+    """The score that a mean of what was measured is."""
+    if isinstance(criterion, LikelihoodCriterion) and criterion.type == "perplexity":
+        return math.exp(min(mean, LARGEST_LOSS))
+    return mean
+
+
+def item_result(criterion: TestingCriterion, measured: Measured) -> ItemResult:
+    """What was measured, as the wire has it."""
+    return ItemResult(
+        name=str(criterion.name),
+        score=final(criterion, measured.value),
+        passed=measured.passed,
+        label=measured.label,
+        tokens=int(measured.weight) if isinstance(criterion, LikelihoodCriterion) else None,
+    )
+
+
+def _passed(passed: bool, label: str | None = None) -> Measured:
+    return Measured(float(passed), passed=passed, label=label)
+
+
+def _labels(given: list[str] | None, answers: list[str], param: str) -> list[str]:
+    distinct = list(dict.fromkeys(answers))
+    if given is None:
+        if not 2 <= len(distinct) <= MAX_LABELS:
+            raise InvalidRequest(
+                f"the data has {len(distinct)} different answers; 2 to {MAX_LABELS} can be a label set. Give labels, "
+                "or use exact_match or f1",
+                param=param,
+            )
+        return distinct
+    if len(set(given)) < len(given):
+        raise InvalidRequest("a label is given twice", param=param)
+    missing = next((number for number, answer in enumerate(answers) if answer not in given), None)
+    if missing is not None:
+        raise InvalidRequest(
+            f"example {missing} has the answer {answers[missing]!r}, which is none of the labels {given[:10]}",
+            param=param,
+        )
+    return given
+
+
+def _check_pattern(pattern: str, param: str) -> None:
+    try:
+        _pattern(pattern)
+    except SchemaError as cause:
+        reason = " ".join(str(cause).partition("SchemaError:")[2].split())
+        raise InvalidRequest(f"pattern {pattern!r}: {reason}", param=param) from cause
+
+
+@functools.lru_cache(maxsize=256)
+def _pattern(pattern: str) -> SchemaValidator:
+    # pydantic's patterns are those of Rust's regex crate: in time linear in the text, whatever the pattern.
+    return SchemaValidator(core_schema.str_schema(pattern=pattern))

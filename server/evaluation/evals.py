@@ -1,0 +1,190 @@
+"""The evals of the API: a data set with criteria, and its runs: create, list, get, cancel, delete.
+
+A run exists once its row is committed with status `queued`; the evaluator finds it there, after a restart too.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+
+from pydantic import TypeAdapter
+from sqlalchemy import select
+from sqlalchemy.orm import selectinload
+
+from reftserve.client.schemas import EvalCreate, EvalRunCreate, TestingCriterion
+from reftserve.server.base_model import Base
+from reftserve.server.errors import Conflict, InvalidRequest, NotFound
+from reftserve.server.evaluation.criteria import check_criteria
+from reftserve.server.evaluation.tally import Tally
+from reftserve.server.registry.composition import resolve_composition
+from reftserve.server.registry.files import TRAINING
+from reftserve.server.registry.store import Store
+from reftserve.server.storage.tables import Eval, EvalItem, EvalRun
+from reftserve.server.training.data import read_examples
+
+UNFINISHED = ("queued", "in_progress")
+_CRITERIA: TypeAdapter[list[TestingCriterion]] = TypeAdapter(list[TestingCriterion])
+
+
+def criteria_of(row: Eval) -> list[TestingCriterion]:
+    """An eval's criteria, names and labels filled in."""
+    return _CRITERIA.validate_python(row.criteria)
+
+
+class EvalService:
+    """Evals of all owners, and their runs. max_interventions: that a run can be composed of."""
+
+    def __init__(self, store: Store, base: Base, *, max_interventions: int) -> None:
+        self._store = store
+        self._base = base
+        self._max_interventions = max_interventions
+
+    def create(self, owner: str, request: EvalCreate) -> Eval:
+        """Check the criteria against the data set, and keep them.
+
+        Raises InvalidRequest or NotFound, naming the field.
+        """
+        file_id = request.data_source_config.file_id
+        file = self._store.files.get(owner, file_id, param="data_source_config.file_id")
+        if file.purpose != TRAINING:
+            raise InvalidRequest(
+                f"file {file_id} has purpose {file.purpose!r}; expected {TRAINING!r}, a data set",
+                param="data_source_config.file_id",
+                code="invalid_file",
+            )
+        examples = read_examples(self._store.files.path(file))
+        criteria = check_criteria(request.testing_criteria, (example.target for example in examples))
+        identity = _identity("eval")
+        row = Eval(
+            id=identity,
+            owner=owner,
+            name=request.name or file.filename,
+            file_id=file_id,
+            criteria=_CRITERIA.dump_python(criteria, mode="json"),
+            eval_metadata=request.metadata,
+            created_at=int(time.time()),
+        )
+        with self._store.database.session() as session:
+            session.add(row)
+        return self.get(owner, identity)
+
+    def get(self, owner: str, eval_id: str) -> Eval:
+        """One eval with its runs, oldest first.
+
+        Raises NotFound.
+        """
+        query = select(Eval).where(Eval.id == eval_id, Eval.owner == owner).options(selectinload(Eval.runs))
+        with self._store.database.reading() as session:
+            row = session.scalar(query)
+        if row is None:
+            raise NotFound(f"no eval {eval_id!r}", param="eval_id", code="eval_not_found")
+        return row
+
+    def list_page(self, owner: str, *, after: str | None, limit: int) -> tuple[list[Eval], bool]:
+        """Evals, newest first, after the one with id `after`; and whether there are more."""
+        query = select(Eval).where(Eval.owner == owner).order_by(Eval.id.desc()).limit(limit + 1)
+        if after is not None:
+            query = query.where(Eval.id < self.get(owner, after).id)
+        with self._store.database.reading() as session:
+            rows = list(session.scalars(query.options(selectinload(Eval.runs))))
+        return rows[:limit], len(rows) > limit
+
+    def delete(self, owner: str, eval_id: str) -> None:
+        """Delete an eval with its runs; one that is in progress stops.
+
+        Raises NotFound.
+        """
+        self.get(owner, eval_id)
+        with self._store.database.session() as session:
+            session.delete(session.get_one(Eval, eval_id))
+
+    def create_run(self, owner: str, eval_id: str, request: EvalRunCreate) -> EvalRun:
+        """Queue a run; versions are those that the names mean now.
+
+        Raises InvalidRequest or NotFound, naming the field.
+        """
+        row = self.get(owner, eval_id)
+        file = self._store.files.get(owner, row.file_id, param="eval_id")
+        source = request.data_source
+        versions = resolve_composition(
+            self._store.interventions,
+            owner,
+            source.model,
+            source.interventions,
+            base=self._base.name,
+            limit=self._max_interventions,
+        )
+        uses = [{"name": v.name, "version": v.row.version, "scale": scale} for v, scale in versions]
+        run = EvalRun(
+            id=_identity("evalrun"),
+            owner=owner,
+            eval_id=eval_id,
+            name=request.name or (" + ".join(map(_label, uses)) or self._base.name),
+            status="queued",
+            data_source=source.model_dump(mode="json", exclude_none=True),
+            uses=uses,
+            total=file.examples or 0,
+            tally=Tally().model_dump(),
+            run_metadata=request.metadata,
+            created_at=int(time.time()),
+        )
+        with self._store.database.session() as session:
+            session.add(run)
+        return run
+
+    def get_run(self, owner: str, eval_id: str, run_id: str) -> EvalRun:
+        """One run.
+
+        Raises NotFound.
+        """
+        with self._store.database.reading() as session:
+            run = session.get(EvalRun, run_id)
+        if run is None or run.owner != owner or run.eval_id != eval_id:
+            raise NotFound(f"no run {run_id!r} of eval {eval_id!r}", param="run_id", code="eval_run_not_found")
+        return run
+
+    def cancel_run(self, owner: str, eval_id: str, run_id: str) -> EvalRun:
+        """Stop a run; items that are at the engine are not kept.
+
+        Raises NotFound, or Conflict when it has ended.
+        """
+        self.get_run(owner, eval_id, run_id)
+        with self._store.database.session() as session:
+            run = session.get_one(EvalRun, run_id)
+            if run.status not in UNFINISHED:
+                raise Conflict(f"run {run_id} is {run.status} and cannot be canceled", code="eval_run_ended")
+            run.status = "canceled"
+            run.finished_at = int(time.time())
+        return run
+
+    def delete_run(self, owner: str, eval_id: str, run_id: str) -> None:
+        """Delete a run with its items; one that is in progress stops.
+
+        Raises NotFound.
+        """
+        self.get_run(owner, eval_id, run_id)
+        with self._store.database.session() as session:
+            session.delete(session.get_one(EvalRun, run_id))
+
+    def items(
+        self, owner: str, eval_id: str, run_id: str, *, after: int, status: str | None, limit: int
+    ) -> tuple[list[EvalItem], bool]:
+        """Items of a run in the order of the data set, from behind number `after`; and whether there are more."""
+        self.get_run(owner, eval_id, run_id)
+        query = select(EvalItem).where(EvalItem.run_id == run_id, EvalItem.number > after)
+        if status is not None:
+            query = query.where(EvalItem.status == status)
+        with self._store.database.reading() as session:
+            rows = list(session.scalars(query.order_by(EvalItem.number).limit(limit + 1)))
+        return rows[:limit], len(rows) > limit
+
+
+def _identity(prefix: str) -> str:
+    # Ids sort by creation.
+    return f"{prefix}_{time.time_ns():016x}{secrets.token_hex(8)}"
+
+
+def _label(use: dict[str, object]) -> str:
+    scale = "" if use["scale"] == 1.0 else f"*{use['scale']}"
+    return f"{use['name']}@{use['version']}{scale}"

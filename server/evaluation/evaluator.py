@@ -1,0 +1,128 @@
+"""Runs evaluations: a task beside the HTTP server that takes the oldest unfinished run, and its items chunk by chunk.
+
+The items of a chunk are at the engine together, behind every other request; then the chunk is kept in one transaction.
+So a run that a restart interrupts goes on with the items that it lacks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Iterator, Sequence
+
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt
+
+from reftserve.client.schemas import EvalError
+from reftserve.client.schemas.evals import CompletionsDataSource
+from reftserve.server.base_model import Base
+from reftserve.server.engine.client import EngineClient
+from reftserve.server.errors import ServerError, Unavailable
+from reftserve.server.evaluation.evals import EvalService, criteria_of
+from reftserve.server.evaluation.items import Outcome, Subject, evaluate
+from reftserve.server.evaluation.run_log import RunLog
+from reftserve.server.inference import intervention_refs, salted
+from reftserve.server.registry.composition import Composition, held
+from reftserve.server.registry.names import Reference
+from reftserve.server.registry.store import Store
+from reftserve.server.storage.tables import EvalRun
+from reftserve.server.training.data import Example, read_examples
+
+logger = logging.getLogger(__name__)
+CHUNK_ITEMS = 32
+POLL_S = 0.5
+TABLES_POLL_S = 10.0
+ENGINES_PER_CHUNK = 3  # a chunk that so many engines die of fails its run
+
+Numbered = tuple[int, Example]
+
+
+class Evaluator:
+    """One for a server: runs come one after another, their items many at a time."""
+
+    def __init__(self, store: Store, evals: EvalService, base: Base, engine: EngineClient) -> None:
+        self._store = store
+        self._evals = evals
+        self._log = RunLog(store.database)
+        self._base = base
+        self._engine = engine
+
+    async def run_forever(self) -> None:
+        """Take runs as they come."""
+        while True:
+            try:
+                run = await asyncio.to_thread(self._log.next_run) if self._engine.is_alive else None
+                if run is not None:
+                    await self._run(run)
+                    continue
+            except Exception:
+                # The tables themselves cannot be read or written; the run goes on once they can.
+                logger.exception("evaluations wait")
+                await asyncio.sleep(TABLES_POLL_S)
+            await asyncio.sleep(POLL_S)
+
+    async def _run(self, run: EvalRun) -> None:
+        error: EvalError | None = None
+        try:
+            if not await self._evaluate(run):
+                return
+        except ServerError as cause:
+            error = EvalError(code=cause.code, message=cause.message)
+        except Exception:
+            logger.exception("evaluation %s failed", run.id)
+            error = EvalError(code="internal_error", message="internal error; the server's log says more")
+        await asyncio.to_thread(self._log.end, run.id, error)
+
+    async def _evaluate(self, run: EvalRun) -> bool:
+        """Evaluate the items that the run lacks; False when it is not wanted any more.
+
+        Raises ServerError when file or interventions have gone, or the engine dies again and again.
+        """
+        examples, subject, versions = await asyncio.to_thread(self._open, run)
+        done = await asyncio.to_thread(self._log.done, run.id)
+        with held(self._store.interventions, versions):
+            for chunk in _chunks([item for item in enumerate(examples) if item[0] not in done]):
+                outcomes = await self._evaluate_chunk(subject, chunk)
+                if not await asyncio.to_thread(self._log.add, run.id, subject.criteria, outcomes):
+                    return False
+        return True
+
+    async def _evaluate_chunk(self, subject: Subject, chunk: Sequence[Numbered]) -> list[Outcome]:
+        async def once() -> list[Outcome]:
+            while not self._engine.is_alive:
+                await asyncio.sleep(POLL_S)
+            tasks = [evaluate(self._engine, self._base, subject, number, example) for number, example in chunk]
+            outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+            for outcome in outcomes:
+                if isinstance(outcome, BaseException):
+                    raise outcome
+            return [outcome for outcome in outcomes if isinstance(outcome, Outcome)]
+
+        retrying = AsyncRetrying(
+            retry=retry_if_exception_type(Unavailable), stop=stop_after_attempt(ENGINES_PER_CHUNK), reraise=True
+        )
+        return await retrying(once)
+
+    def _open(self, run: EvalRun) -> tuple[list[Example], Subject, Composition]:
+        row = self._evals.get(run.owner, run.eval_id)
+        file = self._store.files.get(run.owner, row.file_id)
+        source = CompletionsDataSource.model_validate(run.data_source)
+        versions = [
+            (self._store.interventions.resolve(run.owner, Reference(use["name"], use["version"])), use["scale"])
+            for use in run.uses
+        ]
+        subject = Subject(
+            run_id=run.id,
+            criteria=criteria_of(row),
+            interventions=intervention_refs(versions),
+            cache_salt=salted(run.owner),
+            max_tokens=source.sampling_params.max_completion_tokens,
+        )
+        return read_examples(self._store.files.path(file)), subject, versions
+
+
+def _chunks(items: list[Numbered]) -> Iterator[tuple[Numbered, ...]]:
+    # itertools.batched came with Python 3.12.
+    iterator = iter(items)
+    while chunk := tuple(itertools.islice(iterator, CHUNK_ITEMS)):
+        yield chunk

@@ -1,0 +1,138 @@
+"""One example, evaluated: what the engine is asked, and what the criteria make of its answers."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from reftserve.client.schemas import EvalError, TestingCriterion
+from reftserve.server.base_model import Base
+from reftserve.server.engine.client import EngineClient
+from reftserve.server.engine.detokenizer import Detokenizer
+from reftserve.server.engine.messages import InterventionRef, SamplingParams, Submit
+from reftserve.server.errors import InvalidRequest
+from reftserve.server.evaluation.criteria import (
+    Answered,
+    Measured,
+    label_sets,
+    measure,
+    needs_output,
+    needs_reference_logprobs,
+)
+from reftserve.server.evaluation.examples import label_example
+from reftserve.server.inference import answers
+from reftserve.server.training.data import Example, encode
+
+PRIORITY = 6  # behind every request of the next minute
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Who is evaluated, for whom, and how: what all items of a run share. max_tokens: of a greedy answer."""
+
+    run_id: str
+    criteria: list[TestingCriterion]
+    interventions: tuple[InterventionRef, ...]
+    cache_salt: str
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of an item: what its criteria measured by name, or why they could not. output: the greedy answer."""
+
+    number: int
+    measured: dict[str, Measured] | EvalError
+    output: str | None = None
+
+
+@dataclass(frozen=True)
+class _Question:
+    """What the engine is asked: how likely texts after the prompt are, and the greedy answer, where it matters.
+
+    reference: which of the texts is the data's answer; labels: which each label is, by the criterion's name.
+    """
+
+    submits: list[Submit]
+    reference: int | None
+    labels: dict[str, list[int]]
+
+
+async def evaluate(engine: EngineClient, base: Base, subject: Subject, number: int, example: Example) -> Outcome:
+    """An example's outcome; where the example itself is at fault, that is one too.
+
+    Raises Unavailable when the engine dies.
+    """
+    try:
+        question = await asyncio.to_thread(_question, base, subject, number, example)
+        outputs = await answers(engine, question.submits)
+    except InvalidRequest as cause:
+        return Outcome(number, EvalError(code=cause.code, message=cause.message))
+    logprobs: list[list[float]] = []
+    output: str | None = None
+    for submit, became in zip(question.submits, outputs, strict=True):
+        if submit.continuations:
+            logprobs = became.continuation_logprobs
+        else:
+            output = _text(base, became.token_ids)
+    answered = Answered(
+        reference=example.target,
+        output=output or "",
+        reference_logprobs=[] if question.reference is None else logprobs[question.reference],
+        label_logprobs={name: [logprobs[place] for place in places] for name, places in question.labels.items()},
+    )
+    return Outcome(number, {str(c.name): measure(c, answered) for c in subject.criteria}, output)
+
+
+def _question(base: Base, subject: Subject, number: int, example: Example) -> _Question:
+    encoded = encode(base.tokenizer, example)
+    prompt = list(encoded.prompt_ids)
+    # Texts that several criteria ask for are scored once.
+    places: dict[tuple[int, ...], int] = {}
+
+    def place(token_ids: tuple[int, ...]) -> int:
+        return places.setdefault(token_ids, len(places))
+
+    scored = place(encoded.completion_ids) if needs_reference_logprobs(subject.criteria) else None
+    labels = {
+        name: [place(tuple(ids)) for ids in label_example(base.tokenizer, example, each).label_ids]
+        for name, each in label_sets(subject.criteria).items()
+    }
+    _check_length(prompt, max(map(len, places), default=1), base.max_context)
+    submits = []
+    if places:
+        continuations = [list(ids) for ids in places]
+        submits.append(_submit(subject, f"{number}-scored", prompt, SamplingParams(max_tokens=0), continuations))
+    if needs_output(subject.criteria):
+        max_tokens = min(subject.max_tokens, base.max_context - len(prompt))
+        greedy = SamplingParams(max_tokens=max_tokens, stop_token_ids=base.eos_token_ids)
+        submits.append(_submit(subject, f"{number}-answered", prompt, greedy, []))
+    return _Question(submits, scored, labels)
+
+
+def _submit(
+    subject: Subject, name: str, prompt: list[int], sampling: SamplingParams, continuations: list[list[int]]
+) -> Submit:
+    return Submit(
+        request_id=f"{subject.run_id}-{name}",
+        prompt_ids=prompt,
+        sampling=sampling,
+        interventions=subject.interventions,
+        cache_salt=subject.cache_salt,
+        priority=PRIORITY,
+        continuations=continuations,
+    )
+
+
+def _check_length(prompt: list[int], longest: int, max_context: int) -> None:
+    if not prompt:
+        raise InvalidRequest("the prompt has no tokens", code="empty_prompt")
+    if len(prompt) + longest > max_context:
+        raise InvalidRequest(
+            f"prompt and answer have {len(prompt)} and {longest} tokens; the base model's context is {max_context}",
+            code="context_length_exceeded",
+        )
+
+
+def _text(base: Base, token_ids: list[int]) -> str:
+    return Detokenizer(base.tokenizer, [], hidden_token_ids=base.eos_token_ids).add(token_ids, last=True)

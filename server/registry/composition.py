@@ -1,0 +1,71 @@
+"""Which interventions a request runs with: what it names, resolved to immutable versions, and held while it runs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+from reftserve.client.schemas import InterventionUse
+from reftserve.server.errors import InvalidRequest, NotFound
+from reftserve.server.registry.interventions import InterventionRegistry, PublishedVersion
+from reftserve.server.registry.names import Reference, suggestion
+
+Composition = list[tuple[PublishedVersion, float]]
+
+
+def resolve_composition(
+    registry: InterventionRegistry,
+    owner: str,
+    model: str,
+    interventions: Sequence[InterventionUse] | None,
+    *,
+    base: str,
+    limit: int,
+) -> Composition:
+    """Versions and their scales: what `model` names first, unless it is the base, then the interventions in order.
+
+    Raises NotFound with near names, InvalidRequest when there are more than `limit` or one is named twice.
+    """
+    uses = list(interventions or [])
+    if model != base:
+        reference = Reference.parse(model)
+        uses.insert(0, InterventionUse(name=reference.name, version=reference.version))
+    if len(uses) > limit:
+        raise InvalidRequest(f"{len(uses)} interventions; at most {limit} can be composed", param="interventions")
+    versions: Composition = []
+    for use in uses:
+        version = _resolve(registry, owner, use, base)
+        if any(version.row.id == other.row.id for other, _ in versions):
+            raise InvalidRequest(
+                f"intervention {version.id} is named twice; name it once, with the scale that is meant",
+                param="interventions",
+                code="duplicate_intervention",
+            )
+        versions.append((version, use.scale))
+    return versions
+
+
+@contextlib.contextmanager
+def held(registry: InterventionRegistry, versions: Composition) -> Iterator[None]:
+    """Keep the versions' files.
+
+    Raises NotFound when one has been deleted since it was resolved.
+    """
+    with contextlib.ExitStack() as stack:
+        for version, _ in versions:
+            registry.hold(version)
+            stack.callback(registry.release, version)
+        yield
+
+
+def _resolve(registry: InterventionRegistry, owner: str, use: InterventionUse, base: str) -> PublishedVersion:
+    reference = Reference.parse(use.name)
+    if use.version is not None:
+        reference = Reference.parse(f"{use.name}@{use.version}")
+    try:
+        return registry.resolve(owner, reference)
+    except NotFound as cause:
+        if cause.code != "model_not_found" or "Did you mean" in cause.message or "has no version" in cause.message:
+            raise
+        near = suggestion(use.name, [base])
+        raise NotFound(f"{cause.message}{near}", param="model", code="model_not_found") from cause
