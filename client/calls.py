@@ -97,7 +97,11 @@ class ClassifyOptions(TypedDict, total=False):
 
 
 class TrainingOptions(TypedDict, total=False):
-    """What to train; what is absent the recipe decides. max_length: tokens."""
+    """What to train; what is absent the recipe decides.
+
+    max_length: tokens. early_stopping_epochs: end when the validation loss has not become better for so many. sweep:
+    fields of `ReftSweep`; of all trials the best is published.
+    """
 
     family: str | None
     layers: Sequence[int] | str | None
@@ -111,6 +115,8 @@ class TrainingOptions(TypedDict, total=False):
     warmup_ratio: float | None
     weight_decay: float | None
     max_length: int | None
+    early_stopping_epochs: int | None
+    sweep: Mapping[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -349,7 +355,7 @@ def _method(options: dict[str, Any]) -> dict[str, Any] | None:
     return {"type": "reft", "reft": {**shape, "hyperparameters": options}}
 
 
-_SHAPE = ("family", "layers", "positions", "rank", "dropout", "tied")
+_SHAPE = ("family", "layers", "positions", "rank", "dropout", "tied", "sweep")
 
 
 def list_jobs(after: str | None, limit: int) -> Call[Page[FineTuningJob]]:

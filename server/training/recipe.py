@@ -197,7 +197,7 @@ def variants(sweep: ReftSweep, base: BaseFingerprint, *, seed: int) -> list[Vari
     for dropout in _bounds(sweep.dropout):
         if not 0 <= dropout < 1:
             raise _invalid("sweep.dropout", dropout, "0 or more, below 1")
-    layers = [_layers(each, base.num_layers) for each in sweep.layers] if sweep.layers else None
+    layers = [_layers(each, base.num_layers, "sweep.layers") for each in sweep.layers] if sweep.layers else None
     given = {"layers": layers, "positions": sweep.positions, "rank": sweep.rank}
     ranges = {}
     for field in ("learning_rate", "dropout"):
@@ -242,14 +242,14 @@ def _check_positions(positions: str, field: str) -> None:
         raise InvalidRequest(str(cause), param=f"method.reft.{field}") from cause
 
 
-def _layers(asked: list[int] | str | None, num_layers: int) -> list[int]:
+def _layers(asked: list[int] | str | None, num_layers: int, field: str = "layers") -> list[int]:
     if asked is None:
         return [num_layers // 2]
     if isinstance(asked, str):
         return list(range(num_layers))
     wrong = [layer for layer in asked if not 0 <= layer < num_layers]
     if wrong or not asked or len(set(asked)) != len(asked):
-        raise _invalid("layers", asked, f"different numbers from 0 to {num_layers - 1}, at least one")
+        raise _invalid(field, asked, f"different numbers from 0 to {num_layers - 1}, at least one")
     return sorted(asked)
 
 

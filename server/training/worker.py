@@ -37,7 +37,6 @@ HEARTBEAT_FILE = "worker.heartbeat"
 RENEWALS_PER_LEASE = 4
 SWEEP_S = 60.0
 EXIT_S = 5.0
-NICENESS = 5
 
 
 def main() -> None:
@@ -55,7 +54,7 @@ def run(settings: Settings) -> NoReturn:
     """
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
     signal.signal(signal.SIGTERM, _exit)
-    os.nice(NICENESS)
+    os.nice(settings.worker_niceness)
     if settings.worker_threads is not None:
         torch.set_num_threads(settings.worker_threads)
     base = open_base(settings)
