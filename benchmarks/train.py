@@ -10,6 +10,7 @@ import argparse
 import json
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,10 +23,11 @@ from reftserve.server.base_model import load_model, load_tokenizer
 from reftserve.server.training.data import EncodedExample, Splits, encode, read_examples
 from reftserve.server.training.packed import PackedModel
 from reftserve.server.training.recipe import Plan
-from reftserve.server.training.trainer import Trainer, advance
+from reftserve.server.training.sweep import Sweep
+from reftserve.server.training.trainer import Trainer
 from reftserve.server.training.trunk import Arena, Trunk
 
-ROWS, BATCH, RANK = 200, 10, 4
+ROWS, VALIDATION, BATCH, RANK = 200, 20, 10, 4
 PEERS = Path(__file__).parent / "peers"
 MIDDLE, ALL = [15], list(range(30))
 CASES = {
@@ -54,19 +56,21 @@ def plan(layers: list[int], positions: str, epochs: int) -> Plan:
 
 
 def ours(packed: PackedModel, data: list[EncodedExample], runs: list[Plan], epochs: list[int]) -> dict[int, float]:
-    """Examples a second of each trial after so many epochs; several trials share trunk and passes."""
+    """Examples a second after so many epochs, of one trial or, of several, as if the published one were the only."""
     packed.release()
     began = time.perf_counter()
     lowest = min(min(run.layers) for run in runs)
     trunk = Trunk(packed, lowest, {Positions.parse(run.positions) for run in runs}, Arena(4 << 30))
     trunk.fill(data)
-    splits = Splits(data, data[:1], data[:1])
-    trainers = [Trainer(trunk, splits, run, seed=0) for run in runs]
+    splits = Splits(data, data[:VALIDATION], data[:VALIDATION])
+    sweep = Sweep([Trainer(trunk, splits, run, seed=0) for run in runs])
     found = {}
-    for epoch in range(1, max(epochs) + 1):
-        for _ in range(trainers[0].steps_per_epoch):
-            advance(trainers)
-        if epoch in epochs:
+    while not sweep.has_ended:
+        sweep.advance()
+        if sweep.validates:
+            sweep.validate()
+        epoch, rest = divmod(sweep.step, sweep.steps_per_epoch)
+        if rest == 0 and epoch in epochs:
             found[epoch] = epoch * len(data) / (time.perf_counter() - began)
     return found
 
@@ -97,14 +101,19 @@ def main() -> None:
     tokens = statistics.mean(example.length for example in data)
     print(f"{len(data)} rows of {tokens:.0f} tokens on average, batches of {BATCH}, rank {RANK}; {w.machine()}")
     figures: dict[str, list[float]] = {}
+
+    def took(name: str, figure: float) -> None:
+        print(f"  {name}: {figure:.2f}", file=sys.stderr, flush=True)
+        figures.setdefault(name, []).append(figure)
+
     for _ in range(args.runs):
         for name, (layers, positions) in CASES.items():
             epochs = [5, 20] if positions == "l1" else [1]
             for count, figure in ours(packed, data, [plan(layers, positions, max(epochs))], epochs).items():
-                figures.setdefault(f"ours, {name}, {count} epochs", []).append(figure)
+                took(f"ours, {name}, {count} epochs", figure)
         trials = [plan([layer], "l1", 5) for layer in range(8, 24, 2)]
         for label, sweep in (("one trial", trials[:1]), ("8 trials", trials)):
-            figures.setdefault(f"ours, {label}", []).append(ours(packed, data, sweep, [5])[5])
+            took(f"ours, {label}", ours(packed, data, sweep, [5])[5])
         if args.no_peers:
             continue
         packed.release()
@@ -115,9 +124,9 @@ def main() -> None:
         }
         for name, (layers, positions) in CASES.items():
             each = {**job, **texts, "layers": layers, "positions": positions}
-            figures.setdefault(f"pyreft, {name}", []).append(peer("pyreft", "pyreft_train.py", each))
+            took(f"pyreft, {name}", peer("pyreft", "pyreft_train.py", each))
         rows = [{"ids": list(e.prompt_ids + e.completion_ids), "n_prompt": len(e.prompt_ids)} for e in data]
-        figures.setdefault("PEFT LoRA r=8", []).append(peer("peft", "peft_train.py", {**job, "rows": rows}))
+        took("PEFT LoRA r=8", peer("peft", "peft_train.py", {**job, "rows": rows}))
     median = {name: statistics.median(values) for name, values in figures.items()}
     for name, figure in median.items():
         print(f"{name:40} {figure:7.2f} examples/s")

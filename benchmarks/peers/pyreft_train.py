@@ -34,7 +34,7 @@ def main():
             "component": "block_output",
             "low_rank_dimension": job["rank"],
             "intervention": pyreft.LoreftIntervention(
-                embed_dim=model.config.hidden_size, low_rank_dimension=job["rank"]
+                embed_dim=model.config.hidden_size, low_rank_dimension=job["rank"], dtype=torch.float32
             ),
         }
         for layer in layers
