@@ -14,6 +14,7 @@ import threading
 import time
 from pathlib import Path
 
+import httpx
 import workload as w
 
 from reftserve.client import Client, Job
@@ -52,18 +53,19 @@ def gaps(server: RunningServer, streams: int, seconds: float) -> list[float]:
     return found
 
 
-def begin_job(client: Client, positions: str) -> Job:
+def begin_job(client: Client, server: RunningServer, positions: str) -> Job:
     """A job that has taken its first step and goes on until it is cancelled."""
     data = w.ROOT / "examples" / "sentiment.train.jsonl"
     job = client.train(data, name="polite", layers="all", positions=positions, n_epochs=1000, batch_size=10)
-    while not any(event.data and "step" in event.data for event in client.jobs.events(job.id)):
+    while steps_done(server, job) == 0:
         time.sleep(0.2)
     return job
 
 
-def steps_done(client: Client, job: Job) -> int:
+def steps_done(server: RunningServer, job: Job) -> int:
     """Optimizer steps so far."""
-    return max(event.data["step"] for event in client.jobs.events(job.id) if event.data and "step" in event.data)
+    newest = httpx.get(f"{server.url}/v1/fine_tuning/jobs/{job.id}/events", params={"limit": 20}).json()["data"]
+    return max((event["data"]["step"] for event in newest if "step" in (event["data"] or {})), default=0)
 
 
 def main() -> None:
@@ -81,14 +83,14 @@ def main() -> None:
         gaps(server, args.streams, WARM_UP_S)
         for _ in range(args.runs):
             between["no job"].append(statistics.median(gaps(server, args.streams, SECONDS)))
-            job = begin_job(client, args.positions)
+            job = begin_job(client, server, args.positions)
             for name, busy in (("alone", False), ("beside the streams", True)):
-                before, began = steps_done(client, job), time.perf_counter()
+                before, began = steps_done(server, job), time.perf_counter()
                 if busy:
                     between["a job"].append(statistics.median(gaps(server, args.streams, SECONDS)))
                 else:
                     time.sleep(SECONDS)
-                rates[name].append((steps_done(client, job) - before) / (time.perf_counter() - began))
+                rates[name].append((steps_done(server, job) - before) / (time.perf_counter() - began))
             job.cancel()
             while not job.refresh().has_ended:
                 time.sleep(0.1)
