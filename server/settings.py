@@ -54,7 +54,7 @@ class Settings(BaseSettings):
     engine_threads: int | None = Field(None, ge=1, description="CPU threads of the engine; default: all cores")
     worker_threads: int | None = Field(None, ge=1, description="CPU threads of training; default: all cores")
     worker_niceness: int = Field(
-        19, ge=0, le=19, description="CPU priority of training: 0 is the engine's own, 19 takes what it leaves over"
+        10, ge=0, le=19, description="Priority of training on busy CPUs: 0 is the engine's own, 19 all but waits for it"
     )
     kv_cache_bytes: int = Field(1 << 30, gt=0, description="Memory for keys and values, all layers together")
     block_size: int = Field(32, ge=1, description="Tokens per block of the KV cache")
