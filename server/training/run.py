@@ -208,12 +208,14 @@ class Runs:
     def _trainers(self, lease: Lease, job: Job, plan: Plan, splits: Splits) -> list[Trainer]:
         """One for each trial. Trials share a trunk, but those that edit no prefix keep theirs from those that do."""
         groups = {has_prefix: [t for t in plan.trials if t.edits_prefix is has_prefix] for has_prefix in (False, True)}
-        trunks = {has_prefix: self._trunk(lease, trials, splits) for has_prefix, trials in groups.items() if trials}
+        arena = Arena(self._trunk_bytes, self._trunk_disk_bytes, self._scratch)
+        trunks = {
+            has_prefix: self._trunk(lease, trials, splits, arena) for has_prefix, trials in groups.items() if trials
+        }
         return [Trainer(trunks[trial.edits_prefix], splits, trial, seed=job.seed) for trial in plan.trials]
 
-    def _trunk(self, lease: Lease, trials: Sequence[Plan], splits: Splits) -> Trunk:
+    def _trunk(self, lease: Lease, trials: Sequence[Plan], splits: Splits, arena: Arena) -> Trunk:
         """What all steps of these trials have in common, computed."""
-        arena = Arena(self._trunk_bytes, self._trunk_disk_bytes, self._scratch)
         lowest = min(layer for trial in trials for layer in trial.layers)
         trunk = Trunk(self._packed, lowest, {positions for trial in trials for positions in trial.edited}, arena)
         # Asking whether to pause finds out whether the lease still holds; the pause itself comes before the first step.

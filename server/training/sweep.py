@@ -26,6 +26,12 @@ class Trial:
     score: dict[str, float]
 
     @property
+    def best_loss(self) -> float:
+        """The best validation loss so far; infinite while there is none, or none that is a number."""
+        loss = (self.trainer.best or {}).get("loss", math.inf)
+        return loss if math.isfinite(loss) else math.inf
+
+    @property
     def row(self) -> dict[str, Any]:
         """What the table of the sweep says of it."""
         plan = self.trainer.plan
@@ -58,7 +64,7 @@ class Sweep:
     @property
     def leader(self) -> Trainer:
         """The running trial with the best validation loss so far, or the first."""
-        return min(self.running, key=lambda trial: (trial.trainer.best or {}).get("loss", math.inf)).trainer
+        return min(self.running, key=lambda trial: trial.best_loss).trainer
 
     @property
     def has_ended(self) -> bool:
@@ -95,7 +101,7 @@ class Sweep:
             trial.score = {f"valid_{name}": value for name, value in trial.trainer.validate().items()}
         leader = self.leader
         if self.step in self._rungs and len(self.running) > 1:
-            ranked = sorted(self.running, key=lambda trial: trial.trainer.best["loss"] if trial.trainer.best else 0.0)
+            ranked = sorted(self.running, key=lambda trial: trial.best_loss)
             kept = ranked[: math.ceil(len(ranked) / 2)]
             self.dropped += [trial.row for trial in reversed(ranked[len(kept) :])]
             self.running = sorted(kept, key=lambda trial: trial.number)

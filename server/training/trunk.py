@@ -29,7 +29,7 @@ FILE_NUMBERS = 64 << 20  # float32 numbers in one file of the disk tier
 
 
 class Arena:
-    """Room for tensors that are written once: memory first, then files that vanish with the process."""
+    """Room for tensors that are written once: memory first, on the CPU then files that vanish with the process."""
 
     def __init__(self, memory_bytes: int, disk_bytes: int = 0, folder: Path | None = None) -> None:
         self._memory_bytes, self._disk_bytes = memory_bytes, disk_bytes if folder is not None else 0
@@ -41,13 +41,13 @@ class Arena:
         if tensor.nbytes <= self._memory_bytes:
             self._memory_bytes -= tensor.nbytes
             return tensor.clone(memory_format=torch.contiguous_format)
-        count = tensor.numel() * tensor.element_size() // self._file.element_size()
-        if tensor.nbytes > self._disk_bytes or count > FILE_NUMBERS:
+        count = -(-tensor.nbytes // self._file.element_size())
+        if tensor.device.type != "cpu" or tensor.nbytes > self._disk_bytes or count > FILE_NUMBERS:
             return None
         if count > len(self._file):
             self._file = self._new_file()
         self._disk_bytes -= tensor.nbytes
-        room, self._file = self._file[:count], self._file[count:]
+        room, self._file = self._file[:count].view(torch.uint8)[: tensor.nbytes], self._file[count:]
         return room.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
     def _new_file(self) -> Tensor:

@@ -92,3 +92,10 @@ def test_a_sweep_is_one_job_with_its_table_in_the_provenance(tiny_llama_folder: 
     assert best["steps"] == max(row["steps"] for row in table)
     assert (manifest["layers"], manifest["positions"]) == (best["layers"], best["positions"])
     assert manifest["provenance"]["hyperparameters"]["learning_rate"] == best["learning_rate"]
+
+
+def test_a_trial_whose_loss_is_no_number_never_leads(trunk: Trunk) -> None:
+    sweep = new_sweep(trunk, [0.01, 0.02])
+    run(sweep, sweep.steps_per_epoch)
+    sweep.running[0].trainer.best = {"loss": float("nan"), "step": 1}
+    assert sweep.leader is sweep.running[1].trainer

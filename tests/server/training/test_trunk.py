@@ -186,7 +186,7 @@ def test_a_trunk_refuses_a_trainer_whose_edits_would_change_what_it_keeps(
 
 def test_what_the_arena_keeps_on_disk_is_the_same_and_its_file_has_no_name(tmp_path: Path) -> None:
     arena = Arena(100, 10_000, tmp_path)
-    tensors = [torch.randn(5, 5), torch.randn(20, 20), torch.randn(10, 100).to(torch.bfloat16)]
+    tensors = [torch.randn(5, 5), torch.randn(20, 20), torch.randn(9, 101).to(torch.bfloat16)]
     for tensor in tensors:
         kept = arena.keep(tensor)
         assert kept is not None
