@@ -49,13 +49,6 @@ class Family(nn.Module, ABC):
         return y if self.act is Activation.LINEAR else FUNCTIONS[self.act](y)
 
 
-def orthonormal(hidden_size: int, rank: int) -> nn.Module:
-    """R, with orthonormal rows, as the paper has it: `.weight` [hidden, rank] stays orthonormal while trained."""
-    rotate = nn.Linear(hidden_size, rank, bias=False)
-    rotate.weight = nn.Parameter(nn.init.orthogonal_(torch.empty(hidden_size, rank)))
-    return nn.utils.parametrizations.orthogonal(rotate)
-
-
 @torch.no_grad()
 def columns(A: Tensor, b: Tensor, U: Tensor, act: Activation = Activation.LINEAR) -> LowRankEdit:
     """An edit of scale 1 whose columns all have the same activation."""

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from reftserve.interventions.edit import LowRankEdit
-from reftserve.interventions.families.base import Family, columns, orthonormal
+from reftserve.interventions.families.base import Family, columns
+from reftserve.interventions.families.orthonormal import orthonormal
 
 
 class LobiReFT(Family):

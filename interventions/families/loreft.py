@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from reftserve.interventions.edit import Activation, LowRankEdit, compose
-from reftserve.interventions.families.base import Family, columns, orthonormal
+from reftserve.interventions.families.base import Family, columns
+from reftserve.interventions.families.orthonormal import orthonormal
 
 
 class LoReFT(Family):
