@@ -6,6 +6,7 @@ from reftserve.interventions.artifact import (
     load_history,
     pack,
     parse_artifact,
+    read_artifact,
     save_artifact,
     unpack,
 )
@@ -61,6 +62,7 @@ __all__ = [
     "model_checksum",
     "pack",
     "parse_artifact",
+    "read_artifact",
     "save_artifact",
     "unpack",
 ]

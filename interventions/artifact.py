@@ -111,7 +111,15 @@ def load_artifact(folder: Path) -> Intervention:
 
     Raises an InterventionError that says what is wrong and what was expected; OSError when files cannot be read.
     """
-    return parse_artifact(_bounded(folder / MANIFEST_FILE), _bounded(folder / EDITS_FILE))
+    return parse_artifact(*read_artifact(folder))
+
+
+def read_artifact(folder: Path) -> tuple[bytes, bytes]:
+    """The bytes of an artifact folder's two files, unchecked: what `parse_artifact` takes.
+
+    Raises OSError; ManifestError when one is too large to read.
+    """
+    return _bounded(folder / MANIFEST_FILE), _bounded(folder / EDITS_FILE)
 
 
 def load_history(folder: Path) -> History | None:

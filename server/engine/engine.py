@@ -31,6 +31,8 @@ NOT_FINITE = "the logits are not finite: an edit overflows; lower its scale, or 
 
 NO_GRAMMARS = "this engine has no tokenizer, so it cannot hold answers to a grammar"
 PRIORITY_STEP_S = 10.0
+LOADING_SHARE = 0.1  # of a step's time, which is what checking loaded interventions may add to it
+IDLE_LOADING_S = 0.05  # the same while nobody runs
 
 
 class Engine:
@@ -69,6 +71,7 @@ class Engine:
         self._in_flight: LaunchedStep | None = None
         self._deadlines: list[tuple[float, str]] = []
         self._submitted = 0
+        self._step_s = 0.0
         self._steps = self._prompt_tokens = self._cached_prompt_tokens = self._generated_tokens = 0
 
     @property
@@ -113,6 +116,7 @@ class Engine:
     def step(self) -> StepOutput:
         """Collect loads, compute one batch, sample; everything that ended or got a token is in the output."""
         self._collect_loads()
+        began = time.perf_counter()
         self._collect_grammars()
         self._drop_late()
         step, self._in_flight = self._in_flight, None
@@ -123,6 +127,7 @@ class Engine:
             ahead = self._run_ahead(step) if self.overlap else None
             self._finish(step)
             self._in_flight = ahead if self.scheduler.running else None
+        self._step_s = time.perf_counter() - began
         outputs, self._outputs = self._outputs, []
         return StepOutput(outputs, self.stats())
 
@@ -289,7 +294,8 @@ class Engine:
             self.scheduler.add(sequence)
 
     def _collect_loads(self) -> None:
-        for result in self.loader.collect():
+        budget_s = LOADING_SHARE * self._step_s if self.scheduler.running else IDLE_LOADING_S
+        for result in self.loader.collect(budget_s):
             waiting = self._awaiting.pop(result.content_hash, [])
             for sequence in (s for s in waiting if s.status is Status.LOADING):
                 if result.intervention is None:

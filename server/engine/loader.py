@@ -1,19 +1,25 @@
-"""Loads interventions from their folders into host memory, off the step loop.
+"""Loads interventions from their folders into host memory.
 
-One thread takes folders from a queue and puts results into another; the engine collects them between steps, so a
-running batch never waits for a disk. Loaded interventions are kept, least recently used dropped first, up to a budget.
+Files are read by a thread, so a running batch never waits for a disk. What was read is checked between steps: a thread
+that did it beside them would take a core from an operation that runs on all of them, and the others then wait for the
+slowest at the end of each. Only what is so large that it would hold up a step is checked in the thread too.
+
+Loaded interventions are kept, least recently used dropped first, up to a budget.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
-from reftserve.interventions import Intervention, InterventionError, load_artifact
+from reftserve.interventions import Intervention, InterventionError, parse_artifact, read_artifact
 from reftserve.server.engine.messages import InterventionRef
+
+LARGE_BYTES = 4 << 20  # about 10 ms of checking
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,15 @@ class Loaded:
     error: str | None = None
 
 
+@dataclass(frozen=True)
+class _Files:
+    """An artifact's two files, read but not checked."""
+
+    ref: InterventionRef
+    manifest: bytes
+    edits: bytes
+
+
 class Loader:
     """Host-memory tier of interventions, keyed by content hash."""
 
@@ -34,7 +49,7 @@ class Loader:
         self._bytes = 0
         self._requested: set[str] = set()
         self._folders: queue.SimpleQueue[InterventionRef | None] = queue.SimpleQueue()
-        self._results: queue.SimpleQueue[Loaded] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[Loaded | _Files] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="intervention-loader", daemon=True)
         self._thread.start()
 
@@ -56,11 +71,13 @@ class Loader:
             self._requested.add(ref.content_hash)
             self._folders.put(ref)
 
-    def collect(self) -> list[Loaded]:
-        """Loads that ended since the last call; never waits."""
-        done = []
-        while not self._results.empty():
-            loaded = self._results.get()
+    def collect(self, budget_s: float) -> list[Loaded]:
+        """Loads that ended since the last call; never waits. What takes longer than the budget is left for the next."""
+        done: list[Loaded] = []
+        until = time.perf_counter() + budget_s
+        while not self._results.empty() and (not done or time.perf_counter() < until):
+            result = self._results.get()
+            loaded = _check(result) if isinstance(result, _Files) else result
             self._requested.discard(loaded.content_hash)
             if loaded.intervention is not None:
                 self._keep(loaded.intervention)
@@ -81,18 +98,30 @@ class Loader:
 
     def _run(self) -> None:
         while (ref := self._folders.get()) is not None:
-            self._results.put(_load(ref))
+            result = _read(ref)
+            if isinstance(result, _Files) and len(result.edits) > LARGE_BYTES:
+                result = _check(result)
+            self._results.put(result)
 
 
-def _load(ref: InterventionRef) -> Loaded:
+def _read(ref: InterventionRef) -> _Files | Loaded:
     try:
-        intervention = load_artifact(Path(ref.folder))
+        return _Files(ref, *read_artifact(Path(ref.folder)))
     except (InterventionError, OSError) as cause:
-        return Loaded(ref.content_hash, None, f"cannot load intervention from {Path(ref.folder).name}: {cause}")
+        return _failed(ref, cause)
+
+
+def _check(files: _Files) -> Loaded:
+    ref = files.ref
+    try:
+        intervention = parse_artifact(files.manifest, files.edits)
+    except InterventionError as cause:
+        return _failed(ref, cause)
     if intervention.content_hash != ref.content_hash:
-        return Loaded(
-            ref.content_hash,
-            None,
-            f"content hash is {intervention.content_hash}; {ref.content_hash} was asked for",
-        )
+        error = f"content hash is {intervention.content_hash}; {ref.content_hash} was asked for"
+        return Loaded(ref.content_hash, None, error)
     return Loaded(ref.content_hash, intervention)
+
+
+def _failed(ref: InterventionRef, cause: Exception) -> Loaded:
+    return Loaded(ref.content_hash, None, f"cannot load intervention from {Path(ref.folder).name}: {cause}")

@@ -1,0 +1,94 @@
+"""Loads from disk: files are read beside the steps, and checked between them as far as the step has time."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from engine_oracle import save_random
+
+from reftserve.interventions import load_artifact
+from reftserve.server.engine import loader as loader_module
+from reftserve.server.engine.loader import Loaded, Loader
+from reftserve.server.engine.messages import InterventionRef
+
+
+def ref(folder: Path) -> InterventionRef:
+    return InterventionRef(str(folder), load_artifact(folder).content_hash)
+
+
+def wait_until_read(loader: Loader) -> None:
+    loader.close()  # the thread ends after what was asked for
+
+
+def collect_all(loader: Loader) -> list[Loaded]:
+    found = []
+    while loader.pending:
+        found += loader.collect(1.0)
+        time.sleep(0.001)
+    return found
+
+
+def test_a_call_without_time_checks_one_so_that_all_come_in_the_end(artifacts: list[Path]) -> None:
+    loader = Loader(1 << 20)
+    refs = [ref(folder) for folder in artifacts]
+    for each in refs:
+        loader.request(each)
+    wait_until_read(loader)
+    hashes = []
+    for _ in refs:
+        (loaded,) = loader.collect(0.0)
+        hashes.append(loaded.content_hash)
+    assert hashes == [each.content_hash for each in refs]
+    assert not loader.pending
+    assert loader.collect(0.0) == []
+
+
+def test_a_call_with_time_checks_all_that_was_read(artifacts: list[Path]) -> None:
+    loader = Loader(1 << 20)
+    for folder in artifacts:
+        loader.request(ref(folder))
+    wait_until_read(loader)
+    assert len(loader.collect(60.0)) == len(artifacts)
+
+
+def test_large_files_give_the_same_as_small_ones(artifacts: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader_module, "LARGE_BYTES", 0)
+    loader = Loader(1 << 20)
+    for folder in artifacts:
+        loader.request(ref(folder))
+    for loaded in collect_all(loader):
+        assert loaded.error is None
+        assert loader.get(loaded.content_hash) is loaded.intervention
+    loader.close()
+
+
+@pytest.mark.parametrize("large_bytes", [0, 1 << 20])
+def test_what_cannot_be_loaded_says_why(large_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader_module, "LARGE_BYTES", large_bytes)
+    broken = save_random(tmp_path / "broken", [(0, "l1")], rank=1)
+    content_hash = load_artifact(broken).content_hash
+    (broken / "edits.safetensors").write_bytes(b"nothing")
+    loader = Loader(1 << 20)
+    loader.request(InterventionRef(str(broken), content_hash))
+    loader.request(InterventionRef(str(tmp_path / "nowhere"), "1" * 64))
+    unreadable, missing = collect_all(loader)
+    assert unreadable.intervention is None
+    assert "broken: edits.safetensors is not a safetensors file" in str(unreadable.error)
+    assert missing.intervention is None
+    assert "nowhere" in str(missing.error)
+    loader.close()
+
+
+def test_the_least_recently_used_is_dropped_when_the_budget_is_spent(tmp_path: Path) -> None:
+    refs = [ref(save_random(tmp_path / str(i), [(0, "l1")], rank=2, seed=i)) for i in range(3)]
+    loader = Loader(2 * load_artifact(Path(refs[0].folder)).columns.nbytes)
+    for each in refs[:2]:
+        loader.request(each)
+        collect_all(loader)
+    assert loader.get(refs[0].content_hash) is not None
+    loader.request(refs[2])
+    collect_all(loader)
+    assert [loader.get(each.content_hash) is not None for each in refs] == [True, False, True]
+    loader.close()
