@@ -92,7 +92,9 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--runs", type=int, default=3)
     arguments.add_argument("--no-peers", action="store_true", help="ours alone")
+    arguments.add_argument("--cases", nargs="*", choices=list(CASES), help="these alone, and no sweep")
     args = arguments.parse_args()
+    cases = {name: CASES[name] for name in args.cases or CASES}
     torch.set_num_threads(2)
     tokenizer = load_tokenizer(w.MODEL)
     files = [w.ROOT / "examples" / f"sentiment.{part}.jsonl" for part in ("train", "heldout")]
@@ -107,12 +109,12 @@ def main() -> None:
         figures.setdefault(name, []).append(figure)
 
     for _ in range(args.runs):
-        for name, (layers, positions) in CASES.items():
+        for name, (layers, positions) in cases.items():
             epochs = [5, 20] if positions == "l1" else [1]
             for count, figure in ours(packed, data, [plan(layers, positions, max(epochs))], epochs).items():
                 took(f"ours, {name}, {count} epochs", figure)
         trials = [plan([layer], "l1", 5) for layer in range(8, 24, 2)]
-        for label, sweep in (("one trial", trials[:1]), ("8 trials", trials)):
+        for label, sweep in (("one trial", trials[:1]), ("8 trials", trials)) if args.cases is None else ():
             took(f"ours, {label}", ours(packed, data, sweep, [5])[5])
         if args.no_peers:
             continue
@@ -122,7 +124,7 @@ def main() -> None:
             "prompts": [tokenizer.decode(e.prompt_ids) for e in data],
             "completions": [tokenizer.decode(e.completion_ids) for e in data],
         }
-        for name, (layers, positions) in CASES.items():
+        for name, (layers, positions) in cases.items():
             each = {**job, **texts, "layers": layers, "positions": positions}
             took(f"pyreft, {name}", peer("pyreft", "pyreft_train.py", each))
         rows = [{"ids": list(e.prompt_ids + e.completion_ids), "n_prompt": len(e.prompt_ids)} for e in data]
@@ -130,9 +132,10 @@ def main() -> None:
     median = {name: statistics.median(values) for name, values in figures.items()}
     for name, figure in median.items():
         print(f"{name:40} {figure:7.2f} examples/s")
-    print(f"8-trial sweep / one trial, wall time: {median['ours, one trial'] / median['ours, 8 trials']:.2f}")
+    if args.cases is None:
+        print(f"8-trial sweep / one trial, wall time: {median['ours, one trial'] / median['ours, 8 trials']:.2f}")
     if not args.no_peers:
-        for name, (_, positions) in CASES.items():
+        for name, (_, positions) in cases.items():
             for count in [5, 20] if positions == "l1" else [1]:
                 figure = median[f"ours, {name}, {count} epochs"]
                 against = f"{figure / median[f'pyreft, {name}']:6.2f} of pyreft"

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from reftserve.interventions import NonFiniteError
 from reftserve.server.training.trainer import StepMetrics, Trainer, advance
 
 
@@ -96,9 +97,18 @@ class Sweep:
         return found[id(leader)]
 
     def validate(self) -> dict[str, float]:
-        """Validate the running trials, and drop the worse half when it is time; the leader's scores."""
-        for trial in self.running:
-            trial.score = {f"valid_{name}": value for name, value in trial.trainer.validate().items()}
+        """Validate the running trials, and drop the worse half when it is time; the leader's scores.
+
+        Raises NonFiniteError when the weights of the last one are no numbers any more; before that such trials drop.
+        """
+        for trial in list(self.running):
+            try:
+                trial.score = {f"valid_{name}": value for name, value in trial.trainer.validate().items()}
+            except NonFiniteError:
+                if len(self.running) == 1:
+                    raise
+                self.running.remove(trial)
+                self.dropped.append({**trial.row, "diverged": True})
         leader = self.leader
         if self.step in self._rungs and len(self.running) > 1:
             ranked = sorted(self.running, key=lambda trial: trial.best_loss)

@@ -9,7 +9,7 @@ from tiny_models import tiny_llama
 from training_data import examples, plan
 from workplace import OWNER, Workplace
 
-from reftserve.interventions import Positions
+from reftserve.interventions import NonFiniteError, Positions
 from reftserve.server.training.data import Splits
 from reftserve.server.training.packed import PackedModel
 from reftserve.server.training.sweep import Sweep, rungs
@@ -70,6 +70,29 @@ def test_a_sweep_resumed_from_a_checkpoint_ends_as_one_that_was_not(trunk: Trunk
     assert second.table == whole.table
     for one, other in zip(second.leader.best_edits(), whole.leader.best_edits(), strict=True):
         assert one.edit.content_hash == other.edit.content_hash
+
+
+def make_infinite(trainer: Trainer) -> None:
+    for parameter in trainer.intervention.parameters():
+        parameter.data.fill_(float("nan"))
+
+
+def test_a_trial_that_diverged_is_dropped_and_the_others_go_on_as_without_it(trunk: Trunk) -> None:
+    sweep, others = new_sweep(trunk, [0.02, 0.01]), new_sweep(trunk, [0.01])
+    sweep.advance()
+    make_infinite(sweep.running[0].trainer)
+    run(sweep, sweep.total_steps)
+    run(others, others.total_steps)
+    assert [(row["trial"], row.get("diverged", False)) for row in sweep.table] == [(1, False), (0, True)]
+    assert sweep.leader.best == pytest.approx(others.leader.best, rel=1e-4)
+
+
+def test_a_sweep_fails_when_its_last_trial_diverged(trunk: Trunk) -> None:
+    sweep = new_sweep(trunk, [0.02, 0.01])
+    for trial in sweep.running:
+        make_infinite(trial.trainer)
+    with pytest.raises(NonFiniteError, match="finite"):
+        sweep.validate()
 
 
 def test_a_run_that_does_not_become_better_ends_early(trunk: Trunk) -> None:
