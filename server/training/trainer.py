@@ -160,8 +160,8 @@ class Trainer:
     def _parameter_groups(self) -> list[dict[str, Any]]:
         """Weight decay for all but orthonormal matrices.
 
-        For them it has no meaning, and torch's parametrization breaks: it reads its diagonal of ones as integers, so
-        that the least decay turns the whole matrix into zeros.
+        For them it has no meaning: their parameter's diagonal holds the columns' signs, and decay would shrink
+        the columns.
         """
         named = list(self.intervention.named_parameters())
         decayed = [parameter for name, parameter in named if "parametrizations" not in name]
