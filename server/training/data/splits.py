@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -39,14 +39,15 @@ def split(training: Sequence[EncodedExample], validation: Sequence[EncodedExampl
             code="too_few_examples",
         )
     if validation is None:
-        groups = _groups(training, seed)
+        ends, beginnings = _by_end(_groups(training, seed))
         # Two groups at the least: one selects, one scores.
-        held_out, rest = _take(groups, 2 * max(1, len(training) // 10), at_least=2)
+        held_out, rest = _take(ends + beginnings, 2 * max(1, len(training) // 10), at_least=2)
         train = _together(rest)
     else:
         held_out = _groups(validation, seed)
         train = list(training)
-    held_out = _unseen(held_out, train)
+    ends, beginnings = _by_end(_unseen(held_out, train))
+    held_out = ends[:-1] + beginnings + ends[-1:]  # what scores last is not all seen in what selects
     chosen, scoring = _take(held_out, sum(map(len, held_out)) // 2, at_least=1)
     scoring = _unseen(scoring, _together(chosen))
     if not (train and chosen and scoring):
@@ -77,6 +78,13 @@ def _groups(examples: Sequence[EncodedExample], seed: int) -> list[Group]:
     shuffled = list(groups.values())
     random.Random(seed).shuffle(shuffled)  # noqa: S311 - a split, not a secret
     return shuffled
+
+
+def _by_end(groups: list[Group]) -> tuple[list[Group], list[Group]]:
+    """Groups whose last prompt no other goes through, which held out keep that one at least; and the others."""
+    count = Counter(prompt for group in groups for prompt in prompts_of(group))
+    ends = [group for group in groups if count[group[-1].prompt_ids] == 1]
+    return ends, [group for group in groups if count[group[-1].prompt_ids] > 1]
 
 
 def _take(groups: list[Group], count: int, *, at_least: int) -> tuple[list[Group], list[Group]]:

@@ -61,6 +61,16 @@ def test_conversations_that_all_begin_alike_can_still_be_split() -> None:
     assert (1,) not in prompts(parts)[1] | prompts(parts)[2], "the shared beginning is learned, so it is not scored"
 
 
+def test_conversations_that_others_begin_with_are_trained_on() -> None:
+    short = [e for row in range(16) for e in conversation(row, [0, 0])]
+    longer = [e for row, later in enumerate(([2], [1], [0, 0], [3])) for e in conversation(20 + row, [0, *later])]
+    for seed in range(20):
+        parts = split(short + longer, None, seed=seed)
+        assert (0, 0) in prompts(parts)[0]
+        assert parts.validation
+        assert parts.test
+
+
 def test_validation_data_selects_with_one_half_and_scores_with_the_other() -> None:
     training = [EncodedExample((i,), (1,)) for i in range(10)]
     held_out = [EncodedExample((i,), (1,)) for i in range(5, 25)]
