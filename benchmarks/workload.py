@@ -15,8 +15,9 @@ from transformers import AutoTokenizer
 
 from reftserve.interventions import (
     BaseFingerprint,
-    InterventionConfig,
-    TrainableIntervention,
+    LowRankEdit,
+    PlacedEdit,
+    Positions,
     fingerprint,
     load_artifact,
     save_artifact,
@@ -48,17 +49,25 @@ def make_engine(**fields: Any) -> Engine:
 def interventions(
     folder: Path, count: int, *, positions: str, rank: int, layers: tuple[int, ...]
 ) -> list[InterventionRef]:
-    """Different untrained interventions, published into a folder."""
+    """Different random interventions, published into a folder; their parts are those of LoReFT with tied weights."""
     base: BaseFingerprint = fingerprint(MODEL)
-    config = InterventionConfig("loreft", layers, positions, rank)
+    parsed = Positions.parse(positions)
     refs = []
     for seed in range(count):
         target = folder / f"{positions}-{rank}-{len(layers)}-{seed}"
         if not target.exists():
-            edits = TrainableIntervention(config, base.hidden_size, seed=seed).lower()
+            draw = torch.Generator().manual_seed(seed)
+            edits = [PlacedEdit(layer, parsed, _random_edit(rank, base.hidden_size, draw)) for layer in layers]
             save_artifact(target, edits, family="loreft", positions=positions, rank=rank, base=base)
         refs.append(InterventionRef(str(target), load_artifact(target).content_hash))
     return refs
+
+
+def _random_edit(rank: int, hidden_size: int, draw: torch.Generator) -> LowRankEdit:
+    """Of the size of an untrained LoReFT: rows of about length 1."""
+    A, U = (torch.randn(rank, hidden_size, generator=draw) / hidden_size**0.5 for _ in range(2))
+    linear = torch.zeros(rank, dtype=torch.int8)
+    return LowRankEdit(A, torch.zeros(rank), U, linear, torch.ones(rank))
 
 
 def serve(engine: Engine, workload: list[list[int]], new_tokens: int, refs: list[InterventionRef]) -> float:

@@ -132,7 +132,7 @@ def test_an_answer_can_be_any_json_object(client: openai.OpenAI) -> None:
 @pytest.mark.parametrize(
     ("wanted", "expected"),
     [
-        ({"regex": r"\d{4}-\d{2}"}, r"\d{4}-\d{2}"),
+        ({"regex": r"[0-9]{4}-[0-9]{2}"}, r"[0-9]{4}-[0-9]{2}"),
         ({"choice": ["yes", 'say "no"']}, r'yes|say "no"'),
         ({"grammar": 'start: "<" /[a-z]{1,5}/ ">"'}, r"<[a-z]{1,5}>"),
         ({"json": {"enum": [1, "two"]}}, r'1|"two"'),
