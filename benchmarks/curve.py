@@ -33,12 +33,14 @@ def main() -> None:
         for positions in args.positions:
             counts = [count for count in args.counts if count <= args.requests]
             refs = w.interventions(Path(scratch), counts[-1], positions=positions, rank=8, layers=tuple(range(30)))
+            w.serve(engine, prompts[:64], args.new_tokens, refs[:64])  # warms up; a whole round would take long
             figures = w.medians(
                 {
                     str(count): functools.partial(w.serve, engine, prompts, args.new_tokens, refs[:count])
                     for count in counts
                 },
                 args.runs,
+                warm_up=False,
             )
             for count, figure in figures.items():
                 ratios = f"{figure / figures['0']:5.3f} of K = 0  {figure / figures['1']:5.3f} of K = 1"

@@ -87,13 +87,16 @@ def serve(engine: Engine, workload: list[list[int]], new_tokens: int, refs: list
     return len(workload) * new_tokens / (time.perf_counter() - began)
 
 
-def medians(variants: dict[str, Callable[[], float]], runs: int) -> dict[str, float]:
-    """Each variant's median over `runs` rounds; variants take turns, so that drift of the machine hits all alike."""
+def medians(variants: dict[str, Callable[[], float]], runs: int, *, warm_up: bool = True) -> dict[str, float]:
+    """Each variant's median over `runs` rounds; variants take turns, so that drift of the machine hits all alike.
+
+    warm_up: begin with a round that does not count.
+    """
     figures: dict[str, list[float]] = {name: [] for name in variants}
-    for round_number in range(runs + 1):
+    for counts in [False] * warm_up + [True] * runs:
         for name, variant in variants.items():
             figure = variant()
-            if round_number > 0:  # the first warms up
+            if counts:
                 figures[name].append(figure)
     return {name: statistics.median(values) for name, values in figures.items()}
 

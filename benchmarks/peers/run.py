@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +24,9 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import throughput
 import workload as w
+
+from reftserve.server.engine.engine import Engine
+from reftserve.server.engine.messages import SamplingParams, Submit
 
 PEERS = w.ROOT / ".peers"
 HERE = Path(__file__).parent
@@ -102,14 +106,43 @@ def llama_cpp(file: str, batch: int, prompt: int, new: int, runs: int) -> tuple[
     return total, statistics.median(row["pl"] * row["tg"] / row["t_tg"] for row in rows)
 
 
+def decode_alone(engine: Engine, prompt: list[int], new: int) -> float:
+    """Generated tokens a second of one request, from its first token on."""
+    engine.submit(Submit(f"{time.perf_counter()}", prompt, SamplingParams(max_tokens=new + 1)))
+    while not engine.step().outputs:
+        pass
+    began = time.perf_counter()
+    while engine.has_work:
+        engine.step()
+    return new / (time.perf_counter() - began)
+
+
+def compare_batch_1(prompt: list[int], new: int, rounds: int) -> None:
+    """Decoding of one request, ours and llama.cpp in turns, which drift of the machine hits alike."""
+    for quantization, file in (("none", "f32.gguf"), ("int8", "q8_0.gguf")):
+        engine = w.make_engine(prefix_cache=False, quantization=quantization)
+        pairs = []
+        for _ in range(rounds):
+            ours = w.medians({"": functools.partial(decode_alone, engine, prompt, new)}, 3)[""]
+            pairs.append((ours, llama_cpp(file, 1, len(prompt), new, 3)[1]))
+        engine.close()
+        mine, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
+        ratio = statistics.median(ours / peer for ours, peer in pairs)
+        print(f"batch 1, decode, {quantization} / {file}: {mine:.1f} and {theirs:.1f} tokens/s, ratio {ratio:.2f}")
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--runs", type=int, default=5)
+    arguments.add_argument("--batch-1", action="store_true", help="decoding of one request beside llama.cpp, no more")
     arguments.add_argument("--requests", type=int, default=32)
     args = arguments.parse_args()
     runs, new = args.runs, throughput.NEW_TOKENS
     torch.set_num_threads(2)
     prompts = w.prompts(args.requests, 59, 72)
+    if args.batch_1:
+        compare_batch_1(prompts[0], new, runs)
+        return
     figures: dict[str, float] = {}
 
     def show(name: str, figure: float) -> None:
@@ -128,7 +161,7 @@ def main() -> None:
             engine = w.make_engine(prefix_cache=False, quantization=quantization)
             measure(f"ours {name}", functools.partial(w.serve, engine, prompts, new, []))
             measure(f"ours {name}, mixed interventions", functools.partial(w.serve, engine, prompts, new, mixed))
-            measure(f"ours {name}, batch 1", functools.partial(w.serve, engine, prompts[:1], new, []))
+            measure(f"ours {name}, batch 1, decode", functools.partial(decode_alone, engine, prompts[0], new))
             engine.close()
         workload = Path(scratch) / "workload.json"
         job = {"model": str(w.MODEL), "prompts": prompts, "new_tokens": new, "runs": runs}
@@ -145,7 +178,7 @@ def main() -> None:
         ("ours float32", "Hugging Face generate"),
         ("ours float32", "vLLM"),
         ("ours int8", "llama.cpp Q8_0"),
-        ("ours int8, batch 1", "llama.cpp Q8_0, batch 1, decode"),
+        ("ours int8, batch 1, decode", "llama.cpp Q8_0, batch 1, decode"),
         ("ours float32, mixed interventions", "ours float32"),
         ("ours float32, mixed interventions", "vLLM, mixed LoRAs"),
         ("ours float32, mixed interventions", "PEFT, mixed LoRAs"),
