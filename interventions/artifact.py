@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import io
+import lzma
 import os
 import shutil
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -37,6 +39,16 @@ EDITS_FILE = "edits.safetensors"
 REQUIRED_FILES = (MANIFEST_FILE, EDITS_FILE)
 DTYPES = {"A": "F32", "b": "F32", "U": "F32", "act": "I8", "scale": "F32"}
 MAX_BYTES = 1 << 30
+# What zipfile raises for bytes that are no archive, or one with damage, encryption or a method that it does not know.
+UNREADABLE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    OSError,
+    NotImplementedError,
+    RuntimeError,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,7 +192,7 @@ def unpack(data: bytes, folder: Path, *, max_bytes: int = MAX_BYTES) -> Interven
                 expected = f"exactly {MANIFEST_FILE} and {EDITS_FILE}, and perhaps {HISTORY_FILE}"
                 raise ManifestError(f"the archive holds {names}; expected {expected}")
             contents = {name: _read_member(archive, name, max_bytes) for name in names}
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as cause:
+    except UNREADABLE as cause:
         raise ManifestError(f"not a readable zip file: {cause}") from cause
     intervention = parse_artifact(contents[MANIFEST_FILE], contents[EDITS_FILE])
     if HISTORY_FILE in contents:

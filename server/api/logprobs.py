@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
 
 from reftserve.client.schemas import ChatLogprobs, CompletionLogprobs, TokenLogprob, TopLogprob
@@ -30,6 +31,8 @@ class TextLogprobs:
     def __init__(self, base: Base) -> None:
         self._base = base
         self._offset = 0
+        # A character may be spread over tokens; it begins where the first of them does, and counts once.
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def start(self, first_token: int) -> CompletionLogprobs:
         """The first token of a prompt: nothing comes before it that could make it likely."""
@@ -60,7 +63,7 @@ class TextLogprobs:
 
     def _advance(self, token_id: int) -> int:
         offset = self._offset
-        self._offset += len(self._base.token_bytes(token_id).decode(errors="replace"))
+        self._offset += len(self._decoder.decode(self._base.token_bytes(token_id)))
         return offset
 
 

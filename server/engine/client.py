@@ -71,10 +71,13 @@ class EngineClient:
         self._socket.set_hwm(0)
         self._socket.bind(address)
         command = [sys.executable, "-m", "reftserve.server.engine.process", "--socket", address]
-        self._process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.PIPE)
-        assert self._process.stdin is not None  # noqa: S101 - it was asked for in the line above
-        self._process.stdin.write(msgspec.json.encode(self._config) + b"\n")
-        await self._process.stdin.drain()
+        try:
+            self._process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.PIPE)
+            assert self._process.stdin is not None  # noqa: S101 - it was asked for in the line above
+            self._process.stdin.write(msgspec.json.encode(self._config) + b"\n")
+            await self._process.stdin.drain()
+        except OSError as cause:  # no memory for a process, or one that ended before it read
+            raise EngineDied(f"the engine could not be started: {cause}") from cause
         self.ready = await self._first_message(self._socket, self._process)
         self._receiver = asyncio.create_task(self._receive(self._socket))
         return self.ready

@@ -187,12 +187,19 @@ def zipped(**members: bytes) -> bytes:
     return buffer.getvalue()
 
 
+def damaged(archive: bytes) -> bytes:
+    """Its first member's compressed bytes are no deflate stream any more."""
+    at = 30 + len("manifest.json")
+    return archive[:at] + b"\xff" * 20 + archive[at + 20 :]
+
+
 def test_an_archive_of_anything_else_is_refused_and_nothing_is_written(artifact: Path, tmp_path: Path) -> None:
     good = {name: (artifact / name).read_bytes() for name in ("manifest.json", "edits.safetensors")}
     target = tmp_path / "new" / "artifact"
     for data, words in [
         (b"not a zip", "zip"),
         (pack(artifact)[:-30], "zip"),
+        (damaged(zipped(**good)), "zip"),
         (zipped(**good, extra=b"x"), "extra"),
         (zipped(**{"../manifest.json": b"", "edits.safetensors": b""}), r"\.\./manifest"),
         (zipped(**{"manifest.json": good["manifest.json"]}), "expected exactly"),

@@ -1,0 +1,22 @@
+"""Offsets of tokens in a text whose characters are spread over several of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from reftserve.server.api.logprobs import TextLogprobs
+from reftserve.server.engine.messages import TokenLogprobs
+
+
+@dataclass
+class Bytes:
+    """A base whose tokens are bytes."""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id])
+
+
+def test_a_character_of_several_tokens_counts_once() -> None:
+    found = TextLogprobs(Bytes()).add([TokenLogprobs(byte, -1.0, []) for byte in "a😀b".encode()])  # type: ignore[arg-type]
+    assert found.text_offset == [0, 1, 1, 1, 1, 2]
+    assert found.tokens == ["a", *(f"bytes:\\x{byte:02x}" for byte in "😀".encode()), "b"]
