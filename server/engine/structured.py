@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
 SILENT = 0  # llguidance would write what it thinks of a grammar to standard error
 
 
@@ -22,20 +24,20 @@ class Compiled:
     """A request's grammar at its beginning, or why there is none."""
 
     request_id: str
-    matcher: LLMatcher
+    matcher: LLMatcher | None
     error: str | None = None
 
 
 class GrammarCompiler:
     """Compiles grammars in a thread of its own; the engine collects them between steps.
 
-    vocabulary: width of the model's logits, which may be more than the tokenizer has tokens.
+    vocabulary: width of the model's logits, which may be more or less than the tokenizer has tokens.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, eos_token_ids: tuple[int, ...], vocabulary: int) -> None:
         self._tokenizer = tokenizer
         self._eos_token_ids = eos_token_ids
-        self._vocabulary = vocabulary
+        self._vocabulary = max(vocabulary, len(tokenizer))  # Gemma 3's tokenizer knows a token that the model does not
         self._num_pending = 0
         self._grammars: queue.SimpleQueue[tuple[str, str] | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[Compiled] = queue.SimpleQueue()
@@ -72,8 +74,14 @@ class GrammarCompiler:
     def _run(self) -> None:
         while (item := self._grammars.get()) is not None:
             request_id, grammar = item
-            matcher = LLMatcher(self._vocabulary_trie, grammar, log_level=SILENT)
-            self._results.put(Compiled(request_id, matcher, matcher.get_error() or None))
+            try:
+                matcher = LLMatcher(self._vocabulary_trie, grammar, log_level=SILENT)
+                compiled = Compiled(request_id, matcher, matcher.get_error() or None)
+            except Exception as cause:
+                # The thread must live on, and the request hear of it: whoever waits for a grammar would wait for ever.
+                logger.exception("a grammar could not be compiled")
+                compiled = Compiled(request_id, None, f"{type(cause).__name__}: {cause}")
+            self._results.put(compiled)
 
 
 def forbidden_tokens(matchers: list[LLMatcher], vocabulary: int) -> NDArray[np.bool_]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from llguidance import LLMatcher
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from reftserve.server.engine.engine import Engine
+from reftserve.server.engine.structured import Compiled, GrammarCompiler, forbidden_tokens
 
 SCHEMA = {
     "type": "object",
@@ -120,3 +122,31 @@ def test_cancelling_while_the_grammar_is_compiled_leaves_nothing(tiny_llama_fold
     assert run.finished["gone"].finish_reason == "cancelled"
     assert (engine.stats().running, engine.stats().waiting) == (0, 0)
     engine.close()
+
+
+def compiled(compiler: GrammarCompiler, grammar: str) -> Compiled:
+    compiler.request("one", grammar)
+    while not (done := compiler.collect()):
+        time.sleep(0.001)
+    return done[0]
+
+
+def test_a_model_may_know_fewer_tokens_than_its_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    width = len(tokenizer) - 1
+    compiler = GrammarCompiler(tokenizer, (2,), width)
+    answer = compiled(compiler, LLMatcher.grammar_from_regex("[a-c]{3}"))
+    assert answer.matcher is not None
+    forbidden = forbidden_tokens([answer.matcher], width)
+    assert forbidden.shape == (1, width)
+    assert {tokenizer.decode([token])[0] for token in (~forbidden[0]).nonzero()[0]} == {"a", "b", "c"}
+    compiler.close()
+
+
+def test_a_compiler_that_fails_says_so_and_goes_on() -> None:
+    compiler = GrammarCompiler([], (2,), 10)  # type: ignore[arg-type]  # no tokenizer at all
+    for _ in range(2):
+        answer = compiled(compiler, LLMatcher.grammar_from_regex("a"))
+        assert answer.matcher is None
+        assert answer.error
+        assert not compiler.pending
+    compiler.close()
