@@ -62,7 +62,11 @@ class Settings(BaseSettings):
     max_sequences: int = Field(64, ge=1, description="Sequences running at once")
     max_queue: int = Field(1024, ge=1, description="Requests waiting; past it 429")
     bank_bytes: int = Field(256 << 20, gt=0, description="Device memory for hot interventions")
-    host_bytes: int = Field(1 << 30, gt=0, description="Memory of the engine for interventions read from disk")
+    host_bytes: int = Field(
+        1 << 30,
+        gt=0,
+        description="Memory for interventions read from disk; those that queued requests hold come on top",
+    )
     prefix_cache: bool = Field(True, description="Keep the keys and values of prompts for later ones that begin alike")
     max_stop_strings: int = Field(16, ge=1, description="Stop strings per request")
     max_interventions: int = Field(8, ge=1, description="Interventions composed in one request")

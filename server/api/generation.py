@@ -241,6 +241,7 @@ async def _answer(
     detokenizer = Detokenizer(
         services.base.tokenizer,
         generation.stops,
+        prompt_ids=submit.prompt_ids,
         hidden_token_ids=params.stop_token_ids,
         min_tokens=params.min_tokens,
     )
@@ -283,7 +284,7 @@ def _budget(prompt: list[int], max_tokens: int | None, max_context: int) -> int:
         asked = "open" if max_tokens is None else max_tokens
         raise InvalidRequest(
             f"the prompt has {len(prompt)} tokens and max_tokens is {asked}; together they may have at most "
-            f"{max_context}, the base model's context",
+            f"{max_context}, the base model's context or, if that is less, what the KV cache holds",
             param="max_tokens" if room > 0 else "messages",
             code="context_length_exceeded",
         )

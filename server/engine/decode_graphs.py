@@ -157,7 +157,7 @@ def record_cuda_graph(device: torch.device) -> Callable[[Compute], Compute]:
                 compute()
         torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        # Other threads may talk to the device meanwhile: the loader does.
+        # What other threads do on the device must not end the recording.
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             output = compute()
 

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 REPLACEMENT = "\ufffd"
+CONTEXT = 5  # tokens before a text that decide how it begins
 
 
 class Detokenizer:
     """The text of one answer. Text is held back while it could still become something else: a character whose bytes
     are not complete, or the beginning of a stop string.
 
+    prompt_ids: what the answer goes on from: many tokenizers drop a space at the beginning of what they decode.
     hidden_token_ids: without text. min_tokens: what is certain before so many tokens is never part of a stop string.
     """
 
@@ -21,6 +23,7 @@ class Detokenizer:
         tokenizer: PreTrainedTokenizerBase,
         stops: Sequence[str] = (),
         *,
+        prompt_ids: Sequence[int] = (),
         hidden_token_ids: Sequence[int] = (),
         min_tokens: int = 0,
     ) -> None:
@@ -28,10 +31,11 @@ class Detokenizer:
         self._min_tokens = min_tokens
         self._stops = stops
         self._hidden = frozenset(hidden_token_ids)
-        self._token_ids: list[int] = []
+        self._token_ids = list(prompt_ids[-CONTEXT:])
         # Decoding begins at `_prefix`: a few tokens before the text that is new, for tokenizers that put a space
         # between words only when there is a word before.
-        self._prefix = self._read = 0
+        self._prefix, self._read = 0, len(self._token_ids)
+        self._num_context = len(self._token_ids)
         self._pending = ""
         self.stopped = False
 
@@ -44,7 +48,7 @@ class Detokenizer:
             return ""
         self._token_ids += [token for token in token_ids if token not in self._hidden]
         self._pending += self._decode(last=last)
-        if len(self._token_ids) < self._min_tokens:
+        if len(self._token_ids) - self._num_context < self._min_tokens:
             return self._release(len(self._pending))
         ends = [index for stop in self._stops if (index := self._pending.find(stop)) >= 0]
         if ends:

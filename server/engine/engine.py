@@ -17,7 +17,7 @@ from reftserve.server.engine.block_allocator import BlockAllocator
 from reftserve.server.engine.errors import RequestRefused
 from reftserve.server.engine.launched_step import LaunchedStep
 from reftserve.server.engine.loader import Loader
-from reftserve.server.engine.logits import adjust, logprobs_of, token_logprobs
+from reftserve.server.engine.logits import ArrivingLogprobs, adjust, logprobs_of
 from reftserve.server.engine.messages import EngineStats, StepOutput, Submit, TokenLogprobs, TokenOutput
 from reftserve.server.engine.runner import Logits, Runner
 from reftserve.server.engine.sampler import choose, present
@@ -31,8 +31,11 @@ NOT_FINITE = "the logits are not finite: an edit overflows; lower its scale, or 
 
 NO_GRAMMARS = "this engine has no tokenizer, so it cannot hold answers to a grammar"
 PRIORITY_STEP_S = 10.0
-LOADING_SHARE = 0.1  # of a step's time, which is what checking loaded interventions may add to it
+# Of a step's time, what checking loaded interventions may add to it; and seconds at most, for a long step that let many
+# in at once would be followed by a longer one, with all their prompts.
+LOADING_SHARE, LONGEST_LOADING_S = 0.1, 0.01
 IDLE_LOADING_S = 0.05  # the same while nobody runs
+MANY_DEADLINES = 64
 
 
 class Engine:
@@ -164,9 +167,17 @@ class Engine:
         sequences = [chunk.sequence for chunk in sampling]
         asking = [row for row, s in enumerate(sequences) if s.sampling.logprobs is not None]
         unadjusted = logits.sampling[indices(asking, logits.sampling.device)] if asking else None
-        adjust(logits.sampling, sequences)
-        tokens = choose(logits.sampling, [s.sampling for s in sequences], [chunk.stop for chunk in sampling])
-        return LaunchedStep(batch, sequences, tokens, ToHost(tokens), asking, unadjusted)
+        # In bfloat16 a penalty would be lost: near 20 its numbers stand an eighth apart.
+        wanted = logits.sampling.float()
+        adjust(wanted, sequences)
+        tokens = choose(wanted, [s.sampling for s in sequences], [chunk.stop for chunk in sampling])
+        logprobs = None
+        if unadjusted is not None:
+            counts = [sequences[row].sampling.logprobs or 0 for row in asking]
+            # A token that is not there, -1, ends its request; token 0 stands in its place until the host knows.
+            chosen = tokens[indices(asking, tokens.device)].clamp(min=0)
+            logprobs = ArrivingLogprobs(unadjusted, chosen, counts)
+        return LaunchedStep(batch, sequences, tokens, ToHost(tokens), asking, logprobs)
 
     def _run_ahead(self, step: LaunchedStep) -> LaunchedStep | None:
         """Hand over the step that follows, if it depends on this one for nothing but the tokens themselves."""
@@ -225,16 +236,13 @@ class Engine:
                     sequence.scores = logprobs_of(rows[0], [c[0] for c in sequence.continuations])
                 else:
                     count = sequence.sampling.logprobs or 0
-                    sequence.scores += token_logprobs(rows, sequence.following(scored), [count] * len(rows))
+                    following = indices(sequence.following(scored), rows.device)
+                    sequence.scores += ArrivingLogprobs(rows, following, [count] * len(rows)).get()
                 offset += len(rows)
 
     def _take(self, step: LaunchedStep, tokens: list[int | None]) -> None:
-        logprobs: dict[int, TokenLogprobs] = {}
-        if step.unadjusted is not None:
-            counts = [step.sampling[row].sampling.logprobs or 0 for row in step.asking]
-            # A token that is not there ends its request below; token 0 stands in its place until then.
-            found = token_logprobs(step.unadjusted, [tokens[row] or 0 for row in step.asking], counts)
-            logprobs = dict(zip(step.asking, found, strict=True))
+        found = step.logprobs.get() if step.logprobs is not None else []
+        logprobs = dict(zip(step.asking, found, strict=True))
         for row, (sequence, token) in enumerate(zip(step.sampling, tokens, strict=True)):
             if sequence.status is not Status.RUNNING:
                 continue
@@ -294,7 +302,8 @@ class Engine:
             self.scheduler.add(sequence)
 
     def _collect_loads(self) -> None:
-        budget_s = LOADING_SHARE * self._step_s if self.scheduler.running else IDLE_LOADING_S
+        busy_s = min(LOADING_SHARE * self._step_s, LONGEST_LOADING_S)
+        budget_s = busy_s if self.scheduler.running else IDLE_LOADING_S
         for result in self.loader.collect(budget_s):
             waiting = self._awaiting.pop(result.content_hash, [])
             for sequence in (s for s in waiting if s.status is Status.LOADING):
@@ -320,6 +329,9 @@ class Engine:
 
     def _drop_late(self) -> None:
         now = time.monotonic()
+        if len(self._deadlines) > 2 * len(self._sequences) + MANY_DEADLINES:  # most are of requests that are over
+            self._deadlines = [entry for entry in self._deadlines if entry[1] in self._sequences]
+            heapq.heapify(self._deadlines)
         while self._deadlines and self._deadlines[0][0] <= now:
             _, request_id = heapq.heappop(self._deadlines)
             sequence = self._sequences.get(request_id)

@@ -6,6 +6,7 @@ a batch in which nobody asks costs nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Items
 from itertools import chain
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor
 from reftserve.server.engine.messages import TokenLogprobs
 from reftserve.server.engine.sequence import Sequence
 from reftserve.server.engine.structured import forbidden_tokens
-from reftserve.server.engine.transfers import column, indices, to_device
+from reftserve.server.engine.transfers import ToHost, column, indices, to_device
 
 
 @torch.inference_mode()
@@ -45,18 +46,31 @@ def adjust(logits: Tensor, sequences: list[Sequence]) -> None:
         logits[rows_] = logits[rows_].masked_fill(to_device(forbidden, logits.device), -torch.inf)
 
 
-@torch.inference_mode()
-def token_logprobs(logits: Tensor, token_ids: list[int], counts: list[int]) -> list[TokenLogprobs]:
-    """How likely each row's token is, and its row's `count` likeliest. logits: [rows, vocabulary], unadjusted."""
-    values = logits.float()
-    norm = values.logsumexp(dim=-1, keepdim=True)
-    chosen = (values.gather(1, indices(token_ids, logits.device).unsqueeze(1)) - norm).squeeze(1).tolist()
-    top = values.topk(min(max(counts), values.shape[1]), dim=-1)
-    likeliest = zip(top.indices.tolist(), (top.values - norm).tolist(), strict=True)
-    return [
-        TokenLogprobs(token, logprob, list(zip(ids[:count], logprobs[:count], strict=True)))
-        for token, logprob, (ids, logprobs), count in zip(token_ids, chosen, likeliest, counts, strict=True)
-    ]
+class ArrivingLogprobs:
+    """How likely each row's token is, and its row's `count` likeliest, on their way to the host.
+
+    logits: [rows, vocabulary], unadjusted. tokens: [rows], on the device.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, logits: Tensor, tokens: Tensor, counts: Items[int]) -> None:
+        self._counts = counts
+        values = logits.float()
+        norm = values.logsumexp(dim=-1, keepdim=True)
+        top = values.topk(min(max(counts), values.shape[1]), dim=-1)
+        chosen = values.gather(1, tokens.unsqueeze(1)) - norm
+        self._tokens, self._chosen, self._top_ids, self._top_logprobs = (
+            ToHost(tensor) for tensor in (tokens, chosen.squeeze(1), top.indices, top.values - norm)
+        )
+
+    def get(self) -> list[TokenLogprobs]:
+        """Wait for them."""
+        likeliest = zip(self._top_ids.tolist(), self._top_logprobs.tolist(), strict=True)
+        rows = zip(self._tokens.tolist(), self._chosen.tolist(), likeliest, self._counts, strict=True)
+        return [
+            TokenLogprobs(token, logprob, list(zip(ids[:count], logprobs[:count], strict=True)))
+            for token, logprob, (ids, logprobs), count in rows
+        ]
 
 
 @torch.inference_mode()

@@ -75,7 +75,10 @@ class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
-    """The model is loaded. max_context: tokens that prompt and answer may have together."""
+    """The model is loaded.
+
+    max_context: tokens that prompt and answer may have together: the model's context, or less if the cache holds less.
+    """
 
     max_context: int
     device: str

@@ -85,7 +85,6 @@ class Runner:
         model.set_attn_implementation(ATTENTION)
         self.config = model.config.get_text_config()
         self._edits: Mapping[int, LayerEdits | DecodeEdits] = {}
-        self.max_context: int = self.config.max_position_embeddings
         with found_siblings(model) as siblings:
             shapes = self._probe_shapes()
         if native:
@@ -100,6 +99,7 @@ class Runner:
             native=native,
             in_place=in_place,
         )
+        self.max_context: int = min(self.config.max_position_embeddings, self.cache.num_blocks * self.cache.block_size)
         self.bank = Bank(self.config.hidden_size, max_bytes=bank_bytes, device=self.device)
         for index, layer in enumerate(decoder_layers(model)):
             layer.register_forward_hook(self._edit_hook(index))

@@ -43,7 +43,8 @@ def choose(logits: Tensor, params: list[SamplingParams], positions: list[int]) -
 
 def _sample_rows(logits: Tensor, params: list[SamplingParams], positions: list[int]) -> Tensor:
     # The largest logit is taken off first: a tiny temperature must give certainty, neither infinity nor 0 / 0.
-    shifted = logits.float() - logits.float().amax(dim=-1, keepdim=True)
+    logits = logits.float()
+    shifted = logits - logits.amax(dim=-1, keepdim=True)
     temperature = column([max(p.temperature, LOWEST_TEMPERATURE) for p in params], shifted)
     probabilities = torch.softmax(shifted / temperature, dim=-1)
     ordered, tokens = probabilities.sort(dim=-1, descending=True, stable=True)

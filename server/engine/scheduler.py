@@ -140,12 +140,13 @@ class Scheduler:
     def run_ahead(self, batch: Batch) -> tuple[Batch, list[int]] | None:
         """The step that follows `batch` whatever tokens it gives, and which of its sampled rows go on.
 
-        None where tokens or newcomers would change it. Sequences that `batch` takes to their last token are left out;
-        one that ends by what its token is takes part in vain.
+        None where tokens or newcomers would change it; while the batch is full, nobody can come. Sequences that `batch`
+        takes to their last token are left out; one that ends by what its token is takes part in vain.
         """
         chunks = batch.chunks
         running = [(row, c) for row, c in enumerate(chunks) if c.sequence.status is Status.RUNNING]
-        if self.waiting or len(running) < len(self.running) or not all(c.samples for c in chunks):
+        may_come = self.waiting and len(self.running) < self.max_sequences
+        if may_come or len(running) < len(self.running) or not all(c.samples for c in chunks):
             return None
         if not all(c.sequence.can_run_ahead for _, c in running):
             return None
@@ -163,6 +164,9 @@ class Scheduler:
         """A chunk is computed: its sequence goes on, and the blocks that it filled can be found by others."""
         sequence, size = chunk.sequence, self.allocator.block_size
         sequence.n_computed = chunk.stop
+        if sequence.edits and chunk.stop >= sequence.n_prompt and not sequence.edits_generated:
+            # Nothing will read these rows any more, so others may have them while this one decodes.
+            self._unpin(sequence)
         first, full = chunk.start // size, chunk.stop // size
         if self.prefix_cache and full > first:
             keys = sequence.block_keys(size, full)
@@ -245,8 +249,12 @@ class Scheduler:
         sequence.status = Status.FINISHED
 
     def _release(self, sequence: Sequence) -> None:
-        self.allocator.release(sequence.block_table, edited=bool(sequence.edits))
-        self.bank.release(sequence.interventions)
+        self.allocator.release(sequence.block_table, edited=bool(sequence.refs))
+        self._unpin(sequence)
+
+    def _unpin(self, sequence: Sequence) -> None:
+        if sequence.edits:
+            self.bank.release(sequence.interventions)
         sequence.edits = ()
 
 

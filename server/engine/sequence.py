@@ -37,7 +37,7 @@ class Sequence:
     n_prompt: fixed at admission; positions of edits refer to it, also after preemption and recompute.
     n_computed: tokens whose keys and values lie in the cache.
     refs: the interventions it names, in composition order; `loaded`: those that are in host memory, by content hash.
-    edits: their rows in the bank while the sequence runs.
+    edits: their rows in the bank, as long as tokens that they may touch are to be computed.
     n_cached: prompt tokens that were found in the cache when the sequence first ran.
     order: place in the queue, lower first; kept when it is preempted.
     matcher: where in its grammar it is, for those that have one.

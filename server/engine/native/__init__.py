@@ -29,7 +29,7 @@ FLAGS = ["-O3", "-march=native", "-std=c++20", "-fopenmp", "-Wno-psabi", "-fno-m
 
 @functools.cache
 def load_kernels() -> None:
-    """Make `torch.ops.reftserve` available. The first time on a machine takes half a minute of compiling.
+    """Make `torch.ops.reftserve` available. The first time on a machine takes about 15 s of compiling.
 
     Raises EngineError when there is no compiler that can.
     """

@@ -25,6 +25,19 @@ constexpr float kResidualSteps = 254.0f;  // half a step is 127 of these
 // Up to so many rows a product is bound by reading its weights, which plain loops do faster than torch's product.
 constexpr int64_t kFewRows = 8;
 
+// Rows for which a channel's weights are read once, where plain loops take them all.
+constexpr int64_t kTile = 64;
+
+// Without these instructions torch's product is a loop that is many times slower than ours.
+bool has_fast_int_mm() {
+#if defined(__x86_64__)
+  static const bool has_vnni = __builtin_cpu_supports("avx512vnni");
+  return has_vnni;
+#else
+  return false;
+#endif
+}
+
 // products[row * stride] = x[row] . weight for M rows: each turn of the loop becomes a multiply-add of sixteen-bit pairs.
 template <int M>
 void dot_rows(const int16_t* __restrict x, const int8_t* __restrict weight, int64_t size, int32_t* __restrict products,
@@ -40,16 +53,23 @@ void dot_rows(const int16_t* __restrict x, const int8_t* __restrict weight, int6
 // integers [rows, size] times weight [out, size], exactly: [rows, out] int32.
 at::Tensor product(const at::Tensor& integers, const at::Tensor& weight) {
   const int64_t rows = integers.size(0), size = integers.size(1), out = weight.size(0);
-  if (rows > kFewRows) return at::_int_mm(integers, weight.t());
+  if (rows > kFewRows && has_fast_int_mm()) return at::_int_mm(integers, weight.t());
   at::Tensor products = at::empty({rows, out}, at::kInt);
   const at::Tensor wide = integers.to(at::kShort);
   const int16_t* x = wide.const_data_ptr<int16_t>();
   const int8_t* weights = weight.const_data_ptr<int8_t>();
   int32_t* to = products.data_ptr<int32_t>();
-  for_rows(out, size, [&](int64_t channel) {
-    const int8_t* row = weights + channel * size;
-    by_fours(rows, [&]<int M>(int64_t first) { dot_rows<M>(x + first * size, row, size, to + first * out + channel, out); });
-  });
+  for (int64_t tile = 0; tile < rows; tile += kTile) {
+    const int64_t count = std::min(kTile, rows - tile);
+    const int16_t* from = x + tile * size;
+    int32_t* first_row = to + tile * out;
+    for_rows(out, size * count, [&](int64_t channel) {
+      const int8_t* row = weights + channel * size;
+      by_fours(count, [&]<int M>(int64_t first) {
+        dot_rows<M>(from + first * size, row, size, first_row + first * out + channel, out);
+      });
+    });
+  }
   return products;
 }
 

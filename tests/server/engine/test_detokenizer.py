@@ -6,6 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import tiny_tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from reftserve.server.engine.detokenizer import Detokenizer
 
@@ -56,3 +58,18 @@ def test_a_possible_beginning_of_a_stop_string_is_held_back_until_it_is_none() -
 def test_hidden_tokens_are_not_shown(last: bool) -> None:
     detokenizer = Detokenizer(TOKENIZER, hidden_token_ids=[2])
     assert detokenizer.add([*TOKENIZER.encode("done"), 2], last=last) == "done"
+
+
+def sentencepiece_like(words: list[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer that marks word beginnings, and drops a space at the beginning of what it decodes, as Llama 2's."""
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=words[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def test_an_answer_that_begins_with_a_space_keeps_it() -> None:
+    tokenizer = sentencepiece_like(["?", "▁France", "▁is", "▁Paris", "▁indeed"])
+    assert tokenizer.decode([3, 4]) == "Paris indeed"
+    detokenizer = Detokenizer(tokenizer, prompt_ids=[1, 2])
+    assert detokenizer.add([3]) + detokenizer.add([4]) == " Paris indeed"

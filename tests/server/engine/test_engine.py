@@ -197,3 +197,28 @@ def test_an_intervention_that_overflows_is_an_error_of_its_request_and_leaves_no
     assert {name: run.tokens[name] for name in expected} == expected
     for each in (alone, engine):
         each.close()
+
+
+def test_interventions_of_prompts_make_room_for_others_while_their_answers_go_on(
+    tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    folders = [save_random(tmp_path / str(i), [(1, "f2+l2")], rank=4, seed=i) for i in range(4)]
+    engine = make_engine(tiny_llama_folder, bank_rows=9)  # row 0, and two of them
+    for index, folder in enumerate(folders):
+        engine.submit(request(str(index), PROMPT[:10], uses=[(folder, 1.0)], max_tokens=40))
+    while not engine.scheduler.running or engine.is_loading or engine.scheduler.waiting:
+        engine.step()
+    assert len(engine.scheduler.running) == 4
+    run = run_until_done(engine)
+    alone = make_engine(tiny_llama_folder)
+    for index, folder in enumerate(folders):
+        alone.submit(request(str(index), PROMPT[:10], uses=[(folder, 1.0)], max_tokens=40))
+        assert run_until_done(alone).tokens[str(index)][-len(run.tokens[str(index)]) :] == run.tokens[str(index)]
+    for each in (engine, alone):
+        each.close()
+
+
+def test_no_more_context_is_offered_than_the_cache_holds(tiny_llama_folder: Path) -> None:
+    engine = make_engine(tiny_llama_folder, blocks=16, block_size=4)
+    assert engine.runner.max_context == 64
+    engine.close()

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from reftserve.server.engine.logits import adjust, token_logprobs
+from reftserve.server.engine.logits import ArrivingLogprobs, adjust
 from reftserve.server.engine.sequence import Sequence
 
 VOCABULARY = 40
@@ -83,7 +83,7 @@ def test_a_request_that_asks_for_nothing_keeps_its_logits_to_the_bit() -> None:
 def test_log_probabilities_are_those_of_a_softmax_over_all_tokens(count: int) -> None:
     logits = random_logits(3)
     expected = torch.log_softmax(logits, -1)
-    for row, found in enumerate(token_logprobs(logits, [4, 5, 6], [count] * 3)):
+    for row, found in enumerate(ArrivingLogprobs(logits, torch.tensor([4, 5, 6]), [count] * 3).get()):
         assert found.token_id == 4 + row
         assert found.logprob == pytest.approx(float(expected[row, 4 + row]), abs=1e-5)
         best = expected[row].topk(count)

@@ -117,3 +117,16 @@ def test_a_request_cancelled_while_its_step_is_on_the_way_gets_no_more_tokens(ti
     assert run.finished["a"].finish_reason == "cancelled"
     assert (len(run.tokens["a"]), len(run.tokens["b"])) == (1, 5)
     engine.close()
+
+
+def test_who_waits_for_a_full_batch_does_not_hold_it_up(tiny_llama_folder: Path) -> None:
+    engine = make_engine(tiny_llama_folder, max_sequences=2, overlap=True)
+    for name in "abc":
+        engine.submit(request(name, PROMPT, max_tokens=20))
+    engine.step()
+    for _ in range(10):
+        engine.step()
+        assert len(engine.scheduler.waiting) == 1
+        assert engine._in_flight is not None
+    run_until_done(engine)
+    engine.close()
