@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import logging
 import os
 import socket
@@ -42,6 +43,9 @@ def serve(settings: Settings) -> None:
         logging.getLogger(__name__).info(
             "serving %s on http://%s:%d (documentation at /docs)", services.base.name, settings.host, port
         )
+        # As in the engine's process: Python's collector leaves alone what was made until here.
+        gc.collect()
+        gc.freeze()
         server.run(sockets=[listener])
     if failures:
         raise ServerError(failures[0])
