@@ -8,6 +8,7 @@ so a layer costs one gather, one batched low-rank product and one write, whateve
     h[rows] = x + y U[columns]                    each row belongs to exactly one group: the write is deterministic
 
 Groups are cut to at most `GROUP_ROWS` rows, and padded to the widest; padded columns point at the bank's zero row.
+Where the CPU has its kernels, `edit_rows` (native/edits.cpp) does it row by row.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ class LayerEdits:
     """Everything one layer needs: which packed rows, which columns of the bank, how strongly.
 
     rows: [groups, width] packed token rows, padded with 0. columns: [groups, rank] rows of the bank, padded with 0.
-    scale: [groups, 1, rank]. edited: [rows edited], what `rows` holds without its padding. valid: where in
-    [groups * width] these are; None when nothing is padded.
+    scale: [groups, rank]. edited: [rows edited], what `rows` holds without its padding. valid: where in
+    [groups * width] these are; None when nothing is padded. owners: [rows edited], each one's group.
     """
 
     rows: Tensor
@@ -43,7 +44,14 @@ class LayerEdits:
     scale: Tensor
     edited: Tensor
     valid: Tensor | None
+    owners: Tensor
     is_linear: bool
+
+    def apply_native(self, hidden: Tensor, bank: Bank) -> None:
+        """`apply` by the CPU's kernel, for float32: a row's result depends on nothing that is edited beside it."""
+        torch.ops.reftserve.edit_rows(
+            hidden, self.edited, self.owners, self.columns, self.scale, bank.A, bank.b, bank.U, bank.act
+        )
 
     def apply(self, hidden: Tensor, bank: Bank) -> None:
         """Edit hidden [tokens, hidden_size] in place; computed in the bank's float32, stored in hidden's dtype."""
@@ -51,7 +59,7 @@ class LayerEdits:
         y = torch.baddbmm(bank.b[self.columns].unsqueeze(1), x, bank.A[self.columns].transpose(1, 2))
         if not self.is_linear:
             y = activate(y, bank.act[self.columns].unsqueeze(1))
-        new = torch.baddbmm(x, y * self.scale, bank.U[self.columns]).flatten(0, 1)
+        new = torch.baddbmm(x, y * self.scale.unsqueeze(1), bank.U[self.columns]).flatten(0, 1)
         hidden.index_copy_(0, self.edited, (new if self.valid is None else new[self.valid]).to(hidden.dtype))
 
 
@@ -151,13 +159,14 @@ def _pack(groups: list[_Group], bank: Bank, device: torch.device) -> list[LayerE
     rows = np.zeros((len(groups), width), dtype=np.int64)
     valid = np.zeros((len(groups), width), dtype=bool)
     columns = np.zeros((layers, len(groups), rank), dtype=np.int64)
-    scale = np.zeros((layers, len(groups), 1, rank), dtype=np.float32)
+    scale = np.zeros((layers, len(groups), rank), dtype=np.float32)
     for index, group in enumerate(groups):
         rows[index, : len(group.rows)] = group.rows
         valid[index, : len(group.rows)] = True
         columns[:, index, : group.columns.shape[1]] = group.columns
-        scale[:, index, 0, : group.scales.shape[1]] = group.scales
+        scale[:, index, : group.scales.shape[1]] = group.scales
     packed_rows, edited = to_device(rows, device), to_device(rows[valid], device)
+    owners = to_device(np.repeat(np.arange(len(groups)), valid.sum(axis=1)), device)
     kept = None if valid.all() else to_device(np.flatnonzero(valid), device)
     is_linear = [bool(each.all()) for each in bank.is_linear[columns]]
     by_layer = zip(
@@ -166,4 +175,4 @@ def _pack(groups: list[_Group], bank: Bank, device: torch.device) -> list[LayerE
         is_linear,
         strict=True,
     )
-    return [LayerEdits(packed_rows, c, s, edited, kept, linear) for c, s, linear in by_layer]
+    return [LayerEdits(packed_rows, c, s, edited, kept, owners, linear) for c, s, linear in by_layer]

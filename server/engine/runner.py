@@ -80,6 +80,7 @@ class Runner:
             )
         if native:
             load_kernels()
+        self._native = native
         self.model = model
         self.device = model.device
         model.set_attn_implementation(ATTENTION)
@@ -202,7 +203,11 @@ class Runner:
             edits = self._edits.get(layer)
             if edits is not None:
                 hidden = output[0] if isinstance(output, tuple) else output
-                edits.apply(hidden.view(-1, hidden.shape[-1]), self.bank)
+                rows = hidden.view(-1, hidden.shape[-1])
+                if self._native and isinstance(edits, LayerEdits):
+                    edits.apply_native(rows, self.bank)
+                else:
+                    edits.apply(rows, self.bank)
 
         return hook
 

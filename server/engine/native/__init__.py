@@ -4,6 +4,7 @@ attention.cpp    paged_attention: a packed step against the cache, nothing gathe
 linear.cpp       pack_linear, linear: float32, each row the same to the bit in any batch
 int8.cpp         int8_linear, int8_gated_mlp: what stands around torch's integer product
 elementwise.cpp  rms_norm, gated_activation
+edits.cpp        edit_rows: a step's edits at one layer, nothing gathered
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch.utils import cpp_extension
 from reftserve.server.engine.errors import EngineError
 
 FOLDER = Path(__file__).parent
-SOURCES = ("attention.cpp", "linear.cpp", "int8.cpp", "elementwise.cpp")
+SOURCES = ("attention.cpp", "linear.cpp", "int8.cpp", "elementwise.cpp", "edits.cpp")
 HEADERS = ("vector.h", "activation.h")
 FLAGS = ["-O3", "-march=native", "-std=c++20", "-fopenmp", "-Wno-psabi", "-fno-math-errno"]
 

@@ -163,14 +163,16 @@ def assert_as_alone(
 
 
 @given(
+    my_uses=uses,
     plans=st.lists(planned, min_size=1, max_size=6),
     max_batch_tokens=st.integers(3, 64),
     prefix_cache=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_a_request_without_edits_gets_the_same_to_the_bit_in_any_float32_mixture(
+def test_a_request_gets_the_same_to_the_bit_in_any_float32_mixture(
     tiny_llama_folder: Path,
     artifacts: list[Path],
+    my_uses: list[tuple[int, float]],
     plans: list[Planned],
     max_batch_tokens: int,
     prefix_cache: bool,
@@ -178,7 +180,7 @@ def test_a_request_without_edits_gets_the_same_to_the_bit_in_any_float32_mixture
 ) -> None:
     rng = random.Random(seed)  # noqa: S311 - test data
     shared = [rng.randrange(3, 300) for _ in range(40)]
-    mine = request("mine", shared[:30], max_tokens=6)
+    mine = request("mine", shared[:30], uses=[(artifacts[index], scale) for index, scale in my_uses], max_tokens=6)
     submits = [
         request(
             str(i),
@@ -194,7 +196,9 @@ def test_a_request_without_edits_gets_the_same_to_the_bit_in_any_float32_mixture
     mixed = make_engine(
         tiny_llama_folder, max_batch_tokens=max_batch_tokens, blocks=60, bank_rows=120, prefix_cache=prefix_cache
     )
-    arrives = Planned(n_prompt=30, n_shared=30, max_tokens=6, uses=[], priority=0, arrives=seed % 4, cancelled=None)
+    arrives = Planned(
+        n_prompt=30, n_shared=30, max_tokens=6, uses=my_uses, priority=0, arrives=seed % 4, cancelled=None
+    )
     run_until_done(mixed, run_with_arrivals(mixed, [*plans, arrives], [*submits, mine]))
     for index in range(6):
         key = ("mine", 30 + index)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from architectures import tiny_model
+from engine_oracle import random_edit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_attention import chunk, plain_attention
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from reftserve.interventions import Activation, compose
 from reftserve.server.engine.attention import LayerShape
 from reftserve.server.engine.attention.native import NativeCache
 from reftserve.server.engine.errors import EngineError
@@ -106,6 +108,38 @@ def test_a_token_never_meets_what_overflowed_behind_it() -> None:
     out = cache.step(batch_of([chunk([2], 0, 12)])).attend(0, query, key, value, None, None)
     assert torch.equal(out[:11], torch.ones(11, 1, 16))
     assert not out[11].isfinite().any()
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    ranks=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    size=st.integers(1, 70),
+    edited=st.lists(st.tuples(st.integers(0, 11), st.integers(0, 3)), min_size=1, unique_by=lambda pair: pair[0]),
+    seed=st.integers(0, 1000),
+)
+def test_edits_in_place_are_those_of_the_reference_and_touch_no_other_row(
+    ranks: list[int], size: int, edited: list[tuple[int, int]], seed: int
+) -> None:
+    edits = [
+        random_edit(rank, size, seed + i, (seed + i) % len(Activation)).scaled(0.5 + i) for i, rank in enumerate(ranks)
+    ]
+    bank = compose(edits)
+    columns = torch.zeros(len(edits), max(ranks), dtype=torch.int64)
+    scale = torch.zeros(len(edits), max(ranks))
+    for group, edit in enumerate(edits):
+        columns[group, : edit.rank] = torch.arange(edit.rank) + sum(ranks[:group]) + 1
+        scale[group, : edit.rank] = edit.scale
+    # Row 0 of a bank is nobody's: what ends there never reads it.
+    pool = {name: torch.cat([getattr(bank, name)[:1] * 0 - 1, getattr(bank, name)]) for name in ("A", "b", "U", "act")}
+    hidden = torch.randn(12, size, generator=torch.Generator().manual_seed(seed))
+    expected = hidden.clone()
+    for row, group in edited:
+        expected[row] = edits[group % len(edits)].apply(hidden[row : row + 1])[0]
+    rows, owners = (torch.tensor(values) for values in zip(*edited, strict=True))
+    torch.ops.reftserve.edit_rows(hidden, rows, owners % len(edits), columns, scale, *pool.values())
+    torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-4)
+    untouched = sorted(set(range(12)) - set(rows.tolist()))
+    assert torch.equal(hidden[untouched], expected[untouched])
 
 
 @pytest.mark.parametrize("size", [1, 15, 16, 100])
