@@ -82,11 +82,10 @@ class Trainer:
             for number, (layer, positions, family) in enumerate(self.intervention.placed())
         ]
 
-    def batch(self) -> Batch:
+    def batch(self) -> list[EncodedExample]:
         """The examples of the next step."""
         epoch, index = divmod(self.step, self.steps_per_epoch)
-        examples = [self.splits.train[i] for i in self._epoch_batches(epoch)[index]]
-        return Batch(examples, {at for _, at in self.intervention.places}, at_random=self.plan.dropout > 0)
+        return [self.splits.train[i] for i in self._epoch_batches(epoch)[index]]
 
     def update(self, loss: float, tokens: int) -> StepMetrics:
         """Take the optimizer's step with the gradients that are there."""
@@ -205,7 +204,7 @@ class Trainer:
 def advance(trainers: Sequence[Trainer]) -> list[StepMetrics]:
     """One optimizer step of each trainer, all of one trunk, in passes that they share."""
     trunk = trainers[0].trunk
-    batches = [trainer.batch() for trainer in trainers]
+    batches = [Batch(t.batch(), t.plan.edited, at_random=t.plan.dropout > 0) for t in trainers]
     places = [trainer.places() for trainer in trainers]
     tokens = [sum(len(e.completion_ids) for e in batch.examples) for batch in batches]
     losses = [0.0] * len(trainers)
