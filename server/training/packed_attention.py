@@ -82,7 +82,9 @@ class _SideBySide:
         heads, _, dim = tensor.shape
         if self._is_dense:
             return tensor.reshape(heads, *self._padded.shape, dim).transpose(0, 1)
-        return tensor[:, self._padded].transpose(0, 1)
+        # Whole rows: the gradient of an index into a later dimension is far slower.
+        by_row = tensor.transpose(0, 1).flatten(1).index_select(0, self._padded.flatten())
+        return by_row.view(*self._padded.shape, heads, dim).transpose(1, 2)
 
     def attend(
         self,

@@ -24,6 +24,10 @@ from torch import Tensor
 from reftserve.interventions import Positions
 from reftserve.server.training.data import EncodedExample
 
+# A beginning in common gets rows of its own from this part of the longest example on: attention to it goes through a
+# mask, which on the CPU costs a long example more than the rows of a short beginning.
+LEAST_PART = 1 / 8
+
 
 @dataclass(frozen=True)
 class Span:
@@ -63,7 +67,7 @@ class Batch:
     def families(self, spans: Iterable[Span]) -> list[list[Span]]:
         """Spans of this batch's examples; those that begin alike get a parent for what they have in common."""
         return [
-            family if len(family) == 1 else _with_parent(family, length)
+            _with_parent(family, length)
             for family, length in _alike([(span, self._comparable(span)) for span in spans])
         ]
 
@@ -112,7 +116,9 @@ def _common(one: NDArray[np.int64], other: NDArray[np.int64]) -> int:
     return int(different[0]) if len(different) else shorter
 
 
-def _with_parent(family: Sequence[Span], length: int) -> list[Span]:
+def _with_parent(family: list[Span], length: int) -> list[Span]:
+    if len(family) == 1 or length < LEAST_PART * max(span.rows for span in family):
+        return family
     parent = replace(family[0], stop=length)
     return [replace(span, start=length, parent=parent) for span in family]
 

@@ -81,3 +81,9 @@ def test_kept_prefixes_are_no_matter_of_families() -> None:
     batch = Batch([EncodedExample((1, 2, 3, 20 + i), (2,)) for i in range(3)])
     spans = [Span(example, 2, example.length - 1) for example in batch.examples]
     assert [span for family in batch.families(spans) for span in family] == spans
+
+
+def test_a_beginning_that_is_a_small_part_of_long_examples_is_not_worth_rows_of_its_own() -> None:
+    for count, worth in ((20, True), (300, False)):
+        batch = Batch([EncodedExample((1, 2, 3, 4, *range(i, i + count)), (2,)) for i in range(20, 23)])
+        assert [family[0].parent is not None for family in batch.families(whole(batch))] == [worth]
