@@ -26,8 +26,9 @@ from torch.nn import functional
 from reftserve.interventions import PlacedEdit, Positions, TrainableIntervention
 from reftserve.server.training.data import EncodedExample, Splits
 from reftserve.server.training.evaluation import Score
-from reftserve.server.training.packed import PackedRows, RowEdit
+from reftserve.server.training.packed import RowEdit
 from reftserve.server.training.recipe import Plan
+from reftserve.server.training.spans import Batch, PackedRows
 from reftserve.server.training.trunk import Trunk
 
 BUCKET_BATCHES = 16
@@ -124,11 +125,10 @@ class Trainer:
         """Score examples with edits; without any, that is the base."""
         places: list[Place] = [(e.layer, e.positions, e.edit.to(self.trunk.packed.device).delta) for e in edits]
         score = Score()
-        for numbers in self.trunk.passes(examples, MAX_ROWS):
-            chosen = [examples[i] for i in numbers]
-            rows = PackedRows([self.trunk.span(e) for e in chosen], self.trunk.packed.device)
-            logits = self.trunk.logits(rows, _row_edits(rows, [places] * len(chosen)))
-            score.add(logits, rows.labels, [len(e.completion_ids) for e in chosen])
+        for spans in self.trunk.passes([Batch(examples, {e.positions for e in edits})], MAX_ROWS):
+            rows = PackedRows(spans, self.trunk.packed.device)
+            logits = self.trunk.logits(rows, _row_edits(rows, [places]))
+            score.add(logits, rows.labels, [span.targets for span in rows.scored])
         return score.means()
 
     def save(self, folder: Path, name: str = "state") -> None:
@@ -204,44 +204,40 @@ class Trainer:
 def advance(trainers: Sequence[Trainer]) -> list[StepMetrics]:
     """One optimizer step of each trainer, all of one trunk, in passes that they share."""
     trunk = trainers[0].trunk
-    batches = [trainer.batch() for trainer in trainers]
+    batches = [Batch(t.batch(), t.plan.edited, at_random=t.plan.dropout > 0) for t in trainers]
     places = [trainer.places() for trainer in trainers]
-    owners = [owner for owner, batch in enumerate(batches) for _ in batch]
-    examples = [example for batch in batches for example in batch]
-    tokens = [sum(len(e.completion_ids) for e in batch) for batch in batches]
+    tokens = [sum(len(e.completion_ids) for e in batch.examples) for batch in batches]
     losses = [0.0] * len(trainers)
     for trainer in trainers:
         trainer.intervention.train()
-    for numbers in trunk.passes(examples, MAX_ROWS):
-        chosen = [examples[i] for i in numbers]
-        rows = PackedRows([trunk.span(e) for e in chosen], trunk.packed.device)
-        logits = trunk.logits(rows, _row_edits(rows, [places[owners[i]] for i in numbers]))
+    for spans in trunk.passes(batches, MAX_ROWS):
+        rows = PackedRows(spans, trunk.packed.device)
+        logits = trunk.logits(rows, _row_edits(rows, places))
         each = functional.cross_entropy(logits.float(), rows.labels, reduction="none")
-        counts = [len(e.completion_ids) for e in chosen]
+        counts = [span.targets for span in rows.scored]
         # A trainer's loss is the mean over all its tokens of the step, whatever the passes.
-        shares = torch.tensor([1 / tokens[owners[i]] for i in numbers], device=each.device)
+        shares = torch.tensor([1 / tokens[span.batch] for span in rows.scored], device=each.device)
         weighted = each * shares.repeat_interleave(torch.tensor(counts, device=each.device))
         weighted.sum().backward()  # type: ignore[no-untyped-call]
         sums = torch.stack([part.sum() for part in torch.split(weighted.detach(), counts)]).tolist()
-        for i, loss in zip(numbers, sums, strict=True):
-            losses[owners[i]] += loss
+        for span, loss in zip(rows.scored, sums, strict=True):
+            losses[span.batch] += loss
     return [t.update(loss, count) for t, loss, count in zip(trainers, losses, tokens, strict=True)]
 
 
 def _row_edits(rows: PackedRows, places: Sequence[Sequence[Place]]) -> dict[int, list[RowEdit]]:
-    """What a pass adds where. places: of each span, the same list for spans of one owner."""
+    """What a pass adds where. places: of each batch."""
     touched: defaultdict[tuple[int, Positions], list[Tensor]] = defaultdict(list)
-    owners = {id(at): at for at in places}
-    for span, offset, at in zip(rows.spans, rows.offsets, places, strict=True):
-        for positions in {positions for _, positions, _ in at}:
+    for span, offset in zip(rows.spans, rows.offsets, strict=True):
+        for positions in {positions for _, positions, _ in places[span.batch]}:
             indices = positions.indices(len(span.example.prompt_ids), span.start, span.stop)
-            touched[id(at), positions].append(torch.from_numpy(indices) + (offset - span.start))
-    index = {key: torch.cat(parts).to(rows.input_ids.device) for key, parts in touched.items()}
+            touched[span.batch, positions].append(torch.from_numpy(indices) + (offset - span.start))
+    index = {key: torch.cat(parts).to(rows.device) for key, parts in touched.items()}
     edits: defaultdict[int, list[RowEdit]] = defaultdict(list)
-    for owner, at in owners.items():
+    for number, at in enumerate(places):
         for layer, positions, delta in at:
-            if len(index[owner, positions]):
-                edits[layer].append(RowEdit(index[owner, positions], delta))
+            if (number, positions) in index and len(index[number, positions]):
+                edits[layer].append(RowEdit(index[number, positions], delta))
     return dict(edits)
 
 

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from reftserve.interventions import Positions
 from reftserve.server.training.data import EncodedExample
-from reftserve.server.training.packed import PackedModel, PackedRows, RowEdit, Span
+from reftserve.server.training.packed import PackedModel, RowEdit
+from reftserve.server.training.spans import Batch, PackedRows, Span, in_passes
 
 FILL_ROWS = 1024  # tokens of one pass while the trunk is filled
 FILE_NUMBERS = 64 << 20  # float32 numbers in one file of the disk tier
@@ -59,10 +60,11 @@ class Arena:
 class Kept:
     """One example's constants.
 
-    hidden: [rows, hidden]. before: keys and values of each layer above the lowest edited one,
-    [2, kv_heads, start, dim]; empty where spans begin their examples.
+    hidden: of the tokens from `start` on, [rows, hidden]. before: keys and values of each layer above the lowest edited
+    one, [2, kv_heads, start, dim]; empty where spans begin their examples.
     """
 
+    start: int
     hidden: Tensor
     before: tuple[Tensor, ...]
 
@@ -111,10 +113,11 @@ class Trunk:
 
     def fill(self, examples: Iterable[EncodedExample], poll: Callable[[], object] = lambda: None) -> None:
         """Compute and keep what is not there yet, as far as there is room. poll: called between passes; may raise."""
-        missing = sorted({e for e in examples if e not in self._kept}, key=lambda e: (e.length, e.prompt_ids))
-        for group in _by_rows([Span(example, 0) for example in missing], FILL_ROWS):
+        missing = Batch(list(dict.fromkeys(e for e in examples if e not in self._kept)))
+        families = missing.families(Span(example, 0, example.length - 1) for example in missing.examples)
+        for spans in in_passes(families, FILL_ROWS):
             poll()
-            if not self._fill(group):
+            if not self._fill(spans):
                 return
 
     def logits(self, rows: PackedRows, edits: dict[int, list[RowEdit]]) -> Tensor:
@@ -122,61 +125,50 @@ class Trunk:
         kept = [self._kept[span.example] for span in rows.spans if span.example in self._kept]
         if not kept:
             return self.packed.logits(rows, edits)
+        pairs = zip(rows.spans, kept, strict=True)
+        hidden = [each.hidden[span.start - each.start : span.stop - each.start] for span, each in pairs]
         return self.packed.logits(
             rows,
             edits,
             prefixes=_KeptPrefixes(kept, self.lowest + 1) if self._has_prefixes else None,
-            begin=(self.lowest, torch.cat([each.hidden for each in kept])),
+            begin=(self.lowest, torch.cat(hidden)),
         )
 
-    def passes(self, examples: Sequence[EncodedExample], max_rows: int) -> list[list[int]]:
-        """Numbers of the examples that one forward pass computes together; those of like length meet.
+    def passes(self, batches: Sequence[Batch], max_rows: int) -> list[list[Span]]:
+        """What one forward pass computes together: all examples of the batches, in passes of up to `max_rows` rows.
 
-        A pass has up to `max_rows` rows, unless a single example has more.
+        The examples of a pass are all kept, or none is.
         """
-        groups: list[list[int]] = []
+        passes: list[list[Span]] = []
         for is_kept in (True, False):
-            chosen = [i for i, e in enumerate(examples) if (e in self._kept) is is_kept]
-            chosen.sort(key=lambda i: self.span(examples[i]).rows)
-            spans = [self.span(examples[i]) for i in chosen]
-            counts = [len(group) for group in _by_rows(spans, max_rows)]
-            for count in counts:
-                groups.append(chosen[:count])
-                chosen = chosen[count:]
-        return groups
+            families: list[list[Span]] = []
+            for number, batch in enumerate(batches):
+                chosen = [example for example in batch.examples if (example in self._kept) is is_kept]
+                families += batch.families(self.span(example, number) for example in chosen)
+            passes += in_passes(families, max_rows)
+        return passes
 
-    def span(self, example: EncodedExample) -> Span:
-        """The tokens of an example that a pass computes."""
-        return Span(example, self.start(example) if example in self._kept else 0)
+    def span(self, example: EncodedExample, batch: int = 0) -> Span:
+        """The tokens of an example that are not constant in all layers."""
+        return Span(example, self.start(example) if example in self._kept else 0, example.length - 1, batch)
 
     def _fill(self, spans: Sequence[Span]) -> bool:
         """Whether there was room for all of them."""
         rows = PackedRows(spans, self.packed.device)
-        starts = [self.start(span.example) for span in spans]
+        starts = [self.start(span.example) for span in rows.scored]
+        tokens = [rows.with_parent(number) for number, span in enumerate(rows.spans) if span.targets]
         before: list[list[Tensor]] = []
 
         def seen(layer: int, key: Tensor, value: Tensor) -> None:
             both = torch.stack([key, value])
-            before.append([both[:, :, o : o + s] for o, s in zip(rows.offsets, starts, strict=True)])
+            before.append([both[:, :, at[:start]] for at, start in zip(tokens, starts, strict=True)])
 
         hidden = self.packed.constants(rows, self.lowest, seen, above=self._has_prefixes)
-        for index, (span, offset, start) in enumerate(zip(spans, rows.offsets, starts, strict=True)):
-            parts = [hidden[offset + start : offset + span.rows], *(layer[index] for layer in before)]
+        for index, (span, at, start) in enumerate(zip(rows.scored, tokens, starts, strict=True)):
+            parts = [hidden[at[start:]], *(layer[index] for layer in before)]
             kept = [self._arena.keep(part) for part in parts]
             if any(part is None for part in kept):
                 return False
             found = [part for part in kept if part is not None]
-            self._kept[span.example] = Kept(found[0], tuple(found[1:]))
+            self._kept[span.example] = Kept(start, found[0], tuple(found[1:]))
         return True
-
-
-def _by_rows(spans: Sequence[Span], max_rows: int) -> list[list[Span]]:
-    groups: list[list[Span]] = []
-    size = 0
-    for span in spans:
-        if not groups or size + span.rows > max_rows:
-            groups.append([])
-            size = 0
-        groups[-1].append(span)
-        size += span.rows
-    return groups

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import torch
 
 from reftserve.server.training.data import EncodedExample
@@ -36,3 +38,12 @@ def examples(count: int, seed: int, vocabulary: int = 300, tail: int = 0) -> lis
         return tuple(torch.randint(3, vocabulary, (length,), generator=generator).tolist())
 
     return [EncodedExample(draw(2, 12), (7 + i % 2, 2, *draw(0, tail + 1))) for i in range(count)]
+
+
+def beginning_alike(data: list[EncodedExample], seed: int, common: int, vocabulary: int = 100) -> list[EncodedExample]:
+    """The examples, each begun with one of two random texts of `common` tokens, or with a part of it."""
+    draw = random.Random(seed)  # noqa: S311 - data for a test, not a secret
+    texts = [tuple(draw.randrange(3, vocabulary) for _ in range(common)) for _ in range(2)]
+    cuts = [draw.choice([common, draw.randint(0, common)]) for _ in data]
+    begun = [draw.choice(texts)[:cut] for cut in cuts]
+    return [EncodedExample(text + e.prompt_ids, e.completion_ids) for text, e in zip(begun, data, strict=True)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from architectures import ARCHITECTURES, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_training import plain_loss
-from training_data import examples, plan
+from training_data import beginning_alike, examples, plan
 from transformers import PreTrainedModel
 
 from reftserve.interventions import FAMILIES, Positions, TrainableIntervention
@@ -21,7 +23,7 @@ from reftserve.server.training.trainer import Trainer, advance
 from reftserve.server.training.trunk import Arena, Trunk
 
 TOLERANCE = 1e-5
-POSITIONS = ["l1", "l3", "f1+l1", "f2+l2", "f3", "prompt", "generated", "all"]
+POSITIONS = ["l1", "l3", "f1+l1", "f2+l2", "f3", "f4+l9", "prompt", "generated", "all"]
 PLENTY = 1 << 30
 
 
@@ -79,7 +81,7 @@ def assert_equal(one: tuple[float, list[torch.Tensor]], other: tuple[float, list
         torch.testing.assert_close(found, expected, atol=TOLERANCE * scale, rtol=0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     architecture=st.sampled_from(ARCHITECTURES),
     family=st.sampled_from(sorted(FAMILIES)),
@@ -87,7 +89,8 @@ def assert_equal(one: tuple[float, list[torch.Tensor]], other: tuple[float, list
     layers=st.sets(st.integers(0, 2), min_size=1),
     tied=st.booleans(),
     room=st.sampled_from(["none", "some", "disk", "plenty"]),
-    max_rows=st.sampled_from([5, 2048]),
+    max_rows=st.sampled_from([5, 40, 2048]),
+    common=st.integers(0, 20),
     seed=st.integers(0, 1000),
 )
 def test_gradients_equal_those_of_the_plain_computation(
@@ -100,6 +103,7 @@ def test_gradients_equal_those_of_the_plain_computation(
     tied: bool,
     room: str,
     max_rows: int,
+    common: int,
     seed: int,
 ) -> None:
     plain, packed = models[architecture]
@@ -112,7 +116,7 @@ def test_gradients_equal_those_of_the_plain_computation(
         batch_size=6,
         max_grad_norm=1e9,
     )
-    data = examples(6, seed, vocabulary=100, tail=2)
+    data = beginning_alike(examples(6, seed, vocabulary=100, tail=2), seed, common)
     arenas = {
         "none": lambda: Arena(0),
         "some": lambda: Arena(6_000),
@@ -132,31 +136,43 @@ def test_gradients_equal_those_of_the_plain_computation(
 @given(
     layers=st.lists(st.integers(0, 2), min_size=2, max_size=3),
     positions=st.lists(st.sampled_from(POSITIONS), min_size=3, max_size=3),
+    room=st.sampled_from([0, PLENTY]),
+    max_rows=st.sampled_from([40, 2048]),
+    common=st.integers(0, 20),
     seed=st.integers(0, 1000),
 )
 def test_trials_that_share_passes_learn_exactly_what_each_learns_alone(
-    models: dict[str, tuple[PreTrainedModel, PackedModel]], layers: list[int], positions: list[str], seed: int
+    models: dict[str, tuple[PreTrainedModel, PackedModel]],
+    layers: list[int],
+    positions: list[str],
+    room: int,
+    max_rows: int,
+    common: int,
+    seed: int,
 ) -> None:
     _, packed = models["llama"]
-    data = examples(7, seed, vocabulary=100, tail=2)
+    data = beginning_alike(examples(7, seed, vocabulary=100, tail=2), seed, common)
     runs = [
         plan(layers=[layer], positions=at, tied=True, dropout=0.0, rank=1 + number, max_grad_norm=1e9)
         for number, (layer, at) in enumerate(zip(layers, positions, strict=False))
     ]
-    shared = Trunk(packed, min(layers), {Positions.parse(at) for at in positions}, Arena(PLENTY))
+    shared = Trunk(packed, min(layers), {Positions.parse(at) for at in positions}, Arena(room))
     shared.fill(data)
-    together = gradients([trainer_of(shared, run, data, seed=number) for number, run in enumerate(runs)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("reftserve.server.training.trainer.MAX_ROWS", max_rows)
+        together = gradients([trainer_of(shared, run, data, seed=number) for number, run in enumerate(runs)])
     for number, (run, found) in enumerate(zip(runs, together, strict=True)):
         alone = trainer_of(trunk_of(packed, run, data, Arena(PLENTY)), run, data, seed=number)
         assert_equal(found, gradients([alone])[0])
 
 
+@pytest.mark.parametrize("positions", ["l1", "f3+l2"])
 def test_scores_from_a_trunk_are_those_of_the_plain_model(
-    models: dict[str, tuple[PreTrainedModel, PackedModel]],
+    models: dict[str, tuple[PreTrainedModel, PackedModel]], positions: str
 ) -> None:
     plain, packed = models["gemma3"]
-    run = plan(layers=[1], positions="l1", tied=True)
-    data = examples(5, 3, vocabulary=100, tail=2)
+    run = plan(layers=[1], positions=positions, tied=True)
+    data = beginning_alike(examples(5, 3, vocabulary=100, tail=2), 3, common=12)
     trainer = trainer_of(trunk_of(packed, run, data, Arena(PLENTY)), run, data)
     for edits in ((), trainer.intervention.lower()):
         with torch.no_grad():
@@ -171,6 +187,35 @@ def test_a_suffix_only_pass_computes_the_last_prompt_token_and_the_completion(
     data = examples(4, 1, vocabulary=100, tail=2)
     trunk = trunk_of(packed, plan(layers=[1], positions="l1"), data, Arena(PLENTY))
     assert [trunk.span(e).rows for e in data] == [len(e.completion_ids) for e in data]
+
+
+@pytest.mark.parametrize(("dropout", "rows_in_common"), [(0.0, 20), (0.5, 0)])
+@pytest.mark.parametrize("trials", [1, 3])
+def test_what_all_examples_of_a_step_begin_with_is_computed_once_unless_dropout_changes_it(
+    models: dict[str, tuple[PreTrainedModel, PackedModel]], dropout: float, rows_in_common: int, trials: int
+) -> None:
+    _, packed = models["llama"]
+    text = tuple(range(10, 30))
+    data = [EncodedExample((*text, 40 + i, 50, 51), (7, 2)) for i in range(4)]
+    run = plan(layers=[1], positions="f7+l2", dropout=dropout, batch_size=4)
+    trunk = trunk_of(packed, run, data, Arena(PLENTY))
+    trainers = [trainer_of(trunk, run, data, seed=number) for number in range(trials)]
+    with counted_rows(packed) as rows:
+        advance(trainers)
+        trainers[0].evaluate(data, trainers[0].intervention.lower())
+    all_rows = sum(example.length - 1 for example in data)
+    assert rows == [trials * (all_rows - 3 * rows_in_common), all_rows - 3 * 20]
+
+
+@contextmanager
+def counted_rows(packed: PackedModel) -> Iterator[list[int]]:
+    """How many rows each pass inside computes."""
+    counts: list[int] = []
+    handle = packed.layers[-1].register_forward_hook(lambda module, inputs, output: counts.append(inputs[0].shape[1]))
+    try:
+        yield counts
+    finally:
+        handle.remove()
 
 
 def test_a_trunk_refuses_a_trainer_whose_edits_would_change_what_it_keeps(
