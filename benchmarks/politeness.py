@@ -54,9 +54,7 @@ def gaps(server: RunningServer, streams: int, seconds: float) -> list[float]:
     return found
 
 
-def begin_job(
-    client: Client, server: RunningServer, positions: str, data: Path = DATA, batch_size: int = 10
-) -> Job:
+def begin_job(client: Client, server: RunningServer, positions: str, data: Path = DATA, batch_size: int = 10) -> Job:
     """A job of rank 4 at all layers that has taken its first step and goes on until it is cancelled."""
     plan = {"layers": "all", "positions": positions, "rank": 4, "n_epochs": 1000, "batch_size": batch_size}
     job = client.train(data, name="polite", **plan)
