@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from reftserve.server.engine.linears import Int8Linear, PackedLinear
+from reftserve.server.engine.int8 import Int8Linear
 from reftserve.server.engine.native import load_kernels
+from reftserve.server.engine.packed_linear import PackedLinear
 
 
 class OneDnnLinear(nn.Module):

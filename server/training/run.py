@@ -83,7 +83,6 @@ class Runs:
             # As text: a record that keeps the exception keeps the trainer with it.
             logger.warning("%s", str(cause))
         finally:
-            self._packed.release()
             _free_memory()
 
     def begin(self, lease: Lease) -> Sweep:
