@@ -27,8 +27,9 @@ class PackedLinear(nn.Module):
         self.weight = nn.Parameter(_side_by_side([_panels(layer) for layer in layers]), requires_grad=False)
         bias = joined_bias(layers)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self.sizes = [layer.out_features for layer in layers]
-        self.in_features, self.out_features = layers[0].in_features, sum(self.sizes)
+        self.sizes: list[int] = [layer.out_features for layer in layers]
+        self.in_features: int = layers[0].in_features
+        self.out_features: int = sum(self.sizes)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in] -> [..., out of all layers]."""

@@ -100,7 +100,7 @@ def _write(file: Path, parameters: Sequence[Tensor]) -> None:
         with partial.open("wb") as opened:
             for offset, parameter in zip(offsets, parameters, strict=True):
                 opened.seek(offset)
-                opened.write(_bytes(parameter).numpy())
+                opened.write(_bytes(parameter).numpy().data)
             opened.truncate(size)
         partial.chmod(0o444)
         partial.replace(file)
