@@ -31,9 +31,10 @@ sys.path.append(str(w.ROOT / "tests" / "support"))  # starts servers for tests
 from running_server import RunningServer, running_server
 
 MODULES = {"engine": "reftserve.server.engine.process", "worker": "reftserve.server.training.worker"}
-EXAMPLES, PROMPT_TOKENS = 40, 450
+EXAMPLES = 24
 COMPLETION = "It was a long night, and the light never went out. " * 4
-STREAMS, SERVE_S, SAMPLE_S, SETTLE_S = 4, 5.0, 0.5, 3.0
+STREAMS, SERVE_S, SAMPLE_S = 4, 5.0, 0.5
+SETTLED_S, SETTLED_BYTES = 5.0, 10 << 20
 PARTS = ("*.safetensors", "*.weights", "other files", "anonymous")
 COLUMNS = ("RSS", "USS", "PSS", *PARTS)
 
@@ -75,6 +76,15 @@ class Watch:
     def now(self) -> dict[str, Sizes]:
         """Sizes by process."""
         return {name: sizes(process) for name, process in self._processes.items()}
+
+    def settled(self) -> dict[str, Sizes]:
+        """Sizes once nothing has changed for a while: a worker lets a cancelled job go when its step is done."""
+        found = self.now()
+        while True:
+            time.sleep(SETTLED_S)
+            before, found = found, self.now()
+            if all(abs(found[name]["PSS"] - before[name]["PSS"]) < SETTLED_BYTES for name in found):
+                return found
 
     @contextmanager
     def peaks(self) -> Iterator[dict[str, Sizes]]:
@@ -126,8 +136,7 @@ def main() -> None:
         client, watch = Client(server.url), Watch(server)
         file = data_set(Path(scratch), args.tokens)
         gaps(server, STREAMS, SERVE_S)
-        time.sleep(SETTLE_S)
-        idle = watch.now()
+        idle = watch.settled()
         show("idle", idle)
         for where in args.positions:
             with watch.peaks() as largest:
@@ -137,10 +146,8 @@ def main() -> None:
             job.cancel()
             while not job.refresh().has_ended:
                 time.sleep(0.1)
-            time.sleep(SETTLE_S)
-            after = watch.now()["worker"]
-            show(f"after the job at {where}", {"worker": after})
-            over = [(row["PSS"] - idle["worker"]["PSS"]) / 1e6 for row in (largest["worker"], after)]
+            rows = (largest["worker"], watch.settled()["worker"])
+            over = [(row["PSS"] - idle["worker"]["PSS"]) / 1e6 for row in rows]
             print(f"\nworker over idle: {over[0]:.0f} MB at its peak, {over[1]:.0f} MB afterwards")
 
 
