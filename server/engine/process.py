@@ -28,6 +28,7 @@ from reftserve.server.engine.messages import Cancel, Fatal, FromEngine, Ready, S
 from reftserve.server.engine.runner import Runner
 from reftserve.server.engine.structured import GrammarCompiler
 from reftserve.server.engine.weights import load_base
+from reftserve.server.memory import give_back_memory
 from reftserve.server.settings import LOG_FORMAT
 
 LOADING_POLL_MS = 1
@@ -108,6 +109,7 @@ def build(config: EngineConfig) -> tuple[Engine, Ready]:
         device=str(device),
         dtype=str(model.dtype).removeprefix("torch."),
     )
+    give_back_memory()
     return engine, ready
 
 

@@ -22,6 +22,7 @@ from sqlalchemy.exc import DBAPIError
 from reftserve.server.base_model import Base, open_base, resolve_device, resolve_dtype
 from reftserve.server.engine.weights import load_base
 from reftserve.server.errors import StorageFull
+from reftserve.server.memory import give_back_memory
 from reftserve.server.registry.store import Store, open_store
 from reftserve.server.settings import LOG_FORMAT, Settings
 from reftserve.server.training.data import count_examples
@@ -99,6 +100,7 @@ def open_runs(settings: Settings, store: Store, base: Base, leases: Leases) -> t
         trunk_disk_bytes=settings.trunk_disk_bytes,
         scratch=settings.data,
     )
+    give_back_memory()
     return runs, files
 
 
