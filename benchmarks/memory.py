@@ -34,7 +34,7 @@ MODULES = {"engine": "reftserve.server.engine.process", "worker": "reftserve.ser
 EXAMPLES = 24
 COMPLETION = "It was a long night, and the light never went out. " * 4
 STREAMS, SERVE_S, SAMPLE_S = 4, 5.0, 0.5
-SETTLED_S, SETTLED_BYTES = 5.0, 10 << 20
+SETTLED_S, IDLE_PERCENT = 5.0, 5.0
 PARTS = ("*.safetensors", "*.weights", "other files", "anonymous")
 COLUMNS = ("RSS", "USS", "PSS", *PARTS)
 
@@ -78,13 +78,10 @@ class Watch:
         return {name: sizes(process) for name, process in self._processes.items()}
 
     def settled(self) -> dict[str, Sizes]:
-        """Sizes once nothing has changed for a while: a worker lets a cancelled job go when its step is done."""
-        found = self.now()
-        while True:
-            time.sleep(SETTLED_S)
-            before, found = found, self.now()
-            if all(abs(found[name]["PSS"] - before[name]["PSS"]) < SETTLED_BYTES for name in found):
-                return found
+        """Sizes once nobody has anything to do: a worker lets a cancelled job go when its step is done."""
+        while any(process.cpu_percent(SETTLED_S) > IDLE_PERCENT for process in self._processes.values()):
+            pass
+        return self.now()
 
     @contextmanager
     def peaks(self) -> Iterator[dict[str, Sizes]]:

@@ -88,7 +88,10 @@ def _mapped(file: Path, parameters: Sequence[Tensor]) -> list[Tensor] | None:
         for offset, parameter in zip(offsets, parameters, strict=True)
     ]
     pairs = zip(found, parameters, strict=True)
-    return found if all(torch.equal(_bytes(one), _bytes(other)) for one, other in pairs) else None
+    if not all(torch.equal(_bytes(one), _bytes(other)) for one, other in pairs):
+        return None
+    mapping.madvise(mmap.MADV_DONTNEED)  # who does not compute from them, as an int8 engine, should not count as a user
+    return found
 
 
 def _write(file: Path, parameters: Sequence[Tensor]) -> None:

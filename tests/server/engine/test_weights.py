@@ -34,11 +34,13 @@ CHILD = """
 import sys
 from pathlib import Path
 import torch
+from reftserve.interventions import model_checksum
 from reftserve.server.engine.weights import load_base
 print("begins", flush=True)
 sys.stdin.readline()
 folder, shared = Path(sys.argv[1]), Path(sys.argv[2])
 model = load_base(folder, torch.float32, torch.device("cpu"), native_kernels=True, shared=shared)
+model_checksum(model)  # reads every page
 print("maps", flush=True)
 if sys.stdin.readline() == "write\\n":
     next(model.parameters()).zero_()
