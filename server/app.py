@@ -94,6 +94,7 @@ def create_app(services: Services, on_engine_failure: Callable[[str], None]) -> 
 def _engine_config(settings: Settings, base: Base) -> EngineConfig:
     return EngineConfig(
         model_folder=str(base.folder),
+        weights_folder=str(settings.weights_folder),
         device=settings.device,
         dtype=settings.dtype,
         quantization=settings.quantization,

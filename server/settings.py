@@ -116,6 +116,11 @@ class Settings(BaseSettings):
         return self.database_url or f"sqlite:///{self.data.resolve() / 'reftserve.db'}"
 
     @property
+    def weights_folder(self) -> Path:
+        """Where the file of the base's weights is that all processes map on the CPU."""
+        return self.data.resolve() / "weights"
+
+    @property
     def resolved_blob_url(self) -> str:
         """Fsspec URL below which files and artifacts are kept."""
         return self.blob_url or str(self.data.resolve() / "blobs")

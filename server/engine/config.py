@@ -8,9 +8,13 @@ import msgspec
 
 
 class EngineConfig(msgspec.Struct, frozen=True):
-    """Sizes and places of one engine. Every field comes from `Settings`, already resolved."""
+    """Sizes and places of one engine. Every field comes from `Settings`, already resolved.
+
+    weights_folder: where the file of the base's weights is that all processes map on the CPU; None: they are private.
+    """
 
     model_folder: str
+    weights_folder: str | None = None
     device: str = "cpu"
     dtype: str = "float32"
     threads: int | None = None

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reftserve.server.engine.linears import Int8Weight, PackedLinear
+from reftserve.server.engine.int8 import Int8Weight
+from reftserve.server.engine.packed_linear import PackedLinear, is_linear
 
 # The numbers of native/activation.h, by what `torch.nn.functional` computes for them.
 ACTIVATIONS: dict[int, Callable[[Tensor], Tensor]] = {
@@ -51,7 +52,7 @@ class FusedMLP(nn.Module):
 
 
 class Int8FusedMLP(nn.Module):
-    """The same in integers (`linears.Int8Linear`), `down` precise."""
+    """The same in integers (`int8.Int8Linear`), `down` precise."""
 
     def __init__(self, gate_up: Int8Weight, down: Int8Weight, activation: int) -> None:
         super().__init__()
@@ -68,7 +69,7 @@ class Int8FusedMLP(nn.Module):
 
 @torch.inference_mode()
 def fuse_modules(model: nn.Module, *, int8: bool) -> None:
-    """Replace a float32 model's norms and gated MLPs by their fused forms. Linear layers must still be plain."""
+    """Replace a float32 model's norms and gated MLPs by their fused forms. Its linear layers are plain, or packed."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             fused = _norm(child) or _mlp(child, int8=int8)
@@ -95,7 +96,7 @@ def _norm(module: nn.Module) -> FusedRMSNorm | None:
 def _mlp(module: nn.Module, *, int8: bool) -> nn.Module | None:
     parts = dict(module.named_children())
     layers = [parts.get(f"{name}_proj") for name in ("gate", "up", "down")]
-    linears = [layer for layer in layers if type(layer) is nn.Linear]
+    linears = [layer for layer in layers if is_linear(layer)]
     if len(linears) < len(layers):
         return None
     gate, up, down = linears

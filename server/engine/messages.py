@@ -83,7 +83,6 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     max_context: int
     device: str
     dtype: str
-    weights_checksum: str
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True):

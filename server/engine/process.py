@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import logging
 import os
 import signal
 import sys
@@ -19,14 +20,17 @@ import msgspec
 import torch
 import zmq
 
-from reftserve.interventions import InterventionError, model_checksum
-from reftserve.server.base_model import eos_token_ids, load_model, load_tokenizer, resolve_device, resolve_dtype
+from reftserve.interventions import InterventionError
+from reftserve.server.base_model import eos_token_ids, load_tokenizer, resolve_device, resolve_dtype
 from reftserve.server.engine.config import EngineConfig
 from reftserve.server.engine.engine import Engine
 from reftserve.server.engine.errors import EngineError
 from reftserve.server.engine.messages import Cancel, Fatal, FromEngine, Ready, Submit, ToEngine
 from reftserve.server.engine.runner import Runner
 from reftserve.server.engine.structured import GrammarCompiler
+from reftserve.server.engine.weights import load_base
+from reftserve.server.memory import give_back_memory
+from reftserve.server.settings import LOG_FORMAT
 
 LOADING_POLL_MS = 1
 
@@ -36,6 +40,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser()
     arguments.add_argument("--socket", required=True)
     address = arguments.parse_args().socket
+    logging.basicConfig(format=LOG_FORMAT)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which ends this process
     config = msgspec.json.decode(sys.stdin.readline(), type=EngineConfig)
     threading.Thread(target=_exit_with_parent, name="parent-watch", daemon=True).start()
@@ -74,7 +79,13 @@ def build(config: EngineConfig) -> tuple[Engine, Ready]:
         torch.set_num_threads(config.threads)
     device = resolve_device(config.device)
     folder = Path(config.model_folder)
-    model = load_model(folder, resolve_dtype(config.dtype, device), device)
+    model = load_base(
+        folder,
+        resolve_dtype(config.dtype, device),
+        device,
+        native_kernels=config.native_kernels,
+        shared=None if config.weights_folder is None else Path(config.weights_folder),
+    )
     tokenizer = load_tokenizer(folder)
     runner = Runner(
         model,
@@ -98,10 +109,9 @@ def build(config: EngineConfig) -> tuple[Engine, Ready]:
         max_context=runner.max_context,
         device=str(device),
         dtype=str(model.dtype).removeprefix("torch."),
-        weights_checksum=model_checksum(model),
     )
+    give_back_memory()
     # Python's collector would go through all that was made until here again and again: 0.2 s between two tokens.
-    gc.collect()
     gc.freeze()
     return engine, ready
 

@@ -31,8 +31,9 @@ from reftserve.server.engine.decode_graphs import Compute, DecodeGraphs, record_
 from reftserve.server.engine.edit_plan import LayerEdits, plan_edits
 from reftserve.server.engine.errors import UnsupportedModel
 from reftserve.server.engine.fused import fuse_modules
-from reftserve.server.engine.linears import found_siblings, replace_linears
+from reftserve.server.engine.int8 import found_siblings, round_linears
 from reftserve.server.engine.native import load_kernels
+from reftserve.server.engine.packed_linear import pack_linears, takes_kernels
 from reftserve.server.engine.scheduler import Batch
 from reftserve.server.engine.transfers import to_device
 
@@ -72,7 +73,7 @@ class Runner:
         in_place: bool = True,
     ) -> None:
         _check_supported(model)
-        native = native_kernels and _is_float32_on_cpu(model)
+        native = native_kernels and takes_kernels(model)
         if int8 and not native:
             raise UnsupportedModel(
                 "quantization int8 is served on the CPU, from float32 weights, with native_kernels; "
@@ -80,6 +81,7 @@ class Runner:
             )
         if native:
             load_kernels()
+            pack_linears(model)
         self._native = native
         self.model = model
         self.device = model.device
@@ -90,7 +92,8 @@ class Runner:
             shapes = self._probe_shapes()
         if native:
             fuse_modules(model, int8=int8)
-            replace_linears(model, siblings, int8=int8)
+        if int8:
+            round_linears(model, siblings)
         self.cache = make_cache(
             shapes,
             block_size=block_size,
@@ -210,10 +213,6 @@ class Runner:
                     edits.apply(rows, self.bank)
 
         return hook
-
-
-def _is_float32_on_cpu(model: PreTrainedModel) -> bool:
-    return {(p.dtype, p.device.type) for p in model.parameters()} == {(torch.float32, "cpu")}
 
 
 def _check_supported(model: PreTrainedModel) -> None:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from reftserve.interventions import decoder_layers
 from reftserve.server.engine.attention import ATTENTION, attention_step
 from reftserve.server.engine.native import load_kernels
-from reftserve.server.training.frozen_linear import use_frozen_linears
+from reftserve.server.engine.packed_linear import pack_linears, takes_kernels
 from reftserve.server.training.packed_attention import PackedAttention, Prefixes, Seen
 from reftserve.server.training.spans import PackedRows
 
@@ -33,7 +33,7 @@ class RowEdit:
 class PackedModel:
     """A frozen base whose forward passes run over packed rows. Takes the model over: its attention is replaced.
 
-    native_kernels: on the CPU in float32, compute linear layers by the engine's kernel.
+    native_kernels: on the CPU in float32, compute linear layers by the engine's kernel, from the engine's panels.
     """
 
     def __init__(self, model: PreTrainedModel, *, native_kernels: bool = True) -> None:
@@ -42,10 +42,9 @@ class PackedModel:
         self.hidden_size: int = model.config.get_text_config().hidden_size
         self.layers = decoder_layers(model)
         model.set_attn_implementation(ATTENTION)
-        self._linears = []
-        if native_kernels and self.device.type == "cpu" and model.dtype == torch.float32:
+        if native_kernels and takes_kernels(model):
             load_kernels()
-            self._linears = use_frozen_linears(model)
+            pack_linears(model)
 
     def logits(
         self,
@@ -87,16 +86,6 @@ class PackedModel:
                 stack.enter_context(self._replaced(range(layer + 1, len(self.layers)), lambda given: given))
             self._forward(rows, PackedAttention(rows, None, seen_above), rows.target_rows[:1])
         return found[0]
-
-    @property
-    def private_bytes(self) -> int:
-        """Memory of the forms that linear layers have beside their weights."""
-        return sum(linear.nbytes for linear in self._linears)
-
-    def release(self) -> None:
-        """Give back what only passes need."""
-        for linear in self._linears:
-            linear.release()
 
     def _forward(self, rows: PackedRows, attention: PackedAttention, kept: Tensor) -> Tensor:
         with attention_step(attention):

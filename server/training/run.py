@@ -8,7 +8,6 @@ job.
 from __future__ import annotations
 
 import csv
-import gc
 import io
 import logging
 import tempfile
@@ -31,6 +30,7 @@ from reftserve.interventions import (
 )
 from reftserve.server.base_model import Base
 from reftserve.server.errors import Conflict, InvalidRequest, ServerError
+from reftserve.server.memory import give_back_memory
 from reftserve.server.registry.store import Store
 from reftserve.server.storage.blobs import no_room_for
 from reftserve.server.storage.tables import Job
@@ -83,7 +83,6 @@ class Runs:
             # As text: a record that keeps the exception keeps the trainer with it.
             logger.warning("%s", str(cause))
         finally:
-            self._packed.release()
             _free_memory()
 
     def begin(self, lease: Lease) -> Sweep:
@@ -330,6 +329,6 @@ class Runs:
 
 def _free_memory() -> None:
     """What trainers held comes back now, not when the collector gets to it."""
-    gc.collect()
+    give_back_memory()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -19,8 +19,10 @@ from typing import Any, NoReturn
 import torch
 from sqlalchemy.exc import DBAPIError
 
-from reftserve.server.base_model import Base, load_model, open_base, resolve_device, resolve_dtype
+from reftserve.server.base_model import Base, open_base, resolve_device, resolve_dtype
+from reftserve.server.engine.weights import load_base
 from reftserve.server.errors import StorageFull
+from reftserve.server.memory import give_back_memory
 from reftserve.server.registry.store import Store, open_store
 from reftserve.server.settings import LOG_FORMAT, Settings
 from reftserve.server.training.data import count_examples
@@ -74,7 +76,13 @@ def run(settings: Settings) -> NoReturn:
 def open_runs(settings: Settings, store: Store, base: Base, leases: Leases) -> tuple[Runs, JobFiles]:
     """What a worker works with, the base's weights included."""
     device = resolve_device(settings.device)
-    model = load_model(base.folder, resolve_dtype(settings.dtype, device), device)
+    model = load_base(
+        base.folder,
+        resolve_dtype(settings.dtype, device),
+        device,
+        native_kernels=settings.native_kernels,
+        shared=settings.weights_folder,
+    )
     files = JobFiles(
         store.blobs,
         JobLog(store.database),
@@ -92,6 +100,7 @@ def open_runs(settings: Settings, store: Store, base: Base, leases: Leases) -> t
         trunk_disk_bytes=settings.trunk_disk_bytes,
         scratch=settings.data,
     )
+    give_back_memory()
     return runs, files
 
 

@@ -1,17 +1,20 @@
-// y = x W^T + b in float32. A row's sums are taken in one order whatever stands beside it, so its result is the same to
-// the bit in any batch.
+// y = x W^T + b in float32, and on the way back y W, from one form of the weights. A row's sums are taken in one order
+// whatever stands beside it, so its result is the same to the bit in any batch.
 //
-//   x [rows, in]   weight [panels, in, kPanel]: kPanel output channels side by side, the last panel padded with zeros
+//   x [rows, in]   weight [panels, in, kPanel]: kPanel output channels side by side, the last panel padded with zeros.
+//   Several layers that read one x stand one behind the other, each from a panel of its own on.
 //
 // A task is one panel and up to kRows rows, kTile at a time: the panel comes from memory once and is read again from the
 // second-level cache, where the next panel is on its way meanwhile, as are the rows. So memory bounds it at a few rows,
-// arithmetic at many.
+// arithmetic at many. For y W a task takes kPanel input channels and turns their part of the panels around first, a
+// chunk at a time, in that cache: four shuffles for sixteen numbers, which each row then multiplies.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <optional>
+#include <vector>
 
 #include "vector.h"
 
@@ -22,13 +25,15 @@ constexpr int64_t kVectors = 3;
 constexpr int64_t kPanel = kVectors * kWidth;
 constexpr int64_t kTile = 8;
 constexpr int64_t kRows = 128;
+constexpr int64_t kChunk = 16;  // panels that are turned around at once: 150 kB
 
-// out[row, :] = x[row] . panel + bias for R rows. `ahead`: the next panel, of which a part is fetched meanwhile.
-template <int R>
-void multiply_tile(const float* x, int64_t in, const float* panel, const float* bias, float* out, int64_t stride,
-                   int64_t columns, const float* ahead) {
+// out[row, :] = x[row, :depth] . panel + bias for R rows, `in` numbers apart. `onto`: added to what out holds. `ahead`:
+// the next panel, of which a part is fetched meanwhile.
+template <int R, bool onto = false>
+void multiply_tile(const float* x, int64_t in, int64_t depth, const float* panel, const float* bias, float* out,
+                   int64_t stride, int64_t columns, const float* ahead) {
   Vec sums[R][kVectors] = {};
-  for (int64_t k = 0; k < in; ++k) {
+  for (int64_t k = 0; k < depth; ++k) {
     Vec weight[kVectors];
     for (int v = 0; v < kVectors; ++v) weight[v] = load(panel + k * kPanel + v * kWidth);
     if (ahead)
@@ -39,9 +44,50 @@ void multiply_tile(const float* x, int64_t in, const float* panel, const float* 
   for (int r = 0; r < R; ++r)
     for (int64_t v = 0; v * kWidth < columns; ++v) {
       const int64_t count = std::min(kWidth, columns - v * kWidth);
-      const Vec sum = bias ? sums[r][v] + load_part(bias + v * kWidth, count) : sums[r][v];
-      store_part(out + r * stride + v * kWidth, sum, count);
+      float* to = out + r * stride + v * kWidth;
+      const float* added = onto ? to : bias ? bias + v * kWidth : nullptr;
+      store_part(to, added ? sums[r][v] + load_part(added, count) : sums[r][v], count);
     }
+}
+
+// Calls tile<R>(row) for the rows [begin, end), kTile at a time as long as there are so many.
+template <class Tile>
+void for_tiles(int64_t begin, int64_t end, const Tile& tile) {
+  for (; begin + kTile <= end; begin += kTile) tile.template operator()<kTile>(begin);
+  by_fours(end - begin, [&]<int R>(int64_t rest) { tile.template operator()<R>(begin + rest); });
+}
+
+// Output channels of a panel: `count` from `first` on.
+struct Columns {
+  int64_t first, count;
+};
+
+std::vector<Columns> columns_of_panels(at::IntArrayRef sizes) {
+  std::vector<Columns> columns;
+  int64_t begin = 0;
+  for (const int64_t size : sizes) {
+    for (int64_t at = 0; at < size; at += kPanel) columns.push_back({begin + at, std::min(kPanel, size - at)});
+    begin += size;
+  }
+  return columns;
+}
+
+// Input channels first to first + kPanel of panels [count, in, kPanel], as [count * kPanel, kPanel]; zeros from `in` on.
+void turn_around(const float* panels, int64_t in, int64_t first, int64_t count, float* to) {
+  for (int64_t panel = 0; panel < count; ++panel)
+    for (int64_t k = 0; k < kPanel; k += kWidth)
+      for (int64_t v = 0; v < kPanel; v += kWidth) {
+        const float* from = panels + (panel * in + first + k) * kPanel + v;
+        const int64_t lines = std::min(kWidth, in - first - k);
+        Vec block[kWidth];
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < kWidth; ++i) {
+          block[i] = i < lines ? load(from + i * kPanel) : Vec{};
+          __builtin_prefetch(from + (in + i) * kPanel);  // of the next panel
+        }
+        transpose(block);
+        for (int64_t i = 0; i < kWidth; ++i) store(to + (panel * kPanel + v + i) * kPanel + k, block[i]);
+      }
 }
 
 // weight [out, in] as panels.
@@ -58,30 +104,59 @@ at::Tensor pack_linear(const at::Tensor& weight) {
   return packed;
 }
 
-at::Tensor linear(const at::Tensor& x, const at::Tensor& packed, const std::optional<at::Tensor>& bias, int64_t out) {
+// sizes: output channels of each layer.
+at::Tensor linear(const at::Tensor& x, const at::Tensor& packed, const std::optional<at::Tensor>& bias,
+                  at::IntArrayRef sizes) {
   const at::Tensor dense = x.contiguous();
   const int64_t in = dense.size(-1), rows = dense.numel() / in, panels = packed.size(0);
-  auto sizes = dense.sizes().vec();
-  sizes.back() = out;
-  at::Tensor result = at::empty(sizes, dense.options());
+  const std::vector<Columns> columns = columns_of_panels(sizes);
+  TORCH_CHECK(static_cast<int64_t>(columns.size()) == panels, "layers of these sizes do not have ", panels, " panels");
+  const int64_t out = columns.back().first + columns.back().count;
+  auto shape = dense.sizes().vec();
+  shape.back() = out;
+  at::Tensor result = at::empty(shape, dense.options());
   const float *from = dense.const_data_ptr<float>(), *weights = packed.const_data_ptr<float>();
   const float* added = bias ? bias->const_data_ptr<float>() : nullptr;
   float* to = result.data_ptr<float>();
   // All panels for the first rows, then for the next: the threads stay side by side in the weights.
   for_each((rows + kRows - 1) / kRows * panels, [&](int64_t task) {
     const int64_t panel = task % panels, begin = task / panels * kRows, end = std::min(rows, begin + kRows);
-    const int64_t column = panel * kPanel, columns = std::min(kPanel, out - column);
-    const float* weight = weights + panel * in * kPanel;
+    const Columns mine = columns[panel];
+    const float *weight = weights + panel * in * kPanel, *shift = added ? added + mine.first : nullptr;
     // The thread that takes this panel takes the one after the next, most likely.
     const int64_t next = panel + at::get_num_threads();
     const float* ahead = next < panels ? weights + next * in * kPanel : nullptr;
-    const auto tile = [&]<int R>(int64_t row) {
-      multiply_tile<R>(from + row * in, in, weight, added ? added + column : nullptr, to + row * out + column, out,
-                       columns, row == begin + kTile ? ahead : nullptr);
-    };
-    int64_t row = begin;
-    for (; row + kTile <= end; row += kTile) tile.template operator()<kTile>(row);
-    by_fours(end - row, [&]<int R>(int64_t rest) { tile.template operator()<R>(row + rest); });
+    for_tiles(begin, end, [&]<int R>(int64_t row) {
+      multiply_tile<R>(from + row * in, in, in, weight, shift, to + row * out + mine.first, out, mine.count,
+                       row == begin + kTile ? ahead : nullptr);
+    });
+  });
+  return result;
+}
+
+// y [rows, out] -> y W [rows, in], of a single layer.
+at::Tensor linear_transposed(const at::Tensor& y, const at::Tensor& packed) {
+  const at::Tensor dense = y.contiguous();
+  const int64_t out = dense.size(-1), rows = dense.numel() / out, panels = packed.size(0), in = packed.size(1);
+  TORCH_CHECK((out + kPanel - 1) / kPanel == panels, "a layer of ", out, " channels does not have ", panels, " panels");
+  auto shape = dense.sizes().vec();
+  shape.back() = in;
+  at::Tensor result = at::zeros(shape, dense.options());
+  const float *from = dense.const_data_ptr<float>(), *weights = packed.const_data_ptr<float>();
+  float* to = result.data_ptr<float>();
+  const int64_t blocks = (in + kPanel - 1) / kPanel;
+  for_each((rows + kRows - 1) / kRows * blocks, [&](int64_t task) {
+    const int64_t column = task % blocks * kPanel, count = std::min(kPanel, in - column);
+    const int64_t begin = task / blocks * kRows, end = std::min(rows, begin + kRows);
+    alignas(64) thread_local float turned[kChunk * kPanel * kPanel];
+    for (int64_t panel = 0; panel < panels; panel += kChunk) {
+      const int64_t first = panel * kPanel, chunk = std::min(kChunk, panels - panel);
+      turn_around(weights + panel * in * kPanel, in, column, chunk, turned);
+      for_tiles(begin, end, [&]<int R>(int64_t row) {
+        multiply_tile<R, true>(from + row * out + first, out, std::min(chunk * kPanel, out - first), turned,
+                               nullptr, to + row * in + column, in, count, nullptr);
+      });
+    }
   });
   return result;
 }
@@ -90,11 +165,13 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& packed, const std::opti
 
 TORCH_LIBRARY_FRAGMENT(reftserve, library) {
   library.def("pack_linear(Tensor weight) -> Tensor");
-  library.def("linear(Tensor x, Tensor packed, Tensor? bias, int out) -> Tensor");
+  library.def("linear(Tensor x, Tensor packed, Tensor? bias, int[] sizes) -> Tensor");
+  library.def("linear_transposed(Tensor y, Tensor packed) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(reftserve, CPU, library) {
   library.impl("pack_linear", &pack_linear);
   library.impl("linear", &linear);
+  library.impl("linear_transposed", &linear_transposed);
 }
 
 }  // namespace reftserve

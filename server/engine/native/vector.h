@@ -34,6 +34,36 @@ inline void store_part(float* to, Vec value, int64_t count) {
   std::memcpy(to, &value, count * sizeof(float));
 }
 
+// Lanes of a and b in turns: those of their first halves, and of their second.
+inline Vec zip_low(Vec a, Vec b) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+#else
+  return __builtin_shuffle(a, b, IntVec{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23});
+#endif
+}
+inline Vec zip_high(Vec a, Vec b) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#else
+  return __builtin_shuffle(a, b, IntVec{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
+#endif
+}
+// Sixteen rows of sixteen become columns: zipping the halves four times brings every number to its place.
+inline void transpose(Vec (&rows)[kWidth]) {
+#pragma GCC unroll 4
+  for (int pass = 0; pass < 4; ++pass) {
+    Vec zipped[kWidth];
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < kWidth / 2; ++i) {
+      zipped[2 * i] = zip_low(rows[i], rows[i + kWidth / 2]);
+      zipped[2 * i + 1] = zip_high(rows[i], rows[i + kWidth / 2]);
+    }
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kWidth; ++i) rows[i] = zipped[i];
+  }
+}
+
 // Calls task(at, count) for each sixteen of `size` numbers, and for what is left at the end.
 template <class Task>
 inline void for_each_vector(int64_t size, const Task& task) {

@@ -43,6 +43,13 @@ def test_a_plain_request_whose_client_goes_away_is_cancelled(server: RunningServ
     assert server.metric("reftserve_engine_generated_tokens_total") - before < 16 * 500
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_engine_and_worker_map_the_weights_from_one_file(server: RunningServer) -> None:
+    (file,) = (server.data / "weights").glob("*.weights")
+    for module in ("reftserve.server.engine.process", "reftserve.server.training.worker"):
+        assert str(file) in Path(f"/proc/{server.child(module).pid}/maps").read_text()
+
+
 def test_streams_are_server_sent_events_that_end_with_done(server: RunningServer) -> None:
     response = httpx.post(f"{server.url}/v1/completions", json={**LONG, "max_tokens": 5, "stream": True})
     assert response.headers["content-type"].startswith("text/event-stream")

@@ -1,4 +1,4 @@
-"""Linear layers in other forms: the same function, or one that is known to be near it, whatever shares its batch."""
+"""Linear layers in int8: a function that is known to be near the plain one, whatever shares its batch."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from reftserve.server.engine.engine import Engine
 from reftserve.server.engine.errors import UnsupportedModel
-from reftserve.server.engine.linears import Int8Linear, PackedLinear, SiblingLinear, found_siblings, replace_linears
+from reftserve.server.engine.int8 import Int8Linear, SiblingLinear, found_siblings, round_linears
 from reftserve.server.engine.native import load_kernels
+from reftserve.server.engine.packed_linear import PackedLinear
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -42,6 +43,12 @@ def test_int8_is_near_and_nearer_when_precise(bias: bool) -> None:
     rough = relative_error(Int8Linear([plain]), plain, x)
     fine = relative_error(Int8Linear([plain], precise=True), plain, x)
     assert fine < 0.01 < rough < 0.1
+
+
+def test_int8_of_a_packed_layer_is_that_of_the_plain_one_to_the_bit() -> None:
+    plain = linear()
+    x = torch.randn(3, 48, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(Int8Linear([PackedLinear([plain])])(x), Int8Linear([plain])(x))
 
 
 @settings(max_examples=100, deadline=None)
@@ -80,34 +87,11 @@ def test_int8_layers_that_read_one_tensor_are_computed_as_one_and_give_the_same_
     with found_siblings(fork) as groups:
         fork(x)
     assert groups == [[fork.left, fork.right]]
-    replace_linears(fork, groups, int8=True)
+    round_linears(fork, groups)
     assert [type(layer) for layer in fork.children()] == [SiblingLinear, SiblingLinear, Int8Linear]
     for _ in range(2):
         found = fork(x)
         assert all(torch.equal(f, e) for f, e in zip(found[:2], expected, strict=True))
-
-
-@settings(max_examples=60, deadline=None)
-@given(rows=st.integers(1, 300), n_in=st.integers(1, 70), n_out=st.integers(1, 110), bias=st.booleans())
-def test_packed_float32_layers_give_the_same(rows: int, n_in: int, n_out: int, bias: bool) -> None:
-    plain = linear(n_in, n_out, bias=bias)
-    x = torch.randn(2, rows, n_in, generator=torch.Generator().manual_seed(rows))
-    torch.testing.assert_close(PackedLinear([plain])(x), plain(x), atol=1e-5, rtol=1e-5)
-
-
-@settings(max_examples=60, deadline=None)
-@given(mates=st.integers(0, 200), place=st.integers(0, 200))
-def test_a_packed_float32_row_is_the_same_to_the_bit_wherever_it_stands(mates: int, place: int) -> None:
-    form = PackedLinear([linear()])
-    mine, others = torch.randn(1, 48, generator=torch.Generator().manual_seed(mates)), torch.randn(mates, 48)
-    place = min(place, mates)
-    assert torch.equal(form(torch.cat([others[:place], mine, others[place:]]))[place], form(mine)[0])
-
-
-def test_several_float32_layers_that_read_one_tensor_stand_side_by_side() -> None:
-    layers, x = [linear(48, 20), linear(48, 7)], torch.randn(3, 48, generator=torch.Generator().manual_seed(2))
-    expected = torch.cat([layer(x) for layer in layers], dim=-1)
-    torch.testing.assert_close(PackedLinear(layers)(x), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_int8_takes_float32_on_the_cpu_only() -> None:

@@ -1,51 +1,31 @@
-"""Linear layers of the frozen base in the forms that a CPU computes fastest (native/linear.cpp, native/int8.cpp).
+"""Linear layers of the frozen base in int8 on the CPU (native/int8.cpp), when that is asked for.
 
-- Float32 weights in panels of output channels: a kernel streams each from memory once. torch's own `linear` goes to MKL
-  and brings the weight into its kernel's layout at every call.
-- Int8, when asked for: weights scaled per output channel, activations per token, so that one request's scale never
-  depends on another's. The products are exact integers, so a row's result does not depend on its batch at all.
-- In int8, layers that read the same tensor (query, key and value) are computed as one: rounding it takes as long as the
-  product.
-
-`benchmarks/linears.py` measures them. The forms replace the plain weights, so they cost no memory, but for a
-language-model head that shares its weight with the embedding.
+Weights are scaled per output channel, activations per token, so that one request's scale never depends on another's.
+The products are exact integers, so a row's result does not depend on its batch at all. Layers that read the same tensor
+(query, key and value) are computed as one: rounding it takes as long as the product.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from reftserve.server.engine.packed_linear import Linear, PackedLinear, is_linear, joined_bias, replace_modules
+
 INT8_MAX = 127
 TINY = 1e-12  # a channel of zeros has a scale too
-
-
-class PackedLinear(nn.Module):
-    """y = x W^T + b for one layer, or several that read one tensor, in float32. weight: W in panels."""
-
-    def __init__(self, layers: list[nn.Linear]) -> None:
-        super().__init__()
-        weight, bias = _joined(layers)
-        self.weight = nn.Parameter(torch.ops.reftserve.pack_linear(weight), requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self.out_features = len(weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [..., in] -> [..., out of all layers]."""
-        y: Tensor = torch.ops.reftserve.linear(x, self.weight, self.bias, self.out_features)
-        return y
 
 
 class Int8Weight(nn.Module):
     """Weights of one layer, or of several that read one tensor: int8 [out, in], float32 scale [out], bias."""
 
-    def __init__(self, layers: list[nn.Linear]) -> None:
+    def __init__(self, layers: Sequence[Linear]) -> None:
         super().__init__()
-        weight, bias = _joined(layers)
+        weight, bias = torch.cat([_dense(layer) for layer in layers]), joined_bias(layers)
         scale = weight.abs().amax(dim=1, keepdim=True).clamp_(min=TINY) / INT8_MAX
         self.weight = nn.Parameter((weight / scale).round_().to(torch.int8), requires_grad=False)
         self.scale = nn.Parameter(scale.flatten(), requires_grad=False)
@@ -59,7 +39,7 @@ class Int8Linear(nn.Module):
     are inexact.
     """
 
-    def __init__(self, layers: list[nn.Linear], *, precise: bool = False) -> None:
+    def __init__(self, layers: Sequence[Linear], *, precise: bool = False) -> None:
         super().__init__()
         self.packed = Int8Weight(layers)
         self.sizes = [layer.out_features for layer in layers]
@@ -111,15 +91,15 @@ class SiblingLinear(nn.Module):
 
 
 @contextmanager
-def found_siblings(model: nn.Module) -> Iterator[list[list[nn.Linear]]]:
+def found_siblings(model: nn.Module) -> Iterator[list[list[Linear]]]:
     """Groups of linear layers of one parent that were given the very same tensor in a forward pass inside."""
-    groups: list[list[nn.Linear]] = []
-    readers: defaultdict[tuple[int, int], list[nn.Linear]] = defaultdict(list)
+    groups: list[list[Linear]] = []
+    readers: defaultdict[tuple[int, int], list[Linear]] = defaultdict(list)
     kept: list[Tensor] = []  # so that no two inputs have one id
     hooks = []
     for parent in model.modules():
         for child in parent.children():
-            if type(child) is nn.Linear:
+            if is_linear(child):
 
                 def record(module: nn.Module, inputs: tuple[Tensor, ...], parent: int = id(parent)) -> None:
                     kept.append(inputs[0])
@@ -131,39 +111,26 @@ def found_siblings(model: nn.Module) -> Iterator[list[list[nn.Linear]]]:
     finally:
         for hook in hooks:
             hook.remove()
-    groups += [layers for layers in readers.values() if len(set(layers)) == len(layers) > 1 and _alike(layers)]
+    groups += [layers for layers in readers.values() if len(set(layers)) == len(layers) > 1]
 
 
-def replace_linears(model: nn.Module, siblings: list[list[nn.Linear]], *, int8: bool) -> None:
-    """Bring a frozen float32 model's linear layers into their fast forms.
-
-    siblings: groups to compute as one in int8.
-    """
+def round_linears(model: nn.Module, siblings: Sequence[Sequence[Linear]]) -> None:
+    """Bring a frozen float32 model's linear layers into int8. siblings: groups to compute as one."""
     head = getattr(model, "lm_head", None)
-
-    def form(linear: nn.Linear) -> nn.Module:
-        # Attention's and the MLP's outputs go through no norm before they are projected: outliers are theirs.
-        return Int8Linear([linear], precise=linear is not head) if int8 else PackedLinear([linear])
-
-    forms: dict[nn.Linear, nn.Module] = {}
-    for group in siblings if int8 else ():
+    forms: dict[nn.Module, nn.Module] = {}
+    for group in siblings:
         layer = Int8Linear(group)
         shared = _Siblings(layer)
         forms.update({member: SiblingLinear(layer, shared, index) for index, member in enumerate(group)})
-    _replace(model, lambda linear: forms.get(linear) or form(linear))
+
+    def form(child: nn.Module) -> nn.Module | None:
+        if not is_linear(child):
+            return None
+        # Attention's and the MLP's outputs go through no norm before they are projected: outliers are theirs.
+        return forms.get(child) or Int8Linear([child], precise=child is not head)
+
+    replace_modules(model, form)
 
 
-def _replace(model: nn.Module, form: Callable[[nn.Linear], nn.Module]) -> None:
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if type(child) is nn.Linear:
-                setattr(module, name, form(child))
-
-
-def _joined(layers: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:
-    weight = torch.cat([layer.weight.detach() for layer in layers])
-    return weight, None if layers[0].bias is None else torch.cat([layer.bias.detach() for layer in layers])
-
-
-def _alike(layers: list[nn.Linear]) -> bool:
-    return len({layer.bias is None for layer in layers}) == 1
+def _dense(layer: Linear) -> Tensor:
+    return layer.unpacked() if isinstance(layer, PackedLinear) else layer.weight.detach()

@@ -1,0 +1,144 @@
+"""Linear layers of the frozen base in float32, packed for the CPU's kernel (native/linear.cpp).
+
+Weights lie in panels of output channels, which the kernel streams from memory once, for y = x W^T and for the y W of a
+gradient. torch's own `linear` goes to MKL and brings the weight into its kernel's layout at every call. Panels replace
+the plain weights, so they cost no memory; where the language-model head shares its weight with the embedding, rows of
+the embedding are read from the head's panels. `benchmarks/linears.py` measures them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+
+class PackedLinear(nn.Module):
+    """y = x W^T + b for one layer, or several that read one tensor, in float32. weight: W in panels, [panels, in, 48].
+
+    The weights never change: a gradient goes to x alone, and only where a single layer is packed.
+    """
+
+    def __init__(self, layers: Sequence[Linear]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(_side_by_side([_panels(layer) for layer in layers]), requires_grad=False)
+        bias = joined_bias(layers)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.sizes: list[int] = [layer.out_features for layer in layers]
+        self.in_features: int = layers[0].in_features
+        self.out_features: int = sum(self.sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., in] -> [..., out of all layers]."""
+        if x.requires_grad:
+            with_gradient: Tensor = _Product.apply(x, self)  # type: ignore[no-untyped-call]
+            return with_gradient
+        return self.product(x)
+
+    def product(self, x: Tensor) -> Tensor:
+        """What forward gives, but no gradient finds its way back."""
+        y: Tensor = torch.ops.reftserve.linear(x, self.weight, self.bias, self.sizes)
+        return y
+
+    def unpacked(self) -> Tensor:
+        """W of a single layer as a new tensor, [out, in]."""
+        return self.weight.transpose(1, 2).flatten(0, 1)[: self.out_features]
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: PackedLinear) -> Tensor:
+        ctx.layer = layer
+        return layer.product(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return torch.ops.reftserve.linear_transposed(gradients[0], ctx.layer.weight), None
+
+
+class PackedEmbedding(nn.Module):
+    """Rows of a weight that a linear layer has in panels, [panels, size, 48]: it is not kept twice."""
+
+    def __init__(self, panels: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = panels
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids: [...] -> [..., size]."""
+        width = self.weight.shape[-1]
+        return self.weight[ids // width, :, ids % width]
+
+
+Linear = nn.Linear | PackedLinear
+
+
+def is_linear(module: nn.Module | None) -> TypeGuard[Linear]:
+    """Whether it is a plain linear layer or a packed one; what is derived from them may compute something else."""
+    return type(module) in (nn.Linear, PackedLinear)
+
+
+def takes_kernels(model: nn.Module) -> bool:
+    """Whether the CPU's kernels can compute a model: all of it is float32, on the CPU."""
+    return {(p.dtype, p.device.type) for p in model.parameters()} == {(torch.float32, "cpu")}
+
+
+def pack_linears(model: nn.Module) -> None:
+    """Bring a frozen model's plain linear layers into panels, and with them embeddings that share their weight.
+
+    The model is one that `takes_kernels`.
+    """
+    embedded = {id(m.weight) for m in model.modules() if type(m) is nn.Embedding and m.max_norm is None}
+    tied: dict[int, nn.Parameter] = {}
+
+    def linear(child: nn.Module) -> nn.Module | None:
+        if type(child) is not nn.Linear:
+            return None
+        packed = PackedLinear([child])
+        if id(child.weight) in embedded:
+            tied[id(child.weight)] = packed.weight
+        return packed
+
+    def embedding(child: nn.Module) -> nn.Module | None:
+        panels = tied.get(id(child.weight)) if type(child) is nn.Embedding else None
+        return None if panels is None else PackedEmbedding(panels)
+
+    replace_modules(model, linear)
+    replace_modules(model, embedding)
+
+
+def replace_modules(model: nn.Module, form: Callable[[nn.Module], nn.Module | None]) -> None:
+    """Put `form(child)` in the place of each child of the model or of a part of it, unless it is None."""
+    # Parents alone, so that what is replaced goes at once.
+    for parent in [module for module in model.modules() if any(True for _ in module.children())]:
+        for name, child in list(parent.named_children()):
+            other = form(child)
+            if other is not None:
+                setattr(parent, name, other)
+
+
+def joined_bias(layers: Sequence[Linear]) -> Tensor | None:
+    """Biases of layers side by side; None when none has any."""
+    if all(layer.bias is None for layer in layers):
+        return None
+    return torch.cat([torch.zeros(n.out_features) if n.bias is None else n.bias.detach() for n in layers])
+
+
+def _panels(layer: Linear) -> Tensor:
+    weight = layer.weight.detach()
+    panels: Tensor = weight if isinstance(layer, PackedLinear) else torch.ops.reftserve.pack_linear(weight)
+    return panels
+
+
+def _side_by_side(panels: Sequence[Tensor]) -> Tensor:
+    """Several layers' panels as one tensor: no copy where they lie so already, in the file that processes share."""
+    first = panels[0]
+    if all(
+        one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+        and one.data_ptr() + one.nbytes == other.data_ptr()
+        for one, other in pairwise(panels)
+    ):
+        return first.as_strided((sum(map(len, panels)), *first.shape[1:]), first.stride())
+    return torch.cat(list(panels))
