@@ -45,7 +45,7 @@ def test_the_gradient_comes_back_from_the_same_panels(rows: int, n_in: int, n_ou
     plain, x, upstream = linear(n_in, n_out), random(rows, n_in).requires_grad_(), random(rows, n_out, seed=3)
     (expected,) = torch.autograd.grad(plain(x), x, upstream)
     (found,) = torch.autograd.grad(PackedLinear([plain])(x), x, upstream)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)  # sums of 900 numbers, in another order
 
 
 @settings(max_examples=60, deadline=None)
