@@ -39,7 +39,7 @@ from reftserve.server.training.job_files import JobFiles
 from reftserve.server.training.job_log import JobLog, finish
 from reftserve.server.training.leases import Lease, LeaseLost, held
 from reftserve.server.training.packed import PackedModel
-from reftserve.server.training.recipe import Plan
+from reftserve.server.training.plan import Plan
 from reftserve.server.training.sweep import Sweep
 from reftserve.server.training.trainer import Trainer
 from reftserve.server.training.trunk import Arena, Trunk

@@ -3,6 +3,10 @@
 Successive halving (Jamieson and Talwalkar 2016): with n trials the halves are dropped after 1/n, 2/n, 4/n ... of the
 steps, by validation loss; all n together cost about as much as 1 + log2(n) / 2 of them alone. Trials of one trunk share
 their forward passes. A job without a sweep is a sweep of one trial.
+
+Edits on a prompt's first tokens cost more, in training and in serving, where their prompts share no cached prefix with
+the base. So a trial with such edits stands behind one without as long as its loss is within its standard error of the
+other's: the one-standard-error rule (Breiman et al. 1984), by which of equals the simplest is taken.
 """
 
 from __future__ import annotations
@@ -31,6 +35,14 @@ class Trial:
         """The best validation loss so far; infinite while there is none, or none that is a number."""
         loss = (self.trainer.best or {}).get("loss", math.inf)
         return loss if math.isfinite(loss) else math.inf
+
+    @property
+    def bound(self) -> float:
+        """What trials are ranked by: the best loss, and where a prefix is edited its standard error on top."""
+        if not self.trainer.plan.edits_prefix or math.isinf(self.best_loss):
+            return self.best_loss
+        # Checkpoints of older versions know of no error.
+        return self.best_loss + (self.trainer.best or {}).get("loss_stderr", 0.0)
 
     @property
     def row(self) -> dict[str, Any]:
@@ -64,8 +76,8 @@ class Sweep:
 
     @property
     def leader(self) -> Trainer:
-        """The running trial with the best validation loss so far, or the first."""
-        return min(self.running, key=lambda trial: trial.best_loss).trainer
+        """The running trial that ranks first so far, or simply the first."""
+        return min(self.running, key=lambda trial: trial.bound).trainer
 
     @property
     def has_ended(self) -> bool:
@@ -111,7 +123,7 @@ class Sweep:
                 self.dropped.append({**trial.row, "diverged": True})
         leader = self.leader
         if self.step in self._rungs and len(self.running) > 1:
-            ranked = sorted(self.running, key=lambda trial: trial.best_loss)
+            ranked = sorted(self.running, key=lambda trial: trial.bound)
             kept = ranked[: math.ceil(len(ranked) / 2)]
             self.dropped += [trial.row for trial in reversed(ranked[len(kept) :])]
             self.running = sorted(kept, key=lambda trial: trial.number)

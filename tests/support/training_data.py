@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from reftserve.server.training.data import EncodedExample
-from reftserve.server.training.recipe import Plan
+from reftserve.server.training.plan import Plan
 
 
 def plan(**changes: object) -> Plan:
