@@ -13,13 +13,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from reftserve.interventions import NonFiniteError
+from reftserve.server.training.data import Splits
+from reftserve.server.training.packed import PackedModel
+from reftserve.server.training.plan import Plan
 from reftserve.server.training.trainer import StepMetrics, Trainer, advance
+from reftserve.server.training.trunk import Arena, Trunk
 
 
 @dataclass
@@ -145,6 +149,29 @@ class Sweep:
         for trial in self.running:
             trial.score = scores[trial.number]
             trial.trainer.load(folder, f"trial-{trial.number}")
+
+
+def make_trainers(
+    packed: PackedModel,
+    splits: Splits,
+    plan: Plan,
+    arena: Arena,
+    *,
+    seed: int,
+    poll: Callable[[], object] = lambda: None,
+) -> list[Trainer]:
+    """One for each trial of the plan; poll: called while their trunks are filled; may raise.
+
+    Trials share a trunk, but those that edit no prefix keep theirs from those that do.
+    """
+    trunks: dict[bool, Trunk] = {}
+    for edits_prefix in sorted({trial.edits_prefix for trial in plan.trials}):  # cheap ones have first choice of room
+        alike = [trial for trial in plan.trials if trial.edits_prefix is edits_prefix]
+        lowest = min(layer for trial in alike for layer in trial.layers)
+        trunk = Trunk(packed, lowest, {positions for trial in alike for positions in trial.edited}, arena)
+        trunk.fill([*splits.train, *splits.validation], poll=poll)
+        trunks[edits_prefix] = trunk
+    return [Trainer(trunks[trial.edits_prefix], splits, trial, seed=seed) for trial in plan.trials]
 
 
 def rungs(total_steps: int, trials: int) -> list[int]:
