@@ -1,9 +1,9 @@
 """Real data sets trained through the API, beside PEFT's LoRA: `python benchmarks/datasets.py FOLDER`.
 
-FOLDER is that of `real_data.py`; `benchmarks/peers/setup.sh` makes PEFT's environment. A server is started, and for each
-data set a training file and a held-out file are uploaded and a job without `method` is awaited: half of the held-out
-rows select, half score base and intervention. LoRA (rank 8, all linear layers) gets the same rows in the same parts and
-as many epochs; the best of them by validation loss is scored on the same rows in the same way.
+FOLDER is that of `real_data.py`; `benchmarks/peers/setup.sh` makes PEFT's environment. A server is started, and for
+each data set a training file and a held-out file are uploaded and a job without `method` is awaited: half of the
+held-out rows select, half score base and intervention. LoRA (rank 8, all linear layers) gets the same rows in the same
+parts and as many epochs; the best of them by validation loss is scored on the same rows in the same way.
 """
 
 from __future__ import annotations

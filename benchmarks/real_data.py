@@ -11,9 +11,14 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from reftserve.client.schemas import ChatMessage
+from reftserve.server.training.data import EncodedExample, Example, Place, encode
 
 Chat = list[dict[str, str]]
 
@@ -36,6 +41,15 @@ def load(name: str, folder: Path, *, train: int, validation: int, test: int | No
     random.Random(seed).shuffle(learned)  # noqa: S311
     chosen = _different(learned, tested)[: train + validation]
     return Rows(chosen[:train], chosen[train:], tested)
+
+
+def encoded(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat]) -> list[EncodedExample]:
+    """As a job would encode them."""
+    found = []
+    for number, chat in enumerate(chats, start=1):
+        asked = tuple(ChatMessage.model_validate(turn) for turn in chat[:-1])
+        found.append(encode(tokenizer, Example(Place("line", number), asked, chat[-1]["content"])))
+    return found
 
 
 def _different(chats: Iterable[Chat], others: Iterable[Chat]) -> list[Chat]:

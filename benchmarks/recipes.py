@@ -20,13 +20,11 @@ from pathlib import Path
 import real_data
 import torch
 import workload as w
-from transformers import PreTrainedTokenizerBase
 
-from reftserve.client.schemas import ChatMessage
 from reftserve.interventions import NonFiniteError, PlacedEdit, fingerprint
 from reftserve.server.base_model import load_model, load_tokenizer
 from reftserve.server.training.candidates import DataSize
-from reftserve.server.training.data import EncodedExample, Example, Place, Splits, encode
+from reftserve.server.training.data import EncodedExample, Splits
 from reftserve.server.training.packed import PackedModel
 from reftserve.server.training.plan import Plan, Variant
 from reftserve.server.training.recipe import make_plan
@@ -56,15 +54,6 @@ class Winner:
         return f"{where} {plan.positions} rank {plan.rank} lr {plan.learning_rate:g}"
 
 
-def encoded(tokenizer: PreTrainedTokenizerBase, chats: Sequence[real_data.Chat]) -> list[EncodedExample]:
-    """As a job would encode them."""
-    found = []
-    for number, chat in enumerate(chats, start=1):
-        *turns, answer = [ChatMessage.model_validate(turn) for turn in chat]
-        found.append(encode(tokenizer, Example(tuple(turns), str(answer.content), Place("line", number))))
-    return found
-
-
 def recipe(packed: PackedModel, splits: Splits, plan: Plan, seed: int) -> tuple[Winner, list[dict[str, object]]]:
     """What a job would publish, and its table of trials."""
     began = time.perf_counter()
@@ -89,9 +78,8 @@ def best_of_grid(packed: PackedModel, splits: Splits, plan: Plan, seed: int) -> 
         if trainers[0].ends_epoch:
             trainers = [trainer for trainer in trainers if _is_finite_and_validated(trainer)]
     ranked = sorted(trainers, key=lambda trainer: (trainer.best or {})["loss"])
-    table = [
-        {**trainer.plan.model_dump(include=set(Variant.model_fields)), **(trainer.best or {})} for trainer in ranked
-    ]
+    varied = set(Variant.model_fields)
+    table = [{**trainer.plan.model_dump(include=varied), **(trainer.best or {})} for trainer in ranked]
     return _winner(ranked[0], time.perf_counter() - began), table
 
 
@@ -154,7 +142,7 @@ def main() -> None:
             rows = real_data.load(
                 name, args.folder, train=args.rows, validation=args.validation, test=args.test, seed=seed
             )
-            parts = [encoded(tokenizer, chats) for chats in (rows.train, rows.validation, rows.test)]
+            parts = [real_data.encoded(tokenizer, chats) for chats in (rows.train, rows.validation, rows.test)]
             splits, test = Splits(*parts[:2], parts[1]), parts[2]
             prompts, completions = zip(*((len(e.prompt_ids), len(e.completion_ids)) for e in parts[0]), strict=True)
             size = DataSize(len(parts[0]), int(statistics.median(prompts)), int(statistics.median(completions)))
