@@ -48,7 +48,7 @@ def main():
             per_device_train_batch_size=job["batch_size"],
             per_device_eval_batch_size=job["batch_size"],
             learning_rate=job["learning_rate"],
-            warmup_ratio=0.1,
+            warmup_steps=0.1,
             eval_strategy="epoch",
             save_strategy="epoch",
             save_total_limit=1,
