@@ -22,7 +22,7 @@ from reftserve.interventions import Positions
 from reftserve.server.base_model import load_model, load_tokenizer
 from reftserve.server.training.data import EncodedExample, Splits, encode, read_examples
 from reftserve.server.training.packed import PackedModel
-from reftserve.server.training.recipe import Plan
+from reftserve.server.training.plan import Plan
 from reftserve.server.training.sweep import Sweep
 from reftserve.server.training.trainer import Trainer
 from reftserve.server.training.trunk import Arena, Trunk

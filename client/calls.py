@@ -352,7 +352,7 @@ def _method(options: dict[str, Any]) -> dict[str, Any] | None:
     if layers is not None and not isinstance(layers, str):
         options["layers"] = list(layers)
     shape = {name: options.pop(name) for name in tuple(options) if name in _SHAPE}
-    return {"type": "reft", "reft": {**shape, "hyperparameters": options}}
+    return {"type": "reft", "reft": {**shape, "hyperparameters": options or "auto"}}
 
 
 _SHAPE = ("family", "layers", "positions", "rank", "dropout", "tied", "sweep")

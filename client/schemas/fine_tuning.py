@@ -67,7 +67,11 @@ class ReftSweep(Request):
 
 
 class ReftMethod(Request):
-    """What is trained; what is absent the recipe decides. sweep: fields that trials vary, the best is published."""
+    """What is trained; what is absent the recipe decides.
+
+    hyperparameters: "auto" also tries several candidates for what is left open. sweep: fields that trials vary, the
+    best is published; it takes the place of these candidates.
+    """
 
     family: str | None = None
     layers: list[int] | Literal["all"] | None = None
@@ -75,7 +79,7 @@ class ReftMethod(Request):
     rank: int | None = Field(None, ge=1, le=1024)
     dropout: float | None = Field(None, ge=0, lt=1)
     tied: bool | None = None
-    hyperparameters: ReftHyperparameters = ReftHyperparameters()
+    hyperparameters: ReftHyperparameters | Auto = "auto"
     sweep: ReftSweep | None = None
 
 

@@ -21,11 +21,13 @@ from reftserve.server.registry.files import TRAINING
 from reftserve.server.registry.names import check_name
 from reftserve.server.registry.store import Store
 from reftserve.server.storage.tables import File, Job, JobCheckpoint, JobEvent
+from reftserve.server.training.candidates import DataSize
 from reftserve.server.training.data import make_report
 from reftserve.server.training.event_feed import EventFeed
 from reftserve.server.training.job_log import JobLog, finish, queue, rest
 from reftserve.server.training.leases import ENDED, is_held
-from reftserve.server.training.recipe import Plan, make_plan
+from reftserve.server.training.plan import Plan
+from reftserve.server.training.recipe import make_plan, token_limit
 
 MAX_DIGITS = 9  # of an event's number: what every database takes for an integer
 
@@ -184,21 +186,22 @@ class JobService:
         validation = None
         if request.validation_file is not None:
             validation = self._data_file(owner, request.validation_file, "validation_file")
-        plan = make_plan(
-            request.method,
-            request.hyperparameters,
-            self._base.fingerprint,
-            examples=training.examples or 0,
-            max_context=self._base.max_context,
-            seed=_seed(request),
-        )
         if request.suffix:
             check_name(request.suffix, "suffix")
+        tokens = token_limit(request.method, self._base.max_context)
         report = make_report(
             self._base.tokenizer,
             self._store.files.path(training, param="training_file"),
             None if validation is None else self._store.files.path(validation, param="validation_file"),
-            max_length=plan.max_length,
+            max_length=tokens,
+            seed=_seed(request),
+        )
+        plan = make_plan(
+            request.method,
+            request.hyperparameters,
+            self._base.fingerprint,
+            DataSize.of(report),
+            max_length=tokens,
             seed=_seed(request),
         )
         return plan, report

@@ -2,6 +2,8 @@
 
 The defaults are the paper's, moved to what small data on a small budget wants: suffix-only positions, which train
 fastest and share the prefix cache in serving, at one layer in the middle, where the quick start of pyreft puts it.
+Where a user names no hyperparameters they are the first of several candidates (`candidates.py`), side by side in a
+sweep.
 """
 
 from __future__ import annotations
@@ -9,9 +11,8 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from dataclasses import dataclass
 from typing import Any
-
-from pydantic import BaseModel, ConfigDict
 
 from reftserve.client.schemas import (
     Method,
@@ -21,120 +22,53 @@ from reftserve.client.schemas import (
     ReftSweep,
     SupervisedHyperparameters,
 )
-from reftserve.interventions import (
-    FAMILIES,
-    BaseFingerprint,
-    InterventionConfig,
-    Positions,
-    PositionsError,
-)
+from reftserve.interventions import FAMILIES, BaseFingerprint, Positions, PositionsError
 from reftserve.server.errors import InvalidRequest
+from reftserve.server.training.candidates import DataSize, candidates, epochs
+from reftserve.server.training.plan import Plan, Variant
 
-LEARNING_RATE = 4e-3
+POSITIONS, RANK, LEARNING_RATE = "l1", 4, 4e-3
 BATCH_SIZE = 8
-TARGET_STEPS = 60
-EPOCHS = (2, 20)
+MAX_LENGTH = 1024
 
 
-class Variant(BaseModel):
-    """What a trial of a sweep changes in the plan; None leaves it."""
+def token_limit(method: Method | None, max_context: int) -> int:
+    """Tokens that an example may have. max_context: the base's.
 
-    model_config = ConfigDict(frozen=True)
-
-    layers: list[int] | None = None
-    positions: str | None = None
-    rank: int | None = None
-    learning_rate: float | None = None
-    dropout: float | None = None
-
-
-class Plan(BaseModel):
-    """Every decision of a training run.
-
-    max_length: tokens of prompt and completion together. sweep: the trials, when there are several.
-    early_stopping_epochs: epochs without a better validation loss; None: goes on to the end.
+    Raises InvalidRequest when the user asked for more than that.
     """
-
-    model_config = ConfigDict(frozen=True)
-
-    family: str
-    layers: list[int]
-    positions: str
-    rank: int
-    dropout: float
-    tied: bool
-    n_epochs: int
-    batch_size: int
-    learning_rate: float
-    warmup_ratio: float
-    weight_decay: float
-    max_grad_norm: float = 1.0
-    max_length: int
-    early_stopping_epochs: int | None = None
-    sweep: list[Variant] = []
-
-    @property
-    def trials(self) -> list[Plan]:
-        """The plan of each trial; without a sweep it is the only one."""
-        changes = [variant.model_dump(exclude_none=True) for variant in self.sweep] or [{}]
-        return [self.model_copy(update={**change, "sweep": []}) for change in changes]
-
-    @property
-    def edited(self) -> tuple[Positions, ...]:
-        """The positions, prefix and suffix apart where they have weights of their own."""
-        positions = Positions.parse(self.positions)
-        return (positions,) if self.tied else tuple(positions.split())
-
-    @property
-    def edits_prefix(self) -> bool:
-        """Whether a prompt's first tokens are edited, so that nothing before its end is constant in all layers."""
-        return any(positions.first or positions.prompt for positions in self.edited)
-
-    @property
-    def intervention(self) -> InterventionConfig:
-        """What is trained."""
-        return InterventionConfig(
-            family=self.family,
-            layers=tuple(self.layers),
-            positions=self.positions,
-            rank=self.rank,
-            tied=self.tied,
-            dropout=self.dropout,
-        )
-
-    def steps_per_epoch(self, examples: int) -> int:
-        """Optimizer steps that one pass over `examples` examples takes."""
-        return math.ceil(examples / self.batch_size)
+    hyper = _asked(method, None).hyper
+    if hyper.max_length is None:
+        return min(max_context, MAX_LENGTH)
+    if hyper.max_length > max_context:
+        raise _invalid("hyperparameters.max_length", hyper.max_length, f"at most the base's context, {max_context}")
+    return hyper.max_length
 
 
 def make_plan(
     method: Method | None,
     legacy: SupervisedHyperparameters | None,
     base: BaseFingerprint,
+    size: DataSize,
     *,
-    examples: int,
-    max_context: int,
+    max_length: int,
     seed: int = 0,
 ) -> Plan:
-    """Resolve a job's `method` (and OpenAI's older `hyperparameters`) for a data set of `examples` rows.
+    """Resolve a job's `method` (and OpenAI's older `hyperparameters`) for data of this size.
 
     Raises InvalidRequest that names the field and what is right.
     """
-    reft, hyper, rate_factor = _asked(method, legacy)
+    asked = _asked(method, legacy)
+    reft, hyper = asked.reft, asked.hyper
     layers = _layers(reft.layers, base.num_layers)
-    batch_size = hyper.batch_size or max(1, min(BATCH_SIZE, examples // 8))
-    steps_per_epoch = max(1, round(examples * 0.8 / batch_size))
-    epochs = min(max(math.ceil(TARGET_STEPS / steps_per_epoch), EPOCHS[0]), EPOCHS[1])
+    batch_size = hyper.batch_size or max(1, min(BATCH_SIZE, size.examples // 8))
     family = reft.family or "loreft"
     if family not in FAMILIES:
         raise _invalid("family", family, f"one of {', '.join(FAMILIES)}")
-    rank = reft.rank or min(4, base.hidden_size)
+    rank = reft.rank or min(RANK, base.hidden_size)
     _check_rank(rank, base, "rank")
-    positions = reft.positions or "l1"
+    positions = reft.positions or POSITIONS
     _check_positions(positions, "positions")
-    max_length = hyper.max_length or min(max_context, 1024)
-    if max_length > max_context:
-        raise _invalid("hyperparameters.max_length", max_length, f"at most the base's context, {max_context}")
     plan = Plan(
         family=family,
         layers=layers,
@@ -142,26 +76,41 @@ def make_plan(
         rank=rank,
         dropout=reft.dropout or 0.0,
         tied=True if reft.tied is None else reft.tied,
-        n_epochs=hyper.n_epochs or epochs,
+        n_epochs=hyper.n_epochs or epochs(size, batch_size),
         batch_size=batch_size,
-        learning_rate=(hyper.learning_rate or LEARNING_RATE) * rate_factor,
+        learning_rate=(hyper.learning_rate or LEARNING_RATE) * asked.rate_factor,
         warmup_ratio=0.1 if hyper.warmup_ratio is None else hyper.warmup_ratio,
         weight_decay=hyper.weight_decay or 0.0,
         max_length=max_length,
         early_stopping_epochs=hyper.early_stopping_epochs,
     )
-    return plan if reft.sweep is None else plan.model_copy(update={"sweep": variants(reft.sweep, base, seed=seed)})
+    if reft.sweep is not None:
+        return plan.model_copy(update={"sweep": variants(reft.sweep, base, seed=seed)})
+    if not asked.searches:
+        return plan
+    given = [name for name in ("layers", "positions", "rank") if getattr(reft, name) is not None]
+    found = candidates(plan, size, base, given=given, rate_factor=asked.rate_factor)
+    return plan.model_copy(update={"sweep": found}) if len(found) > 1 else plan.varied(found[0])
 
 
-def _asked(
-    method: Method | None, legacy: SupervisedHyperparameters | None
-) -> tuple[ReftMethod, ReftHyperparameters, float]:
-    """What the user decided, in ReFT's terms, and a factor on the learning rate."""
+@dataclass(frozen=True)
+class _Asked:
+    """What the user decided, in ReFT's terms. searches: whether candidates are tried for what was left open."""
+
+    reft: ReftMethod
+    hyper: ReftHyperparameters
+    rate_factor: float = 1.0
+    searches: bool = True
+
+
+def _asked(method: Method | None, legacy: SupervisedHyperparameters | None) -> _Asked:
     if method is not None and method.type == "reft":
         if method.supervised is not None:
             raise InvalidRequest("method.supervised does not go with type 'reft'", param="method.supervised")
         reft = method.reft or ReftMethod()
-        return reft, reft.hyperparameters, 1.0
+        if reft.hyperparameters == "auto":
+            return _Asked(reft, ReftHyperparameters())
+        return _Asked(reft, reft.hyperparameters, searches=False)
     if method is not None and method.reft is not None:
         raise InvalidRequest("method.reft does not go with type 'supervised'", param="method.reft")
     knobs = (
@@ -179,7 +128,7 @@ def _asked(
             f"learning_rate_multiplier is {factor}; expected above 0, at most 100",
             param="method.supervised.hyperparameters.learning_rate_multiplier",
         )
-    return ReftMethod(), ReftHyperparameters(**given), factor
+    return _Asked(ReftMethod(), ReftHyperparameters(**given), factor)
 
 
 def variants(sweep: ReftSweep, base: BaseFingerprint, *, seed: int) -> list[Variant]:

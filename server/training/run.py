@@ -39,10 +39,10 @@ from reftserve.server.training.job_files import JobFiles
 from reftserve.server.training.job_log import JobLog, finish
 from reftserve.server.training.leases import Lease, LeaseLost, held
 from reftserve.server.training.packed import PackedModel
-from reftserve.server.training.recipe import Plan
-from reftserve.server.training.sweep import Sweep
+from reftserve.server.training.plan import Plan
+from reftserve.server.training.sweep import Sweep, make_trainers
 from reftserve.server.training.trainer import Trainer
-from reftserve.server.training.trunk import Arena, Trunk
+from reftserve.server.training.trunk import Arena
 
 logger = logging.getLogger(__name__)
 MAX_ATTEMPTS = 20
@@ -205,21 +205,17 @@ class Runs:
         )
 
     def _trainers(self, lease: Lease, job: Job, plan: Plan, splits: Splits) -> list[Trainer]:
-        """One for each trial. Trials share a trunk, but those that edit no prefix keep theirs from those that do."""
-        groups = {has_prefix: [t for t in plan.trials if t.edits_prefix is has_prefix] for has_prefix in (False, True)}
+        """One for each trial."""
         arena = Arena(self._trunk_bytes, self._trunk_disk_bytes, self._scratch)
-        trunks = {
-            has_prefix: self._trunk(lease, trials, splits, arena) for has_prefix, trials in groups.items() if trials
-        }
-        return [Trainer(trunks[trial.edits_prefix], splits, trial, seed=job.seed) for trial in plan.trials]
-
-    def _trunk(self, lease: Lease, trials: Sequence[Plan], splits: Splits, arena: Arena) -> Trunk:
-        """What all steps of these trials have in common, computed."""
-        lowest = min(layer for trial in trials for layer in trial.layers)
-        trunk = Trunk(self._packed, lowest, {positions for trial in trials for positions in trial.edited}, arena)
-        # Asking whether to pause finds out whether the lease still holds; the pause itself comes before the first step.
-        trunk.fill([*splits.train, *splits.validation], poll=lambda: self._log.pause_requested(lease))
-        return trunk
+        return make_trainers(
+            self._packed,
+            splits,
+            plan,
+            arena,
+            seed=job.seed,
+            # This finds out whether the lease still holds; the pause itself comes before the first step.
+            poll=lambda: self._log.pause_requested(lease),
+        )
 
     def _require_base(self, job: Job) -> None:
         if job.base is None:

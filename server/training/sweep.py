@@ -3,19 +3,27 @@
 Successive halving (Jamieson and Talwalkar 2016): with n trials the halves are dropped after 1/n, 2/n, 4/n ... of the
 steps, by validation loss; all n together cost about as much as 1 + log2(n) / 2 of them alone. Trials of one trunk share
 their forward passes. A job without a sweep is a sweep of one trial.
+
+Edits on a prompt's first tokens cost more, in training and in serving, where their prompts share no cached prefix with
+the base. So a trial with such edits stands behind one without as long as its loss is within its standard error of the
+other's: the one-standard-error rule (Breiman et al. 1984), by which of equals the simplest is taken.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from reftserve.interventions import NonFiniteError
+from reftserve.server.training.data import Splits
+from reftserve.server.training.packed import PackedModel
+from reftserve.server.training.plan import Plan
 from reftserve.server.training.trainer import StepMetrics, Trainer, advance
+from reftserve.server.training.trunk import Arena, Trunk
 
 
 @dataclass
@@ -31,6 +39,14 @@ class Trial:
         """The best validation loss so far; infinite while there is none, or none that is a number."""
         loss = (self.trainer.best or {}).get("loss", math.inf)
         return loss if math.isfinite(loss) else math.inf
+
+    @property
+    def bound(self) -> float:
+        """What trials are ranked by: the best loss, and where a prefix is edited its standard error on top."""
+        if not self.trainer.plan.edits_prefix or math.isinf(self.best_loss):
+            return self.best_loss
+        # Checkpoints of older versions know of no error.
+        return self.best_loss + (self.trainer.best or {}).get("loss_stderr", 0.0)
 
     @property
     def row(self) -> dict[str, Any]:
@@ -64,8 +80,8 @@ class Sweep:
 
     @property
     def leader(self) -> Trainer:
-        """The running trial with the best validation loss so far, or the first."""
-        return min(self.running, key=lambda trial: trial.best_loss).trainer
+        """The running trial that ranks first so far, or simply the first."""
+        return min(self.running, key=lambda trial: trial.bound).trainer
 
     @property
     def has_ended(self) -> bool:
@@ -111,7 +127,7 @@ class Sweep:
                 self.dropped.append({**trial.row, "diverged": True})
         leader = self.leader
         if self.step in self._rungs and len(self.running) > 1:
-            ranked = sorted(self.running, key=lambda trial: trial.best_loss)
+            ranked = sorted(self.running, key=lambda trial: trial.bound)
             kept = ranked[: math.ceil(len(ranked) / 2)]
             self.dropped += [trial.row for trial in reversed(ranked[len(kept) :])]
             self.running = sorted(kept, key=lambda trial: trial.number)
@@ -133,6 +149,29 @@ class Sweep:
         for trial in self.running:
             trial.score = scores[trial.number]
             trial.trainer.load(folder, f"trial-{trial.number}")
+
+
+def make_trainers(
+    packed: PackedModel,
+    splits: Splits,
+    plan: Plan,
+    arena: Arena,
+    *,
+    seed: int,
+    poll: Callable[[], object] = lambda: None,
+) -> list[Trainer]:
+    """One for each trial of the plan; poll: called while their trunks are filled; may raise.
+
+    Trials share a trunk, but those that edit no prefix keep theirs from those that do.
+    """
+    trunks: dict[bool, Trunk] = {}
+    for edits_prefix in sorted({trial.edits_prefix for trial in plan.trials}):  # cheap ones have first choice of room
+        alike = [trial for trial in plan.trials if trial.edits_prefix is edits_prefix]
+        lowest = min(layer for trial in alike for layer in trial.layers)
+        trunk = Trunk(packed, lowest, {positions for trial in alike for positions in trial.edited}, arena)
+        trunk.fill([*splits.train, *splits.validation], poll=poll)
+        trunks[edits_prefix] = trunk
+    return [Trainer(trunks[trial.edits_prefix], splits, trial, seed=seed) for trial in plan.trials]
 
 
 def rungs(total_steps: int, trials: int) -> list[int]:

@@ -27,7 +27,7 @@ from reftserve.interventions import PlacedEdit, Positions, TrainableIntervention
 from reftserve.server.training.data import EncodedExample, Splits
 from reftserve.server.training.evaluation import Score
 from reftserve.server.training.packed import RowEdit
-from reftserve.server.training.recipe import Plan
+from reftserve.server.training.plan import Plan
 from reftserve.server.training.spans import Batch, PackedRows
 from reftserve.server.training.trunk import Trunk
 

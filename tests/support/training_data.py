@@ -7,7 +7,7 @@ import random
 import torch
 
 from reftserve.server.training.data import EncodedExample
-from reftserve.server.training.recipe import Plan
+from reftserve.server.training.plan import Plan
 
 
 def plan(**changes: object) -> Plan:

@@ -193,6 +193,12 @@ def job(http: httpx.Client, **fields: Any) -> httpx.Response:
         ({"method": {"type": "reft", "reft": {"positions": "x9"}}}, 400, "method.reft.positions"),
         ({"method": {"type": "reft", "reft": {"rank": 1000}}}, 400, "method.reft.rank"),
         ({"method": {"type": "reft", "reft": {"colour": 1}}}, 400, "method.reft.colour"),
+        ({"method": {"type": "reft", "reft": {"hyperparameters": "best"}}}, 400, "method.reft.hyperparameters"),
+        (
+            {"method": {"type": "reft", "reft": {"hyperparameters": {"n_epochs": 0}}}},
+            400,
+            "method.reft.hyperparameters.n_epochs",
+        ),
         (
             {"method": {"type": "reft", "reft": {"hyperparameters": {"max_length": 4096}}}},
             400,

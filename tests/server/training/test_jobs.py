@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import httpx
 import openai
@@ -35,6 +36,33 @@ def test_the_supervised_method_is_a_recipe_of_its_own(client: openai.OpenAI) -> 
     job = finished(client, create(client, "recipe", method=method))
     assert job.status == "succeeded"
     assert job.hyperparameters.n_epochs == 2  # type: ignore[union-attr]
+
+
+def trials(client: openai.OpenAI, server: RunningServer, name: str, method: object) -> list[dict[str, Any]]:
+    """The table of what a job tried."""
+    file = client.files.create(file=("set.jsonl", chat_lines(24)), purpose="fine-tune")
+    fields = {} if method is None else {"method": method}
+    job = client.fine_tuning.jobs.create(model=BASE, training_file=file.id, suffix=name, **fields)  # type: ignore[arg-type]
+    assert finished(client, job.id).status == "succeeded"
+    manifest = httpx.get(f"{server.url}/v1/interventions/{name}/versions/1").json()["manifest"]
+    table: list[dict[str, Any]] = manifest["provenance"]["sweep"]
+    assert (manifest["layers"], manifest["positions"]) == (table[0]["layers"], table[0]["positions"])
+    return table
+
+
+def test_a_job_without_a_method_tries_candidates_and_publishes_the_best(
+    client: openai.OpenAI, server: RunningServer
+) -> None:
+    tried = trials(client, server, "automatic", None)
+    assert len(tried) > 2
+    assert tried[0]["steps"] == max(trial["steps"] for trial in tried)
+
+
+def test_auto_hyperparameters_keep_the_fields_that_are_given(client: openai.OpenAI, server: RunningServer) -> None:
+    method = {"type": "reft", "reft": {"layers": [1, 2], "rank": 3, "hyperparameters": "auto"}}
+    tried = trials(client, server, "half-automatic", method)
+    assert len(tried) > 1
+    assert {(tuple(trial["layers"]), trial["rank"]) for trial in tried} == {((1, 2), 3)}
 
 
 def test_a_job_whose_file_has_gone_fails_with_a_reason(client: openai.OpenAI) -> None:

@@ -1,68 +1,187 @@
-"""The recipe: everything left open is decided, everything decided is kept."""
+"""The recipe: everything left open is decided, by the data's size; everything decided is kept."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from reftserve.client.schemas import Method, SupervisedHyperparameters
 from reftserve.interventions import BaseFingerprint
 from reftserve.server.errors import InvalidRequest
-from reftserve.server.training.recipe import LEARNING_RATE, make_plan
+from reftserve.server.training.candidates import DataSize
+from reftserve.server.training.plan import Plan
+from reftserve.server.training.recipe import make_plan, token_limit
 
 BASE = BaseFingerprint(architecture="LlamaForCausalLM", hidden_size=64, num_layers=30, vocab_size=100)
+LABELS = DataSize(examples=160, prompt_tokens=70, completion_tokens=2)
+TEXTS = DataSize(examples=5000, prompt_tokens=200, completion_tokens=150)
 
 
-def test_nothing_asked_gives_one_middle_layer_and_suffix_only_positions() -> None:
-    plan = make_plan(None, None, BASE, examples=150, max_context=2048)
-    assert (plan.family, plan.layers, plan.positions, plan.rank) == ("loreft", [15], "l1", 4)
-    assert plan.n_epochs >= 2
-    assert plan.batch_size == 8
+def planned(method: dict[str, Any] | None, size: DataSize = LABELS, base: BaseFingerprint = BASE) -> Plan:
+    parsed = None if method is None else Method.model_validate(method)
+    return make_plan(parsed, None, base, size, max_length=512)
 
 
-@pytest.mark.parametrize("examples", [10, 50, 1000, 100_000])
-def test_small_data_gets_more_epochs_than_large(examples: int) -> None:
-    plan = make_plan(None, None, BASE, examples=examples, max_context=2048)
-    steps = plan.n_epochs * plan.steps_per_epoch(round(examples * 0.8))
-    assert 2 <= plan.n_epochs <= 20
-    assert steps >= 40
+def reft(**fields: Any) -> dict[str, Any]:
+    return {"type": "reft", "reft": fields}
+
+
+def test_nothing_asked_tries_several_candidates_and_first_one_middle_layer_with_suffix_only_positions() -> None:
+    plan = planned(None)
+    first = plan.trials[0]
+    assert (first.family, first.layers, first.positions, first.rank, first.batch_size) == ("loreft", [15], "l1", 4, 8)
+    assert 4 <= len(plan.trials) <= 8
+    assert len({trial.model_dump_json() for trial in plan.trials}) == len(plan.trials)
+    assert not first.edits_prefix
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        reft(),
+        {"type": "reft"},
+        reft(hyperparameters="auto"),
+        {"type": "supervised"},
+        {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": "auto"}}},
+    ],
+)
+def test_auto_in_any_spelling_is_what_an_absent_method_is(method: dict[str, Any]) -> None:
+    assert planned(method) == planned(None)
+
+
+def test_named_hyperparameters_make_one_run_of_the_first_candidate() -> None:
+    plan = planned(reft(hyperparameters={"n_epochs": 3}))
+    assert plan == planned(None).trials[0].model_copy(update={"n_epochs": 3})
+
+
+def test_what_edits_a_prefix_is_tried_on_small_data_and_never_first() -> None:
+    small = planned(None, DataSize(examples=50, prompt_tokens=40, completion_tokens=2))
+    assert "prompt" in {trial.positions for trial in small.trials}
+    assert max(trial.rank for trial in small.trials) == next(t.rank for t in small.trials if t.positions == "prompt")
+    assert not small.trials[0].edits_prefix
+    assert not any(trial.edits_prefix for trial in planned(None, TEXTS).trials)
+
+
+@pytest.mark.parametrize(("field", "value"), [("layers", [3, 9]), ("positions", "l2"), ("rank", 7)])
+def test_every_candidate_keeps_a_field_that_is_given(field: str, value: object) -> None:
+    plan = planned(reft(**{field: value}))
+    assert len(plan.trials) > 1
+    assert all(getattr(trial, field) == value for trial in plan.trials)
+
+
+def test_with_the_shape_given_candidates_differ_in_their_learning_rates() -> None:
+    plan = planned(reft(layers="all", positions="l1", rank=8, dropout=0.1, family="noreft", hyperparameters="auto"))
+    rates = [trial.learning_rate for trial in plan.trials]
+    assert len(set(rates)) == len(rates) > 1
+    assert {(t.family, tuple(t.layers), t.positions, t.rank, t.dropout) for t in plan.trials} == {
+        ("noreft", tuple(range(30)), "l1", 8, 0.1)
+    }
+
+
+def test_positions_on_a_prefix_that_are_given_leave_large_data_one_candidate() -> None:
+    plan = planned(reft(positions="f7+l7"), TEXTS)
+    assert (plan.positions, len(plan.trials)) == ("f7+l7", 1)
+
+
+sizes = st.builds(
+    DataSize,
+    examples=st.integers(1, 100_000),
+    prompt_tokens=st.integers(1, 2000),
+    completion_tokens=st.integers(1, 2000),
+)
+
+
+@given(size=sizes, hidden_size=st.integers(1, 64), num_layers=st.integers(1, 40))
+def test_every_candidate_fits_the_base_and_suffix_only_is_always_among_them(
+    size: DataSize, hidden_size: int, num_layers: int
+) -> None:
+    base = BASE.model_copy(update={"hidden_size": hidden_size, "num_layers": num_layers})
+    for trial in planned(None, size, base).trials:
+        assert 1 <= trial.rank <= hidden_size
+        assert trial.layers == sorted(set(trial.layers))
+        assert all(0 <= layer < num_layers for layer in trial.layers)
+        assert 1 <= trial.n_epochs <= 20
+        assert trial.batch_size >= 1
+
+
+@given(size=sizes, factor=st.integers(2, 10))
+def test_more_data_or_longer_answers_never_get_more_epochs(size: DataSize, factor: int) -> None:
+    epochs = planned(None, size).n_epochs
+    more = DataSize(size.examples * factor, size.prompt_tokens, size.completion_tokens)
+    longer = DataSize(size.examples, size.prompt_tokens, size.completion_tokens * factor)
+    assert planned(None, longer).n_epochs <= epochs
+    if size.examples >= 64:  # below, batches shrink with the data
+        assert planned(None, more).n_epochs <= epochs
 
 
 def test_openais_knobs_scale_the_recipe() -> None:
     knobs = SupervisedHyperparameters(n_epochs=3, batch_size=2, learning_rate_multiplier=0.5)
-    for method, legacy in (
-        (None, knobs),
-        (Method.model_validate({"type": "supervised", "supervised": {"hyperparameters": knobs.model_dump()}}), None),
-    ):
-        plan = make_plan(method, legacy, BASE, examples=100, max_context=2048)
-        assert (plan.n_epochs, plan.batch_size, plan.learning_rate) == (3, 2, LEARNING_RATE / 2)
+    method = Method.model_validate({"type": "supervised", "supervised": {"hyperparameters": knobs.model_dump()}})
+    for each, legacy in ((None, knobs), (method, None)):
+        plan = make_plan(each, legacy, BASE, LABELS, max_length=512)
+        assert (plan.n_epochs, plan.batch_size) == (3, 2)
+        for trial, plain in zip(plan.trials, planned(None).trials, strict=True):
+            assert trial.learning_rate == plain.learning_rate / 2
 
 
 def test_what_is_asked_is_kept() -> None:
-    reft = {
-        "family": "nodireft",
-        "layers": "all",
-        "positions": "f7+l7",
-        "rank": 8,
-        "dropout": 0.05,
-        "tied": False,
-        "hyperparameters": {"n_epochs": 1, "batch_size": 16, "weight_decay": 0.06, "warmup_ratio": 0.0},
-    }
-    plan = make_plan(Method.model_validate({"type": "reft", "reft": reft}), None, BASE, examples=100, max_context=512)
+    plan = planned(
+        reft(
+            family="nodireft",
+            layers="all",
+            positions="f7+l7",
+            rank=8,
+            dropout=0.05,
+            tied=False,
+            hyperparameters={"n_epochs": 1, "batch_size": 16, "weight_decay": 0.06, "warmup_ratio": 0.0},
+        )
+    )
     assert plan.layers == list(range(30))
-    assert (plan.family, plan.positions, plan.rank, plan.tied) == ("nodireft", "f7+l7", 8, False)
+    assert (plan.family, plan.positions, plan.rank, plan.tied, plan.sweep) == ("nodireft", "f7+l7", 8, False, [])
     assert (plan.dropout, plan.weight_decay, plan.warmup_ratio, plan.max_length) == (0.05, 0.06, 0.0, 512)
+
+
+def test_an_example_may_be_as_long_as_asked_but_not_longer_than_the_context() -> None:
+    def asked(tokens: int) -> Method:
+        return Method.model_validate(reft(hyperparameters={"max_length": tokens}))
+
+    assert (token_limit(None, 2048), token_limit(None, 512), token_limit(asked(2000), 2048)) == (1024, 512, 2000)
+    with pytest.raises(InvalidRequest, match="2048") as caught:
+        token_limit(asked(2049), 2048)
+    assert caught.value.param == "method.reft.hyperparameters.max_length"
 
 
 def test_a_method_of_one_kind_with_the_fields_of_the_other_is_refused() -> None:
     for method in ({"type": "supervised", "reft": {}}, {"type": "reft", "supervised": {}}):
         with pytest.raises(InvalidRequest, match="does not go with"):
-            make_plan(Method.model_validate(method), None, BASE, examples=100, max_context=512)
+            planned(method)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"rank": 65}, "method.reft.rank"),
+        ({"positions": "m1"}, "method.reft.positions"),
+        ({"layers": [30]}, "method.reft.layers"),
+        ({"family": "magic"}, "method.reft.family"),
+    ],
+)
+def test_a_field_that_cannot_be_is_refused_whether_or_not_candidates_are_tried(
+    fields: dict[str, Any], param: str
+) -> None:
+    for hyperparameters in ("auto", {}):
+        with pytest.raises(InvalidRequest) as caught:
+            planned(reft(**fields, hyperparameters=hyperparameters))
+        assert caught.value.param == param
 
 
 def swept(sweep: dict[str, object], seed: int = 0) -> list[dict[str, object]]:
     """What the trials of a sweep differ in."""
-    method = Method.model_validate({"type": "reft", "reft": {"sweep": sweep}})
-    plan = make_plan(method, None, BASE, examples=100, max_context=512, seed=seed)
+    method = Method.model_validate(reft(sweep=sweep))
+    plan = make_plan(method, None, BASE, LABELS, max_length=512, seed=seed)
     return [variant.model_dump(exclude_none=True) for variant in plan.sweep]
 
 

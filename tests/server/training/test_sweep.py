@@ -122,3 +122,28 @@ def test_a_trial_whose_loss_is_no_number_never_leads(trunk: Trunk) -> None:
     run(sweep, sweep.steps_per_epoch)
     sweep.running[0].trainer.best = {"loss": float("nan"), "step": 1}
     assert sweep.leader is sweep.running[1].trainer
+
+
+def with_scores(sweep: Sweep, *scores: tuple[float, float]) -> Sweep:
+    """Trials as if they had been validated: loss and its standard error."""
+    for trial, (loss, error) in zip(sweep.running, scores, strict=True):
+        trial.trainer.best = {"loss": loss, "loss_stderr": error, "step": 1}
+    return sweep
+
+
+@pytest.mark.parametrize(("loss", "leads"), [(0.95, False), (0.89, True), (1.5, False)])
+def test_a_trial_that_edits_a_prefix_leads_only_when_it_is_better_by_more_than_its_error(
+    loss: float, leads: bool
+) -> None:
+    packed = PackedModel(tiny_llama().requires_grad_(False))
+    trials = []
+    for positions in ("f1+l1", "l1"):
+        trunk = Trunk(packed, 1, [Positions.parse(positions)], Arena(1 << 20))
+        trials.append(Trainer(trunk, SPLITS, plan(positions=positions, tied=True), seed=3))
+    sweep = with_scores(Sweep(trials), (loss, 0.1), (1.0, 0.5))
+    assert (sweep.leader is trials[0]) is leads
+
+
+def test_trials_that_edit_no_prefix_are_ranked_by_their_losses_alone(trunk: Trunk) -> None:
+    sweep = with_scores(new_sweep(trunk, [0.01, 0.02]), (1.0, 0.0), (0.99, 0.5))
+    assert sweep.leader is sweep.running[1].trainer

@@ -12,7 +12,7 @@ from training_data import examples, plan
 from reftserve.interventions import Positions, model_checksum
 from reftserve.server.training.data import EncodedExample, Splits
 from reftserve.server.training.packed import PackedModel
-from reftserve.server.training.recipe import Plan
+from reftserve.server.training.plan import Plan
 from reftserve.server.training.trainer import Trainer
 from reftserve.server.training.trunk import Arena, Trunk
 

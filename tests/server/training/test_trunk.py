@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from reftserve.interventions import FAMILIES, Positions, TrainableIntervention
 from reftserve.server.training.data import EncodedExample, Splits
 from reftserve.server.training.packed import PackedModel
-from reftserve.server.training.recipe import Plan
+from reftserve.server.training.plan import Plan
 from reftserve.server.training.trainer import Trainer, advance
 from reftserve.server.training.trunk import Arena, Trunk
 

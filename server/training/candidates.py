@@ -1,0 +1,75 @@
+"""What the recipe tries where a user leaves it open: a few candidates, and for how long, by the size of the data.
+
+They begin at the paper's recipes (one middle layer at `l1`; all layers at a lower rate) and are what was best on real
+data sets of 200 rows (`benchmarks/recipes.py`). A candidate that edits no prefix computes a prompt once for all epochs
+and then little more than its answers; one that does computes everything again in every step. So the latter stand in the
+list only as long as that is a small job.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from reftserve.client.schemas import DataReport
+from reftserve.interventions import BaseFingerprint
+from reftserve.server.training.plan import Plan, Variant
+
+STEPS = 150  # optimizer steps that small data gets
+EPOCHS = (3, 12)  # at least and at most
+ANSWER_TOKENS = 40_000  # of all epochs together, before there are fewer of them
+PREFIX_TOKENS = 60_000  # of all epochs together: up to here prompts may be computed again in every step
+
+
+@dataclass(frozen=True)
+class DataSize:
+    """What the recipe looks at: how many examples train, and the tokens of a typical one."""
+
+    examples: int
+    prompt_tokens: int
+    completion_tokens: int
+
+    @classmethod
+    def of(cls, report: DataReport) -> DataSize:
+        """The medians of the training file."""
+        training = report.training
+        return cls(report.splits.train, training.prompt_tokens.p50, training.completion_tokens.p50)
+
+
+def epochs(size: DataSize, batch_size: int) -> int:
+    """Passes over the data: many over little data, few over long answers."""
+    for_steps = math.ceil(STEPS / math.ceil(size.examples / batch_size))
+    affordable = ANSWER_TOKENS // (size.examples * size.completion_tokens)
+    fewest, most = EPOCHS
+    return max(fewest, min(for_steps, affordable, most))
+
+
+def candidates(
+    plan: Plan, size: DataSize, base: BaseFingerprint, *, given: Collection[str], rate_factor: float = 1.0
+) -> list[Variant]:
+    """Different variants of a plan, the first of them what is taken without a search.
+
+    given: fields that the user decided, which all of them keep. rate_factor: on every learning rate.
+    """
+    middle, everywhere = [base.num_layers // 2], list(range(base.num_layers))
+    spread = sorted({round(share * (base.num_layers - 1)) for share in (0.25, 0.5, 0.75)})
+    found: list[Variant] = []
+    for layers, positions, rank, rate in (
+        (middle, "l1", 4, 4e-3),
+        (everywhere, "l1", 4, 2e-3),
+        (spread, "l1", 8, 4e-3),
+        (everywhere, "l4", 8, 9e-4),
+        (spread, "prompt", 16, 2e-3),
+    ):
+        fields = {"layers": layers, "positions": positions, "rank": min(rank, base.hidden_size)}
+        open_fields = {name: value for name, value in fields.items() if name not in given}
+        variant = Variant.model_validate({**open_fields, "learning_rate": rate * rate_factor})
+        is_affordable = not plan.varied(variant).edits_prefix or _prefix_tokens(plan, size) <= PREFIX_TOKENS
+        if not found or (variant not in found and is_affordable):
+            found.append(variant)
+    return found
+
+
+def _prefix_tokens(plan: Plan, size: DataSize) -> int:
+    return plan.n_epochs * size.examples * (size.prompt_tokens + size.completion_tokens)

@@ -1,0 +1,86 @@
+"""A plan: every decision of a training run, made before the job exists and kept with it.
+
+`recipe.py` makes plans of what a user asked for; whoever trains reads nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+
+from pydantic import BaseModel, ConfigDict
+
+from reftserve.interventions import InterventionConfig, Positions
+
+
+class Variant(BaseModel):
+    """What a trial of a sweep changes in the plan; None leaves it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    layers: list[int] | None = None
+    positions: str | None = None
+    rank: int | None = None
+    learning_rate: float | None = None
+    dropout: float | None = None
+
+
+class Plan(BaseModel):
+    """Every decision of a training run.
+
+    max_length: tokens of prompt and completion together. sweep: the trials, when there are several.
+    early_stopping_epochs: epochs without a better validation loss; None: goes on to the end.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    family: str
+    layers: list[int]
+    positions: str
+    rank: int
+    dropout: float
+    tied: bool
+    n_epochs: int
+    batch_size: int
+    learning_rate: float
+    warmup_ratio: float
+    weight_decay: float
+    max_grad_norm: float = 1.0
+    max_length: int
+    early_stopping_epochs: int | None = None
+    sweep: list[Variant] = []
+
+    @property
+    def trials(self) -> list[Plan]:
+        """The plan of each trial; without a sweep it is the only one."""
+        return [self.varied(variant) for variant in self.sweep or [Variant()]]
+
+    def varied(self, variant: Variant) -> Plan:
+        """The plan of one trial."""
+        return self.model_copy(update={**variant.model_dump(exclude_none=True), "sweep": []})
+
+    @property
+    def edited(self) -> tuple[Positions, ...]:
+        """The positions, prefix and suffix apart where they have weights of their own."""
+        positions = Positions.parse(self.positions)
+        return (positions,) if self.tied else tuple(positions.split())
+
+    @property
+    def edits_prefix(self) -> bool:
+        """Whether a prompt's first tokens are edited, so that nothing before its end is constant in all layers."""
+        return any(positions.first or positions.prompt for positions in self.edited)
+
+    @property
+    def intervention(self) -> InterventionConfig:
+        """What is trained."""
+        return InterventionConfig(
+            family=self.family,
+            layers=tuple(self.layers),
+            positions=self.positions,
+            rank=self.rank,
+            tied=self.tied,
+            dropout=self.dropout,
+        )
+
+    def steps_per_epoch(self, examples: int) -> int:
+        """Optimizer steps that one pass over `examples` examples takes."""
+        return math.ceil(examples / self.batch_size)
