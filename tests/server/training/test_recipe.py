@@ -118,13 +118,17 @@ def test_more_data_or_longer_answers_never_get_more_epochs(size: DataSize, facto
 
 
 def test_openais_knobs_scale_the_recipe() -> None:
-    knobs = SupervisedHyperparameters(n_epochs=3, batch_size=2, learning_rate_multiplier=0.5)
-    method = Method.model_validate({"type": "supervised", "supervised": {"hyperparameters": knobs.model_dump()}})
-    for each, legacy in ((None, knobs), (method, None)):
-        plan = make_plan(each, legacy, BASE, LABELS, max_length=512)
-        assert (plan.n_epochs, plan.batch_size) == (3, 2)
-        for trial, plain in zip(plan.trials, planned(None).trials, strict=True):
-            assert trial.learning_rate == plain.learning_rate / 2
+    def plan(factor: float, *, as_method: bool) -> Plan:
+        knobs = SupervisedHyperparameters(n_epochs=3, batch_size=2, learning_rate_multiplier=factor)
+        method = {"type": "supervised", "supervised": {"hyperparameters": knobs.model_dump()}}
+        parsed = Method.model_validate(method) if as_method else None
+        return make_plan(parsed, None if as_method else knobs, BASE, LABELS, max_length=512)
+
+    halved = plan(0.5, as_method=True)
+    assert halved == plan(0.5, as_method=False)
+    assert (halved.n_epochs, halved.batch_size) == (3, 2)
+    for trial, plain in zip(halved.trials, plan(1.0, as_method=True).trials, strict=True):
+        assert trial.learning_rate == plain.learning_rate / 2
 
 
 def test_what_is_asked_is_kept() -> None:
