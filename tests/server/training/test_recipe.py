@@ -29,10 +29,11 @@ def reft(**fields: Any) -> dict[str, Any]:
     return {"type": "reft", "reft": fields}
 
 
-def test_nothing_asked_tries_several_candidates_and_first_one_middle_layer_with_suffix_only_positions() -> None:
+def test_nothing_asked_tries_several_candidates_and_first_a_few_layers_with_suffix_only_positions() -> None:
     plan = planned(None)
     first = plan.trials[0]
-    assert (first.family, first.layers, first.positions, first.rank, first.batch_size) == ("loreft", [15], "l1", 4, 8)
+    assert (first.family, first.layers, first.positions, first.rank) == ("loreft", [6, 12, 17, 23], "l1", 8)
+    assert plan.batch_size == 8
     assert 4 <= len(plan.trials) <= 8
     assert len({trial.model_dump_json() for trial in plan.trials}) == len(plan.trials)
     assert not first.edits_prefix
@@ -118,13 +119,17 @@ def test_more_data_or_longer_answers_never_get_more_epochs(size: DataSize, facto
 
 
 def test_openais_knobs_scale_the_recipe() -> None:
-    knobs = SupervisedHyperparameters(n_epochs=3, batch_size=2, learning_rate_multiplier=0.5)
-    method = Method.model_validate({"type": "supervised", "supervised": {"hyperparameters": knobs.model_dump()}})
-    for each, legacy in ((None, knobs), (method, None)):
-        plan = make_plan(each, legacy, BASE, LABELS, max_length=512)
-        assert (plan.n_epochs, plan.batch_size) == (3, 2)
-        for trial, plain in zip(plan.trials, planned(None).trials, strict=True):
-            assert trial.learning_rate == plain.learning_rate / 2
+    def plan(factor: float, *, as_method: bool) -> Plan:
+        knobs = SupervisedHyperparameters(n_epochs=3, batch_size=2, learning_rate_multiplier=factor)
+        method = {"type": "supervised", "supervised": {"hyperparameters": knobs.model_dump()}}
+        parsed = Method.model_validate(method) if as_method else None
+        return make_plan(parsed, None if as_method else knobs, BASE, LABELS, max_length=512)
+
+    halved = plan(0.5, as_method=True)
+    assert halved == plan(0.5, as_method=False)
+    assert (halved.n_epochs, halved.batch_size) == (3, 2)
+    for trial, plain in zip(halved.trials, plan(1.0, as_method=True).trials, strict=True):
+        assert trial.learning_rate == plain.learning_rate / 2
 
 
 def test_what_is_asked_is_kept() -> None:
