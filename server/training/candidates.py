@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from reftserve.client.schemas import DataReport
 from reftserve.interventions import BaseFingerprint
@@ -45,30 +46,48 @@ def epochs(size: DataSize, batch_size: int) -> int:
     return max(fewest, min(for_steps, affordable, most))
 
 
+class Candidate(NamedTuple):
+    """What is trained where, and how fast."""
+
+    layers: list[int]
+    positions: str
+    rank: int
+    learning_rate: float
+
+
+def known_good(base: BaseFingerprint) -> list[Candidate]:
+    """All candidates, whatever they cost; the first is what is trained when there is no search."""
+    everywhere = list(range(base.num_layers))
+    found = (
+        Candidate(_spread(4, base), "l1", 8, 2e-3),
+        Candidate(everywhere, "l1", 4, 9e-4),
+        Candidate(everywhere, "l1", 8, 9e-4),
+        Candidate(_spread(3, base), "l1", 4, 4e-3),
+        Candidate(_spread(4, base), "prompt", 16, 1e-3),
+    )
+    return [each._replace(rank=min(each.rank, base.hidden_size)) for each in found]
+
+
 def candidates(
     plan: Plan, size: DataSize, base: BaseFingerprint, *, given: Collection[str], rate_factor: float = 1.0
 ) -> list[Variant]:
-    """Different variants of a plan, the first of them what is taken without a search.
+    """Different variants of a plan, of which there is at least one.
 
     given: fields that the user decided, which all of them keep. rate_factor: on every learning rate.
     """
-    middle, everywhere = [base.num_layers // 2], list(range(base.num_layers))
-    spread = sorted({round(share * (base.num_layers - 1)) for share in (0.25, 0.5, 0.75)})
     found: list[Variant] = []
-    for layers, positions, rank, rate in (
-        (middle, "l1", 4, 4e-3),
-        (everywhere, "l1", 4, 2e-3),
-        (spread, "l1", 8, 4e-3),
-        (everywhere, "l4", 8, 9e-4),
-        (spread, "prompt", 16, 2e-3),
-    ):
-        fields = {"layers": layers, "positions": positions, "rank": min(rank, base.hidden_size)}
-        open_fields = {name: value for name, value in fields.items() if name not in given}
-        variant = Variant.model_validate({**open_fields, "learning_rate": rate * rate_factor})
+    for known in known_good(base):
+        rate = known.learning_rate * rate_factor
+        variant = Variant(**{**known._asdict(), **dict.fromkeys(given), "learning_rate": rate})
         is_affordable = not plan.varied(variant).edits_prefix or _prefix_tokens(plan, size) <= PREFIX_TOKENS
         if not found or (variant not in found and is_affordable):
             found.append(variant)
     return found
+
+
+def _spread(count: int, base: BaseFingerprint) -> list[int]:
+    """So many layers at equal distances, the ends left out; fewer where the base has hardly more."""
+    return sorted({round(number / (count + 1) * (base.num_layers - 1)) for number in range(1, count + 1)})
 
 
 def _prefix_tokens(plan: Plan, size: DataSize) -> int:

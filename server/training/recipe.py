@@ -1,9 +1,7 @@
 """From what a user asked for to a complete plan: every decision that was left open is made here.
 
-The defaults are the paper's, moved to what small data on a small budget wants: suffix-only positions, which train
-fastest and share the prefix cache in serving, at one layer in the middle, where the quick start of pyreft puts it.
-Where a user names no hyperparameters they are the first of several candidates (`candidates.py`), side by side in a
-sweep.
+Where a user names no hyperparameters, several candidates (`candidates.py`) are trained side by side in a sweep; where
+some are named, one run takes what is open from the first of them.
 """
 
 from __future__ import annotations
@@ -24,10 +22,9 @@ from reftserve.client.schemas import (
 )
 from reftserve.interventions import FAMILIES, BaseFingerprint, Positions, PositionsError
 from reftserve.server.errors import InvalidRequest
-from reftserve.server.training.candidates import DataSize, candidates, epochs
+from reftserve.server.training.candidates import DataSize, candidates, epochs, known_good
 from reftserve.server.training.plan import Plan, Variant
 
-POSITIONS, RANK, LEARNING_RATE = "l1", 4, 4e-3
 BATCH_SIZE = 8
 MAX_LENGTH = 1024
 
@@ -60,25 +57,25 @@ def make_plan(
     """
     asked = _asked(method, legacy)
     reft, hyper = asked.reft, asked.hyper
-    layers = _layers(reft.layers, base.num_layers)
+    default = known_good(base)[0]
     batch_size = hyper.batch_size or max(1, min(BATCH_SIZE, size.examples // 8))
     family = reft.family or "loreft"
     if family not in FAMILIES:
         raise _invalid("family", family, f"one of {', '.join(FAMILIES)}")
-    rank = reft.rank or min(RANK, base.hidden_size)
-    _check_rank(rank, base, "rank")
-    positions = reft.positions or POSITIONS
-    _check_positions(positions, "positions")
+    if reft.rank is not None:
+        _check_rank(reft.rank, base, "rank")
+    if reft.positions is not None:
+        _check_positions(reft.positions, "positions")
     plan = Plan(
         family=family,
-        layers=layers,
-        positions=positions,
-        rank=rank,
+        layers=default.layers if reft.layers is None else _layers(reft.layers, base.num_layers, "layers"),
+        positions=reft.positions or default.positions,
+        rank=reft.rank or default.rank,
         dropout=reft.dropout or 0.0,
         tied=True if reft.tied is None else reft.tied,
         n_epochs=hyper.n_epochs or epochs(size, batch_size),
         batch_size=batch_size,
-        learning_rate=(hyper.learning_rate or LEARNING_RATE) * asked.rate_factor,
+        learning_rate=(hyper.learning_rate or default.learning_rate) * asked.rate_factor,
         warmup_ratio=0.1 if hyper.warmup_ratio is None else hyper.warmup_ratio,
         weight_decay=hyper.weight_decay or 0.0,
         max_length=max_length,
@@ -191,9 +188,7 @@ def _check_positions(positions: str, field: str) -> None:
         raise InvalidRequest(str(cause), param=f"method.reft.{field}") from cause
 
 
-def _layers(asked: list[int] | str | None, num_layers: int, field: str = "layers") -> list[int]:
-    if asked is None:
-        return [num_layers // 2]
+def _layers(asked: list[int] | str, num_layers: int, field: str) -> list[int]:
     if isinstance(asked, str):
         return list(range(num_layers))
     wrong = [layer for layer in asked if not 0 <= layer < num_layers]

@@ -36,13 +36,13 @@ class Trial:
 
     @property
     def best_loss(self) -> float:
-        """The best validation loss so far; infinite while there is none, or none that is a number."""
+        """The validation loss of its best weights; infinite while there are none, or none that is a number."""
         loss = (self.trainer.best or {}).get("loss", math.inf)
         return loss if math.isfinite(loss) else math.inf
 
     @property
     def bound(self) -> float:
-        """What trials are ranked by: the best loss, and where a prefix is edited its standard error on top."""
+        """What trials are ranked by: the best weights' loss, and where a prefix is edited its standard error on top."""
         if not self.trainer.plan.edits_prefix or math.isinf(self.best_loss):
             return self.best_loss
         # Checkpoints of older versions know of no error.
@@ -86,10 +86,9 @@ class Sweep:
     @property
     def has_ended(self) -> bool:
         """Whether there is nothing left to do: all steps are done, or the leader has not become better for long."""
-        best = self.leader.best
         if self.step >= self.total_steps:
             return True
-        waited = 0 if best is None else self.step - best["step"]
+        waited = self.step - self.leader.lowest_step
         return self._patience is not None and waited >= self._patience * self.steps_per_epoch
 
     @property

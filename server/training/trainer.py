@@ -3,6 +3,10 @@
 Everything that a step depends on follows from the plan, the seed and the number of the step (order of the examples,
 learning rate, dropout), so a checkpoint is the weights, the optimizer's moments and the best weights so far.
 
+Best by validation loss, but of states whose losses are within the newest one's standard error the newest: by then the
+learning rate has fallen. On labels, where the loss of a fine model rises again as it becomes sure of its errors, the
+lowest loss alone took early weights with fewer right answers (docs/decisions.md).
+
 `advance` takes several trainers of one trunk a step further in the same forward passes: the rows of a pass belong to
 different trainers, each one's edits touch only its own, so no gradient reaches another.
 """
@@ -69,6 +73,7 @@ class Trainer:
         self.step = 0
         self.trained_tokens = 0
         self.best: dict[str, float] | None = None
+        self.lowest_loss, self.lowest_step = math.inf, 0
         self._best_state: dict[str, Tensor] = {}
 
     def advance(self) -> StepMetrics:
@@ -105,15 +110,17 @@ class Trainer:
         return self.step % self.steps_per_epoch == 0
 
     def validate(self) -> dict[str, float]:
-        """Score the validation split, and remember the weights if they are the best so far by loss."""
+        """Score the validation split, and remember the weights unless older ones are clearly better."""
         score = self.evaluate(self.splits.validation, self.intervention.lower())
-        if self.best is None or score["loss"] < self.best["loss"]:
+        if score["loss"] < self.lowest_loss:
+            self.lowest_loss, self.lowest_step = score["loss"], self.step
+        if self.best is None or score["loss"] - score["loss_stderr"] <= self.lowest_loss:
             self.best = {**score, "step": self.step}
             self._best_state = {name: tensor.clone() for name, tensor in self.intervention.state_dict().items()}
         return score
 
     def best_edits(self) -> tuple[PlacedEdit, ...]:
-        """The edits that scored best on validation, on the CPU."""
+        """The edits of the best weights, on the CPU."""
         current = {name: tensor.clone() for name, tensor in self.intervention.state_dict().items()}
         self.intervention.load_state_dict(self._best_state)
         edits = self.intervention.lower()
@@ -140,7 +147,12 @@ class Trainer:
         # Not save_file: to it a full disk is no OSError.
         state_bytes = save({key: t.detach().cpu().contiguous() for key, t in tensors.items()})
         (folder / f"{name}.safetensors").write_bytes(state_bytes)
-        meta = {"step": self.step, "trained_tokens": self.trained_tokens, "best": self.best}
+        meta = {
+            "step": self.step,
+            "trained_tokens": self.trained_tokens,
+            "best": self.best,
+            "lowest": [self.lowest_loss, self.lowest_step],
+        }
         (folder / f"{name}.json").write_text(json.dumps(meta))
 
     def load(self, folder: Path, name: str = "state") -> None:
@@ -156,6 +168,8 @@ class Trainer:
         self.optimizer.load_state_dict({**whole, "state": state})
         meta: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
         self.step, self.trained_tokens, self.best = meta["step"], meta["trained_tokens"], meta["best"]
+        # Checkpoints of older versions do not know it.
+        self.lowest_loss, self.lowest_step = meta.get("lowest", (math.inf, 0))
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         """Weight decay for all but orthonormal matrices.

@@ -29,10 +29,11 @@ def reft(**fields: Any) -> dict[str, Any]:
     return {"type": "reft", "reft": fields}
 
 
-def test_nothing_asked_tries_several_candidates_and_first_one_middle_layer_with_suffix_only_positions() -> None:
+def test_nothing_asked_tries_several_candidates_and_first_a_few_layers_with_suffix_only_positions() -> None:
     plan = planned(None)
     first = plan.trials[0]
-    assert (first.family, first.layers, first.positions, first.rank, first.batch_size) == ("loreft", [15], "l1", 4, 8)
+    assert (first.family, first.layers, first.positions, first.rank) == ("loreft", [6, 12, 17, 23], "l1", 8)
+    assert plan.batch_size == 8
     assert 4 <= len(plan.trials) <= 8
     assert len({trial.model_dump_json() for trial in plan.trials}) == len(plan.trials)
     assert not first.edits_prefix

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,42 @@ def test_a_run_resumed_from_a_checkpoint_ends_bit_for_bit_as_one_that_was_not(
     assert second.trained_tokens == whole.trained_tokens
     for one, other in zip(second.best_edits(), whole.best_edits(), strict=True):
         assert one.edit.content_hash == other.edit.content_hash
+
+
+class Scored(Trainer):
+    """A trainer whose validation scores are given: loss and its standard error."""
+
+    def script(self, *scores: tuple[float, float]) -> Scored:
+        self.scores = iter(scores)
+        return self
+
+    def evaluate(self, *_: object) -> dict[str, float]:
+        return dict(zip(("loss", "loss_stderr"), next(self.scores), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("scores", "kept"),
+    [
+        ([(0.5, 0.1), (0.4, 0.1), (0.45, 0.1)], 3),  # newer, and as good
+        ([(0.5, 0.1), (0.4, 0.01), (0.45, 0.01)], 2),  # clearly worse
+        ([(0.4, 0.06), (0.45, 0.06), (0.5, 0.06)], 2),  # as good as the one before, not as the best
+        ([(0.4, 0.0), (0.4, 0.0), (0.41, 0.0)], 2),
+        ([(math.nan, math.nan), (0.4, 0.1), (math.nan, math.nan)], 2),
+    ],
+)
+def test_the_newest_weights_are_kept_unless_their_loss_is_worse_by_more_than_its_error(
+    model: PackedModel, scores: list[tuple[float, float]], kept: int
+) -> None:
+    plain = new_trainer(model, plan(), seed=0)
+    trainer = Scored(plain.trunk, plain.splits, plain.plan, seed=0).script(*scores)
+    states = []
+    for _ in scores:
+        trainer.advance()
+        trainer.validate()
+        states.append([placed.edit.content_hash for placed in trainer.intervention.lower()])
+    assert trainer.best is not None
+    assert trainer.best["step"] == kept
+    assert [placed.edit.content_hash for placed in trainer.best_edits()] == states[kept - 1]
 
 
 def test_weight_decay_leaves_the_orthonormal_matrix_orthonormal(model: PackedModel) -> None:
