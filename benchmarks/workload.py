@@ -26,6 +26,7 @@ from reftserve.server.engine.config import EngineConfig
 from reftserve.server.engine.engine import Engine
 from reftserve.server.engine.messages import InterventionRef, SamplingParams, Submit
 from reftserve.server.engine.process import build
+from reftserve.server.memory import end_start
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "reftserve-data" / "models" / "HuggingFaceTB--SmolLM2-135M-Instruct"
@@ -43,7 +44,9 @@ def prompts(count: int, low: int, high: int, seed: int = 0, model: Path = MODEL)
 
 def make_engine(**fields: Any) -> Engine:
     """The engine as its process builds it."""
-    return build(EngineConfig(str(MODEL), threads=2, **fields))[0]
+    engine, _ = build(EngineConfig(str(MODEL), threads=2, **fields))
+    end_start()
+    return engine
 
 
 def interventions(

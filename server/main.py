@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import gc
 import logging
 import os
 import socket
@@ -15,6 +14,7 @@ from filelock import FileLock, Timeout
 
 from reftserve.server.app import create_app, open_services
 from reftserve.server.errors import Conflict, ServerError
+from reftserve.server.memory import end_start
 from reftserve.server.settings import LOG_FORMAT, Settings
 
 GRACE_S = 10
@@ -43,9 +43,7 @@ def serve(settings: Settings) -> None:
         logging.getLogger(__name__).info(
             "serving %s on http://%s:%d (documentation at /docs)", services.base.name, settings.host, port
         )
-        # As in the engine's process: Python's collector leaves alone what was made until here.
-        gc.collect()
-        gc.freeze()
+        end_start()
         server.run(sockets=[listener])
     if failures:
         raise ServerError(failures[0])

@@ -24,11 +24,15 @@ def collate(rows):
     return {"input_ids": ids, "labels": labels, "attention_mask": mask}
 
 
+def with_lora(model_folder):
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+
 def main():
     job = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(2)
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
-    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model = with_lora(job["model"])
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
             output_dir=scratch,

@@ -8,7 +8,6 @@ queues on both sides, so a slow reader never holds a step.
 from __future__ import annotations
 
 import argparse
-import gc
 import logging
 import os
 import signal
@@ -29,7 +28,7 @@ from reftserve.server.engine.messages import Cancel, Fatal, FromEngine, Ready, S
 from reftserve.server.engine.runner import Runner
 from reftserve.server.engine.structured import GrammarCompiler
 from reftserve.server.engine.weights import load_base
-from reftserve.server.memory import give_back_memory
+from reftserve.server.memory import end_start
 from reftserve.server.settings import LOG_FORMAT
 
 LOADING_POLL_MS = 1
@@ -58,6 +57,7 @@ def main() -> None:
         send(Fatal(f"{type(cause).__name__}: {cause}"))
         socket.close(linger=1000)
         sys.exit(1)
+    end_start()
     send(ready)
     decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
     while True:
@@ -110,9 +110,6 @@ def build(config: EngineConfig) -> tuple[Engine, Ready]:
         device=str(device),
         dtype=str(model.dtype).removeprefix("torch."),
     )
-    give_back_memory()
-    # Python's collector would go through all that was made until here again and again: 0.2 s between two tokens.
-    gc.freeze()
     return engine, ready
 
 

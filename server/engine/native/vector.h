@@ -34,19 +34,15 @@ inline void store_part(float* to, Vec value, int64_t count) {
   std::memcpy(to, &value, count * sizeof(float));
 }
 
-// Lanes of a and b in turns: those of their first halves, and of their second.
-inline Vec zip_low(Vec a, Vec b) {
+// Eight lanes of a and b in turns, from `first` on.
+template <int first>
+inline Vec zip(Vec a, Vec b) {
 #ifdef __clang__
-  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  return __builtin_shufflevector(a, b, first, first + 16, first + 1, first + 17, first + 2, first + 18, first + 3,
+                                 first + 19, first + 4, first + 20, first + 5, first + 21, first + 6, first + 22,
+                                 first + 7, first + 23);
 #else
-  return __builtin_shuffle(a, b, IntVec{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23});
-#endif
-}
-inline Vec zip_high(Vec a, Vec b) {
-#ifdef __clang__
-  return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-#else
-  return __builtin_shuffle(a, b, IntVec{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
+  return __builtin_shuffle(a, b, IntVec{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23} + first);
 #endif
 }
 // Sixteen rows of sixteen become columns: zipping the halves four times brings every number to its place.
@@ -56,8 +52,8 @@ inline void transpose(Vec (&rows)[kWidth]) {
     Vec zipped[kWidth];
 #pragma GCC unroll 8
     for (int64_t i = 0; i < kWidth / 2; ++i) {
-      zipped[2 * i] = zip_low(rows[i], rows[i + kWidth / 2]);
-      zipped[2 * i + 1] = zip_high(rows[i], rows[i + kWidth / 2]);
+      zipped[2 * i] = zip<0>(rows[i], rows[i + kWidth / 2]);
+      zipped[2 * i + 1] = zip<8>(rows[i], rows[i + kWidth / 2]);
     }
 #pragma GCC unroll 16
     for (int64_t i = 0; i < kWidth; ++i) rows[i] = zipped[i];

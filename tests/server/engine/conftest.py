@@ -10,6 +10,8 @@ import torch
 from engine_oracle import save_random
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from reftserve.server.engine.native import load_kernels
+
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
@@ -18,6 +20,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def kernels() -> None:
+    """The CPU's kernels are there; for tests that call them without an engine."""
+    load_kernels()
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ import torch
 from engine_oracle import RecordingRunner, request, run_until_done
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain_linear import linear
 from tiny_models import tiny_llama
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -16,18 +17,9 @@ from transformers import AutoModelForCausalLM
 from reftserve.server.engine.engine import Engine
 from reftserve.server.engine.errors import UnsupportedModel
 from reftserve.server.engine.int8 import Int8Linear, SiblingLinear, found_siblings, round_linears
-from reftserve.server.engine.native import load_kernels
 from reftserve.server.engine.packed_linear import PackedLinear
 
-
-@pytest.fixture(autouse=True, scope="module")
-def kernels() -> None:
-    load_kernels()
-
-
-def linear(n_in: int = 48, n_out: int = 20, *, bias: bool = True) -> nn.Linear:
-    torch.manual_seed(1)
-    return nn.Linear(n_in, n_out, bias=bias).requires_grad_(False)
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def relative_error(form: nn.Module, plain: nn.Linear, x: torch.Tensor) -> float:

@@ -24,9 +24,7 @@ from reftserve.server.engine.scheduler import Batch, Chunk
 BLOCKS = 64
 
 
-@pytest.fixture(autouse=True, scope="module")
-def kernels() -> None:
-    load_kernels()
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def batch_of(chunks: list[Chunk]) -> Batch:

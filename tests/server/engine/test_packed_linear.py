@@ -9,22 +9,15 @@ import torch
 from architectures import ARCHITECTURES, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain_linear import linear
 from torch import nn
 
-from reftserve.server.engine.native import load_kernels
 from reftserve.server.engine.packed_linear import PackedEmbedding, PackedLinear, pack_linears, takes_kernels
 
 sizes = st.integers(1, 110)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def kernels() -> None:
-    load_kernels()
-
-
-def linear(n_in: int = 48, n_out: int = 20, *, bias: bool = True) -> nn.Linear:
-    torch.manual_seed(1)
-    return nn.Linear(n_in, n_out, bias=bias).requires_grad_(False)
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def random(*shape: int, seed: int = 2) -> torch.Tensor:
