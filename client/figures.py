@@ -9,7 +9,7 @@ from typing import Any
 
 from reftserve.client.schemas import FineTuningEvent
 
-HELD_OUT = "valid_"
+HELD_OUT, STANDARD_ERROR = "valid_", "_stderr"
 
 
 class TrainingFigures:
@@ -45,11 +45,22 @@ def event_line(event: FineTuningEvent) -> str:
 
 
 def scores(data: Mapping[str, Any]) -> list[str]:
-    """The loss, and whatever was measured on the held-out part."""
-    named = {"loss": data["train_loss"]}
-    named |= {name.replace(HELD_OUT, "held-out "): data[name] for name in data if name.startswith(HELD_OUT)}
+    """The loss, and whatever was measured on the held-out part, with its standard error where that is known."""
+    names = [name for name in data if name.startswith(HELD_OUT) and not name.endswith(STANDARD_ERROR)]
+    return [
+        f"{name.replace(HELD_OUT, 'held-out ').replace('train_', '')} {_number(data[name])}{_error(data, name)}"
+        for name in ["train_loss", *names]
+    ]
+
+
+def _number(value: float | None) -> str:
     # A loss that is no number any more comes as null.
-    return [f"{name} {'nan' if value is None else f'{value:.4g}'}" for name, value in named.items()]
+    return "nan" if value is None else f"{value:.4g}"
+
+
+def _error(data: Mapping[str, Any], name: str) -> str:
+    error = data.get(f"{name}{STANDARD_ERROR}")
+    return "" if error is None else f" ± {error:.2g}"
 
 
 def pace(data: Mapping[str, Any]) -> list[str]:

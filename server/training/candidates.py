@@ -1,7 +1,7 @@
 """What the recipe tries where a user leaves it open: a few candidates, and for how long, by the size of the data.
 
-They begin at the paper's recipes (one middle layer at `l1`; all layers at a lower rate) and were chosen by hand-made runs
-on 200 rows of SST-2 and TREC with one seed; `benchmarks/recipes.py` compares them with a grid. A candidate that edits no
+They begin at the paper's recipes (one middle layer at `l1`; all layers at a lower rate) and were chosen by runs by hand
+on 200 rows of SST-2 and TREC, one seed; `benchmarks/recipes.py` compares them with a grid. A candidate that edits no
 prefix computes a prompt once for all epochs and then little more than its answers; one that does computes everything
 again in every step. So the latter stand in the list only as long as that is a small job.
 """

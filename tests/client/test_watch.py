@@ -33,7 +33,13 @@ def api(tiny_llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> It
 
 def trained(api: JobsApi, status: str | None) -> str:
     job = api.add_job()
-    api.add_events(job, "Training 4 parameters", step(1), step(2, valid_loss=0.7, valid_exact_match=0.25), step(3))
+    api.add_events(
+        job,
+        "Training 4 parameters",
+        step(1),
+        step(2, valid_loss=0.7, valid_loss_stderr=0.05, valid_exact_match=0.25),
+        step(3),
+    )
     if status is not None:
         api.add_events(job, f"The job {status}", status=status)
     return job
@@ -86,7 +92,7 @@ def test_in_a_terminal_it_draws_status_figures_and_the_curve_until_the_job_has_e
     terminal.wait_for("step 3/10")
     for expected in (job, "tone", "1,234 tokens/s", "learning rate 4.00e-03", "0:00:07 to go"):
         terminal.wait_for(expected)
-    terminal.wait_for("loss 0.3333, held-out loss 0.7, held-out exact_match 0.25")
+    terminal.wait_for("loss 0.3333, held-out loss 0.7 ± 0.05, held-out exact_match 0.25")
     terminal.wait_for("●")
     assert any(0x2800 < ord(character) <= 0x28FF for character in terminal.shown)
     api.add_events(job, step(10), "Published tone@1", status="succeeded")
@@ -102,8 +108,8 @@ def test_elsewhere_it_prints_a_line_for_each_event_then_the_job(api: JobsApi) ->
     assert lines[1:5] == [
         "Training 4 parameters",
         "step 1/10: loss 1, learning rate 4.00e-03, 1,234 tokens/s, 0:00:09 to go",
-        "step 2/10: loss 0.5, held-out loss 0.7, held-out exact_match 0.25, learning rate 4.00e-03, 1,234 tokens/s, "
-        "0:00:08 to go",
+        "step 2/10: loss 0.5, held-out loss 0.7 ± 0.05, held-out exact_match 0.25, learning rate 4.00e-03, "
+        "1,234 tokens/s, 0:00:08 to go",
         "step 3/10: loss 0.3333, learning rate 4.00e-03, 1,234 tokens/s, 0:00:07 to go",
     ]
     assert lines[5] == "The job succeeded"
