@@ -2,6 +2,7 @@
 
 from reftserve.interventions.artifact import (
     Intervention,
+    Place,
     load_artifact,
     load_history,
     pack,
@@ -46,6 +47,7 @@ __all__ = [
     "Manifest",
     "ManifestError",
     "NonFiniteError",
+    "Place",
     "PlacedEdit",
     "Positions",
     "PositionsError",

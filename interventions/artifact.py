@@ -1,6 +1,7 @@
 """Artifacts on disk: a folder of `manifest.json`, `edits.safetensors` and, where it was trained, `history.json`.
 
-For the wire, a zip of them.
+For the wire, a zip of them. `edits.safetensors` holds the columns of all edits, one below the other in the order of the
+manifest: five tensors whatever the number of edits, since a server reads, checks and hashes them while others wait.
 
 Reading trusts nothing: every field, name, shape, type and number is checked, sizes are bounded, nothing is unpickled.
 Writing is all or nothing: a folder appears under its name only when it is complete and on the disk.
@@ -16,19 +17,18 @@ import shutil
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError, deserialize
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from reftserve.interventions.edit import TENSORS, LowRankEdit, PlacedEdit
+from reftserve.interventions.edit import TENSORS, LowRankEdit, PlacedEdit, compose
 from reftserve.interventions.errors import DtypeError, HashMismatch, ManifestError, ShapeError
 from reftserve.interventions.history import HISTORY_FILE, History
 from reftserve.interventions.manifest import BaseFingerprint, EditEntry, Manifest, Provenance
@@ -37,7 +37,6 @@ from reftserve.interventions.positions import Positions
 MANIFEST_FILE = "manifest.json"
 EDITS_FILE = "edits.safetensors"
 REQUIRED_FILES = (MANIFEST_FILE, EDITS_FILE)
-DTYPES = {"A": "F32", "b": "F32", "U": "F32", "act": "I8", "scale": "F32"}
 MAX_BYTES = 1 << 30
 # What zipfile raises for bytes that are no archive, or one with damage, encryption or a method that it does not know.
 UNREADABLE = (
@@ -51,28 +50,44 @@ UNREADABLE = (
 )
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where an edit works, and how many of the intervention's columns are its own."""
+
+    layer: int
+    positions: Positions
+    rank: int
+
+
 @dataclass(frozen=True, eq=False)
 class Intervention:
-    """A published intervention: its manifest and its edits, in the manifest's order.
+    """A published intervention: its manifest, and the columns of all its edits as one edit.
 
-    columns: the columns of all edits, in that order, as one edit; the edits are views of it.
+    places: of its edits, in the order in which their columns follow one another.
     """
 
     manifest: Manifest
     columns: LowRankEdit
-    edits: tuple[PlacedEdit, ...]
+    places: tuple[Place, ...]
 
     @property
     def content_hash(self) -> str:
         """Identity of what it does; equal for equal edits at equal places."""
         return self.manifest.content_hash
 
+    @cached_property
+    def edits(self) -> tuple[PlacedEdit, ...]:
+        """The edits one by one, views of `columns`."""
+        parts = zip(self.places, self.columns.split([place.rank for place in self.places]), strict=True)
+        return tuple(PlacedEdit(place.layer, place.positions, part) for place, part in parts)
 
-def content_hash(edits: Sequence[PlacedEdit]) -> str:
+
+def content_hash(places: Sequence[Place], columns: LowRankEdit) -> str:
     """SHA-256 over places and numbers of the edits, in order."""
     digest = hashlib.sha256()
-    for placed in edits:
-        digest.update(f"{placed.layer} {placed.positions} {placed.edit.content_hash}\n".encode())
+    for place in places:
+        digest.update(f"{place.layer} {place.positions} {place.rank}\n".encode())
+    digest.update(columns.content_hash.encode())
     return digest.hexdigest()
 
 
@@ -90,27 +105,22 @@ def save_artifact(
     history: History | None = None,
 ) -> Manifest:
     """Write a new artifact folder; it must not exist. Raises OSError with nothing left behind."""
+    places = tuple(Place(placed.layer, placed.positions, placed.edit.rank) for placed in edits)
+    columns = compose([placed.edit for placed in edits])
     manifest = Manifest(
         family=family,
         positions=positions,
-        layers=sorted({placed.layer for placed in edits}),
+        layers=sorted({place.layer for place in places}),
         rank=rank,
         tied=tied,
-        parameters=sum(p.edit.A.numel() + p.edit.b.numel() for p in edits) if parameters is None else parameters,
-        edits=[
-            EditEntry(key=str(i), layer=p.layer, positions=str(p.positions), rank=p.edit.rank)
-            for i, p in enumerate(edits)
-        ],
+        parameters=columns.A.numel() + columns.b.numel() if parameters is None else parameters,
+        edits=[EditEntry(layer=p.layer, positions=str(p.positions), rank=p.rank) for p in places],
         base=base,
-        content_hash=content_hash(edits),
+        content_hash=content_hash(places, columns),
         created_at=datetime.now(UTC),
         provenance=provenance or Provenance(),
     )
-    tensors = {
-        f"{i}.{name}": getattr(placed.edit, name).detach().cpu().contiguous()
-        for i, placed in enumerate(edits)
-        for name in TENSORS
-    }
+    tensors = {name: getattr(columns, name).detach().cpu().contiguous() for name in TENSORS}
     files = {MANIFEST_FILE: manifest.model_dump_json(indent=2).encode(), EDITS_FILE: save(tensors)}
     if history is not None:
         files[HISTORY_FILE] = history.model_dump_json().encode()
@@ -154,20 +164,13 @@ def parse_artifact(manifest_bytes: bytes, edits_bytes: bytes) -> Intervention:
         first = cause.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise ManifestError(f"{MANIFEST_FILE}: {where or 'document'}: {first['msg']}") from cause
-    stored = _tensors(deserialize, edits_bytes)
-    expected = {f"{entry.key}.{name}" for entry in manifest.edits for name in TENSORS}
-    if stored.keys() != expected:
-        missing, surplus = sorted(expected - stored.keys()), sorted(stored.keys() - expected)
-        raise ManifestError(f"{EDITS_FILE}: missing tensors {missing}, unexpected ones {surplus}")
-    if not all(_is_as_said(entry, stored, manifest.base) for entry in manifest.edits):
-        _refuse(manifest, edits_bytes)
-    columns = _columns(manifest.edits, stored)
-    parts = zip(manifest.edits, columns.split([entry.rank for entry in manifest.edits]), strict=True)
-    edits = tuple(PlacedEdit(entry.layer, Positions.parse(entry.positions), part) for entry, part in parts)
-    found = content_hash(edits)
+    places = tuple(Place(entry.layer, Positions.parse(entry.positions), entry.rank) for entry in manifest.edits)
+    columns = _columns(edits_bytes)
+    _check_fit(places, columns, manifest.base)
+    found = content_hash(places, columns)
     if found != manifest.content_hash:
         raise HashMismatch(f"content_hash is {manifest.content_hash}; the edits' hash is {found}")
-    return Intervention(manifest, columns, edits)
+    return Intervention(manifest, columns, places)
 
 
 def pack(folder: Path) -> bytes:
@@ -201,52 +204,28 @@ def unpack(data: bytes, folder: Path, *, max_bytes: int = MAX_BYTES) -> Interven
     return intervention
 
 
-def _tensors(read: Callable[[bytes], Any], edits_bytes: bytes) -> dict[str, Any]:
+def _columns(edits_bytes: bytes) -> LowRankEdit:
     try:
-        return dict(read(edits_bytes))
+        tensors = load(edits_bytes)
     except (SafetensorError, ValueError, KeyError) as cause:
         raise ManifestError(f"{EDITS_FILE} is not a safetensors file: {cause}") from cause
+    if tensors.keys() != set(TENSORS):
+        missing, surplus = sorted(set(TENSORS) - tensors.keys()), sorted(tensors.keys() - set(TENSORS))
+        raise ManifestError(f"{EDITS_FILE}: missing tensors {missing}, unexpected ones {surplus}")
+    if tensors["A"].dtype != torch.float32:
+        raise DtypeError(f"A is {tensors['A'].dtype}; artifacts hold torch.float32")
+    return LowRankEdit(**tensors)
 
 
-def _is_as_said(entry: EditEntry, stored: dict[str, Any], base: BaseFingerprint) -> bool:
-    """Whether place, types and shapes of one edit are what the manifest says; looks at no number."""
-    wide, narrow = [entry.rank, base.hidden_size], [entry.rank]
-    shapes = {"A": wide, "b": narrow, "U": wide, "act": narrow, "scale": narrow}
-    tensors = {name: stored[f"{entry.key}.{name}"] for name in TENSORS}
-    return (
-        base.hidden_size > 0
-        and entry.layer < base.num_layers
-        and all(tensors[name]["shape"] == shape for name, shape in shapes.items())
-        and all(tensors[name]["dtype"] == DTYPES[name] for name in TENSORS)
-    )
-
-
-def _columns(entries: Sequence[EditEntry], stored: dict[str, Any]) -> LowRankEdit:
-    """The columns of all edits, one below the other: their numbers are checked at once, not tensor by tensor."""
-    tensors = []
-    for name in TENSORS:
-        dtype = np.dtype(np.int8 if DTYPES[name] == "I8" else np.float32)
-        parts = [np.frombuffer(stored[f"{entry.key}.{name}"]["data"], dtype) for entry in entries]
-        tensors.append(torch.from_numpy(np.concatenate(parts)))
-    A, b, U, act, scale = tensors
-    return LowRankEdit(A.view(len(b), -1), b, U.view(len(b), -1), act, scale)
-
-
-def _refuse(manifest: Manifest, edits_bytes: bytes) -> None:
-    """Raise what is wrong with the first edit that is not as the manifest says."""
-    base, tensors = manifest.base, _tensors(load, edits_bytes)
-    for entry in manifest.edits:
-        edit = LowRankEdit(*(tensors[f"{entry.key}.{name}"] for name in TENSORS))
-        if edit.A.dtype != torch.float32:
-            raise DtypeError(f"edit {entry.key} is {edit.A.dtype}; artifacts hold torch.float32")
-        if edit.rank != entry.rank:
-            raise ShapeError(f"edit {entry.key} has rank {edit.rank}; the manifest says {entry.rank}")
-        if edit.hidden_size != base.hidden_size:
-            raise ShapeError(f"edit {entry.key} has hidden size {edit.hidden_size}; the base has {base.hidden_size}")
-        if entry.layer >= base.num_layers:
-            raise ShapeError(
-                f"edit {entry.key} is at layer {entry.layer}; the base has layers 0 to {base.num_layers - 1}"
-            )
+def _check_fit(places: Sequence[Place], columns: LowRankEdit, base: BaseFingerprint) -> None:
+    rank = sum(place.rank for place in places)
+    if columns.rank != rank:
+        raise ShapeError(f"{EDITS_FILE} holds {columns.rank} columns; by the manifest the edits have {rank}")
+    if columns.hidden_size != base.hidden_size:
+        raise ShapeError(f"edits have hidden size {columns.hidden_size}; the base has {base.hidden_size}")
+    highest = max(place.layer for place in places)
+    if highest >= base.num_layers:
+        raise ShapeError(f"an edit is at layer {highest}; the base has layers 0 to {base.num_layers - 1}")
 
 
 def _bounded(path: Path) -> bytes:

@@ -19,7 +19,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -139,36 +139,24 @@ class LowRankEdit:
     def split(self, ranks: Sequence[int]) -> list[LowRankEdit]:
         """Its columns as edits of these ranks, one after another: what `compose` made one, and views of it.
 
-        The ranks are positive and sum to `rank`. On the host only: the parts come with their content hashes.
+        The ranks are positive and sum to `rank`.
         """
-        flat = [getattr(self, name).detach().contiguous().view(-1).numpy() for name in TENSORS]
-        widths = [self.hidden_size, 1, self.hidden_size, 1, 1]
-        edits, start = [], 0
-        for rank, *tensors in zip(ranks, *(getattr(self, name).split(list(ranks)) for name in TENSORS), strict=True):
-            digest = hashlib.sha256()
-            for head, array, width in zip(self._heads(rank), flat, widths, strict=True):
-                digest.update(head)
-                digest.update(array[start * width : (start + rank) * width].data)
-            # Whole columns of what has been checked need no check, which would be most of the time that a load takes.
-            edit = object.__new__(LowRankEdit)
-            edit.__dict__.update(zip(TENSORS, tensors, strict=True), content_hash=digest.hexdigest())
+        edits = []
+        for tensors in zip(*(getattr(self, name).split(list(ranks)) for name in TENSORS), strict=True):
+            edit = object.__new__(LowRankEdit)  # whole columns of what has been checked need no check
+            edit.__dict__.update(zip(TENSORS, tensors, strict=True))
             edits.append(edit)
-            start += rank
         return edits
 
     @cached_property
     def content_hash(self) -> str:
         """SHA-256 over shapes, types and numbers: equal exactly when the edits are."""
         digest = hashlib.sha256()
-        for head, name in zip(self._heads(self.rank), TENSORS, strict=True):
+        for name in TENSORS:
             tensor: Tensor = getattr(self, name).detach().cpu().contiguous()
-            digest.update(head)
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
             digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
-
-    def _heads(self, rank: int) -> tuple[bytes, ...]:
-        """What stands before each tensor's numbers in the hash of `rank` columns of this edit."""
-        return _heads(self.A.dtype, rank, self.hidden_size)
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -176,13 +164,6 @@ def _is_finite(tensor: Tensor) -> bool:
     if tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64):
         return bool(np.isfinite(tensor.detach().numpy()).all())
     return bool(tensor.isfinite().all())
-
-
-@lru_cache(maxsize=256)
-def _heads(dtype: torch.dtype, rank: int, hidden_size: int) -> tuple[bytes, ...]:
-    wide, narrow = [rank, hidden_size], [rank]
-    places = zip(TENSORS, (dtype, dtype, dtype, torch.int8, dtype), (wide, narrow, wide, narrow, narrow), strict=True)
-    return tuple(f"{name} {kind} {shape}\n".encode() for name, kind, shape in places)
 
 
 def compose(edits: Sequence[LowRankEdit]) -> LowRankEdit:

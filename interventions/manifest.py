@@ -54,11 +54,10 @@ class BaseFingerprint(BaseModel):
 
 
 class EditEntry(BaseModel):
-    """One edit of the artifact; its tensors are `<key>.A`, `.b`, `.U`, `.act`, `.scale`."""
+    """One edit of the artifact: its columns follow those of the entry before it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    key: str
     layer: int = Field(ge=0)
     positions: str
     rank: int = Field(ge=1)
@@ -84,7 +83,7 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     family: str
     positions: str
     layers: list[int]

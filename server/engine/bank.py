@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from reftserve.interventions import Activation, Intervention, Positions
+from reftserve.interventions import Activation, Intervention, Place, Positions
 from reftserve.server.engine.errors import RequestRefused
 from reftserve.server.engine.transfers import Uploads
 
@@ -153,14 +153,12 @@ class Bank:
 def _uses(intervention: Intervention, rows: NDArray[np.int64]) -> tuple[EditUse, ...]:
     # Of equal edits at one layer, the n-th goes with the n-th of other layers.
     alike: defaultdict[tuple[Positions, int, int], list[tuple[int, int]]] = defaultdict(list)
-    seen: defaultdict[tuple[int, Positions, int], int] = defaultdict(int)
+    seen: defaultdict[Place, int] = defaultdict(int)
     start = 0
-    for placed in intervention.edits:
-        rank = placed.edit.rank
-        place = (placed.layer, placed.positions, rank)
-        alike[placed.positions, rank, seen[place]].append((placed.layer, start))
+    for place in intervention.places:
+        alike[place.positions, place.rank, seen[place]].append((place.layer, start))
         seen[place] += 1
-        start += rank
+        start += place.rank
     scales = intervention.columns.scale.numpy()
     uses = []
     for (positions, rank, _), places in alike.items():

@@ -50,11 +50,12 @@ class BlockKeys:
         """What touches tokens [start, stop): nothing for most blocks."""
         parts = []
         for intervention, scale in self._interventions:
-            for placed in intervention.edits:
-                offsets = placed.positions.indices(self._n_prompt, start, stop) - start
+            for number, place in enumerate(intervention.places):
+                offsets = place.positions.indices(self._n_prompt, start, stop) - start
                 if len(offsets):
-                    head = struct.pack("<qdq", placed.layer, scale, len(offsets))
-                    parts.append(head + bytes.fromhex(placed.edit.content_hash) + offsets.tobytes())
+                    head = struct.pack("<qdq", place.layer, scale, len(offsets))
+                    edit = intervention.edits[number].edit
+                    parts.append(head + bytes.fromhex(edit.content_hash) + offsets.tobytes())
         return b"".join(parts)
 
 
