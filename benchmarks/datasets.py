@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from typing import Any
 
 import real_data
 import workload as w
+from peer import run_peer
 
 from reftserve.client import Client
 from reftserve.server.base_model import load_tokenizer
@@ -28,7 +28,6 @@ sys.path.append(str(w.ROOT / "tests" / "support"))  # starts servers for tests
 
 from running_server import running_server
 
-PEERS = Path(__file__).parent / "peers"
 BATCH, SEED = 8, 0
 
 
@@ -62,16 +61,7 @@ def lora(splits: Splits, epochs: int, learning_rate: float, threads: int) -> dic
         "validation": rows(splits.validation),
         "test": rows(splits.test),
     }
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        json.dump(job, file)
-        file.flush()
-        python = w.ROOT / ".peers" / "peft" / "bin" / "python"
-        command = [python, PEERS / "peft_score.py", file.name]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
-    if not lines:
-        raise SystemExit(f"peft_score.py failed:\n{done.stderr[-2000:]}")
-    found: dict[str, Any] = json.loads(lines[0].removeprefix("RESULT"))
+    found: dict[str, Any] = json.loads(run_peer("peft", "peft_score.py", job)[0])
     return found
 
 

@@ -7,16 +7,13 @@ a job does once: filling the trunk. The peers take the same time for every epoch
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
 
 import torch
 import workload as w
+from peer import run_peer
 
 from reftserve.interventions import Positions
 from reftserve.server.base_model import load_model, load_tokenizer
@@ -28,7 +25,6 @@ from reftserve.server.training.trainer import Trainer
 from reftserve.server.training.trunk import Arena, Trunk
 
 ROWS, VALIDATION, BATCH, RANK = 200, 20, 10, 4
-PEERS = Path(__file__).parent / "peers"
 MIDDLE, ALL = [15], list(range(30))
 CASES = {
     "middle layer, l1": (MIDDLE, "l1"),
@@ -76,15 +72,7 @@ def ours(packed: PackedModel, data: list[EncodedExample], runs: list[Plan], epoc
 
 def peer(environment: str, script: str, job: dict[str, object]) -> float:
     """Examples a second."""
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        json.dump(job, file)
-        file.flush()
-        python = w.ROOT / ".peers" / environment / "bin" / "python"
-        done = subprocess.run([python, PEERS / script, file.name], capture_output=True, text=True, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
-    if not lines:
-        raise SystemExit(f"{script} failed:\n{done.stderr[-2000:]}")
-    return float(lines[0].split()[1])
+    return float(run_peer(environment, script, job)[0].split()[0])
 
 
 def main() -> None:

@@ -23,8 +23,9 @@ def load(folder):
     return LlamaForCausalLM.from_pretrained(folder, config=config), tokenizer
 
 
-def main():
-    job = json.loads(Path(sys.argv[1]).read_text())
+def train(job, seed=42):
+    """The model after training, its tokenizer, and seconds. seed: of the first weights and the order of rows."""
+    torch.manual_seed(seed)
     torch.set_num_threads(2)
     model, tokenizer = load(Path(job["model"]))
     layers = job["layers"]
@@ -61,11 +62,18 @@ def main():
             logging_strategy="no",
             use_cpu=True,
             disable_tqdm=True,
+            seed=seed,
         )
         trainer = pyreft.ReftTrainerForCausalLM(model=reft, tokenizer=tokenizer, args=arguments, **data)
         began = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - began
+    return reft, tokenizer, seconds
+
+
+def main():
+    job = json.loads(Path(sys.argv[1]).read_text())
+    _, _, seconds = train(job)
     print("RESULT", job["epochs"] * len(job["prompts"]) / seconds, transformers.__version__, flush=True)
 
 

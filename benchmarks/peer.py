@@ -1,0 +1,25 @@
+"""Runs a script of `peers/` in its own environment, which `peers/setup.sh` makes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import tempfile
+from pathlib import Path
+
+import workload as w
+
+PEERS = Path(__file__).parent / "peers"
+
+
+def run_peer(environment: str, script: str, job: dict[str, object]) -> list[str]:
+    """What it prints after RESULT, line by line. Exits with its errors when there is none."""
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(job, file)
+        file.flush()
+        python = w.ROOT / ".peers" / environment / "bin" / "python"
+        done = subprocess.run([python, PEERS / script, file.name], capture_output=True, text=True, check=False)
+    results = [line.removeprefix("RESULT ") for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if done.returncode or not results:
+        raise SystemExit(f"{script} failed:\n{done.stderr[-2000:]}")
+    return results

@@ -1,0 +1,43 @@
+"""pyreft's own training and forward pass, scored on rows held out: `pyreft_score.py JOB.json`.
+
+The job is that of `pyreft_train.py` with positions `l1`, and names `seeds` and `test`: rows with their token `ids` and
+`n_prompt` of them before the answer. Prints a RESULT a seed, and a JSON object.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from pyreft_train import train
+from torch.nn.functional import cross_entropy
+
+
+@torch.no_grad()
+def scores(reft, rows, layers):
+    """Loss a token of the answers, and the share of answers that greedy decoding gives word for word."""
+    loss = tokens = exact = 0
+    for row in rows:  # one by one, so that nothing is padded
+        ids, n_prompt = torch.tensor([row["ids"]]), row["n_prompt"]
+        base = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        _, output = reft(base, unit_locations={"sources->base": (None, [[[n_prompt - 1]]] * len(layers))})
+        logits, answer = output.logits[0, n_prompt - 1 : -1], ids[0, n_prompt:]
+        loss += float(cross_entropy(logits, answer, reduction="sum"))
+        tokens += len(answer)
+        exact += int((logits.argmax(dim=-1) == answer).all())
+    return {"loss": loss / tokens, "exact_match": exact / len(rows)}
+
+
+def main():
+    job = json.loads(Path(sys.argv[1]).read_text())
+    for seed in job["seeds"]:
+        reft, tokenizer, _ = train(job, seed)
+        # Both sides must have learned from, and are scored on, the same tokens.
+        for prompt, completion, row in zip(job["prompts"], job["completions"], job["rows"], strict=True):
+            assert tokenizer(prompt + completion)["input_ids"] == row["ids"]
+            assert len(tokenizer(prompt)["input_ids"]) == row["n_prompt"]
+        print("RESULT", json.dumps(scores(reft, job["test"], job["layers"])), flush=True)
+
+
+if __name__ == "__main__":
+    main()
