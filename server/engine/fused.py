@@ -1,27 +1,28 @@
-"""Modules of the frozen base that the CPU kernels compute in one pass: RMS norms and gated MLPs.
+"""Modules of the frozen base that the CPU kernels compute in fewer passes: RMS norms, gated MLPs, attention.
 
 A module is taken for one by its parts, and replaced only when the kernel's output equals its own on a probe: what looks
-like a norm or an MLP and is something else stays as it is.
+like one of them and is something else stays as it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from reftserve.server.engine.fused_attention import fused_attention
 from reftserve.server.engine.int8 import Int8Weight
-from reftserve.server.engine.packed_linear import PackedLinear, is_linear
+from reftserve.server.engine.packed_linear import PackedLinear, is_linear, replace_modules
+from reftserve.server.engine.probe import equal, random_rows
 
 # The numbers of native/activation.h, by what `torch.nn.functional` computes for them.
 ACTIVATIONS: dict[int, Callable[[Tensor], Tensor]] = {
     0: nn.functional.silu,
     1: lambda x: nn.functional.gelu(x, approximate="tanh"),
 }
-PROBE_ROWS = 5
-TOLERANCE = 1e-4
 
 
 class FusedRMSNorm(nn.Module):
@@ -69,12 +70,13 @@ class Int8FusedMLP(nn.Module):
 
 @torch.inference_mode()
 def fuse_modules(model: nn.Module, *, int8: bool) -> None:
-    """Replace a float32 model's norms and gated MLPs by their fused forms. Its linear layers are plain, or packed."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            fused = _norm(child) or _mlp(child, int8=int8)
-            if fused is not None:
-                setattr(parent, name, fused)
+    """Replace a float32 model's modules by their fused forms. Its linear layers are plain, or packed.
+
+    Attention modules are replaced where the model's attention is ours (`attention.ATTENTION`).
+    """
+    # Norms first: attention may hold some.
+    for form in (_norm, partial(_mlp, int8=int8), partial(fused_attention, int8=int8)):
+        replace_modules(model, form)
 
 
 def _norm(module: nn.Module) -> FusedRMSNorm | None:
@@ -84,11 +86,11 @@ def _norm(module: nn.Module) -> FusedRMSNorm | None:
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(epsilon, float) or weight.dim() != 1:
         return None
-    probe = _probe(weight.shape[0])
+    probe = random_rows(weight.shape[0])
     # Gemma's weights are what is added to 1.
     for candidate in (weight.detach().clone(), 1.0 + weight.detach()):
         fused = FusedRMSNorm(candidate, epsilon)
-        if _equal(fused(probe), module(probe)):
+        if equal(fused(probe), module(probe)):
             return fused
     return None
 
@@ -100,19 +102,11 @@ def _mlp(module: nn.Module, *, int8: bool) -> nn.Module | None:
     if len(linears) < len(layers):
         return None
     gate, up, down = linears
-    probe = _probe(gate.in_features)
+    probe = random_rows(gate.in_features)
     expected: Tensor = module(probe)
     for number, activation in ACTIVATIONS.items():
-        if _equal(down(activation(gate(probe)) * up(probe)), expected):
+        if equal(down(activation(gate(probe)) * up(probe)), expected):
             if int8:
                 return Int8FusedMLP(Int8Weight([gate, up]), Int8Weight([down]), number)
             return FusedMLP(PackedLinear([gate, up]), PackedLinear([down]), number)
     return None
-
-
-def _probe(size: int) -> Tensor:
-    return torch.randn(1, PROBE_ROWS, size, generator=torch.Generator().manual_seed(0))
-
-
-def _equal(found: Tensor, expected: Tensor) -> bool:
-    return torch.allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE * float(expected.abs().max()))

@@ -118,7 +118,8 @@ def round_linears(model: nn.Module, siblings: Sequence[Sequence[Linear]]) -> Non
     """Bring a frozen float32 model's linear layers into int8. siblings: groups to compute as one."""
     head = getattr(model, "lm_head", None)
     forms: dict[nn.Module, nn.Module] = {}
-    for group in siblings:
+    there = set(model.modules())
+    for group in (group for group in siblings if there.issuperset(group)):  # others are fused
         layer = Int8Linear(group)
         shared = _Siblings(layer)
         forms.update({member: SiblingLinear(layer, shared, index) for index, member in enumerate(group)})

@@ -43,6 +43,10 @@ class PackedLinear(nn.Module):
         y: Tensor = torch.ops.reftserve.linear(x, self.weight, self.bias, self.sizes)
         return y
 
+    def parts(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x: [..., in] -> [..., out] for each layer, views of one tensor."""
+        return torch.split(self.product(x), self.sizes, dim=-1)
+
     def unpacked(self) -> Tensor:
         """W of a single layer as a new tensor, [out, in]."""
         return self.weight.transpose(1, 2).flatten(0, 1)[: self.out_features]

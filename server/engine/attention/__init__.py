@@ -19,11 +19,21 @@ from reftserve.server.engine.attention.interface import (
     LayerShape,
     ShapeProbe,
     attention_step,
+    current_step,
 )
 from reftserve.server.engine.attention.native import NativeCache
 from reftserve.server.engine.attention.paged import PagedCache
 
-__all__ = ["ATTENTION", "AttentionStep", "KVCache", "LayerShape", "ShapeProbe", "attention_step", "make_cache"]
+__all__ = [
+    "ATTENTION",
+    "AttentionStep",
+    "KVCache",
+    "LayerShape",
+    "ShapeProbe",
+    "attention_step",
+    "current_step",
+    "make_cache",
+]
 
 
 def make_cache(

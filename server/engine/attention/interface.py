@@ -92,6 +92,11 @@ def attention_step(step: AttentionStep) -> Iterator[None]:
         _step.reset(token)
 
 
+def current_step() -> AttentionStep:
+    """What attention does in the forward pass under way."""
+    return _step.get()
+
+
 def _attention(
     module: nn.Module,
     query: Tensor,
@@ -109,7 +114,7 @@ def _attention(
     if softcap is not None or s_aux is not None:
         raise UnsupportedModel("attention with logit soft-capping or sinks is not served yet")
     layer: int = module.layer_idx  # type: ignore[assignment]
-    return _step.get().attend(layer, query[0], key[0], value[0], scaling, sliding_window).unsqueeze(0), None
+    return current_step().attend(layer, query[0], key[0], value[0], scaling, sliding_window).unsqueeze(0), None
 
 
 AttentionInterface.register(ATTENTION, _attention)

@@ -3,7 +3,7 @@
 attention.cpp    paged_attention: a packed step against the cache, nothing gathered
 linear.cpp       pack_linear, linear, linear_transposed: float32, each row the same to the bit in any batch
 int8.cpp         int8_linear, int8_gated_mlp: what stands around torch's integer product
-elementwise.cpp  rms_norm, gated_activation
+elementwise.cpp  rms_norm, gated_activation, rotate
 edits.cpp        edit_rows: a step's edits at one layer, nothing gathered
 """
 

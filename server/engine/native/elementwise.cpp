@@ -1,4 +1,5 @@
-// What stands between the linear layers of most decoders, each in one pass over its rows: RMS norm and gated activation.
+// What stands between the linear layers of most decoders, each in one pass over its rows: RMS norm, gated activation,
+// rotary embedding.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -49,13 +50,38 @@ at::Tensor gated_activation(const at::Tensor& gate_up, int64_t activation) {
   return out;
 }
 
+// Rotary embeddings in place (Su et al. 2021), of the first cosines.size(-1) numbers of each head, halves as pairs.
+//   query, key [rows, heads * dim], rows apart by any stride   cosines, sines [rows, rotated]
+void rotate(at::Tensor& query, at::Tensor& key, const at::Tensor& cosines, const at::Tensor& sines, int64_t dim) {
+  TORCH_CHECK(query.stride(-1) == 1 && key.stride(-1) == 1, "queries and keys must have dense rows");
+  const at::Tensor cos = cosines.contiguous(), sin = sines.contiguous();
+  const int64_t rows = query.size(0), rotated = cos.size(-1), half = rotated / 2;
+  const float *cos_rows = cos.const_data_ptr<float>(), *sin_rows = sin.const_data_ptr<float>();
+  for (const at::Tensor& heads : {query, key}) {
+    float* first = heads.data_ptr<float>();
+    for_rows(rows, heads.size(-1), [&](int64_t row) {
+      const float *c = cos_rows + row * rotated, *s = sin_rows + row * rotated;
+      float* begin = first + row * heads.stride(0);
+      for (float* x = begin; x < begin + heads.size(-1); x += dim)
+        for_each_vector(half, [&](int64_t at, int64_t count) {
+          const Vec low = load_part(x + at, count), high = load_part(x + half + at, count);
+          store_part(x + at, low * load_part(c + at, count) - high * load_part(s + at, count), count);
+          store_part(x + half + at,
+                     high * load_part(c + half + at, count) + low * load_part(s + half + at, count), count);
+        });
+    });
+  }
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(reftserve, library) {
+  library.def("rotate(Tensor(a!) query, Tensor(b!) key, Tensor cosines, Tensor sines, int dim) -> ()");
   library.def("rms_norm(Tensor x, Tensor weight, float epsilon) -> Tensor");
   library.def("gated_activation(Tensor gate_up, int activation) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(reftserve, CPU, library) {
+  library.impl("rotate", &rotate);
   library.impl("rms_norm", &rms_norm);
   library.impl("gated_activation", &gated_activation);
 }

@@ -1,6 +1,8 @@
-"""The CPU kernels against plain torch: attention over the paged cache, norms, gated MLPs, and what replaces what."""
+"""The CPU kernels against plain torch: attention, norms, gated MLPs, rotary embeddings, and what replaces what."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -11,13 +13,14 @@ from hypothesis import strategies as st
 from plain_attention import chunk, plain_attention
 from torch import Tensor, nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, apply_rotary_pos_emb
 
 from reftserve.interventions import Activation, compose
-from reftserve.server.engine.attention import LayerShape
+from reftserve.server.engine.attention import ATTENTION, LayerShape
 from reftserve.server.engine.attention.native import NativeCache
 from reftserve.server.engine.errors import EngineError
 from reftserve.server.engine.fused import FusedMLP, FusedRMSNorm, Int8FusedMLP, fuse_modules
+from reftserve.server.engine.fused_attention import FusedAttention
 from reftserve.server.engine.native import load_kernels
 from reftserve.server.engine.scheduler import Batch, Chunk
 
@@ -181,6 +184,60 @@ def test_an_mlp_is_replaced_by_the_same_function_or_one_near_it_in_int8(name: st
         mlp = model.model.layers[0].mlp
         assert type(mlp) is kind
         assert float((mlp(x) - expected).norm() / expected.norm()) < bound
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    rows=st.integers(1, 40),
+    heads=st.sampled_from([(1, 1), (4, 2), (9, 3)]),
+    dim=st.sampled_from([2, 8, 20, 64]),
+    rest=st.sampled_from([0, 4]),
+    seed=st.integers(0, 100),
+)
+def test_rotary_embeddings_in_place_are_those_of_transformers(
+    rows: int, heads: tuple[int, int], dim: int, rest: int, seed: int
+) -> None:
+    """`rest`: numbers of a head that are not rotated."""
+    generator = torch.Generator().manual_seed(seed)
+    cosines, sines = torch.randn(2, 1, rows, dim, generator=generator)
+    # Rows of one product of both and of values, so they do not lie one behind the other.
+    widths = [n * (dim + rest) for n in heads]
+    query, key, _ = torch.randn(rows, sum(widths) + 3, generator=generator).split([*widths, 3], dim=-1)
+    whole = [x.unflatten(-1, (-1, dim + rest)).transpose(0, 1).unsqueeze(0).clone() for x in (query, key)]
+    rotated = apply_rotary_pos_emb(*(x[..., :dim] for x in whole), cosines, sines)
+    torch.ops.reftserve.rotate(query, key, cosines[0], sines[0], dim + rest)
+    for found, before, part in zip((query, key), whole, rotated, strict=True):
+        expected = torch.cat([part, before[..., dim:]], dim=-1)[0].transpose(0, 1).flatten(1)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "takes"),
+    [("llama", 3), ("mistral", 3), ("qwen2", 3), ("qwen3", 3), ("gemma3", 4), ("gpt2", 0), ("opt", 0)],
+)
+def test_attention_of_those_that_rotate_halves_is_replaced(name: str, takes: int) -> None:
+    """That it computes the same is shown by test_architectures.py, of whole models."""
+    for int8 in (False, True):
+        model = tiny_model(name).requires_grad_(False)
+        model.set_attn_implementation(ATTENTION)
+        fuse_modules(model, int8=int8)
+        assert sum(type(module) is FusedAttention for module in model.modules()) == takes
+
+
+class RotatesBackwards(LlamaAttention):
+    """Looks like one."""
+
+    def forward(self, *args: Any, position_embeddings: tuple[Tensor, Tensor], **kwargs: Any) -> tuple[Tensor, Tensor]:
+        cosines, sines = position_embeddings
+        return super().forward(*args, position_embeddings=(cosines, -sines), **kwargs)
+
+
+def test_attention_that_computes_something_else_stays() -> None:
+    model = tiny_model("llama").requires_grad_(False)
+    model.set_attn_implementation(ATTENTION)
+    model.model.layers[1].self_attn.__class__ = RotatesBackwards
+    fuse_modules(model, int8=False)
+    assert [type(layer.self_attn) for layer in model.model.layers] == [FusedAttention, RotatesBackwards, FusedAttention]
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,0 +1,124 @@
+"""Attention of the frozen base as the CPU's kernels compute it: one product for query, key and value, rotary embeddings
+in place (Su et al. 2021), the paged cache, the output projection.
+
+In transformers' code rotary embeddings alone are fourteen operations a layer, and how many there are is what bounds a
+step of few rows. Here too a module is taken for one by its parts, and replaced only when on a probe it gives attention
+the same tensors and makes the same of its answer: that says whether rotation, norms and scale are these.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reftserve.server.engine.attention import attention_step, current_step
+from reftserve.server.engine.int8 import Int8Linear
+from reftserve.server.engine.packed_linear import PackedLinear, is_linear
+from reftserve.server.engine.probe import equal, random_rows
+
+ROTATION = "position_embeddings"  # the argument of transformers' attention modules that brings cosines and sines
+
+
+class FusedAttention(nn.Module):
+    """One layer's attention, float32. qkv: query, key and value as one product. norms: of each head's query and key."""
+
+    def __init__(
+        self, qkv: PackedLinear | Int8Linear, o_proj: nn.Module, norms: tuple[nn.Module, nn.Module] | None, call: _Call
+    ) -> None:
+        super().__init__()
+        self.qkv, self.o_proj = qkv, o_proj
+        self.q_norm: nn.Module | None
+        self.k_norm: nn.Module | None
+        self.q_norm, self.k_norm = norms or (None, None)
+        self.layer_idx, self.scale, self.window = call.layer, call.scale, call.window
+        query, _, value = call.tensors
+        self.head_dim, self.value_dim = query.shape[-1], value.shape[-1]
+
+    def forward(
+        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **unused: Any
+    ) -> tuple[Tensor, None]:
+        """hidden_states: [1, tokens, hidden]; position_embeddings: cosines and sines, [1, tokens, what is rotated]."""
+        query, key, value = self.qkv.parts(hidden_states[0])
+        if self.q_norm is not None and self.k_norm is not None:
+            query = self.q_norm(query.view(len(query), -1, self.head_dim)).flatten(1)
+            key = self.k_norm(key.view(len(key), -1, self.head_dim)).flatten(1)
+        cosines, sines = position_embeddings
+        torch.ops.reftserve.rotate(query, key, cosines[0], sines[0], self.head_dim)
+        attended = current_step().attend(
+            self.layer_idx,
+            _heads(query, self.head_dim),
+            _heads(key, self.head_dim),
+            _heads(value, self.value_dim),
+            self.scale,
+            self.window,
+        )
+        return self.o_proj(attended.flatten(1)).unsqueeze(0), None
+
+
+def fused_attention(module: nn.Module, *, int8: bool) -> FusedAttention | None:
+    """The fused form of an attention module, by its parts: four projections, and perhaps norms of queries and keys."""
+    parts = dict(module.named_children())
+    q, k, v, o = (parts.pop(f"{name}_proj", None) for name in "qkvo")
+    norms = (parts.pop("q_norm"), parts.pop("k_norm")) if parts.keys() == {"q_norm", "k_norm"} else None
+    if parts or ROTATION not in inspect.signature(module.forward).parameters:
+        return None
+    if not (is_linear(q) and is_linear(k) and is_linear(v) and is_linear(o)):
+        return None
+    x = random_rows(q.in_features)
+    expected = _probed(module, x)
+    if expected is None:
+        return None
+    call, output = expected
+    fused = FusedAttention(PackedLinear([q, k, v]), o, norms, call)
+    found = _probed(fused, x)
+    if found is None or not all(map(equal, (*found[0].tensors, found[1]), (*call.tensors, output))):
+        return None
+    if int8:
+        fused.qkv = Int8Linear([q, k, v])
+    return fused
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a module gives to attention. tensors: query, key and value, [heads, tokens, dim]."""
+
+    layer: int
+    tensors: tuple[Tensor, Tensor, Tensor]
+    scale: float | None
+    window: int | None
+
+
+@dataclass
+class _Recorder:
+    """A step whose attention records how it is called, and answers with numbers that depend on nothing."""
+
+    calls: list[_Call] = field(default_factory=list)
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
+    ) -> Tensor:
+        self.calls.append(_Call(layer, (query.clone(), key.clone(), value.clone()), scale, window))
+        heads, tokens, width = query.shape[0], query.shape[1], value.shape[-1]
+        return random_rows(heads * width, tokens).view(tokens, heads, width)
+
+
+def _probed(module: nn.Module, x: Tensor) -> tuple[_Call, Tensor] | None:
+    """How a module calls attention for the input x, and its output; None where it wants other input or calls twice."""
+    recorder = _Recorder()
+    size: int = getattr(module, "head_dim", 0)
+    rotation = random_rows(size, 2 * x.shape[1]).chunk(2, dim=1)
+    with attention_step(recorder):
+        try:
+            output, _ = module(hidden_states=x, attention_mask=None, **{ROTATION: rotation})
+        except (TypeError, ValueError, AttributeError, RuntimeError):
+            return None
+    return (recorder.calls[0], output) if len(recorder.calls) == 1 else None
+
+
+def _heads(rows: Tensor, size: int) -> Tensor:
+    """[tokens, heads * size] -> [heads, tokens, size]."""
+    return rows.view(len(rows), -1, size).transpose(0, 1)
