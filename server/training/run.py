@@ -146,6 +146,7 @@ class Runs:
                 "succeeded",
                 f"Published {published_id}",
                 fine_tuned_model=published_id,
+                plan=trainer.plan.model_dump(mode="json"),  # of several trials, the one that was published
                 trained_tokens=trainer.trained_tokens,
                 result_files=[results.id],
             )

@@ -114,6 +114,7 @@ def test_a_sweep_is_one_job_with_its_table_in_the_provenance(tiny_llama_folder: 
     assert best["steps"] == max(row["steps"] for row in table)
     assert (manifest["layers"], manifest["positions"]) == (best["layers"], best["positions"])
     assert manifest["provenance"]["hyperparameters"]["learning_rate"] == best["learning_rate"]
+    assert place.job(job_id).plan == manifest["provenance"]["hyperparameters"], "the job shows what was published"
 
 
 def test_a_trial_whose_loss_is_no_number_never_leads(trunk: Trunk) -> None:
