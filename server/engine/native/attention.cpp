@@ -77,6 +77,7 @@ struct Step {
   int64_t table_width, heads, kv_heads, dim, value_dim, block_size, padded_size, padded_value, window;
   float scale;
 
+  int64_t tokens_of(int64_t sequence) const { return rows[sequence + 1] - rows[sequence]; }
   float* keys_of(int64_t block, int64_t head) const {
     return key_cache + (block * kv_heads + head) * dim * padded_size;
   }
@@ -201,14 +202,20 @@ at::Tensor paged_attention(const at::Tensor& query, const at::Tensor& key, const
     int64_t sequence, first, count;
   };
   std::vector<Task> tasks;
-  for (int64_t sequence = 0; sequence < sequences; ++sequence)
+  // A sequence of one task, as each is that decodes, has its keys and values written by it. The others' come before.
+  std::vector<int64_t> longer;
+  for (int64_t sequence = 0; sequence < sequences; ++sequence) {
+    if (step.tokens_of(sequence) > kRows) longer.push_back(sequence);
     for (int64_t first = step.rows[sequence]; first < step.rows[sequence + 1]; first += kRows)
       tasks.push_back({sequence, first, std::min(kRows, step.rows[sequence + 1] - first)});
+  }
   // Later tokens have longer to look back: the long tasks go first.
   std::reverse(tasks.begin(), tasks.end());
-  for_each(sequences * step.kv_heads, [&](int64_t i) { step.write(i / step.kv_heads, i % step.kv_heads); });
+  for_each(static_cast<int64_t>(longer.size()) * step.kv_heads,
+           [&](int64_t i) { step.write(longer[i / step.kv_heads], i % step.kv_heads); });
   for_each(static_cast<int64_t>(tasks.size()) * step.kv_heads, [&](int64_t i) {
     const Task& task = tasks[i / step.kv_heads];
+    if (step.tokens_of(task.sequence) <= kRows) step.write(task.sequence, i % step.kv_heads);
     step.attend(task.sequence, i % step.kv_heads, task.first, task.count);
   });
   return out;

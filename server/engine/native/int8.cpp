@@ -55,8 +55,10 @@ at::Tensor product(const at::Tensor& integers, const at::Tensor& weight) {
   const int64_t rows = integers.size(0), size = integers.size(1), out = weight.size(0);
   if (rows > kFewRows && has_fast_int_mm()) return at::_int_mm(integers, weight.t());
   at::Tensor products = at::empty({rows, out}, at::kInt);
-  const at::Tensor wide = integers.to(at::kShort);
-  const int16_t* x = wide.const_data_ptr<int16_t>();
+  const int8_t* narrow = integers.const_data_ptr<int8_t>();
+  thread_local std::vector<int16_t> wide;
+  wide.assign(narrow, narrow + rows * size);
+  const int16_t* x = wide.data();  // the threads below have vectors of their own by that name
   const int8_t* weights = weight.const_data_ptr<int8_t>();
   int32_t* to = products.data_ptr<int32_t>();
   for (int64_t tile = 0; tile < rows; tile += kTile) {
