@@ -88,7 +88,7 @@ def main() -> None:
     for name, scores in found.items():
         exact = [100 * each["exact_match"] for each in scores]
         print(
-            f"{name:7} {statistics.mean(exact):5.1f} % +- {statistics.stdev(exact):.1f} over {args.seeds} seeds, "
+            f"{name:7} {statistics.mean(exact):5.1f} % on average of {args.seeds} seeds, "
             f"loss {statistics.mean(each['loss'] for each in scores):.3f} "
             f"({', '.join(f'{each:.1f} %' for each in exact)})"
         )

@@ -2,7 +2,7 @@
 
 from reftserve.interventions.artifact import (
     Intervention,
-    Place,
+    Placement,
     load_artifact,
     load_history,
     pack,
@@ -47,8 +47,8 @@ __all__ = [
     "Manifest",
     "ManifestError",
     "NonFiniteError",
-    "Place",
     "PlacedEdit",
+    "Placement",
     "Positions",
     "PositionsError",
     "Provenance",

@@ -51,7 +51,7 @@ UNREADABLE = (
 
 
 @dataclass(frozen=True)
-class Place:
+class Placement:
     """Where an edit works, and how many of the intervention's columns are its own."""
 
     layer: int
@@ -68,7 +68,7 @@ class Intervention:
 
     manifest: Manifest
     columns: LowRankEdit
-    places: tuple[Place, ...]
+    places: tuple[Placement, ...]
 
     @property
     def content_hash(self) -> str:
@@ -82,7 +82,7 @@ class Intervention:
         return tuple(PlacedEdit(place.layer, place.positions, part) for place, part in parts)
 
 
-def content_hash(places: Sequence[Place], columns: LowRankEdit) -> str:
+def content_hash(places: Sequence[Placement], columns: LowRankEdit) -> str:
     """SHA-256 over places and numbers of the edits, in order."""
     digest = hashlib.sha256()
     for place in places:
@@ -105,7 +105,7 @@ def save_artifact(
     history: History | None = None,
 ) -> Manifest:
     """Write a new artifact folder; it must not exist. Raises OSError with nothing left behind."""
-    places = tuple(Place(placed.layer, placed.positions, placed.edit.rank) for placed in edits)
+    places = tuple(Placement(placed.layer, placed.positions, placed.edit.rank) for placed in edits)
     columns = compose([placed.edit for placed in edits])
     manifest = Manifest(
         family=family,
@@ -164,7 +164,7 @@ def parse_artifact(manifest_bytes: bytes, edits_bytes: bytes) -> Intervention:
         first = cause.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise ManifestError(f"{MANIFEST_FILE}: {where or 'document'}: {first['msg']}") from cause
-    places = tuple(Place(entry.layer, Positions.parse(entry.positions), entry.rank) for entry in manifest.edits)
+    places = tuple(Placement(entry.layer, Positions.parse(entry.positions), entry.rank) for entry in manifest.edits)
     columns = _columns(edits_bytes)
     _check_fit(places, columns, manifest.base)
     found = content_hash(places, columns)
@@ -207,7 +207,7 @@ def unpack(data: bytes, folder: Path, *, max_bytes: int = MAX_BYTES) -> Interven
 def _columns(edits_bytes: bytes) -> LowRankEdit:
     try:
         tensors = load(edits_bytes)
-    except (SafetensorError, ValueError, KeyError) as cause:
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as cause:  # the last two: absurd shapes
         raise ManifestError(f"{EDITS_FILE} is not a safetensors file: {cause}") from cause
     if tensors.keys() != set(TENSORS):
         missing, surplus = sorted(set(TENSORS) - tensors.keys()), sorted(tensors.keys() - set(TENSORS))
@@ -217,7 +217,7 @@ def _columns(edits_bytes: bytes) -> LowRankEdit:
     return LowRankEdit(**tensors)
 
 
-def _check_fit(places: Sequence[Place], columns: LowRankEdit, base: BaseFingerprint) -> None:
+def _check_fit(places: Sequence[Placement], columns: LowRankEdit, base: BaseFingerprint) -> None:
     rank = sum(place.rank for place in places)
     if columns.rank != rank:
         raise ShapeError(f"{EDITS_FILE} holds {columns.rank} columns; by the manifest the edits have {rank}")

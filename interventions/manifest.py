@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from reftserve.interventions.errors import FingerprintMismatch
+
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_version: Literal[2] = 2
+    schema_version: int = SCHEMA_VERSION
     family: str
     positions: str
     layers: list[int]
@@ -95,3 +97,10 @@ class Manifest(BaseModel):
     content_hash: str
     created_at: datetime
     provenance: Provenance = Provenance()
+
+    @field_validator("schema_version")
+    @classmethod
+    def _is_ours(cls, found: int) -> int:
+        if found != SCHEMA_VERSION:
+            raise ValueError(f"is {found}; what is read is format {SCHEMA_VERSION}: publish the intervention again")
+        return found

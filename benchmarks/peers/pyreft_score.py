@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
-from pyreft_train import train
+from pyreft_train import load, train
 from torch.nn.functional import cross_entropy
 
 
@@ -30,12 +30,13 @@ def scores(reft, rows, layers):
 
 def main():
     job = json.loads(Path(sys.argv[1]).read_text())
+    _, tokenizer = load(Path(job["model"]))
+    for prompt, completion, row in zip(job["prompts"], job["completions"], job["rows"], strict=True):
+        # Both sides must learn from the same tokens.
+        assert tokenizer(prompt + completion)["input_ids"] == row["ids"]
+        assert len(tokenizer(prompt)["input_ids"]) == row["n_prompt"]
     for seed in job["seeds"]:
-        reft, tokenizer, _ = train(job, seed)
-        # Both sides must have learned from, and are scored on, the same tokens.
-        for prompt, completion, row in zip(job["prompts"], job["completions"], job["rows"], strict=True):
-            assert tokenizer(prompt + completion)["input_ids"] == row["ids"]
-            assert len(tokenizer(prompt)["input_ids"]) == row["n_prompt"]
+        reft, _ = train(job, seed)
         print("RESULT", json.dumps(scores(reft, job["test"], job["layers"])), flush=True)
 
 

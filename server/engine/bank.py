@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from reftserve.interventions import Activation, Intervention, Place, Positions
+from reftserve.interventions import Activation, Intervention, Placement, Positions
 from reftserve.server.engine.errors import RequestRefused
 from reftserve.server.engine.transfers import Uploads
 
@@ -153,7 +153,7 @@ class Bank:
 def _uses(intervention: Intervention, rows: NDArray[np.int64]) -> tuple[EditUse, ...]:
     # Of equal edits at one layer, the n-th goes with the n-th of other layers.
     alike: defaultdict[tuple[Positions, int, int], list[tuple[int, int]]] = defaultdict(list)
-    seen: defaultdict[Place, int] = defaultdict(int)
+    seen: defaultdict[Placement, int] = defaultdict(int)
     start = 0
     for place in intervention.places:
         alike[place.positions, place.rank, seen[place]].append((place.layer, start))

@@ -27,16 +27,24 @@ class FusedAttention(nn.Module):
     """One layer's attention, float32. qkv: query, key and value as one product. norms: of each head's query and key."""
 
     def __init__(
-        self, qkv: PackedLinear | Int8Linear, o_proj: nn.Module, norms: tuple[nn.Module, nn.Module] | None, call: _Call
+        self,
+        qkv: PackedLinear | Int8Linear,
+        o_proj: nn.Module,
+        norms: tuple[nn.Module, nn.Module] | None,
+        *,
+        layer: int,
+        head_dim: int,
+        value_dim: int,
+        scale: float | None,
+        window: int | None,
     ) -> None:
         super().__init__()
         self.qkv, self.o_proj = qkv, o_proj
         self.q_norm: nn.Module | None
         self.k_norm: nn.Module | None
         self.q_norm, self.k_norm = norms or (None, None)
-        self.layer_idx, self.scale, self.window = call.layer, call.scale, call.window
-        query, _, value = call.tensors
-        self.head_dim, self.value_dim = query.shape[-1], value.shape[-1]
+        self.layer, self.head_dim, self.value_dim = layer, head_dim, value_dim
+        self.scale, self.window = scale, window
 
     def forward(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **unused: Any
@@ -49,7 +57,7 @@ class FusedAttention(nn.Module):
         cosines, sines = position_embeddings
         torch.ops.reftserve.rotate(query, key, cosines[0], sines[0], self.head_dim)
         attended = current_step().attend(
-            self.layer_idx,
+            self.layer,
             _heads(query, self.head_dim),
             _heads(key, self.head_dim),
             _heads(value, self.value_dim),
@@ -64,19 +72,30 @@ def fused_attention(module: nn.Module, *, int8: bool) -> FusedAttention | None:
     parts = dict(module.named_children())
     q, k, v, o = (parts.pop(f"{name}_proj", None) for name in "qkvo")
     norms = (parts.pop("q_norm"), parts.pop("k_norm")) if parts.keys() == {"q_norm", "k_norm"} else None
-    if parts or ROTATION not in inspect.signature(module.forward).parameters:
+    if parts or not hasattr(module, "head_dim") or ROTATION not in inspect.signature(module.forward).parameters:
         return None
     if not (is_linear(q) and is_linear(k) and is_linear(v) and is_linear(o)):
         return None
     x = random_rows(q.in_features)
-    expected = _probed(module, x)
-    if expected is None:
+    expected = _probed(module, x, rotates=True)
+    if expected is None or _probed(module, x, rotates=False):  # some layers of a model may be given no rotation
         return None
-    call, output = expected
-    fused = FusedAttention(PackedLinear([q, k, v]), o, norms, call)
-    found = _probed(fused, x)
-    if found is None or not all(map(equal, (*found[0].tensors, found[1]), (*call.tensors, output))):
-        return None
+    call = expected.call
+    fused = FusedAttention(
+        PackedLinear([q, k, v]),
+        o,
+        norms,
+        layer=call.layer,
+        head_dim=call.query.shape[-1],
+        value_dim=call.value.shape[-1],
+        scale=call.scale,
+        window=call.window,
+    )
+    # Numbers of two sizes, since some models clamp theirs.
+    for factor in (1.0, 1e4):
+        found, expected = (_probed(each, factor * x, rotates=True) for each in (fused, module))
+        if found is None or expected is None or not all(map(equal, found.tensors, expected.tensors)):
+            return None
     if int8:
         fused.qkv = Int8Linear([q, k, v])
     return fused
@@ -84,12 +103,26 @@ def fused_attention(module: nn.Module, *, int8: bool) -> FusedAttention | None:
 
 @dataclass(frozen=True)
 class _Call:
-    """What a module gives to attention. tensors: query, key and value, [heads, tokens, dim]."""
+    """What a module gives to attention."""
 
     layer: int
-    tensors: tuple[Tensor, Tensor, Tensor]
+    query: Tensor
+    key: Tensor
+    value: Tensor
     scale: float | None
     window: int | None
+
+
+@dataclass(frozen=True)
+class _Probed:
+    """How a module called attention, and its output."""
+
+    call: _Call
+    output: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.call.query, self.call.key, self.call.value, self.output
 
 
 @dataclass
@@ -101,22 +134,22 @@ class _Recorder:
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
     ) -> Tensor:
-        self.calls.append(_Call(layer, (query.clone(), key.clone(), value.clone()), scale, window))
+        self.calls.append(_Call(layer, query.clone(), key.clone(), value.clone(), scale, window))
         heads, tokens, width = query.shape[0], query.shape[1], value.shape[-1]
         return random_rows(heads * width, tokens).view(tokens, heads, width)
 
 
-def _probed(module: nn.Module, x: Tensor) -> tuple[_Call, Tensor] | None:
-    """How a module calls attention for the input x, and its output; None where it wants other input or calls twice."""
+def _probed(module: nn.Module, x: Tensor, *, rotates: bool) -> _Probed | None:
+    """What a module does with the input x, and random cosines and sines or none; None where it wants other input."""
     recorder = _Recorder()
-    size: int = getattr(module, "head_dim", 0)
-    rotation = random_rows(size, 2 * x.shape[1]).chunk(2, dim=1)
+    size: int = module.head_dim  # type: ignore[assignment]
+    rotation = random_rows(size, 2 * x.shape[1]).chunk(2, dim=1) if rotates else None
     with attention_step(recorder):
         try:
             output, _ = module(hidden_states=x, attention_mask=None, **{ROTATION: rotation})
-        except (TypeError, ValueError, AttributeError, RuntimeError):
+        except Exception:  # whatever a module says to a probe, it only keeps its own form
             return None
-    return (recorder.calls[0], output) if len(recorder.calls) == 1 else None
+    return _Probed(recorder.calls[0], output) if len(recorder.calls) == 1 else None
 
 
 def _heads(rows: Tensor, size: int) -> Tensor:

@@ -1,7 +1,8 @@
 """What makes two blocks of the cache the same: a chain of keys over tokens and the edits on them.
 
-    key_i = H(key_{i-1}, token ids of block i, [(layer, edit, scale, edited offsets), ...] in composition order)
+    key_i = H(key_{i-1}, token ids of block i, [(edit, scale, edited offsets), ...] in composition order)
     key_{-1} = H(salt)
+    edit  = the intervention's content hash, and which of its edits
 
 The keys and values of a token depend on the tokens before it and the edits on them, and on nothing else. So an
 intervention that edits only the last prompt tokens has the base model's keys up to there, and shares its blocks with
@@ -53,9 +54,8 @@ class BlockKeys:
             for number, place in enumerate(intervention.places):
                 offsets = place.positions.indices(self._n_prompt, start, stop) - start
                 if len(offsets):
-                    head = struct.pack("<qdq", place.layer, scale, len(offsets))
-                    edit = intervention.edits[number].edit
-                    parts.append(head + bytes.fromhex(edit.content_hash) + offsets.tobytes())
+                    edit = bytes.fromhex(intervention.content_hash) + struct.pack("<q", number)
+                    parts.append(edit + struct.pack("<dq", scale, len(offsets)) + offsets.tobytes())
         return b"".join(parts)
 
 

@@ -5,7 +5,8 @@ for those in the file, which is named by their hash and made by whoever comes fi
 what is damaged, cut off or somebody else's is never used, but made anew. Mapped pages are the page cache's: they are in
 memory once, whoever reads them.
 
-    <hash>.weights   the parameters in the order of `named_parameters`, each from a multiple of 64 bytes on
+    <hash>.weights   the panels in the order of `named_parameters`, then what else there is, each from a multiple of
+                     64 bytes on
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from reftserve.server.engine.native import load_kernels
 from reftserve.server.engine.packed_linear import pack_linears, takes_kernels
 
 logger = logging.getLogger(__name__)
+PANEL_DIMENSIONS = 3
 ALIGNMENT = 64  # a cache line, and the widest vector
 
 
@@ -53,7 +55,8 @@ def share_weights(model: nn.Module, folder: Path) -> None:
     Other files of weights go when one is made: the base of the day alone is worth its room. Where it cannot be made,
     the model keeps its private weights, and the log says so.
     """
-    parameters = list(model.parameters())
+    # Panels first, so that those of layers that are computed as one lie side by side, with biases or without.
+    parameters = sorted(model.parameters(), key=lambda parameter: parameter.dim() < PANEL_DIMENSIONS)
     file = folder / f"{model_checksum(model)}.weights"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -146,7 +146,8 @@ class Runs:
                 "succeeded",
                 f"Published {published_id}",
                 fine_tuned_model=published_id,
-                plan=trainer.plan.model_dump(mode="json"),  # of several trials, the one that was published
+                # Of several trials, the one that was published; and still, which they were.
+                plan={**trainer.plan.model_dump(mode="json"), "sweep": job.plan["sweep"]},
                 trained_tokens=trainer.trained_tokens,
                 result_files=[results.id],
             )

@@ -111,6 +111,16 @@ def changed(tensors: dict[str, torch.Tensor], name: str, value: torch.Tensor) ->
     return save({**tensors, name: value})
 
 
+def with_shape(tensors: dict[str, torch.Tensor], name: str, shape: list[int]) -> bytes:
+    """A file whose header gives a tensor without numbers this shape."""
+    saved = save({**tensors, name: torch.zeros(0)})
+    size = int.from_bytes(saved[:8], "little")
+    header = json.loads(saved[8 : 8 + size])
+    header[name]["shape"] = shape
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + saved[8 + size :]
+
+
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
@@ -124,6 +134,9 @@ def changed(tensors: dict[str, torch.Tensor], name: str, value: torch.Tensor) ->
         (lambda t: changed(t, "b", t["b"] * float("nan")), NonFiniteError, "b holds NaN"),
         (lambda t: changed(t, "b", t["b"] + 1e-6), HashMismatch, "content_hash is"),
         (lambda t: changed(t, "act", t["act"] + 6), DtypeError, "act holds"),
+        (lambda t: changed(t, "b", t["b"].to(torch.float8_e8m0fnu)), ManifestError, "not a safetensors file"),
+        (lambda t: with_shape(t, "A", [0, 1 << 40, 1 << 40]), ManifestError, "not a safetensors file"),
+        (lambda t: with_shape(t, "A", [0, 1 << 64]), ManifestError, "not a safetensors file"),
         (lambda t: save(t)[:-4], ManifestError, "not a safetensors file"),
         (lambda _: b"", ManifestError, "not a safetensors file"),
         (lambda t: pickle.dumps(t), ManifestError, "not a safetensors file"),

@@ -14,6 +14,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    NemotronConfig,
+    NemotronForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedModel,
@@ -23,7 +25,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "gpt2", "gpt_neox", "opt", "gemma3")
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "nemotron", "gpt2", "gpt_neox", "opt", "gemma3")
 COMMON = {"vocab_size": 100, "max_position_embeddings": 128, "initializer_range": 0.3}
 ROTARY = {
     **COMMON,
@@ -52,6 +54,7 @@ def tiny_model(name: str) -> PreTrainedModel:
         "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**ROTARY)),
         "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**ROTARY, head_dim=8)),
         "mistral": lambda: MistralForCausalLM(MistralConfig(**ROTARY, sliding_window=8)),
+        "nemotron": lambda: NemotronForCausalLM(NemotronConfig(**ROTARY, partial_rotary_factor=0.5)),
         "gpt2": lambda: GPT2LMHeadModel(
             GPT2Config(vocab_size=100, n_positions=128, n_embd=32, n_layer=3, n_head=4, initializer_range=0.3)
         ),

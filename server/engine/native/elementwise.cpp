@@ -15,6 +15,7 @@ at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double epsilo
   const at::Tensor dense = x.contiguous();
   at::Tensor out = at::empty(dense.sizes(), dense.options());
   const int64_t size = dense.size(-1), rows = dense.numel() / size;
+  TORCH_CHECK(weight.numel() == size, "a norm of ", weight.numel(), " numbers is given ", size);
   const float *from = dense.const_data_ptr<float>(), *scale = weight.const_data_ptr<float>();
   float* to = out.data_ptr<float>();
   for_rows(rows, size, [&](int64_t row) {
@@ -56,6 +57,9 @@ void rotate(at::Tensor& query, at::Tensor& key, const at::Tensor& cosines, const
   TORCH_CHECK(query.stride(-1) == 1 && key.stride(-1) == 1, "queries and keys must have dense rows");
   const at::Tensor cos = cosines.contiguous(), sin = sines.contiguous();
   const int64_t rows = query.size(0), rotated = cos.size(-1), half = rotated / 2;
+  TORCH_CHECK(key.size(0) == rows && cos.size(0) == rows && sin.sizes() == cos.sizes(), "one rotation for each row");
+  TORCH_CHECK(rotated <= dim && rotated % 2 == 0, "of a head of ", dim, " numbers ", rotated, " cannot be rotated");
+  TORCH_CHECK(query.size(-1) % dim == 0 && key.size(-1) % dim == 0, "rows must be whole heads");
   const float *cos_rows = cos.const_data_ptr<float>(), *sin_rows = sin.const_data_ptr<float>();
   for (const at::Tensor& heads : {query, key}) {
     float* first = heads.data_ptr<float>();

@@ -158,6 +158,7 @@ at::Tensor output_like(const at::Tensor& x, int64_t size) {
 std::vector<at::Tensor> int8_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& scale,
                                     const std::optional<at::Tensor>& bias, bool precise, at::IntArrayRef sizes) {
   const Rounded rounded = rounded_rows(x, precise);
+  TORCH_CHECK(weight.size(1) == rounded.size, "a layer that reads ", weight.size(1), " numbers is given ", rounded.size);
   const at::Tensor products = product(rounded.integers, weight);
   const Scaled scaled(products, rounded, scale, bias);
   std::vector<at::Tensor> outs;

@@ -109,6 +109,7 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& packed, const std::opti
                   at::IntArrayRef sizes) {
   const at::Tensor dense = x.contiguous();
   const int64_t in = dense.size(-1), rows = dense.numel() / in, panels = packed.size(0);
+  TORCH_CHECK(packed.size(1) == in, "a layer that reads ", packed.size(1), " numbers is given ", in);
   const std::vector<Columns> columns = columns_of_panels(sizes);
   TORCH_CHECK(static_cast<int64_t>(columns.size()) == panels, "layers of these sizes do not have ", panels, " panels");
   const int64_t out = columns.back().first + columns.back().count;

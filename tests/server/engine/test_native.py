@@ -16,7 +16,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, apply_rotary_pos_emb
 
 from reftserve.interventions import Activation, compose
-from reftserve.server.engine.attention import ATTENTION, LayerShape
+from reftserve.server.engine.attention import ATTENTION, LayerShape, attention_step
 from reftserve.server.engine.attention.native import NativeCache
 from reftserve.server.engine.errors import EngineError
 from reftserve.server.engine.fused import FusedMLP, FusedRMSNorm, Int8FusedMLP, fuse_modules
@@ -213,7 +213,7 @@ def test_rotary_embeddings_in_place_are_those_of_transformers(
 
 @pytest.mark.parametrize(
     ("name", "takes"),
-    [("llama", 3), ("mistral", 3), ("qwen2", 3), ("qwen3", 3), ("gemma3", 4), ("gpt2", 0), ("opt", 0)],
+    [("llama", 3), ("mistral", 3), ("nemotron", 3), ("qwen2", 3), ("qwen3", 3), ("gemma3", 4), ("gpt2", 0), ("opt", 0)],
 )
 def test_attention_of_those_that_rotate_halves_is_replaced(name: str, takes: int) -> None:
     """That it computes the same is shown by test_architectures.py, of whole models."""
@@ -225,19 +225,58 @@ def test_attention_of_those_that_rotate_halves_is_replaced(name: str, takes: int
 
 
 class RotatesBackwards(LlamaAttention):
-    """Looks like one."""
+    """Looks like one that is replaced."""
 
     def forward(self, *args: Any, position_embeddings: tuple[Tensor, Tensor], **kwargs: Any) -> tuple[Tensor, Tensor]:
         cosines, sines = position_embeddings
         return super().forward(*args, position_embeddings=(cosines, -sines), **kwargs)
 
 
-def test_attention_that_computes_something_else_stays() -> None:
+class Clamps(LlamaAttention):
+    """What OLMo does with `clip_qkv`: few inputs show it."""
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return super().forward(hidden_states=hidden_states.clamp(-1000, 1000), **kwargs)
+
+
+class MayNotRotate(LlamaAttention):
+    """Some models give no rotation to some of their layers."""
+
+    def forward(
+        self, *args: Any, position_embeddings: tuple[Tensor, Tensor] | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        rotation = position_embeddings or (torch.ones(1, 1, self.head_dim), torch.zeros(1, 1, self.head_dim))
+        return super().forward(*args, position_embeddings=rotation, **kwargs)
+
+
+@pytest.mark.parametrize("kind", [RotatesBackwards, Clamps, MayNotRotate])
+def test_attention_that_computes_something_else_stays(kind: type[LlamaAttention]) -> None:
     model = tiny_model("llama").requires_grad_(False)
     model.set_attn_implementation(ATTENTION)
-    model.model.layers[1].self_attn.__class__ = RotatesBackwards
+    model.model.layers[1].self_attn.__class__ = kind
     fuse_modules(model, int8=False)
-    assert [type(layer.self_attn) for layer in model.model.layers] == [FusedAttention, RotatesBackwards, FusedAttention]
+    assert [type(layer.self_attn) for layer in model.model.layers] == [FusedAttention, kind, FusedAttention]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_in_int8_what_attention_is_given_is_near_that_of_float32(name: str) -> None:
+    x = torch.randn(1, 9, 32, generator=torch.Generator().manual_seed(2))
+    rotation = torch.randn(2, 1, 9, 8, generator=torch.Generator().manual_seed(3)).unbind()
+    given: list[tuple[Tensor, ...]] = []
+
+    class Records:
+        def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *rest: object) -> Tensor:
+            given.append((query.clone(), key.clone(), value.clone()))
+            return torch.zeros(9, 4, 8)
+
+    for int8 in (False, True):
+        model = tiny_model(name).requires_grad_(False)
+        model.set_attn_implementation(ATTENTION)
+        fuse_modules(model, int8=int8)
+        with attention_step(Records()):
+            model.model.layers[0].self_attn(x, rotation)
+    for exact, rounded in zip(*given, strict=True):
+        assert 0 < float((rounded - exact).norm() / exact.norm()) < 0.05
 
 
 @settings(max_examples=60, deadline=None)

@@ -6,11 +6,11 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine_oracle import make_engine, request, run_until_done, save_edits, save_random
+from engine_oracle import make_engine, request, run_until_done, save_random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reftserve.interventions import Intervention, PlacedEdit, Positions, load_artifact
+from reftserve.interventions import Intervention, load_artifact
 from reftserve.server.engine.block_allocator import BlockAllocator
 from reftserve.server.engine.engine import Engine
 from reftserve.server.engine.messages import Submit
@@ -26,12 +26,12 @@ def cached_tokens(engine: Engine, submit: Submit) -> int:
 
 
 def edits_at(submit: Submit, interventions: dict[str, Intervention], index: int) -> list[object]:
-    """What touches the token at `index`, by content: layer, edit, scale."""
+    """What touches the token at `index`: whose edit, which of them, how strongly."""
     return [
-        (placed.layer, placed.edit.content_hash, ref.scale)
+        (ref.content_hash, number, ref.scale)
         for ref in submit.interventions
-        for placed in interventions[ref.content_hash].edits
-        if index in placed.positions.indices(len(submit.prompt_ids), index, index + 1)
+        for number, place in enumerate(interventions[ref.content_hash].places)
+        if index in place.positions.indices(len(submit.prompt_ids), index, index + 1)
     ]
 
 
@@ -102,19 +102,17 @@ def test_interventions_that_edit_only_the_end_share_the_base_models_prefix(
     engine.close()
 
 
-def test_untied_interventions_with_one_prefix_edit_share_what_it_edited(
+def test_an_intervention_shares_what_it_edited_with_itself_in_a_composition(
     tiny_llama_folder: Path, tmp_path: Path
 ) -> None:
-    """The key names edits, not interventions."""
-    one, other = (load_artifact(save_random(tmp_path / f"s{i}", [(1, "l1")], rank=2, seed=i)).edits[0] for i in (1, 2))
-    prefix = load_artifact(save_random(tmp_path / "p", [(1, "f2")], rank=2, seed=3)).edits[0]
-    folders = [save_edits(tmp_path / f"u{i}", [prefix, suffix]) for i, suffix in enumerate((one, other))]
+    prefix, other = (
+        save_random(tmp_path / name, [(1, "f2"), (1, "l1")], rank=2, seed=i) for i, name in enumerate("po")
+    )
+    suffix = save_random(tmp_path / "s", [(2, "l2")], rank=2, seed=3)
     engine = make_engine(tiny_llama_folder, blocks=200)
-    assert cached_tokens(engine, request("one", PROMPT, uses=[(folders[0], 1.0)])) == 0
-    assert cached_tokens(engine, request("other", PROMPT, uses=[(folders[1], 1.0)])) == 36
-    moved = PlacedEdit(1, Positions.parse("f3"), prefix.edit)
-    third = save_edits(tmp_path / "third", [moved, one])
-    assert cached_tokens(engine, request("more positions", PROMPT, uses=[(third, 1.0)])) == 0
+    assert cached_tokens(engine, request("alone", PROMPT, uses=[(prefix, 1.0)])) == 0
+    assert cached_tokens(engine, request("composed", PROMPT, uses=[(suffix, 0.5), (prefix, 1.0)])) == 36
+    assert cached_tokens(engine, request("another", PROMPT, uses=[(other, 1.0)])) == 0
     engine.close()
 
 

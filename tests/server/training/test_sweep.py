@@ -114,7 +114,9 @@ def test_a_sweep_is_one_job_with_its_table_in_the_provenance(tiny_llama_folder: 
     assert best["steps"] == max(row["steps"] for row in table)
     assert (manifest["layers"], manifest["positions"]) == (best["layers"], best["positions"])
     assert manifest["provenance"]["hyperparameters"]["learning_rate"] == best["learning_rate"]
-    assert place.job(job_id).plan == manifest["provenance"]["hyperparameters"], "the job shows what was published"
+    shown = place.job(job_id).plan
+    assert {**shown, "sweep": []} == manifest["provenance"]["hyperparameters"], "the job shows what was published"
+    assert len(shown["sweep"]) == 8
 
 
 def test_a_trial_whose_loss_is_no_number_never_leads(trunk: Trunk) -> None:
