@@ -1,7 +1,8 @@
 """Runs the base model over a batch: packs the tokens, applies the edits, returns the logits to sample from.
 
-The model is transformers' own, unpatched: attention goes through the registered function, edits through one forward
-hook a decoder layer that returns at once when the step edits nothing there.
+The model is transformers' own: attention goes through the registered function, edits through one forward hook a decoder
+layer that returns at once when the step edits nothing there. On the CPU some modules stand in for others that compute
+the same (`packed_linear.py`, `fused.py`, `fused_attention.py`, `int8.py`); no code of transformers is changed.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A step packs all its tokens into one row, prompt chunks first, then decode tokens. The cache makes an `AttentionStep` of
 each batch; for each layer of the forward pass it stores the new keys and values, and lets every token attend to those
-of its own sequence. Models run unpatched.
+of its own sequence.
 """
 
 from __future__ import annotations
