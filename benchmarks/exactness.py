@@ -60,6 +60,7 @@ class ForcedRunner(RecordingRunner):
         super().__init__(model, **sizes)
         self.forced: dict[str, list[int]] = {}
 
+    @torch.inference_mode()
     def step(self, batch: Batch, token_ids: Tensor | None = None) -> Logits:
         """Compute the batch, then leave nothing but the given token to choose from."""
         logits = super().step(batch, token_ids)
