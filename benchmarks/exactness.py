@@ -65,10 +65,11 @@ class ForcedRunner(RecordingRunner):
         """Compute the batch, then leave nothing but the given token to choose from."""
         logits = super().step(batch, token_ids)
         for chunk, row in zip((c for c in batch.chunks if c.samples), logits.sampling, strict=True):
-            tokens = self.forced.get(chunk.sequence.request_id)
-            if tokens is not None:
+            index = chunk.stop - chunk.sequence.n_prompt
+            tokens = self.forced.get(chunk.sequence.request_id, [])
+            if index < len(tokens):  # the engine runs a step ahead of the last
                 row.fill_(-torch.inf)
-                row[tokens[chunk.stop - chunk.sequence.n_prompt]] = 0
+                row[tokens[index]] = 0
         return logits
 
 
