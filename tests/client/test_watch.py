@@ -58,7 +58,13 @@ class Terminal:
         ours, theirs = pty.openpty()
         environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "LINES": "40"}
         self.process = subprocess.Popen(
-            [str(REFTSERVE), *words], stdin=theirs, stdout=theirs, stderr=theirs, env=environment
+            [str(REFTSERVE), *words],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            env=environment,
+            # As a shell in a terminal does; where these tests run in the background it may be ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         os.close(theirs)
         self.shown = ""
