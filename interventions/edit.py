@@ -141,12 +141,8 @@ class LowRankEdit:
 
         The ranks are positive and sum to `rank`.
         """
-        edits = []
-        for tensors in zip(*(getattr(self, name).split(list(ranks)) for name in TENSORS), strict=True):
-            edit = object.__new__(LowRankEdit)  # whole columns of what has been checked need no check
-            edit.__dict__.update(zip(TENSORS, tensors, strict=True))
-            edits.append(edit)
-        return edits
+        parts = zip(*(getattr(self, name).split(list(ranks)) for name in TENSORS), strict=True)
+        return [LowRankEdit(*tensors) for tensors in parts]
 
     @cached_property
     def content_hash(self) -> str:
