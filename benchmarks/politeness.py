@@ -25,7 +25,7 @@ from running_server import RunningServer, running_server
 
 PROMPT = "Write a long story about a lighthouse keeper who learns to"
 DATA = w.ROOT / "examples" / "sentiment.train.jsonl"
-WARM_UP_S, SECONDS = 5.0, 15.0
+WARM_UP_S = 5.0
 
 
 def gaps(server: RunningServer, streams: int, seconds: float) -> list[float]:
@@ -73,6 +73,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--runs", type=int, default=3)
     arguments.add_argument("--streams", type=int, default=4)
+    arguments.add_argument("--seconds", type=float, default=60, help="of each measurement; a job's steps take long")
     arguments.add_argument("--positions", default="f7+l7", help="of the job")
     arguments.add_argument("--niceness", type=int, help="of the worker; default: the setting's")
     args = arguments.parse_args()
@@ -83,14 +84,14 @@ def main() -> None:
         client = Client(server.url)
         gaps(server, args.streams, WARM_UP_S)
         for _ in range(args.runs):
-            between["no job"].append(statistics.median(gaps(server, args.streams, SECONDS)))
+            between["no job"].append(statistics.median(gaps(server, args.streams, args.seconds)))
             job = begin_job(client, server, args.positions)
             for name, busy in (("alone", False), ("beside the streams", True)):
                 before, began = steps_done(server, job), time.perf_counter()
                 if busy:
-                    between["a job"].append(statistics.median(gaps(server, args.streams, SECONDS)))
+                    between["a job"].append(statistics.median(gaps(server, args.streams, args.seconds)))
                 else:
-                    time.sleep(SECONDS)
+                    time.sleep(args.seconds)
                 rates[name].append((steps_done(server, job) - before) / (time.perf_counter() - began))
             job.cancel()
             while not job.refresh().has_ended:
