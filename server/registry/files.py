@@ -178,15 +178,11 @@ class FileStore:
             created_at=int(time.time()),
         )
         self._blobs.put_file(file.blob_key, content)
-        try:
-            with self._database.session() as session:
-                check(session)
-                replaced = session.get(File, file_id)
-                replaced_key = None if replaced is None else replaced.blob_key
-                session.merge(file)
-        except BaseException:
-            self._blobs.delete(file.blob_key)
-            raise
+        with self._blobs.unless_refused(file.blob_key), self._database.session() as session:
+            check(session)
+            replaced = session.get(File, file_id)
+            replaced_key = None if replaced is None else replaced.blob_key
+            session.merge(file)
         if replaced_key is not None:
             self._blobs.delete(replaced_key)
         return file

@@ -104,11 +104,8 @@ class InterventionRegistry:
             created_at=int(time.time()),
         )
         self._blobs.put_folder(version.blob_key, folder)
-        try:
+        with self._blobs.unless_refused(version.blob_key):
             committed = self._commit(owner, name, version, alongside)
-        except BaseException:
-            self._blobs.delete(version.blob_key)
-            raise
         if committed.blob_key != version.blob_key:
             self._blobs.delete(version.blob_key)
         return self._published(name, committed)

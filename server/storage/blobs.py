@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+from sqlalchemy.exc import DBAPIError
 
 from reftserve.server.errors import StorageFull
 
@@ -89,6 +90,21 @@ class BlobStore:
             self.filesystem.rm(self._path(key), recursive=True)
         if not self.is_local:
             shutil.rmtree(self.cache / key, ignore_errors=True)
+
+    @contextmanager
+    def unless_refused(self, key: str) -> Iterator[None]:
+        """Around the transaction that makes a blob known: the blob goes when it raises, and surely wrote nothing.
+
+        Whoever is interrupted, or loses the database, while it commits cannot know whether it did. What then is known
+        to no row after all is left to `sweep`.
+        """
+        try:
+            yield
+        except DBAPIError:
+            raise
+        except Exception:
+            self.delete(key)
+            raise
 
     def sweep(self, prefix: str, keep: set[str], *, older_than_s: float = 3600) -> list[str]:
         """Remove what no row knows: blobs directly below `prefix` that are not in `keep` and old enough.

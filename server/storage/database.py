@@ -13,12 +13,13 @@ from alembic import command
 from alembic.config import Config
 from filelock import FileLock
 from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
-from sqlalchemy.exc import DatabaseError, OperationalError
+from sqlalchemy.exc import DatabaseError, InterfaceError, OperationalError
 from sqlalchemy.orm import Session
 
 from reftserve.server.errors import StorageFull
 
 BUSY_TIMEOUT_MS = 30_000
+LOST = (OperationalError, InterfaceError)  # what is raised while a database cannot be reached, or breaks off
 
 
 class Database:

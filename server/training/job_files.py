@@ -1,17 +1,19 @@
 """What a job keeps in the blob store while it may still go on: a copy of its data, and its checkpoints.
 
-    blobs / jobs / <id> / training.jsonl  validation.jsonl  checkpoint-<step>-<fence>/
+    blobs / jobs / <id> / training.jsonl  validation.jsonl  checkpoint-<step>-<any>/
 
-Any worker can read them, so any can take a job over. A checkpoint counts once its row is committed, and its key carries
-the fence of the run that wrote it: what a run that was given up writes late is nobody's checkpoint. Whoever changes
-these files holds the job's lease. They go when the job has succeeded, some time after it has failed or was cancelled
-(until then it can be retried), and earlier when others need the room.
+Any worker can read them, so any can take a job over. A checkpoint counts once its row is committed, and has a key of
+its own: what a run that was given up writes late is nobody's checkpoint, and a step that is written again leaves the
+files of the first time as they are until the row names the new ones. Whoever changes these files holds the job's lease.
+They go when the job has succeeded, some time after it has failed or was cancelled (until then it can be retried), and
+earlier when others need the room.
 """
 
 from __future__ import annotations
 
 import tempfile
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -65,18 +67,15 @@ class JobFiles:
 
         Raises QuotaExceeded or StorageFull, and LeaseLost; the checkpoint before is there as it was.
         """
-        key = f"{BLOBS}/{lease.job_id}/checkpoint-{step}-{lease.fence}"
+        key = f"{BLOBS}/{lease.job_id}/checkpoint-{step}-{uuid.uuid4().hex}"
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
             with no_room_for(f"the checkpoint at step {step}"):
                 write(folder)
             self._make_room(sum(file.stat().st_size for file in folder.iterdir()))
             self._blobs.put_folder(key, folder)
-        try:
+        with self._blobs.unless_refused(key):
             gone = self._log.checkpoint(lease, step, key, metrics)
-        except BaseException:
-            self._blobs.delete(key)
-            raise
         for old in gone:
             self._blobs.delete(old)
 

@@ -112,10 +112,14 @@ class JobLog:
         with self._database.session() as session:
             free(held(session, lease))
 
-    def pause(self, lease: Lease, message: str) -> None:
-        """The job rests, and is nobody's."""
+    def pause(self, lease: Lease, message: str) -> bool:
+        """The job rests, and is nobody's; False when the pause has been withdrawn, and the job goes on."""
         with self._database.session() as session:
-            rest(session, held(session, lease), message)
+            job = held(session, lease)
+            if not job.pause_requested:
+                return False
+            rest(session, job, message)
+            return True
 
     def end(self, lease: Lease, status: str, message: str, *, level: str = "info", **fields: Any) -> None:
         """Give the job its final status, with an event that says so; it is nobody's any more."""

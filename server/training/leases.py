@@ -88,12 +88,16 @@ class Leases:
             expires_at = self._database.now(session) + self._lease_s
             session.execute(update(Job).where(Job.lease_worker == self._worker).values(lease_expires_at=expires_at))
 
-    def release(self) -> None:
-        """Give all leases back, so that another worker need not wait for their end."""
+    def release(self, *, in_order: bool = True) -> None:
+        """Give all leases back, so that another worker need not wait for their end.
+
+        in_order: that the worker leaves was no fault of the jobs, so the attempt does not count.
+        """
         with self._database.session() as session:
             for job in session.scalars(select(Job).where(Job.lease_worker == self._worker).with_for_update()):
                 free(job)
-                job.attempts = max(0, job.attempts - 1)
+                if in_order:
+                    job.attempts = max(0, job.attempts - 1)
 
     def _lend(self, job: Job, now: float) -> Lease:
         job.fence += 1

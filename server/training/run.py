@@ -33,6 +33,7 @@ from reftserve.server.errors import Conflict, InvalidRequest, ServerError
 from reftserve.server.memory import give_back_memory
 from reftserve.server.registry.store import Store
 from reftserve.server.storage.blobs import no_room_for
+from reftserve.server.storage.database import LOST
 from reftserve.server.storage.tables import Job
 from reftserve.server.training.data import EncodedExample, Splits, dataset_hash, encode, read_examples, split
 from reftserve.server.training.job_files import JobFiles
@@ -76,7 +77,10 @@ class Runs:
         self._log = JobLog(store.database)
 
     def carry(self, lease: Lease) -> None:
-        """From where the job stands to its end, its pause, or the loss of the lease; then its memory is free again."""
+        """From where the job stands to its end, its pause, or the loss of the lease; then its memory is free again.
+
+        Raises what is in `LOST` when the database was lost; the job goes on from its checkpoint when it is taken again.
+        """
         try:
             self._run(lease)
         except LeaseLost as cause:
@@ -119,8 +123,8 @@ class Runs:
         while sweep.step < until and not sweep.has_ended:
             if self._log.pause_requested(lease):
                 self._save_checkpoint(lease, sweep)
-                self._log.pause(lease, f"The job was paused after {sweep.step} steps")
-                return False
+                if self._log.pause(lease, f"The job was paused after {sweep.step} steps"):
+                    return False
             self._one_step(lease, sweep)
         self._save_checkpoint(lease, sweep)
         return True
@@ -177,7 +181,7 @@ class Runs:
                 if not self.advance(lease, sweep):
                     return
             self.publish(lease, sweep)
-        except LeaseLost:
+        except (LeaseLost, *LOST):
             raise
         except Exception as cause:
             self.fail(lease, cause)

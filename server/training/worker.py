@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from sqlalchemy.exc import DBAPIError
 
 from reftserve.server.base_model import Base, open_base, resolve_device, resolve_dtype
 from reftserve.server.engine.weights import load_base
@@ -25,6 +24,7 @@ from reftserve.server.errors import StorageFull
 from reftserve.server.memory import give_back_memory
 from reftserve.server.registry.store import Store, open_store
 from reftserve.server.settings import LOG_FORMAT, Settings
+from reftserve.server.storage.database import LOST
 from reftserve.server.training.data import count_examples
 from reftserve.server.training.job_files import JobFiles
 from reftserve.server.training.job_log import JobLog
@@ -38,6 +38,7 @@ HEARTBEAT_S = 1.0
 HEARTBEAT_FILE = "worker.heartbeat"
 RENEWALS_PER_LEASE = 4
 SWEEP_S = 60.0
+LOST_S = 5.0
 EXIT_S = 5.0
 
 
@@ -68,7 +69,12 @@ def run(settings: Settings) -> NoReturn:
     heartbeat.start()
     logger.info("worker %s waits for jobs", worker)
     try:
-        _work(runs, files, leases)
+        while True:
+            try:
+                work(runs, files, leases)
+            except LOST as cause:
+                logger.warning("the database is lost; again in %.0f s: %s", LOST_S, cause)
+                time.sleep(LOST_S)
     finally:
         leases.release()
 
@@ -104,7 +110,12 @@ def open_runs(settings: Settings, store: Store, base: Base, leases: Leases) -> t
     return runs, files
 
 
-def _work(runs: Runs, files: JobFiles, leases: Leases) -> NoReturn:
+def work(runs: Runs, files: JobFiles, leases: Leases) -> NoReturn:
+    """Take jobs as they come, and carry each as far as it goes.
+
+    Raises what is in `LOST` when the database was lost; called again, it first gives up what it had in hand.
+    """
+    leases.release(in_order=False)
     swept_at = -SWEEP_S
     while True:
         if time.monotonic() - swept_at > SWEEP_S:
@@ -122,12 +133,12 @@ def _beat(settings: Settings, leases: Leases) -> NoReturn:
     file: Path = settings.data / HEARTBEAT_FILE
     pause_s = min(HEARTBEAT_S, settings.lease_s / RENEWALS_PER_LEASE)
     while True:
-        file.touch()
         try:
             leases.renew()
-        except (DBAPIError, StorageFull):
+            file.touch()
+        except (*LOST, StorageFull, OSError):
             # The next beat tries again; if none comes through in time, the lease is lost, and the run notices.
-            logger.exception("the lease could not be renewed")
+            logger.exception("no sign of life could be given")
         time.sleep(pause_s)
 
 

@@ -11,9 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
 from workplace import CHECKPOINT_STEPS, OWNER, STEPS, Worker, Workplace
 
+from reftserve.interventions import load_artifact
 from reftserve.server.errors import Conflict, QuotaExceeded
+from reftserve.server.registry.names import Reference
+from reftserve.server.storage.tables import Version
+from reftserve.server.training.job_log import JobLog
 from reftserve.server.training.leases import Lease, LeaseLost
 from reftserve.server.training.run import MAX_ATTEMPTS
 from reftserve.server.training.sweep import Sweep
@@ -139,6 +145,71 @@ def test_a_paused_job_holds_no_memory_and_no_worker_and_ends_as_if_it_had_not_be
     place.worker("another").work()
     assert place.steps(job_id) == list(range(1, STEPS + 1)), "no step is lost"
     assert place.content_hash("paused") == place.content_hash("straight")
+
+
+def test_a_pause_right_behind_a_checkpoint_keeps_it(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id = place.create()
+    on_step(monkeypatch, CHECKPOINT_STEPS, lambda: place.jobs.pause(OWNER, job_id))
+    place.worker().work()
+    assert (place.job(job_id).status, place.steps(job_id)[-1]) == ("paused", CHECKPOINT_STEPS)
+    place.jobs.resume(OWNER, job_id)
+    place.worker("another").work()
+    assert f"Resumed from the checkpoint at step {CHECKPOINT_STEPS}" in place.messages(job_id)
+    assert place.steps(job_id) == list(range(1, STEPS + 1)), "no step is done again"
+
+
+def test_a_pause_that_is_withdrawn_while_its_checkpoint_is_written_does_not_happen(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = place.create()
+    on_step(monkeypatch, 6, lambda: place.jobs.pause(OWNER, job_id))
+    save = Sweep.save
+
+    def withdrawn(sweep: Sweep, folder: Path) -> None:
+        place.jobs.resume(OWNER, job_id)
+        save(sweep, folder)
+
+    monkeypatch.setattr(Sweep, "save", withdrawn)
+    place.worker().work()
+    assert place.job(job_id).status == "succeeded"
+
+
+def test_a_job_whose_database_breaks_off_goes_on_from_its_checkpoint(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = place.create()
+    worker = place.worker()
+    with monkeypatch.context() as patch:
+        on_step(patch, 6, lambda: patch.setattr(JobLog, "progress", breaks_off))
+        with pytest.raises(OperationalError):
+            worker.work()
+    assert place.job(job_id).status == "running", "it has not failed"
+    worker.leases.release(in_order=False)
+    worker.work()
+    assert place.job(job_id).status == "succeeded"
+    assert place.steps(job_id) == [1, 2, 3, 4, 5, 5, 6, 7, 8, 9, 10]
+
+
+@pytest.mark.parametrize("cause", [OperationalError("COMMIT", {}, Exception("connection lost")), SystemExit()])
+def test_a_commit_whose_answer_is_lost_leaves_what_it_published_whole(
+    hasty: Workplace, monkeypatch: pytest.MonkeyPatch, cause: BaseException
+) -> None:
+    job_id = hasty.create()
+    commit = Session.commit
+
+    def committed_without_an_answer(session: Session) -> None:
+        publishes = any(isinstance(row, Version) for row in session)
+        commit(session)
+        if publishes:
+            raise cause
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "commit", committed_without_an_answer)
+        with pytest.raises(type(cause)):
+            hasty.worker("a").work()
+    assert (hasty.job(job_id).status, hasty.published("tone")) == ("succeeded", [1])
+    version = hasty.store.interventions.resolve(OWNER, Reference("tone", 1))
+    assert load_artifact(version.folder).content_hash == hasty.content_hash("tone")
 
 
 def test_a_job_that_waits_is_paused_at_once_and_a_pause_can_be_withdrawn(place: Workplace) -> None:
@@ -335,6 +406,11 @@ def test_jobs_are_listed_newest_first(place: Workplace) -> None:
 def fill(folder: Path, size: int) -> None:
     """A checkpoint of so many bytes."""
     (folder / "f").write_bytes(bytes(size))
+
+
+def breaks_off(*_: object, **__: object) -> None:
+    """A write that finds the database gone."""
+    raise OperationalError("UPDATE", {}, Exception("connection lost"))
 
 
 def sweeps() -> int:
