@@ -1,12 +1,13 @@
-"""Orthonormal matrices that stay so while they are trained: torch's parametrization, with a gradient that costs less.
+"""Orthonormal matrices that stay so while they are trained: torch's parametrization in a small and cheaper form.
 
-`torch.nn.utils.parametrizations.orthogonal` multiplies a fixed square matrix by a product of Householder reflections
-H_1 ... H_rank of the parameter's columns, and differentiates it reflection by reflection: 1.9 ms for [576, 4]. Here the
-product is in its compact form (Schreiber and Van Loan 1989),
+`torch.nn.utils.parametrizations.orthogonal` multiplies a fixed matrix [hidden, hidden] by a product of Householder
+reflections H_1 ... H_rank of the parameter's columns, and differentiates it reflection by reflection: 1.9 ms for
+[576, 4]. Here the product is in its compact form (Schreiber and Van Loan 1989),
 
     H_1 ... H_rank = I - V T V^T,    T^-1 = striu(V^T V) + diag(V^T V) / 2       V [hidden, rank] unit lower triangular
 
-so a few small products give the value, and autograd the gradient. Parameters and buffers keep torch's names.
+so a few small products give the value, and autograd the gradient; and the fixed matrix is such a product itself, which
+is all that a matrix needs that has given first columns. Parameters and buffers have torch's names.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from torch.nn.utils.parametrize import register_parametrization
 class Householder(nn.Module):
     """base @ H_1 ... H_rank: of a parameter [hidden, rank], rank < hidden, a matrix with orthonormal columns.
 
-    Below the parameter's diagonal stand the reflections; on it, never changed, the columns' signs.
+    Below the parameter's diagonal stand the reflections; on it, never changed, the columns' signs. base [hidden, rank]:
+    the reflections that make up the fixed matrix, below its diagonal too.
     """
 
     base: Tensor
@@ -30,23 +32,25 @@ class Householder(nn.Module):
 
     def forward(self, parameter: Tensor) -> Tensor:
         """[hidden, rank] -> [hidden, rank]."""
-        rank = parameter.shape[1]
         eye = torch.eye(*parameter.shape, dtype=parameter.dtype, device=parameter.device)
-        V = parameter.tril(-1) + eye
-        gram = V.T @ V
-        inverse = gram.triu(1) + torch.diag(gram.diagonal() / 2)
-        first = eye - V @ torch.linalg.solve_triangular(inverse, V[:rank].T, upper=True)
-        weight: Tensor = self.base @ (first * parameter.detach().diagonal())
-        return weight
+        return _reflected(self.base, _reflected(parameter, eye) * parameter.detach().diagonal())
 
     @torch.no_grad()
     def right_inverse(self, matrix: Tensor) -> Tensor:
-        """The parameter of a matrix [hidden, rank] with orthonormal columns, completed at random to `base`."""
-        hidden, rank = matrix.shape
-        rest = torch.randn(hidden, hidden - rank, dtype=matrix.dtype, device=matrix.device)
-        reflections, tau = torch.geqrf(torch.cat([matrix, rest], dim=1))
-        self.base = torch.linalg.householder_product(reflections, tau) * reflections.diagonal().sgn()
-        return -torch.eye(hidden, rank, dtype=matrix.dtype, device=matrix.device)
+        """The parameter of a matrix [hidden, rank] with orthonormal columns: the base's own, but for signs."""
+        eye = torch.eye(*matrix.shape, dtype=matrix.dtype, device=matrix.device)
+        self.base = torch.geqrf(matrix)[0].tril(-1)
+        # The parameter's own reflections, of nothing below its diagonal, turn the sign of each column.
+        return -eye * (_reflected(self.base, eye) * matrix).sum(dim=0).sgn()
+
+
+def _reflected(columns: Tensor, rows: Tensor) -> Tensor:
+    """H_1 ... H_rank rows, of the reflections below the diagonal of `columns` [hidden, rank]."""
+    V = columns.tril(-1) + torch.eye(*columns.shape, dtype=columns.dtype, device=columns.device)
+    gram = V.T @ V
+    inverse = gram.triu(1) + torch.diag(gram.diagonal() / 2)
+    product: Tensor = rows - V @ torch.linalg.solve_triangular(inverse, V.T @ rows, upper=True)
+    return product
 
 
 def orthonormal(hidden_size: int, rank: int) -> nn.Module:

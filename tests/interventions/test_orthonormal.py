@@ -1,32 +1,33 @@
-"""Householder's parametrization is torch's own in value, gradient, names and start."""
+"""Householder's parametrization is torch's own in value and gradient; it is small, and begins where it is told to."""
 
 from __future__ import annotations
 
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 from reftserve.interventions.families.orthonormal import Householder, orthonormal
 
 
-def torchs(hidden: int, rank: int) -> nn.Module:
-    rotate = nn.Linear(hidden, rank, bias=False)
-    rotate.weight = nn.Parameter(nn.init.orthogonal_(torch.empty(hidden, rank)))
-    return nn.utils.parametrizations.orthogonal(rotate)
+def torchs(hidden: int, rank: int, base: Tensor) -> nn.Module:
+    """torch's own parametrization, with the product of the reflections below base's diagonal as its fixed matrix."""
+    module = nn.utils.parametrizations.orthogonal(nn.Linear(hidden, rank, bias=False).double())
+    factors = 2 / (1 + base.square().sum(dim=0))
+    square = torch.cat([base, base.new_zeros(hidden, hidden - rank)], dim=1)
+    factors = torch.cat([factors, base.new_zeros(hidden - rank)])
+    module.parametrizations.weight[0].base = torch.linalg.householder_product(square, factors)
+    return module
 
 
 @given(st.integers(1, 8), st.integers(1, 24), st.integers(0, 2**31), st.floats(0.0, 3.0))
 def test_value_and_gradient_are_torchs(rank: int, more: int, seed: int, spread: float) -> None:
     hidden = rank + more
     torch.manual_seed(seed)
-    expected = torchs(hidden, rank).double()
-    torch.manual_seed(seed)
     found = orthonormal(hidden, rank).double()
+    expected = torchs(hidden, rank, found.parametrizations.weight[0].base)
     assert found.state_dict().keys() == expected.state_dict().keys()
-    for name, tensor in expected.state_dict().items():
-        torch.testing.assert_close(found.state_dict()[name], tensor, rtol=0, atol=0)
-    moved = expected.parametrizations.weight.original + spread * torch.randn(hidden, rank).double().tril(-1)
+    moved = found.parametrizations.weight.original + spread * torch.randn(hidden, rank).double().tril(-1)
     weight = torch.randn(hidden, rank).double()
     gradients = []
     for module in (found, expected):
@@ -37,8 +38,22 @@ def test_value_and_gradient_are_torchs(rank: int, more: int, seed: int, spread: 
     (value, gradient), (right_value, right_gradient) = gradients
     torch.testing.assert_close(value, right_value, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(gradient, right_gradient, rtol=1e-9, atol=1e-9)
-    # As exact as the base, which was made in float32.
-    torch.testing.assert_close(value.T @ value, torch.eye(rank).double(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(value.T @ value, torch.eye(rank).double(), rtol=1e-9, atol=1e-9)
+
+
+@given(st.integers(1, 8), st.integers(1, 24), st.integers(0, 2**31))
+def test_it_begins_at_the_matrix_that_it_is_given(rank: int, more: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    matrix = nn.init.orthogonal_(torch.empty(rank + more, rank))
+    module = orthonormal(rank + more, rank)
+    module.weight = matrix
+    torch.testing.assert_close(module.weight, matrix, rtol=1e-5, atol=1e-5)
+    module.weight = torch.eye(rank + more, rank)
+    torch.testing.assert_close(module.weight, torch.eye(rank + more, rank), rtol=0, atol=0)
+
+
+def test_nothing_that_it_keeps_is_larger_than_the_matrix() -> None:
+    assert {tuple(tensor.shape) for tensor in orthonormal(64, 4).state_dict().values()} == {(64, 4)}
 
 
 def test_the_gradient_is_that_of_the_value() -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 import pyreft
 import torch
 from pyreft.dataset import get_intervention_locations
+from rotations import begin_alike
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -54,7 +55,8 @@ def families() -> dict[str, torch.Tensor]:
         for activation in activations:
             made = module(family, activation)
             if hasattr(made, "rotate_layer"):
-                state = dict(made.rotate_layer.named_parameters()) | dict(made.rotate_layer.named_buffers())
+                base = begin_alike(made.rotate_layer)
+                state = dict(made.rotate_layer.named_parameters()) | {"parametrizations.weight.0.base": base}
                 kept = {f"rotate_layer.{name}": tensor.detach().clone() for name, tensor in state.items()}
             else:
                 kept = {}

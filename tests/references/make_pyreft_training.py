@@ -19,6 +19,7 @@ from pathlib import Path
 import pyreft
 import torch
 from pyreft.dataset import get_intervention_locations
+from rotations import begin_alike
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
@@ -42,12 +43,13 @@ class Examples(torch.utils.data.Dataset):
 def train(llama: LlamaForCausalLM, ids: torch.Tensor, case: str) -> dict[str, torch.Tensor]:
     layers, positions, warmup = CASES[case]
     made = [pyreft.LoreftIntervention(embed_dim=HIDDEN, low_rank_dimension=RANK, dtype=torch.float32) for _ in layers]
+    bases = [begin_alike(intervention.rotate_layer) for intervention in made]
     found = {
         f"{case}.{number}.{name}": tensor.detach().clone().contiguous()
         for number, intervention in enumerate(made)
         for name, tensor in [
             *[(f"rotate.{n}", t) for n, t in intervention.rotate_layer.named_parameters()],
-            *[(f"rotate.{n}", t) for n, t in intervention.rotate_layer.named_buffers()],
+            ("rotate.parametrizations.weight.0.base", bases[number]),
             *[(f"learned_source.{n}", t) for n, t in intervention.learned_source.named_parameters()],
         ]
     }
