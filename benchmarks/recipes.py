@@ -30,7 +30,7 @@ from reftserve.server.training.plan import Plan, Variant
 from reftserve.server.training.recipe import make_plan
 from reftserve.server.training.sweep import Sweep, make_trainers
 from reftserve.server.training.trainer import Trainer, advance
-from reftserve.server.training.trunk import Arena, Trunk
+from reftserve.server.training.trunk import Arena, Trunk, Trunks
 
 LAYERS = ([10], [15], list(range(30)))
 POSITIONS = ("l1", "l4")
@@ -57,7 +57,7 @@ class Winner:
 def recipe(packed: PackedModel, splits: Splits, plan: Plan, seed: int) -> tuple[Winner, list[dict[str, object]]]:
     """What a job would publish, and its table of trials."""
     began = time.perf_counter()
-    sweep = Sweep(make_trainers(packed, splits, plan, Arena(ARENA_BYTES), seed=seed))
+    sweep = Sweep(make_trainers(Trunks(packed, Arena(ARENA_BYTES)), splits, plan, seed=seed))
     while not sweep.has_ended:
         sweep.advance()
         if sweep.validates:
@@ -72,10 +72,11 @@ def best_of_grid(packed: PackedModel, splits: Splits, plan: Plan, seed: int) -> 
         for layers, positions, rank, rate in itertools.product(LAYERS, POSITIONS, RANKS, LEARNING_RATES)
     ]
     began = time.perf_counter()
-    trainers = make_trainers(packed, splits, plan.model_copy(update={"sweep": grid}), Arena(ARENA_BYTES), seed=seed)
+    swept = plan.model_copy(update={"sweep": grid})
+    trainers = make_trainers(Trunks(packed, Arena(ARENA_BYTES)), splits, swept, seed=seed)
     while trainers[0].step < trainers[0].total_steps:
         advance(trainers)
-        if trainers[0].ends_epoch:
+        if trainers[0].step % trainers[0].steps_per_epoch == 0:
             trainers = [trainer for trainer in trainers if _is_finite_and_validated(trainer)]
     ranked = sorted(trainers, key=lambda trainer: (trainer.best or {})["loss"])
     varied = set(Variant.model_fields)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import logging
+import math
 import tempfile
 import time
 from collections.abc import Sequence
@@ -39,21 +40,27 @@ from reftserve.server.training.data import EncodedExample, Splits, dataset_hash,
 from reftserve.server.training.job_files import JobFiles
 from reftserve.server.training.job_log import JobLog, finish
 from reftserve.server.training.leases import Lease, LeaseLost, held
+from reftserve.server.training.pace import Pace
 from reftserve.server.training.packed import PackedModel
 from reftserve.server.training.plan import Plan
-from reftserve.server.training.sweep import Sweep, make_trainers
+from reftserve.server.training.sweep import Sweep, make_trainers, trunk_places
 from reftserve.server.training.trainer import Trainer
-from reftserve.server.training.trunk import Arena
+from reftserve.server.training.trunk import Arena, Trunks
 
 logger = logging.getLogger(__name__)
 MAX_ATTEMPTS = 20
 METRICS_FILE_FIELDS = ("step", "train_loss", "learning_rate", "valid_loss", "valid_exact_match")
 
 
+class Paused(Exception):
+    """Somebody wants the job to rest before it has taken a step."""
+
+
 class Runs:
     """The runs of one worker, one after the other.
 
-    trunk_bytes, trunk_disk_bytes: what a job keeps of its examples (`trunk.py`) in memory, and in files in `scratch`.
+    trunk_bytes, trunk_disk_bytes: what a job keeps of its examples (`trunk.py`) in memory, and in files in `scratch`; a
+    job that has succeeded leaves it to the next, which may learn from the same data, until `forget`.
     """
 
     def __init__(
@@ -75,24 +82,35 @@ class Runs:
         self._checkpoint_steps = checkpoint_steps
         self._trunk_bytes, self._trunk_disk_bytes, self._scratch = trunk_bytes, trunk_disk_bytes, scratch
         self._log = JobLog(store.database)
+        self._pace = Pace()
+        self._trunks: Trunks | None = None
 
     def carry(self, lease: Lease) -> None:
         """From where the job stands to its end, its pause, or the loss of the lease; then its memory is free again.
 
         Raises what is in `LOST` when the database was lost; the job goes on from its checkpoint when it is taken again.
         """
+        succeeded = False
         try:
-            self._run(lease)
+            succeeded = self._run(lease)
         except LeaseLost as cause:
             # As text: a record that keeps the exception keeps the trainer with it.
             logger.warning("%s", str(cause))
         finally:
+            if not succeeded:
+                self._trunks = None
+            _free_memory()
+
+    def forget(self) -> None:
+        """No job follows: what the last one has left takes no memory any more."""
+        if self._trunks is not None:
+            self._trunks = None
             _free_memory()
 
     def begin(self, lease: Lease) -> Sweep:
         """Check the base, copy and check the data; the job's trials at its newest checkpoint.
 
-        Raises ServerError when data or base are gone, or the job has ended too many workers.
+        Raises ServerError when data or base are gone, or the job has ended too many workers; Paused.
         """
         job = self._log.get(lease.job_id)
         if lease.attempt > MAX_ATTEMPTS:
@@ -103,6 +121,7 @@ class Runs:
         plan = Plan.model_validate(job.plan)
         splits = self._splits(lease, job, plan)
         sweep = Sweep(self._trainers(lease, job, plan, splits), patience=plan.early_stopping_epochs)
+        self._pace = Pace()
         checkpoint = self._files.newest_checkpoint(lease)
         if checkpoint is not None:
             sweep.load(checkpoint)
@@ -133,6 +152,13 @@ class Runs:
         """Score base and best intervention on the test split, publish, and end the job; `name@version`."""
         job = self._log.get(lease.job_id)
         trainer = sweep.leader
+        if sweep.diverged:
+            self._log.event(
+                lease,
+                f"Training diverged at step {trainer.step}; published are the weights of step "
+                f"{(trainer.best or {})['step']}, the best before. A lower learning_rate may do better",
+                level="warn",
+            )
         edits = trainer.best_edits()
         scores = {
             "base": trainer.evaluate(trainer.splits.test, []),
@@ -174,54 +200,61 @@ class Runs:
         }
         self._log.end(lease, "failed", f"The job failed: {error['message']}", level="error", error=error)
 
-    def _run(self, lease: Lease) -> None:
+    def _run(self, lease: Lease) -> bool:
+        """Whether the job has succeeded."""
         try:
             sweep = self.begin(lease)
             while not sweep.has_ended:
                 if not self.advance(lease, sweep):
-                    return
+                    return False
             self.publish(lease, sweep)
+            return True
+        except Paused:
+            # A pause that has been withdrawn since does not happen.
+            return not self._log.pause(lease, "The job was paused while its data was prepared") and self._run(lease)
         except (LeaseLost, *LOST):
             raise
         except Exception as cause:
             self.fail(lease, cause)
+            return False
 
     def _one_step(self, lease: Lease, sweep: Sweep) -> None:
-        began = time.monotonic()
+        began, trials = time.monotonic(), len(sweep.running)
         metrics = sweep.advance()
         seconds = time.monotonic() - began
-        remaining = sweep.total_steps - metrics.step
+        scores = sweep.validate() if sweep.validates else {}
+        eta_s = self._pace.eta_s(trials, sweep.remaining_steps)
         data: dict[str, Any] = {
             "step": metrics.step,
             "total_steps": sweep.total_steps,
-            "train_loss": metrics.loss,
+            "train_loss": metrics.loss if math.isfinite(metrics.loss) else None,
             "learning_rate": metrics.learning_rate,
             "tokens_per_second": metrics.tokens / seconds,
-            "eta_s": remaining * seconds,
+            "eta_s": eta_s,
         }
-        if len(sweep.running) > 1:
-            data["trials"] = len(sweep.running)
-        if sweep.validates:
-            data |= sweep.validate()
+        if trials > 1:
+            data["trials"] = trials
+        data |= scores
         self._log.progress(
             lease,
             f"Step {metrics.step}/{sweep.total_steps}: training loss {metrics.loss:.4f}",
             data,
-            estimated_finish=int(time.time() + remaining * seconds),
+            estimated_finish=int(time.time() + eta_s),
         )
 
     def _trainers(self, lease: Lease, job: Job, plan: Plan, splits: Splits) -> list[Trainer]:
-        """One for each trial."""
-        arena = Arena(self._trunk_bytes, self._trunk_disk_bytes, self._scratch)
-        return make_trainers(
-            self._packed,
-            splits,
-            plan,
-            arena,
-            seed=job.seed,
-            # This finds out whether the lease still holds; the pause itself comes before the first step.
-            poll=lambda: self._log.pause_requested(lease),
-        )
+        """One for each trial, on the trunks of the job before if they hold for this one."""
+        data = dataset_hash(list(self._data(job).values()))
+        places, trunks = trunk_places(plan).values(), self._trunks
+        if trunks is None or trunks.data != data or not all(place in trunks for place in places):
+            arena = Arena(self._trunk_bytes, self._trunk_disk_bytes, self._scratch)
+            trunks = self._trunks = Trunks(self._packed, arena, data=data)
+
+        def poll() -> None:
+            if self._log.pause_requested(lease):
+                raise Paused
+
+        return make_trainers(trunks, splits, plan, seed=job.seed, poll=poll)
 
     def _require_base(self, job: Job) -> None:
         if job.base is None:

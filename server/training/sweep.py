@@ -1,8 +1,9 @@
 """The trials of one job, side by side: of several the worse half is dropped again and again, the best is published.
 
 Successive halving (Jamieson and Talwalkar 2016): with n trials the halves are dropped after 1/n, 2/n, 4/n ... of the
-steps, by validation loss; all n together cost about as much as 1 + log2(n) / 2 of them alone. Trials of one trunk share
-their forward passes. A job without a sweep is a sweep of one trial.
+steps, but not before the learning rate has risen, by validation loss; all n together cost about as much as
+1 + log2(n) / 2 of them alone. Trials of one trunk share their forward passes. A job without a sweep is a sweep of one
+trial. A trial that diverges takes no more steps; the best weights that it had may still win.
 
 Edits on a prompt's first tokens cost more, in training and in serving, where their prompts share no cached prefix with
 the base. So a trial with such edits stands behind one without as long as its loss is within its standard error of the
@@ -18,21 +19,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reftserve.interventions import NonFiniteError
+from reftserve.interventions import NonFiniteError, Positions
 from reftserve.server.training.data import Splits
-from reftserve.server.training.packed import PackedModel
 from reftserve.server.training.plan import Plan
 from reftserve.server.training.trainer import StepMetrics, Trainer, advance
-from reftserve.server.training.trunk import Arena, Trunk
+from reftserve.server.training.trunk import Trunks
 
 
 @dataclass
 class Trial:
-    """One trainer, by its number in the plan, and how it stood when it was last validated."""
+    """One trainer, by its number in the plan. diverged: its newest weights or losses are no numbers any more."""
 
     number: int
     trainer: Trainer
-    score: dict[str, float]
+    diverged: bool = False
 
     @property
     def best_loss(self) -> float:
@@ -50,10 +50,12 @@ class Trial:
 
     @property
     def row(self) -> dict[str, Any]:
-        """What the table of the sweep says of it."""
-        plan = self.trainer.plan
+        """What the table of the sweep says of it; its scores are those of its best weights, by which it is ranked."""
+        plan, best = self.trainer.plan, dict(self.trainer.best or {})
         varied = {name: getattr(plan, name) for name in ("layers", "positions", "rank", "learning_rate", "dropout")}
-        return {"trial": self.number, **varied, "steps": self.trainer.step, **self.score}
+        row = {"trial": self.number, **varied, "steps": self.trainer.step, "best_step": best.pop("step", None)}
+        row |= {f"valid_{name}": value for name, value in best.items()}
+        return row | ({"diverged": True} if self.diverged else {})
 
 
 class Sweep:
@@ -69,111 +71,152 @@ class Sweep:
         if any((t.total_steps, t.steps_per_epoch) != (self.total_steps, self.steps_per_epoch) for t in trainers):
             raise ValueError("the trials of a sweep have the same batches and epochs")
         self._patience = patience
-        self._rungs = rungs(self.total_steps, len(trainers))
-        self.running = [Trial(number, trainer, {}) for number, trainer in enumerate(trainers)]
-        self.dropped: list[dict[str, Any]] = []
+        self._rungs = rungs(self.total_steps, len(trainers), first=max(t.warmup_steps for t in trainers))
+        self._trials = [Trial(number, trainer) for number, trainer in enumerate(trainers)]
+        self._dropped: list[dict[str, Any]] = []
+
+    @property
+    def running(self) -> list[Trial]:
+        """Trials that take steps."""
+        return [trial for trial in self._trials if not trial.diverged]
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the trial that leads has diverged."""
+        return self._ranked[0].diverged
 
     @property
     def step(self) -> int:
-        """Steps that the running trials have done."""
-        return self.running[0].trainer.step
+        """Steps that have been done."""
+        return max(trial.trainer.step for trial in self._trials)
 
     @property
     def leader(self) -> Trainer:
-        """The running trial that ranks first so far, or simply the first."""
-        return min(self.running, key=lambda trial: trial.bound).trainer
+        """The trial, not dropped, that ranks first so far, or simply the first."""
+        return self._ranked[0].trainer
 
     @property
     def has_ended(self) -> bool:
-        """Whether there is nothing left to do: all steps are done, or the leader has not become better for long."""
-        if self.step >= self.total_steps:
+        """Whether there is nothing left to do: all steps are done, the leader has not become better for long, or no
+        trial is left that takes any.
+        """
+        if self.step >= self.total_steps or not self.running:
             return True
         waited = self.step - self.leader.lowest_step
         return self._patience is not None and waited >= self._patience * self.steps_per_epoch
 
     @property
+    def remaining_steps(self) -> int:
+        """Steps that are left, of all trials together, halvings considered."""
+        left, trials, step = 0, len(self.running), self.step
+        for stop in [*sorted(rung for rung in self._rungs if rung > step), self.total_steps]:
+            left += trials * (stop - step)
+            trials, step = min(trials, self._rungs.get(stop, trials)), stop
+        return left
+
+    @property
     def validates(self) -> bool:
         """Whether the trials are to be validated after the last step."""
-        return self.leader.ends_epoch or self.step in self._rungs
+        return self.step % self.steps_per_epoch == 0 or self.step in self._rungs
 
     @property
     def table(self) -> list[dict[str, Any]]:
-        """All trials, those that ran longest first."""
-        return [*(trial.row for trial in self.running), *reversed(self.dropped)]
+        """All trials: the leader, what is left beside it, and those that were dropped, the latest first."""
+        return [*(trial.row for trial in self._ranked), *reversed(self._dropped)]
 
     def advance(self) -> StepMetrics:
-        """One optimizer step of every running trial; what the leader did."""
-        leader = self.leader
+        """One optimizer step of every running trial; what the one of them did that ranks first.
+
+        Raises NonFiniteError when the last trial diverges and has had no weights that were validated.
+        """
+        running = [trial for trial in self._ranked if not trial.diverged]
         found: dict[int, StepMetrics] = {}
-        by_trunk = {id(trial.trainer.trunk): trial.trainer.trunk for trial in self.running}
+        by_trunk = {id(trial.trainer.trunk): trial.trainer.trunk for trial in running}
         for trunk in by_trunk.values():
-            together = [trial.trainer for trial in self.running if trial.trainer.trunk is trunk]
-            found.update(zip(map(id, together), advance(together), strict=True))
-        return found[id(leader)]
+            together = [trial for trial in running if trial.trainer.trunk is trunk]
+            steps = advance([trial.trainer for trial in together])
+            found.update(zip((trial.number for trial in together), steps, strict=True))
+        for trial in running:
+            if not math.isfinite(found[trial.number].loss):
+                self._stop(trial, NonFiniteError(f"the training loss of step {self.step} is not a finite number"))
+        return found[running[0].number]
 
     def validate(self) -> dict[str, float]:
-        """Validate the running trials, and drop the worse half when it is time; the leader's scores.
+        """Validate the running trials, and drop the worse half when it is time; the scores of the first in rank.
 
-        Raises NonFiniteError when the weights of the last one are no numbers any more; before that such trials drop.
+        Raises NonFiniteError when the last trial diverges and has had no weights that were validated.
         """
-        for trial in list(self.running):
+        scores: dict[int, dict[str, float]] = {}
+        for trial in self.running:
             try:
-                trial.score = {f"valid_{name}": value for name, value in trial.trainer.validate().items()}
-            except NonFiniteError:
-                if len(self.running) == 1:
-                    raise
-                self.running.remove(trial)
-                self.dropped.append({**trial.row, "diverged": True})
-        leader = self.leader
-        if self.step in self._rungs and len(self.running) > 1:
-            ranked = sorted(self.running, key=lambda trial: trial.bound)
-            kept = ranked[: math.ceil(len(ranked) / 2)]
-            self.dropped += [trial.row for trial in reversed(ranked[len(kept) :])]
-            self.running = sorted(kept, key=lambda trial: trial.number)
-        return next((trial.score for trial in self.running if trial.trainer is leader), {})
+                scores[trial.number] = trial.trainer.validate()
+            except NonFiniteError as cause:
+                self._stop(trial, cause)
+        if self.step in self._rungs:
+            ranked = self._ranked
+            kept = ranked[: self._rungs[self.step]]
+            self._dropped += [trial.row for trial in reversed(ranked[len(kept) :])]
+            self._trials = sorted(kept, key=lambda trial: trial.number)
+        newest = next((scores[trial.number] for trial in self._ranked if trial.number in scores), {})
+        return {f"valid_{name}": value for name, value in newest.items()}
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint into an existing folder."""
-        for trial in self.running:
+        for trial in self._trials:
             trial.trainer.save(folder, f"trial-{trial.number}")
-        running = [{"number": trial.number, "score": trial.score} for trial in self.running]
-        (folder / "sweep.json").write_text(json.dumps({"running": running, "dropped": self.dropped}))
+        trials = [{"number": trial.number, "diverged": trial.diverged} for trial in self._trials]
+        (folder / "sweep.json").write_text(json.dumps({"trials": trials, "dropped": self._dropped}))
 
     def load(self, folder: Path) -> None:
         """Go on from a checkpoint of the same trials."""
         meta: dict[str, Any] = json.loads((folder / "sweep.json").read_text())
-        scores = {trial["number"]: trial["score"] for trial in meta["running"]}
-        self.running = [trial for trial in self.running if trial.number in scores]
-        self.dropped = meta["dropped"]
-        for trial in self.running:
-            trial.score = scores[trial.number]
+        diverged = {trial["number"]: trial["diverged"] for trial in meta["trials"]}
+        self._trials = [trial for trial in self._trials if trial.number in diverged]
+        self._dropped = meta["dropped"]
+        for trial in self._trials:
+            trial.diverged = diverged[trial.number]
             trial.trainer.load(folder, f"trial-{trial.number}")
+
+    @property
+    def _ranked(self) -> list[Trial]:
+        return sorted(self._trials, key=lambda trial: trial.bound)
+
+    def _stop(self, trial: Trial, cause: NonFiniteError) -> None:
+        """No more steps of a trial that has diverged; without weights that were validated it is dropped."""
+        trial.diverged = True
+        if trial.trainer.best is not None:
+            return
+        if len(self._trials) == 1:
+            raise cause
+        self._trials.remove(trial)
+        self._dropped.append(trial.row)
 
 
 def make_trainers(
-    packed: PackedModel,
-    splits: Splits,
-    plan: Plan,
-    arena: Arena,
-    *,
-    seed: int,
-    poll: Callable[[], object] = lambda: None,
+    trunks: Trunks, splits: Splits, plan: Plan, *, seed: int, poll: Callable[[], object] = lambda: None
 ) -> list[Trainer]:
     """One for each trial of the plan; poll: called while their trunks are filled; may raise.
 
     Trials share a trunk, but those that edit no prefix keep theirs from those that do.
     """
-    trunks: dict[bool, Trunk] = {}
-    for edits_prefix in sorted({trial.edits_prefix for trial in plan.trials}):  # cheap ones have first choice of room
+    shared = {alike: trunks.get(*places) for alike, places in trunk_places(plan).items()}
+    for _, trunk in sorted(shared.items()):  # cheap ones have first choice of room
+        trunk.fill([*splits.train, *splits.validation], poll=poll)
+    return [Trainer(shared[trial.edits_prefix], splits, trial, seed=seed) for trial in plan.trials]
+
+
+def trunk_places(plan: Plan) -> dict[bool, tuple[int, frozenset[Positions]]]:
+    """Of the trials that edit no prefix, and those that do: the lowest edited layer, and all positions."""
+    found = {}
+    for edits_prefix in {trial.edits_prefix for trial in plan.trials}:
         alike = [trial for trial in plan.trials if trial.edits_prefix is edits_prefix]
         lowest = min(layer for trial in alike for layer in trial.layers)
-        trunk = Trunk(packed, lowest, {positions for trial in alike for positions in trial.edited}, arena)
-        trunk.fill([*splits.train, *splits.validation], poll=poll)
-        trunks[edits_prefix] = trunk
-    return [Trainer(trunks[trial.edits_prefix], splits, trial, seed=seed) for trial in plan.trials]
+        found[edits_prefix] = (lowest, frozenset(positions for trial in alike for positions in trial.edited))
+    return found
 
 
-def rungs(total_steps: int, trials: int) -> list[int]:
-    """After which steps the worse half of the trials is dropped."""
+def rungs(total_steps: int, trials: int, *, first: int = 0) -> dict[int, int]:
+    """After which steps how many trials are kept, none before `first`: halvings that would come earlier come then."""
     halvings = math.ceil(math.log2(trials))
-    return sorted({max(1, total_steps >> (halvings - number)) for number in range(halvings)})
+    steps = (max(1, first, total_steps >> (halvings - number)) for number in range(halvings))
+    return {step: math.ceil(trials / 2 ** (number + 1)) for number, step in enumerate(steps)}

@@ -105,9 +105,9 @@ class Trainer:
         return StepMetrics(self.step, loss, learning_rate, tokens)
 
     @property
-    def ends_epoch(self) -> bool:
-        """Whether the last step was the last of an epoch."""
-        return self.step % self.steps_per_epoch == 0
+    def warmup_steps(self) -> int:
+        """Steps in which the learning rate rises."""
+        return math.ceil(self.plan.warmup_ratio * self.total_steps)
 
     def validate(self) -> dict[str, float]:
         """Score the validation split, and remember the weights unless older ones are clearly better."""
@@ -185,7 +185,7 @@ class Trainer:
 
     def _learning_rate(self, step: int) -> float:
         """Linear warm-up from 0 to the plan's rate, then linear decay to 0, as transformers' and pyreft's trainers."""
-        warmup = math.ceil(self.plan.warmup_ratio * self.total_steps)
+        warmup = self.warmup_steps
         rising, falling = step / max(1, warmup), (self.total_steps - step) / max(1, self.total_steps - warmup)
         return self.plan.learning_rate * (rising if step < warmup else falling)
 
@@ -232,7 +232,8 @@ def advance(trainers: Sequence[Trainer]) -> list[StepMetrics]:
         # A trainer's loss is the mean over all its tokens of the step, whatever the passes.
         shares = torch.tensor([1 / tokens[span.batch] for span in rows.scored], device=each.device)
         weighted = each * shares.repeat_interleave(torch.tensor(counts, device=each.device))
-        weighted.sum().backward()  # type: ignore[no-untyped-call]
+        if weighted.requires_grad:  # not where all prompts of the pass are too short for the positions
+            weighted.sum().backward()  # type: ignore[no-untyped-call]
         sums = torch.stack([part.sum() for part in torch.split(weighted.detach(), counts)]).tolist()
         for span, loss in zip(rows.scored, sums, strict=True):
             losses[span.batch] += loss

@@ -12,6 +12,8 @@ for is computed anew each time.
 
 from __future__ import annotations
 
+import logging
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ from reftserve.server.training.data import EncodedExample
 from reftserve.server.training.packed import PackedModel, RowEdit
 from reftserve.server.training.spans import Batch, PackedRows, Span, in_passes
 
+logger = logging.getLogger(__name__)
 FILL_ROWS = 1024  # tokens of one pass while the trunk is filled
 FILE_NUMBERS = 64 << 20  # float32 numbers in one file of the disk tier
 
@@ -46,13 +49,20 @@ class Arena:
         if tensor.device.type != "cpu" or tensor.nbytes > self._disk_bytes or count > FILE_NUMBERS:
             return None
         if count > len(self._file):
-            self._file = self._new_file()
+            try:
+                self._file = self._new_file()
+            except OSError as cause:
+                logger.warning("examples' constants are computed anew from here on: %s", cause)
+                self._disk_bytes = 0
+                return None
         self._disk_bytes -= tensor.nbytes
         room, self._file = self._file[:count].view(torch.uint8)[: tensor.nbytes], self._file[count:]
         return room.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
     def _new_file(self) -> Tensor:
+        """Raises OSError when the disk has no room for it; a write into a file without room would end the process."""
         with tempfile.NamedTemporaryFile(dir=self._folder, prefix="trunk-") as file:
+            os.posix_fallocate(file.fileno(), 0, FILE_NUMBERS * self._file.element_size())
             return torch.from_file(file.name, shared=True, size=FILE_NUMBERS)
 
 
@@ -172,3 +182,25 @@ class Trunk:
             found = [part for part in kept if part is not None]
             self._kept[span.example] = Kept(start, found[0], tuple(found[1:]))
         return True
+
+
+class Trunks:
+    """The trunks of one data set, in one arena: of jobs that follow each other, or of the trials of one.
+
+    data: tells one data set from another.
+    """
+
+    def __init__(self, packed: PackedModel, arena: Arena, *, data: str = "") -> None:
+        self.data = data
+        self._packed, self._arena = packed, arena
+        self._trunks: dict[tuple[int, frozenset[Positions]], Trunk] = {}
+
+    def __contains__(self, place: object) -> bool:
+        """Whether there is a trunk of this lowest layer and these positions."""
+        return place in self._trunks
+
+    def get(self, lowest: int, positions: frozenset[Positions]) -> Trunk:
+        """The trunk under edits at `lowest` and above that touch no token before those of `positions`."""
+        if (lowest, positions) not in self._trunks:
+            self._trunks[lowest, positions] = Trunk(self._packed, lowest, positions, self._arena)
+        return self._trunks[lowest, positions]

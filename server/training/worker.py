@@ -123,6 +123,7 @@ def work(runs: Runs, files: JobFiles, leases: Leases) -> NoReturn:
             swept_at = time.monotonic()
         lease = leases.take()
         if lease is None:
+            runs.forget()
             time.sleep(POLL_S)
         else:
             logger.info("took job %s, fence %d", lease.job_id, lease.fence)

@@ -39,11 +39,14 @@ class Workplace:
         self.log = JobLog(self.store.database)
         self.packed = PackedModel(load_model(self.base.folder, torch.float32, torch.device("cpu")))
 
-    def create(self, name: str = "tone", sweep: dict[str, Any] | None = None, **fields: Any) -> str:
+    def create(
+        self, name: str = "tone", sweep: dict[str, Any] | None = None, positions: str | None = None, **fields: Any
+    ) -> str:
         """A job of STEPS steps, as the API makes it."""
         file = self.store.files.upload(OWNER, "set.jsonl", "fine-tune", io.BytesIO(chat_lines(EXAMPLES)))
         reft = {"layers": [1], "rank": 1, "dropout": 0.1, "hyperparameters": {"n_epochs": 2, "batch_size": 4}}
         reft |= {} if sweep is None else {"sweep": sweep}
+        reft |= {} if positions is None else {"positions": positions}
         body = {"model": self.base.name, "training_file": file.id, "suffix": name, "seed": 7, **fields}
         request = FineTuningJobCreate.model_validate({**body, "method": {"type": "reft", "reft": reft}})
         return self.jobs.create(OWNER, request).id

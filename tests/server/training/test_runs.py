@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 from workplace import CHECKPOINT_STEPS, OWNER, STEPS, Worker, Workplace
@@ -21,8 +22,10 @@ from reftserve.server.registry.names import Reference
 from reftserve.server.storage.tables import Version
 from reftserve.server.training.job_log import JobLog
 from reftserve.server.training.leases import Lease, LeaseLost
+from reftserve.server.training.packed import PackedModel
 from reftserve.server.training.run import MAX_ATTEMPTS
 from reftserve.server.training.sweep import Sweep
+from reftserve.server.training.trunk import Trunk
 
 
 class Killed(BaseException):
@@ -210,6 +213,88 @@ def test_a_commit_whose_answer_is_lost_leaves_what_it_published_whole(
     assert (hasty.job(job_id).status, hasty.published("tone")) == ("succeeded", [1])
     version = hasty.store.interventions.resolve(OWNER, Reference("tone", 1))
     assert load_artifact(version.folder).content_hash == hasty.content_hash("tone")
+
+
+def test_a_pause_while_the_data_is_prepared_does_not_wait_for_the_first_step(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = place.create()
+    fill = Trunk.fill
+
+    def asked_to_pause(*arguments: Any, **named: Any) -> None:
+        place.jobs.pause(OWNER, job_id)
+        fill(*arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trunk, "fill", asked_to_pause)
+        place.worker().work()
+    assert (place.job(job_id).status, place.steps(job_id)) == ("paused", [])
+    place.jobs.resume(OWNER, job_id)
+    place.worker().work()
+    assert place.job(job_id).status == "succeeded"
+
+
+def test_jobs_on_the_same_data_compute_what_their_steps_have_in_common_once(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed: list[object] = []
+    constants = PackedModel.constants
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        computed.append(arguments)
+        return constants(*arguments, **named)
+
+    monkeypatch.setattr(PackedModel, "constants", counted)
+    worker = place.worker()
+    for name, is_new in (("first", True), ("second", False)):
+        place.create(name)
+        computed.clear()
+        worker.work()
+        assert bool(computed) is is_new
+    place.create("other", positions="f1+l1")
+    computed.clear()
+    worker.work()
+    assert computed, "edits elsewhere leave less constant"
+    worker.runs.forget()
+    place.create("third")
+    computed.clear()
+    worker.work()
+    assert computed, "when no job follows nothing is kept"
+    assert place.content_hash("first") == place.content_hash("second") == place.content_hash("third")
+
+
+def test_a_job_that_diverges_publishes_its_best_weights_and_says_so(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = place.create()
+    advance = Sweep.advance
+
+    def ruined(sweep: Sweep) -> Any:
+        if sweep.step == 7:
+            for parameter in sweep.leader.intervention.parameters():
+                parameter.data.fill_(float("nan"))
+        return advance(sweep)
+
+    monkeypatch.setattr(Sweep, "advance", ruined)
+    place.worker().work()
+    assert place.job(job_id).status == "succeeded"
+    warning = next(event for event in place.log.events(job_id, before=None, limit=99) if event.level == "warn")
+    assert "diverged at step 8; published are the weights of step 5" in warning.message
+    steps = [event for event in place.log.events(job_id, before=None, limit=99) if event.data and "step" in event.data]
+    assert (steps[0].data or {})["train_loss"] is None, "what is no number is null"
+
+
+def test_a_checkpoint_is_as_small_as_what_is_learned(place: Workplace) -> None:
+    place.create()
+    worker = place.worker()
+    lease = worker.take()
+    sweep = worker.runs.begin(lease)
+    worker.runs.advance(lease, sweep)
+    folder = worker.files.newest_checkpoint(lease)
+    assert folder is not None
+    largest = max(parameter.numel() for parameter in sweep.leader.intervention.parameters())
+    for name, tensor in load_file(folder / "trial-0.safetensors").items():
+        assert tensor.numel() <= largest, f"{name} is as large as the base's own matrices"
 
 
 def test_a_job_that_waits_is_paused_at_once_and_a_pause_can_be_withdrawn(place: Workplace) -> None:

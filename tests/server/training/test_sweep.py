@@ -40,12 +40,30 @@ def run(sweep: Sweep, until: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("steps", "trials", "expected"), [(32, 8, [4, 8, 16]), (32, 5, [4, 8, 16]), (32, 1, []), (2, 8, [1])]
+    ("steps", "trials", "expected"),
+    [(32, 8, {4: 4, 8: 2, 16: 1}), (32, 5, {4: 3, 8: 2, 16: 1}), (32, 1, {}), (2, 8, {1: 1})],
 )
 def test_the_worse_half_is_dropped_when_the_rest_has_as_much_to_do_again(
-    steps: int, trials: int, expected: list[int]
+    steps: int, trials: int, expected: dict[int, int]
 ) -> None:
     assert rungs(steps, trials) == expected
+
+
+def test_no_trial_is_dropped_before_the_learning_rate_has_risen() -> None:
+    assert rungs(150, 16, first=15) == {15: 8, 18: 4, 37: 2, 75: 1}
+    assert rungs(150, 64, first=15) == {15: 8, 18: 4, 37: 2, 75: 1}
+
+
+def test_what_is_left_to_do_is_that_of_all_trials_until_they_are_dropped(trunk: Trunk) -> None:
+    sweep, done = new_sweep(trunk), 0
+    expected = sweep.remaining_steps
+    while not sweep.has_ended:
+        done += len(sweep.running)
+        sweep.advance()
+        if sweep.validates:
+            sweep.validate()
+        assert done + sweep.remaining_steps == expected
+    assert expected == 5 * 4 + 3 * 4 + 2 * 8 + 16
 
 
 def test_the_best_trial_is_left_and_the_table_says_how_far_each_came(trunk: Trunk) -> None:
@@ -56,7 +74,9 @@ def test_the_best_trial_is_left_and_the_table_says_how_far_each_came(trunk: Trun
     table = sweep.table
     assert sorted(row["trial"] for row in table) == [0, 1, 2, 3, 4]
     assert [row["steps"] for row in table] == [32, 16, 8, 4, 4]
-    assert table[0]["valid_loss"] == min(row["valid_loss"] for row in table)
+    assert table[0]["trial"] == RATES.index(sweep.leader.plan.learning_rate), "the leader comes first"
+    best = {f"valid_{name}" if name != "step" else "best_step": value for name, value in sweep.leader.best.items()}  # type: ignore[union-attr]
+    assert best.items() <= table[0].items(), "with the scores that it is ranked by"
 
 
 def test_a_sweep_resumed_from_a_checkpoint_ends_as_one_that_was_not(trunk: Trunk, tmp_path: Path) -> None:
@@ -85,6 +105,30 @@ def test_a_trial_that_diverged_is_dropped_and_the_others_go_on_as_without_it(tru
     run(others, others.total_steps)
     assert [(row["trial"], row.get("diverged", False)) for row in sweep.table] == [(1, False), (0, True)]
     assert sweep.leader.best == pytest.approx(others.leader.best, rel=1e-4)
+
+
+def test_the_best_weights_of_a_trial_that_diverged_later_may_still_win(trunk: Trunk, tmp_path: Path) -> None:
+    sweep, same = new_sweep(trunk, [0.02, 1e-7]), new_sweep(trunk, [0.02, 1e-7])
+    run(sweep, sweep.steps_per_epoch)
+    best = dict(sweep.leader.best or {})
+    make_infinite(sweep.leader)
+    sweep.advance()
+    assert [trial.number for trial in sweep.running] == [1], "it takes no more steps"
+    sweep.save(tmp_path)
+    same.load(tmp_path)
+    for each in (sweep, same):
+        run(each, each.total_steps)
+        assert (each.leader.best, each.diverged) == (best, True)
+        assert each.table[0]["diverged"] is True
+        assert all(placed.edit.U.isfinite().all() for placed in each.leader.best_edits())
+
+
+def test_a_run_that_diverges_ends_with_the_best_weights_before(trunk: Trunk) -> None:
+    sweep = new_sweep(trunk, [0.02])
+    run(sweep, sweep.steps_per_epoch)
+    make_infinite(sweep.leader)
+    run(sweep, sweep.total_steps)
+    assert (sweep.has_ended, sweep.diverged, (sweep.leader.best or {})["step"]) == (True, True, sweep.steps_per_epoch)
 
 
 def test_a_sweep_fails_when_its_last_trial_diverged(trunk: Trunk) -> None:

@@ -35,7 +35,7 @@ def new_trainer(model: PackedModel, plan: Plan, seed: int = 0) -> Trainer:
 def train(trainer: Trainer, until: int) -> None:
     while trainer.step < until:
         trainer.advance()
-        if trainer.ends_epoch:
+        if trainer.step % trainer.steps_per_epoch == 0:
             trainer.validate()
 
 
