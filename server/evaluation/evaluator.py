@@ -1,7 +1,7 @@
 """Runs evaluations: a task beside the HTTP server that takes the oldest unfinished run, and its items chunk by chunk.
 
 The items of a chunk are at the engine together, behind every other request; then the chunk is kept in one transaction.
-So a run that a restart interrupts goes on with the items that it lacks.
+So a run that a restart interrupts goes on with the items that it lacks, unless another base is served since.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Evaluator:
     async def _evaluate(self, run: EvalRun) -> bool:
         """Evaluate the items that the run lacks; False when it is not wanted any more.
 
-        Raises ServerError when file or interventions have gone, or the engine dies again and again.
+        Raises ServerError when file, interventions or base are not there any more, or engines die again and again.
         """
         examples, subject, versions = await asyncio.to_thread(self._open, run)
         done = await asyncio.to_thread(self._log.done, run.id)
@@ -104,6 +104,7 @@ class Evaluator:
         return await retrying(once)
 
     def _open(self, run: EvalRun) -> tuple[list[Example], Subject, Composition]:
+        self._evals.require_served(run)
         row = self._evals.get(run.owner, run.eval_id)
         file = self._store.files.get(run.owner, row.file_id)
         source = CompletionsDataSource.model_validate(run.data_source)

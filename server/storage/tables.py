@@ -170,7 +170,10 @@ class Eval(Table):
 
 
 class EvalRun(Table):
-    """A run of an eval. uses: `name@version` and scale of what it runs with; tally: sums over the items done."""
+    """A run of an eval. uses: `name@version` and scale of what it runs with; tally: sums over the items done.
+
+    served: fingerprint, dtype and quantization of the base that it was made for.
+    """
 
     __tablename__ = "eval_runs"
 
@@ -181,6 +184,7 @@ class EvalRun(Table):
     status: Mapped[str] = mapped_column(index=True)
     data_source: Mapped[dict[str, Any]]
     uses: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
+    served: Mapped[dict[str, Any] | None] = mapped_column(JSON)
     total: Mapped[int]
     tally: Mapped[dict[str, Any]]
     error: Mapped[dict[str, Any] | None] = mapped_column(JSON)
