@@ -182,6 +182,18 @@ def test_what_is_wrong_with_an_eval_is_said(
     assert words in error["message"]
 
 
+def test_items_continue_behind_items_of_the_same_run(http: httpx.Client) -> None:
+    run = ended(http, started(http, created(http, chats(3), {"type": "loss"})))
+    first, second, third = items(http, run)
+    assert items(http, run, after=second["id"]) == [third]
+    prefix = first["id"].removesuffix("0")
+    assert items(http, run, after=f"{prefix}999999999") == []
+    path = f"/v1/evals/{run['eval_id']}/runs/{run['id']}/output_items"
+    for after in (f"{prefix}{10**21}", f"{prefix}-1", prefix, "outputitem_x_1", first["id"].removeprefix("output"), ""):
+        response = http.get(path, params={"after": after})
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "after"), after
+
+
 def test_what_does_not_exist_is_not_found(http: httpx.Client) -> None:
     eval_id = created(http, chats(2), {"type": "loss"})
     source = {"type": "file", "file_id": "file-none"}
