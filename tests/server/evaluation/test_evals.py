@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from running_server import RunningServer
 from reftserve.server.evaluation.metrics import exact_match, f1
 
 TOLERANCE = 2e-3
+VOWEL_BEFORE_N = "[aeiou]n"
 CRITERIA: list[dict[str, Any]] = [
     {"type": "loss"},
     {"type": "perplexity"},
@@ -24,7 +26,7 @@ CRITERIA: list[dict[str, Any]] = [
     {"type": "exact_match"},
     {"type": "f1"},
     {"type": "contains", "text": "a", "name": "has an a"},
-    {"type": "regex", "pattern": "[aeiou]{2}"},
+    {"type": "regex", "pattern": VOWEL_BEFORE_N},
 ]
 
 
@@ -69,12 +71,23 @@ def test_scores_are_those_of_each_item_by_itself(
         "exact_match": sum(matches) / 10,
         "f1": sum(overlaps) / 10,
         "has an a": sum("a" in output for output in outputs) / 10,
+        "regex": sum(bool(re.search(VOWEL_BEFORE_N, output)) for output in outputs) / 10,
     }
     summary = scores(run)
     for criterion, score in expected.items():
         assert summary[criterion] == pytest.approx(score, abs=TOLERANCE), criterion
     assert summary["perplexity"] == pytest.approx(math.exp(summary["loss"]))
-    assert 0 <= summary["regex"] <= 1
+    assert all(0 < summary[criterion] < 1 for criterion in ("accuracy", "has an a", "regex")), "some of each"
+
+
+def test_answers_match_where_they_are_the_data_s(http: httpx.Client) -> None:
+    rows = chats(6)
+    for row in rows[::2]:
+        question, answer = row["messages"]
+        answer["content"] = greedy(http, BASE, [question])
+    run = ended(http, started(http, created(http, rows, {"type": "exact_match"}, {"type": "f1"}, {"type": "contains"})))
+    assert [item["status"] for item in items(http, run)] == ["pass", "fail"] * 3
+    assert scores(run) == {"exact_match": 0.5, "f1": 0.5, "contains": 0.5}
 
 
 def test_texts_are_scored_as_texts(http: httpx.Client, oracle: LabelOracle) -> None:
