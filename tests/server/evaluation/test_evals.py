@@ -85,9 +85,12 @@ def test_answers_match_where_they_are_the_data_s(http: httpx.Client) -> None:
     for row in rows[::2]:
         question, answer = row["messages"]
         answer["content"] = greedy(http, BASE, [question])
-    run = ended(http, started(http, created(http, rows, {"type": "exact_match"}, {"type": "f1"}, {"type": "contains"})))
-    assert [item["status"] for item in items(http, run)] == ["pass", "fail"] * 3
-    assert scores(run) == {"exact_match": 0.5, "f1": 0.5, "contains": 0.5}
+    rows[4]["messages"][1]["content"] += "."
+    squad = {"type": "exact_match", "normalize": "squad", "name": "squad"}
+    run = ended(http, started(http, created(http, rows, {"type": "exact_match"}, squad, {"type": "f1"})))
+    by_item = [[result["score"] for result in item["results"]] for item in items(http, run)]
+    assert by_item == [[1, 1, 1], [0, 0, 0], [1, 1, 1], [0, 0, 0], [0, 1, 1], [0, 0, 0]]
+    assert scores(run) == {"exact_match": 1 / 3, "squad": 0.5, "f1": 0.5}
 
 
 def test_texts_are_scored_as_texts(http: httpx.Client, oracle: LabelOracle) -> None:
@@ -180,6 +183,7 @@ def test_a_cancelled_run_keeps_what_it_has_and_makes_way(http: httpx.Client) -> 
         ([{"type": "best"}], "testing_criteria.0", "'best'"),
         ([{"type": "regex"}], "testing_criteria.0.pattern", "missing"),
         ([{"type": "regex", "pattern": "(a"}], "testing_criteria.0.pattern", "unclosed"),
+        ([{"type": "exact_match", "normalize": "tokens"}], "testing_criteria.0.normalize", "'squad'"),
         ([{"type": "f1", "labels": ["a", "b"]}], "testing_criteria.0.labels", "unknown field"),
         ([{"type": "accuracy", "labels": ["a", "b"]}], "testing_criteria.0.labels", "none of the labels"),
     ],
