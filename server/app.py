@@ -59,7 +59,7 @@ def open_services(settings: Settings) -> Services:
         registry=store.interventions,
         jobs=JobService(store, base),
         evals=evals,
-        evaluator=Evaluator(store, evals, base, engine),
+        evaluator=Evaluator(store, evals, base, engine, lease_s=settings.lease_s),
         engine=engine,
         metrics=Metrics(lambda: engine.stats),
     )

@@ -172,7 +172,8 @@ class Eval(Table):
 class EvalRun(Table):
     """A run of an eval. uses: `name@version` and scale of what it runs with; tally: sums over the items done.
 
-    served: fingerprint, dtype and quantization of the base that it was made for.
+    served: fingerprint, dtype and quantization of the base that it was made for. lease_worker: who is at it, until
+    lease_expires_at (Unix seconds) unless renewed.
     """
 
     __tablename__ = "eval_runs"
@@ -185,6 +186,8 @@ class EvalRun(Table):
     data_source: Mapped[dict[str, Any]]
     uses: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
     served: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    lease_worker: Mapped[str | None]
+    lease_expires_at: Mapped[float | None] = mapped_column(Double)
     total: Mapped[int]
     tally: Mapped[dict[str, Any]]
     error: Mapped[dict[str, Any] | None] = mapped_column(JSON)

@@ -26,7 +26,7 @@ OWNER = "default"
 
 
 class StubEngine:
-    """Answers at once; `asked` are the ids of its requests."""
+    """Answers soon; `asked` are the ids of its requests."""
 
     is_alive = True
 
@@ -36,6 +36,7 @@ class StubEngine:
     async def generate(self, request: Submit) -> AsyncGenerator[TokenOutput]:
         """Log-probabilities of the continuations."""
         self.asked.append(request.request_id)
+        await asyncio.sleep(0.01)
         logprobs = [[-1.0] * len(each) for each in request.continuations]
         yield TokenOutput(request.request_id, [], "stop", continuation_logprobs=logprobs)
 
@@ -82,7 +83,7 @@ class EvalPlace:
     def evaluator(self, served: Served | None = None) -> Evaluator:
         """A server's evaluator. served: by another server than that of `evals`."""
         evals = self.evals if served is None else self.service(served)
-        return Evaluator(self.store, evals, self.base, cast("EngineClient", self.engine))
+        return Evaluator(self.store, evals, self.base, cast("EngineClient", self.engine), lease_s=60)
 
     def carry(self, run: EvalRun, *evaluators: Evaluator) -> EvalRun:
         """Let evaluators work until the run has ended."""

@@ -1,4 +1,4 @@
-"""Runs that go on in another server than they began in."""
+"""Runs that go on in another server than they began in, and servers that share a database."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 from evaluators import EvalPlace
+
+from reftserve.server.evaluation.items import Outcome
+from reftserve.server.evaluation.run_log import RunLog
 
 
 @pytest.fixture
@@ -39,3 +42,38 @@ def test_a_run_from_before_bases_were_recorded_goes_on(place: EvalPlace) -> None
     place.change(run, served=None)
     other = place.served.model_copy(update={"dtype": "bfloat16"})
     assert place.carry(run, place.evaluator(other)).status == "completed"
+
+
+def test_of_two_servers_one_is_at_a_run(place: EvalPlace) -> None:
+    run = place.created(100)
+    assert place.carry(run, place.evaluator(), place.evaluator()).status == "completed"
+    assert sorted(place.engine.asked) == sorted(f"{run.id}-{number}-scored" for number in range(100))
+
+
+def test_a_server_that_stops_leaves_its_run_to_the_next(place: EvalPlace) -> None:
+    first, second = (RunLog(place.store.database, lease_s=60) for _ in range(2))
+    place.created(3)
+    assert first.next_run() is not None
+    assert second.next_run() is None
+    first.release()
+    assert second.next_run() is not None
+    assert first.next_run() is None
+
+
+def test_a_run_of_a_server_that_is_silent_goes_to_another_which_alone_writes(place: EvalPlace) -> None:
+    silent, other = (RunLog(place.store.database, lease_s=60) for _ in range(2))
+    run = place.created(3)
+    assert silent.next_run() is not None
+    place.change(run, lease_expires_at=1.0)
+    silent.renew()
+    assert other.next_run() is None, "a sign of life in time"
+    place.change(run, lease_expires_at=1.0)
+    assert other.next_run() is not None
+    silent.renew()
+    silent.release()
+    silent.end(run.id)
+    assert not silent.add(run.id, [], [Outcome(0, {})])
+    assert other.add(run.id, [], [Outcome(0, {})])
+    assert (place.row(run).status, len(place.items(run))) == ("in_progress", 1)
+    other.end(run.id)
+    assert place.row(run).status == "completed"
