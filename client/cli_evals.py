@@ -13,7 +13,7 @@ from reftserve.client.cli_output import parse_use, session
 from reftserve.client.evals import POLL_S, Run
 from reftserve.client.schemas import Eval
 
-ARGUMENTS = {"accuracy": "labels", "contains": "text", "regex": "pattern"}
+ARGUMENTS = {"accuracy": "labels", "exact_match": "normalize", "contains": "text", "regex": "pattern"}
 
 
 def evaluate(
@@ -22,8 +22,8 @@ def evaluate(
     criterion: Annotated[
         list[str] | None,
         typer.Option(
-            help="loss, perplexity, exact_match, f1, accuracy[=label,label...], contains[=text] or regex=pattern; "
-            "repeatable, loss and exact_match when absent"
+            help="loss, perplexity, exact_match[=squad], f1, accuracy[=label,label...], contains[=text] or "
+            "regex=pattern; repeatable, loss and exact_match when absent"
         ),
     ] = None,
     intervention: Annotated[

@@ -28,6 +28,7 @@ from reftserve.server.engine.client import EngineClient
 from reftserve.server.engine.config import EngineConfig
 from reftserve.server.evaluation.evals import EvalService
 from reftserve.server.evaluation.evaluator import Evaluator
+from reftserve.server.evaluation.served import served_by
 from reftserve.server.metrics import Metrics
 from reftserve.server.registry.store import open_store
 from reftserve.server.services import Services
@@ -49,7 +50,7 @@ def open_services(settings: Settings) -> Services:
     store.interventions.sweep()
     store.files.sweep()
     engine = EngineClient(_engine_config(settings, base))
-    evals = EvalService(store, base, max_interventions=settings.max_interventions)
+    evals = EvalService(store, base, served_by(settings, base), max_interventions=settings.max_interventions)
     return Services(
         settings=settings,
         base=base,
@@ -58,7 +59,7 @@ def open_services(settings: Settings) -> Services:
         registry=store.interventions,
         jobs=JobService(store, base),
         evals=evals,
-        evaluator=Evaluator(store, evals, base, engine),
+        evaluator=Evaluator(store, evals, base, engine, lease_s=settings.lease_s),
         engine=engine,
         metrics=Metrics(lambda: engine.stats),
     )

@@ -33,10 +33,20 @@ class AccuracyCriterion(Criterion):
     normalize: Literal["none", "tokens"] = "none"
 
 
-class MatchCriterion(Criterion):
-    """How well the greedy answer agrees with the data's, both normalized as SQuAD does."""
+class ExactMatchCriterion(Criterion):
+    """How often the greedy answer is the data's, but for white space around them.
 
-    type: Literal["exact_match", "f1"]
+    normalize: `squad` compares both in lower case, without punctuation and English articles; so "15" is "1.5".
+    """
+
+    type: Literal["exact_match"]
+    normalize: Literal["none", "squad"] = "none"
+
+
+class OverlapCriterion(Criterion):
+    """How many words the greedy answer and the data's share, normalized as by `squad`: F1 is SQuAD's."""
+
+    type: Literal["f1"]
 
 
 class ContainsCriterion(Criterion):
@@ -55,7 +65,12 @@ class RegexCriterion(Criterion):
 
 
 TestingCriterion = Annotated[
-    LikelihoodCriterion | AccuracyCriterion | MatchCriterion | ContainsCriterion | RegexCriterion,
+    LikelihoodCriterion
+    | AccuracyCriterion
+    | ExactMatchCriterion
+    | OverlapCriterion
+    | ContainsCriterion
+    | RegexCriterion,
     Field(discriminator="type"),
 ]
 

@@ -23,6 +23,7 @@ from reftserve.server.errors import InvalidRequest
 from reftserve.server.evaluation.evals import criteria_of
 from reftserve.server.evaluation.tally import Tally
 from reftserve.server.storage import tables
+from reftserve.server.training.jobs import MAX_DIGITS
 
 router = APIRouter(prefix="/v1/evals", tags=["evals"])
 
@@ -100,7 +101,7 @@ def list_output_items(
     limit: int = Query(20, ge=1, le=1000),
 ) -> Page[EvalOutputItem]:
     """What became of each item, in the order of the data set."""
-    number = -1 if after is None else _number(after)
+    number = -1 if after is None else _number(after, run_id)
     rows, more = server.evals.items(owner, eval_id, run_id, after=number, status=status, limit=limit)
     items = [_item(eval_id, row) for row in rows]
     first, last = (items[0].id, items[-1].id) if items else (None, None)
@@ -142,7 +143,7 @@ def _run(run: tables.EvalRun, criteria: list[TestingCriterion]) -> EvalRun:
 
 def _item(eval_id: str, row: tables.EvalItem) -> EvalOutputItem:
     return EvalOutputItem(
-        id=f"outputitem_{row.run_id.removeprefix('evalrun_')}_{row.number}",
+        id=f"{_item_prefix(row.run_id)}{row.number}",
         created_at=row.created_at,
         eval_id=eval_id,
         run_id=row.run_id,
@@ -153,12 +154,16 @@ def _item(eval_id: str, row: tables.EvalItem) -> EvalOutputItem:
     )
 
 
-def _number(item_id: str) -> int:
-    """The number in an item's id.
+def _number(item_id: str, run_id: str) -> int:
+    """An item's number within its run, from its id.
 
-    Raises InvalidRequest when it is none.
+    Raises InvalidRequest when it is not the id of an item of this run.
     """
-    number = item_id.rpartition("_")[2]
-    if not item_id.startswith("outputitem_") or not number.isdecimal():
-        raise InvalidRequest(f"after is {item_id!r}; expected the id of an output item", param="after")
+    number = item_id.removeprefix(_item_prefix(run_id))
+    if number == item_id or not number.isdecimal() or len(number) > MAX_DIGITS:
+        raise InvalidRequest(f"{item_id!r} is no item of run {run_id}; expected an output item's id", param="after")
     return int(number)
+
+
+def _item_prefix(run_id: str) -> str:
+    return f"outputitem_{run_id.removeprefix('evalrun_')}_"

@@ -16,9 +16,10 @@ from pydantic_core import SchemaError, SchemaValidator, core_schema
 from reftserve.client.schemas import (
     AccuracyCriterion,
     ContainsCriterion,
+    ExactMatchCriterion,
     ItemResult,
     LikelihoodCriterion,
-    MatchCriterion,
+    OverlapCriterion,
     RegexCriterion,
     TestingCriterion,
 )
@@ -76,7 +77,8 @@ def check_criteria(criteria: Sequence[TestingCriterion], references: Iterable[st
 
 def needs_output(criteria: Sequence[TestingCriterion]) -> bool:
     """Whether the greedy answer is looked at."""
-    return any(isinstance(c, MatchCriterion | ContainsCriterion | RegexCriterion) for c in criteria)
+    read = ExactMatchCriterion | OverlapCriterion | ContainsCriterion | RegexCriterion
+    return any(isinstance(c, read) for c in criteria)
 
 
 def needs_reference_logprobs(criteria: Sequence[TestingCriterion]) -> bool:
@@ -100,9 +102,11 @@ def measure(criterion: TestingCriterion, item: Answered) -> Measured:
             probs = probabilities(item.label_logprobs[str(criterion.name)], criterion.normalize)
             label = labels[probs.index(max(probs))]
             return _passed(label == item.reference, label)
-        case MatchCriterion(type="exact_match"):
-            return _passed(metrics.exact_match(item.output, item.reference) == 1)
-        case MatchCriterion():
+        case ExactMatchCriterion(normalize="squad"):
+            return _passed(metrics.squad_exact_match(item.output, item.reference))
+        case ExactMatchCriterion():
+            return _passed(metrics.exact_match(item.output, item.reference))
+        case OverlapCriterion():
             return Measured(metrics.f1(item.output, item.reference))
         case ContainsCriterion():
             text, output = criterion.text or item.reference.strip(), item.output

@@ -13,9 +13,11 @@ from sqlalchemy import select
 from sqlalchemy.orm import selectinload
 
 from reftserve.client.schemas import EvalCreate, EvalRunCreate, TestingCriterion
+from reftserve.interventions import FingerprintMismatch
 from reftserve.server.base_model import Base
 from reftserve.server.errors import Conflict, InvalidRequest, NotFound
 from reftserve.server.evaluation.criteria import check_criteria
+from reftserve.server.evaluation.served import Served
 from reftserve.server.evaluation.tally import Tally
 from reftserve.server.registry.composition import resolve_composition
 from reftserve.server.registry.files import TRAINING
@@ -35,9 +37,10 @@ def criteria_of(row: Eval) -> list[TestingCriterion]:
 class EvalService:
     """Evals of all owners, and their runs. max_interventions: that a run can be composed of."""
 
-    def __init__(self, store: Store, base: Base, *, max_interventions: int) -> None:
+    def __init__(self, store: Store, base: Base, served: Served, *, max_interventions: int) -> None:
         self._store = store
         self._base = base
+        self._served = served
         self._max_interventions = max_interventions
 
     def create(self, owner: str, request: EvalCreate) -> Eval:
@@ -124,6 +127,7 @@ class EvalService:
             status="queued",
             data_source=source.model_dump(mode="json", exclude_none=True),
             uses=uses,
+            served=self._served.model_dump(),
             total=file.examples or 0,
             tally=Tally().model_dump(),
             run_metadata=request.metadata,
@@ -143,6 +147,20 @@ class EvalService:
         if run is None or run.owner != owner or run.eval_id != eval_id:
             raise NotFound(f"no run {run_id!r} of eval {eval_id!r}", param="run_id", code="eval_run_not_found")
         return run
+
+    def require_served(self, run: EvalRun) -> None:
+        """Refuse a run whose other items would be another base's.
+
+        Raises Conflict, naming all that differs.
+        """
+        if run.served is None:
+            return  # made before runs recorded it
+        try:
+            self._served.require(Served(**run.served))
+        except FingerprintMismatch as cause:
+            raise Conflict(
+                f"the run was made for another base than {self._base.name!r} now is: {cause}", code=cause.code
+            ) from cause
 
     def cancel_run(self, owner: str, eval_id: str, run_id: str) -> EvalRun:
         """Stop a run; items that are at the engine are not kept.

@@ -1,7 +1,7 @@
 """Runs evaluations: a task beside the HTTP server that takes the oldest unfinished run, and its items chunk by chunk.
 
 The items of a chunk are at the engine together, behind every other request; then the chunk is kept in one transaction.
-So a run that a restart interrupts goes on with the items that it lacks.
+So a run that a restart interrupts goes on with the items that it lacks, unless another base is served since.
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
+from sqlalchemy.exc import DBAPIError
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt
 
 from reftserve.client.schemas import EvalError
 from reftserve.client.schemas.evals import CompletionsDataSource
 from reftserve.server.base_model import Base
 from reftserve.server.engine.client import EngineClient
-from reftserve.server.errors import ServerError, Unavailable
+from reftserve.server.errors import ServerError, StorageFull, Unavailable
 from reftserve.server.evaluation.evals import EvalService, criteria_of
 from reftserve.server.evaluation.items import Outcome, Subject, evaluate
 from reftserve.server.evaluation.run_log import RunLog
@@ -31,6 +33,7 @@ from reftserve.server.training.data import Example, read_examples
 logger = logging.getLogger(__name__)
 CHUNK_ITEMS = 32
 POLL_S = 0.5
+RENEWALS_PER_LEASE = 4
 TABLES_POLL_S = 10.0
 ENGINES_PER_CHUNK = 3  # a chunk that so many engines die of fails its run
 
@@ -38,28 +41,56 @@ Numbered = tuple[int, Example]
 
 
 class Evaluator:
-    """One for a server: runs come one after another, their items many at a time."""
+    """One for a server: runs come one after another, their items many at a time.
 
-    def __init__(self, store: Store, evals: EvalService, base: Base, engine: EngineClient) -> None:
+    lease_s: seconds without a sign of life after which another server goes on with a run.
+    """
+
+    def __init__(self, store: Store, evals: EvalService, base: Base, engine: EngineClient, *, lease_s: float) -> None:
         self._store = store
         self._evals = evals
-        self._log = RunLog(store.database)
+        self._log = RunLog(store.database, lease_s=lease_s)
+        self._lease_s = lease_s
         self._base = base
         self._engine = engine
 
     async def run_forever(self) -> None:
-        """Take runs as they come."""
+        """Take runs as they come; when this is cancelled, the one in hand is free at once for another server."""
+        try:
+            await self._take_runs()
+        finally:
+            await asyncio.to_thread(self._log.release)
+
+    async def _take_runs(self) -> None:
         while True:
             try:
                 run = await asyncio.to_thread(self._log.next_run) if self._engine.is_alive else None
                 if run is not None:
-                    await self._run(run)
+                    with self._beating():
+                        await self._run(run)
                     continue
             except Exception:
                 # The tables themselves cannot be read or written; the run goes on once they can.
                 logger.exception("evaluations wait")
                 await asyncio.sleep(TABLES_POLL_S)
             await asyncio.sleep(POLL_S)
+
+    @contextmanager
+    def _beating(self) -> Iterator[None]:
+        beat = asyncio.create_task(self._beat())
+        try:
+            yield
+        finally:
+            beat.cancel()
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(self._lease_s / RENEWALS_PER_LEASE)
+            try:
+                await asyncio.to_thread(self._log.renew)
+            except (DBAPIError, StorageFull):
+                # The next beat tries again; if none comes through in time, the lease is lost, and the run notices.
+                logger.exception("the lease could not be renewed")
 
     async def _run(self, run: EvalRun) -> None:
         error: EvalError | None = None
@@ -76,7 +107,7 @@ class Evaluator:
     async def _evaluate(self, run: EvalRun) -> bool:
         """Evaluate the items that the run lacks; False when it is not wanted any more.
 
-        Raises ServerError when file or interventions have gone, or the engine dies again and again.
+        Raises ServerError when file, interventions or base are not there any more, or engines die again and again.
         """
         examples, subject, versions = await asyncio.to_thread(self._open, run)
         done = await asyncio.to_thread(self._log.done, run.id)
@@ -104,6 +135,7 @@ class Evaluator:
         return await retrying(once)
 
     def _open(self, run: EvalRun) -> tuple[list[Example], Subject, Composition]:
+        self._evals.require_served(run)
         row = self._evals.get(run.owner, run.eval_id)
         file = self._store.files.get(run.owner, row.file_id)
         source = CompletionsDataSource.model_validate(run.data_source)

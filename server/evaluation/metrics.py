@@ -1,4 +1,7 @@
-"""Agreement of two texts, as the SQuAD benchmark defines it (Rajpurkar et al. 2016, evaluation script 1.1)."""
+"""Agreement of two texts: exact, or as the SQuAD benchmark defines it (Rajpurkar et al. 2016, evaluation script 1.1).
+
+SQuAD's rules are made for short English phrases; of numbers, signs and letters they lose what matters.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,18 @@ def normalized(text: str) -> str:
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
-def exact_match(prediction: str, reference: str) -> float:
-    """1 when the normalized texts are the same, else 0."""
-    return float(normalized(prediction) == normalized(reference))
+def exact_match(prediction: str, reference: str) -> bool:
+    """Whether the texts are the same but for white space around them."""
+    return prediction.strip() == reference.strip()
+
+
+def squad_exact_match(prediction: str, reference: str) -> bool:
+    """Whether the normalized texts are the same."""
+    return normalized(prediction) == normalized(reference)
 
 
 def f1(prediction: str, reference: str) -> float:
-    """Harmonic mean of precision and recall over the words of the normalized texts.
+    """Harmonic mean of precision and recall over the words of the normalized texts: SQuAD's F1.
 
     Where one of them has no words, 1 if neither has, as in version 2 of the script.
     """

@@ -170,7 +170,11 @@ class Eval(Table):
 
 
 class EvalRun(Table):
-    """A run of an eval. uses: `name@version` and scale of what it runs with; tally: sums over the items done."""
+    """A run of an eval. uses: `name@version` and scale of what it runs with; tally: sums over the items done.
+
+    served: fingerprint, dtype and quantization of the base that it was made for. lease_worker: who is at it, until
+    lease_expires_at (Unix seconds) unless renewed.
+    """
 
     __tablename__ = "eval_runs"
 
@@ -181,6 +185,9 @@ class EvalRun(Table):
     status: Mapped[str] = mapped_column(index=True)
     data_source: Mapped[dict[str, Any]]
     uses: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
+    served: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    lease_worker: Mapped[str | None]
+    lease_expires_at: Mapped[float | None] = mapped_column(Double)
     total: Mapped[int]
     tally: Mapped[dict[str, Any]]
     error: Mapped[dict[str, Any] | None] = mapped_column(JSON)

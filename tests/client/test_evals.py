@@ -110,13 +110,14 @@ def evaluated(server: RunningServer, *words: str, code: int = 0) -> str:
 def test_the_command_line_prints_base_and_interventions_side_by_side(
     server: RunningServer, trained: str, data: Path
 ) -> None:
-    criteria = ["--criterion", "loss", "--criterion", "accuracy=yes,no", "--criterion", "regex=[aeiou]"]
+    criteria = ["--criterion", "loss", "--criterion", "accuracy=yes,no", "--criterion", "exact_match=squad"]
     words = [str(data), *criteria, "--intervention", trained, "--intervention", "greeter*0.5", "--max-tokens", "4"]
     lines = evaluated(server, "eval", *words).splitlines()
-    assert lines[0].split() == ["RUN", "LOSS", "ACCURACY", "REGEX", "ERRORS", "STATUS"]
+    assert lines[0].split() == ["RUN", "LOSS", "ACCURACY", "EXACT_MATCH", "ERRORS", "STATUS"]
     assert [line.split()[0] for line in lines[1:]] == [BASE, "greeter@1", "greeter@1*0.5"]
     assert all(line.split()[-1] == "completed" for line in lines[1:])
     shown = json.loads(evaluated(server, "--json", "eval", *words))
+    assert [criterion.get("normalize") for criterion in shown["testing_criteria"]] == [None, "none", "squad"]
     assert [f"{run['per_testing_criteria_results'][0]['score']:.4g}" for run in shown["runs"]] == [
         line.split()[1] for line in lines[1:]
     ]

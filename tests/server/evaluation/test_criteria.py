@@ -33,6 +33,13 @@ def test_contains_looks_for_the_text_or_the_data_s_answer() -> None:
     assert not passes(criterion("contains", text="no"), "oh yes!")
 
 
+def test_an_exact_match_is_strict_unless_squad_s_rules_are_asked_for() -> None:
+    assert passes(criterion("exact_match"), " 1.5\n", reference="1.5")
+    assert not passes(criterion("exact_match"), "15", reference="1.5")
+    assert passes(criterion("exact_match", normalize="squad"), "15", reference="1.5")
+    assert not passes(criterion("exact_match", normalize="squad"), "16", reference="1.5")
+
+
 def test_a_pattern_is_found_anywhere_in_the_answer() -> None:
     digits = criterion("regex", pattern=r"\d{3}")
     assert passes(digits, "call 911 now")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from running_server import RunningServer
 from reftserve.server.evaluation.metrics import exact_match, f1
 
 TOLERANCE = 2e-3
+VOWEL_BEFORE_N = "[aeiou]n"
 CRITERIA: list[dict[str, Any]] = [
     {"type": "loss"},
     {"type": "perplexity"},
@@ -24,7 +26,7 @@ CRITERIA: list[dict[str, Any]] = [
     {"type": "exact_match"},
     {"type": "f1"},
     {"type": "contains", "text": "a", "name": "has an a"},
-    {"type": "regex", "pattern": "[aeiou]{2}"},
+    {"type": "regex", "pattern": VOWEL_BEFORE_N},
 ]
 
 
@@ -69,12 +71,26 @@ def test_scores_are_those_of_each_item_by_itself(
         "exact_match": sum(matches) / 10,
         "f1": sum(overlaps) / 10,
         "has an a": sum("a" in output for output in outputs) / 10,
+        "regex": sum(bool(re.search(VOWEL_BEFORE_N, output)) for output in outputs) / 10,
     }
     summary = scores(run)
     for criterion, score in expected.items():
         assert summary[criterion] == pytest.approx(score, abs=TOLERANCE), criterion
     assert summary["perplexity"] == pytest.approx(math.exp(summary["loss"]))
-    assert 0 <= summary["regex"] <= 1
+    assert all(0 < summary[criterion] < 1 for criterion in ("accuracy", "has an a", "regex")), "some of each"
+
+
+def test_answers_match_where_they_are_the_data_s(http: httpx.Client) -> None:
+    rows = chats(6)
+    for row in rows[::2]:
+        question, answer = row["messages"]
+        answer["content"] = greedy(http, BASE, [question])
+    rows[4]["messages"][1]["content"] += "."
+    squad = {"type": "exact_match", "normalize": "squad", "name": "squad"}
+    run = ended(http, started(http, created(http, rows, {"type": "exact_match"}, squad, {"type": "f1"})))
+    by_item = [[result["score"] for result in item["results"]] for item in items(http, run)]
+    assert by_item == [[1, 1, 1], [0, 0, 0], [1, 1, 1], [0, 0, 0], [0, 1, 1], [0, 0, 0]]
+    assert scores(run) == {"exact_match": 1 / 3, "squad": 0.5, "f1": 0.5}
 
 
 def test_texts_are_scored_as_texts(http: httpx.Client, oracle: LabelOracle) -> None:
@@ -167,6 +183,7 @@ def test_a_cancelled_run_keeps_what_it_has_and_makes_way(http: httpx.Client) -> 
         ([{"type": "best"}], "testing_criteria.0", "'best'"),
         ([{"type": "regex"}], "testing_criteria.0.pattern", "missing"),
         ([{"type": "regex", "pattern": "(a"}], "testing_criteria.0.pattern", "unclosed"),
+        ([{"type": "exact_match", "normalize": "tokens"}], "testing_criteria.0.normalize", "'squad'"),
         ([{"type": "f1", "labels": ["a", "b"]}], "testing_criteria.0.labels", "unknown field"),
         ([{"type": "accuracy", "labels": ["a", "b"]}], "testing_criteria.0.labels", "none of the labels"),
     ],
@@ -180,6 +197,18 @@ def test_what_is_wrong_with_an_eval_is_said(
     error = response.json()["error"]
     assert error["param"] == param
     assert words in error["message"]
+
+
+def test_items_continue_behind_items_of_the_same_run(http: httpx.Client) -> None:
+    run = ended(http, started(http, created(http, chats(3), {"type": "loss"})))
+    first, second, third = items(http, run)
+    assert items(http, run, after=second["id"]) == [third]
+    prefix = first["id"].removesuffix("0")
+    assert items(http, run, after=f"{prefix}999999999") == []
+    path = f"/v1/evals/{run['eval_id']}/runs/{run['id']}/output_items"
+    for after in (f"{prefix}{10**21}", f"{prefix}-1", prefix, "outputitem_x_1", first["id"].removeprefix("output"), ""):
+        response = http.get(path, params={"after": after})
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "after"), after
 
 
 def test_what_does_not_exist_is_not_found(http: httpx.Client) -> None:

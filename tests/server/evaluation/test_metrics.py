@@ -1,10 +1,10 @@
-"""Exact match and F1 as the SQuAD benchmark's own script computes them."""
+"""Exact match, strict, and as the SQuAD benchmark's own script computes it; F1 as that does."""
 
 from __future__ import annotations
 
 import pytest
 
-from reftserve.server.evaluation.metrics import exact_match, f1, normalized
+from reftserve.server.evaluation.metrics import exact_match, f1, normalized, squad_exact_match
 
 
 @pytest.mark.parametrize(
@@ -26,16 +26,28 @@ def test_case_punctuation_articles_and_spaces_do_not_count(text: str, expected: 
 @pytest.mark.parametrize(
     ("prediction", "reference", "match", "overlap"),
     [
-        ("The Denver Broncos.", "denver broncos", 1.0, 1.0),
-        ("Broncos", "Denver Broncos", 0.0, 2 / 3),
-        ("the city of Denver", "Denver Broncos", 0.0, 0.4),
-        ("Denver Denver", "Denver", 0.0, 2 / 3),
-        ("Carolina", "Denver", 0.0, 0.0),
-        ("the", "a", 1.0, 1.0),
-        ("", "Denver", 0.0, 0.0),
-        ("Denver", "the", 0.0, 0.0),
+        ("The Denver Broncos.", "denver broncos", True, 1.0),
+        ("Broncos", "Denver Broncos", False, 2 / 3),
+        ("the city of Denver", "Denver Broncos", False, 0.4),
+        ("Denver Denver", "Denver", False, 2 / 3),
+        ("Carolina", "Denver", False, 0.0),
+        ("the", "a", True, 1.0),
+        ("", "Denver", False, 0.0),
+        ("Denver", "the", False, 0.0),
     ],
 )
-def test_exact_match_and_f1(prediction: str, reference: str, match: float, overlap: float) -> None:
-    assert exact_match(prediction, reference) == match
+def test_squad_s_exact_match_and_f1(prediction: str, reference: str, match: bool, overlap: float) -> None:
+    assert squad_exact_match(prediction, reference) is match
     assert f1(prediction, reference) == pytest.approx(overlap)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference"), [("15", "1.5"), ("3", "-3"), (">", "<"), ("", "A"), ("yes", "Yes"), ("a  b", "a b")]
+)
+def test_texts_that_differ_are_no_exact_match(prediction: str, reference: str) -> None:
+    assert not exact_match(prediction, reference)
+    assert squad_exact_match(prediction, reference)
+
+
+def test_white_space_around_texts_does_not_count() -> None:
+    assert exact_match("\n1.5 ", " 1.5")

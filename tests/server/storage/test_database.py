@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from sqlalchemy import select, text
 
 from reftserve.server.storage import migrations
 from reftserve.server.storage.database import Database
-from reftserve.server.storage.tables import Intervention, Job, Table
+from reftserve.server.storage.tables import Eval, Intervention, Job, Table
 
 INSERT = """
 import os, signal, sys
@@ -37,6 +38,13 @@ def url(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path / 'test.db'}"
 
 
+def alembic_config(database: Database) -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(Path(migrations.__file__).parent))
+    config.attributes["engine"] = database.engine
+    return config
+
+
 def test_migrations_make_the_declared_tables(url: str) -> None:
     database = Database(url)
     database.migrate()
@@ -47,9 +55,7 @@ def test_migrations_make_the_declared_tables(url: str) -> None:
 
 def test_an_upgrade_keeps_jobs_and_ends_those_that_were_being_cancelled(url: str) -> None:
     database = Database(url)
-    config = Config()
-    config.set_main_option("script_location", str(Path(migrations.__file__).parent))
-    config.attributes["engine"] = database.engine
+    config = alembic_config(database)
     command.upgrade(config, "0001")
     old = (
         "INSERT INTO jobs (id, owner, status, model, training_file, suffix, plan, seed, cancel_requested, result_files,"
@@ -62,6 +68,22 @@ def test_an_upgrade_keeps_jobs_and_ends_those_that_were_being_cancelled(url: str
     with database.reading() as session:
         found = {job.id: (job.status, job.pause_requested, job.fence) for job in session.scalars(select(Job))}
     assert found == {"going": ("running", False, 0), "stopping": ("cancelled", False, 0)}
+
+
+def test_an_upgrade_leaves_exact_matches_as_they_were_meant(url: str) -> None:
+    database = Database(url)
+    config = alembic_config(database)
+    command.upgrade(config, "0004_evals")
+    old = "INSERT INTO evals (id, owner, name, file_id, criteria, created_at) VALUES ('e', 'o', 'n', 'f', :criteria, 0)"
+    criteria = [{"type": "exact_match", "name": "exact_match"}, {"type": "f1", "name": "f1"}]
+    with database.engine.begin() as connection:
+        connection.execute(text(old), {"criteria": json.dumps(criteria)})
+    database.migrate()
+    with database.reading() as session:
+        assert session.get_one(Eval, "e").criteria == [{**criteria[0], "normalize": "squad"}, criteria[1]]
+    command.downgrade(config, "0004_evals")
+    with database.engine.connect() as connection:
+        assert json.loads(connection.execute(text("SELECT criteria FROM evals")).scalar_one()) == criteria
 
 
 def test_what_was_committed_survives_kill_9(url: str) -> None:

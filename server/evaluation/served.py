@@ -1,0 +1,24 @@
+"""What scores depend on beside data and interventions: a run begins and ends on the same."""
+
+from __future__ import annotations
+
+from reftserve.interventions import BaseFingerprint
+from reftserve.server.base_model import Base, resolve_device, resolve_dtype
+from reftserve.server.settings import Settings
+
+
+class Served(BaseFingerprint):
+    """The base, and how the engine computes it."""
+
+    dtype: str
+    quantization: str
+
+
+def served_by(settings: Settings, base: Base) -> Served:
+    """What a server with these settings answers with."""
+    dtype = resolve_dtype(settings.dtype, resolve_device(settings.device))
+    return Served(
+        **base.fingerprint.model_dump(),
+        dtype=str(dtype).removeprefix("torch."),
+        quantization=settings.quantization,
+    )

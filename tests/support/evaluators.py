@@ -1,0 +1,100 @@
+"""A store with evals, and any number of evaluators on it in one process, whose engine finds every answer as likely."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Any, cast
+
+from api_data import chat_lines
+
+from reftserve.client.schemas import EvalCreate, EvalRunCreate
+from reftserve.server.base_model import open_base
+from reftserve.server.engine.client import EngineClient
+from reftserve.server.engine.messages import Submit, TokenOutput
+from reftserve.server.evaluation.evals import EvalService
+from reftserve.server.evaluation.evaluator import Evaluator
+from reftserve.server.evaluation.served import Served, served_by
+from reftserve.server.registry.store import open_store
+from reftserve.server.settings import Settings
+from reftserve.server.storage.tables import EvalItem, EvalRun
+from reftserve.server.training.data import count_examples
+
+OWNER = "default"
+
+
+class StubEngine:
+    """Answers soon; `asked` are the ids of its requests."""
+
+    is_alive = True
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    async def generate(self, request: Submit) -> AsyncGenerator[TokenOutput]:
+        """Log-probabilities of the continuations."""
+        self.asked.append(request.request_id)
+        await asyncio.sleep(0.01)
+        logprobs = [[-1.0] * len(each) for each in request.continuations]
+        yield TokenOutput(request.request_id, [], "stop", continuation_logprobs=logprobs)
+
+
+class EvalPlace:
+    """What the servers of one data folder share."""
+
+    def __init__(self, model_folder: Path, data: Path) -> None:
+        self.settings = Settings(model=str(model_folder), data=data, device="cpu")
+        self.base = open_base(self.settings)
+        self.served = served_by(self.settings, self.base)
+        self.store = open_store(self.settings, self.base.fingerprint, count_examples)
+        self.evals = self.service(self.served)
+        self.engine = StubEngine()
+
+    def service(self, served: Served) -> EvalService:
+        """The evals of a server."""
+        return EvalService(self.store, self.base, served, max_interventions=8)
+
+    def created(self, count: int) -> EvalRun:
+        """A queued run over so many examples."""
+        file = self.store.files.upload(OWNER, "set.jsonl", "fine-tune", io.BytesIO(chat_lines(count)))
+        source = {"type": "file", "file_id": file.id}
+        body = {"data_source_config": source, "testing_criteria": [{"type": "loss"}]}
+        made = self.evals.create(OWNER, EvalCreate.model_validate(body))
+        run = EvalRunCreate.model_validate({"data_source": {"type": "completions", "model": self.base.name}})
+        return self.evals.create_run(OWNER, made.id, run)
+
+    def change(self, run: EvalRun, **fields: Any) -> None:
+        """Write into a run's row."""
+        with self.store.database.session() as session:
+            row = session.get_one(EvalRun, run.id)
+            for name, value in fields.items():
+                setattr(row, name, value)
+
+    def row(self, run: EvalRun) -> EvalRun:
+        """A run's row as it is now."""
+        return self.evals.get_run(OWNER, run.eval_id, run.id)
+
+    def items(self, run: EvalRun) -> list[EvalItem]:
+        """What became of a run's items."""
+        return self.evals.items(OWNER, run.eval_id, run.id, after=-1, status=None, limit=1000)[0]
+
+    def evaluator(self, served: Served | None = None) -> Evaluator:
+        """A server's evaluator. served: by another server than that of `evals`."""
+        evals = self.evals if served is None else self.service(served)
+        return Evaluator(self.store, evals, self.base, cast("EngineClient", self.engine), lease_s=60)
+
+    def carry(self, run: EvalRun, *evaluators: Evaluator) -> EvalRun:
+        """Let evaluators work until the run has ended."""
+
+        async def work() -> None:
+            tasks = [asyncio.create_task(each.run_forever()) for each in evaluators]
+            while self.row(run).finished_at is None:
+                await asyncio.sleep(0.02)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+        asyncio.run(asyncio.wait_for(work(), 60))
+        return self.row(run)
