@@ -25,8 +25,9 @@ Column = list[float | None]
 class History(BaseModel):
     """Columns of equal length, at most MAX_POINTS long; None where a number is unknown or was not finite.
 
-    step: optimizer steps, rising. valid: for each score of the held-out part (`loss`, `exact_match`, ...), its value
-    after those steps that were followed by a validation.
+    step: optimizer steps, rising. tokens_per_second: completion tokens learned from; empty where nobody measured.
+    valid: for each score of the held-out part (`loss`, `exact_match`, ...), its value after those steps that were
+    followed by a validation.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -34,18 +35,23 @@ class History(BaseModel):
     step: list[int] = Field(max_length=MAX_POINTS)
     train_loss: Column
     learning_rate: Column
+    tokens_per_second: Column = Field(default_factory=list)
     valid: dict[str, Column] = Field(default_factory=dict, max_length=MAX_SCORES)
 
     @model_validator(mode="after")
     def _is_a_table(self) -> History:
-        for name, column in {"train_loss": self.train_loss, "learning_rate": self.learning_rate, **self.valid}.items():
+        columns = {"train_loss": self.train_loss, "learning_rate": self.learning_rate, **self.valid}
+        if self.tokens_per_second:
+            columns["tokens_per_second"] = self.tokens_per_second
+        for name, column in columns.items():
             if len(column) != len(self.step):
                 raise ValueError(f"{name} has {len(column)} values, step has {len(self.step)}")
         return self
 
     @classmethod
     def of_steps(cls, steps: Sequence[Mapping[str, Any]]) -> History:
-        """From what was measured at each step: step, train_loss, learning_rate, and valid_... where there are scores.
+        """From what was measured at each step: step, train_loss, learning_rate, tokens_per_second, and valid_... where
+        there are scores.
 
         Of more than MAX_POINTS steps some are left out, evenly; half the room is kept for steps with scores.
         """
@@ -58,6 +64,7 @@ class History(BaseModel):
             step=[row["step"] for row in steps],
             train_loss=_column(steps, "train_loss"),
             learning_rate=_column(steps, "learning_rate"),
+            tokens_per_second=_column(steps, "tokens_per_second"),
             valid={name.removeprefix(HELD_OUT): _column(steps, name) for name in names},
         )
 

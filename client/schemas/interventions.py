@@ -38,6 +38,7 @@ class InterventionVersion(Response):
 class InterventionHistory(Response):
     """How a version was trained: columns of equal length, a row for each step, or for each of 1,000 of very many.
 
+    tokens_per_second: completion tokens learned from; empty where nobody measured.
     valid: the scores of the held-out part (`loss`, `exact_match`, ...) after the steps at which it was scored; None at
     the others, as wherever a number is unknown or was not finite.
     """
@@ -47,6 +48,7 @@ class InterventionHistory(Response):
     step: list[int]
     train_loss: list[float | None]
     learning_rate: list[float | None]
+    tokens_per_second: list[float | None] = Field(default_factory=list)
     valid: dict[str, list[float | None]]
 
 

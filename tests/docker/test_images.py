@@ -50,3 +50,4 @@ def test_compose_runs_commands_that_exist_on_one_volume() -> None:
         shown = subprocess.run([str(REFTSERVE), command, "--help"], capture_output=True, text=True, check=True).stdout
         assert all(flag in shown for flag in flags)
     assert set(compose["volumes"]) == {"data"}
+    assert compose["services"]["worker"]["cpu_shares"] < 1024, "training takes what the server leaves"

@@ -15,7 +15,10 @@ COLUMNS = {"step": [1, 2], "train_loss": [1.0, None], "learning_rate": [0.1, 0.2
 
 
 def steps(count: int, *, epoch: int) -> list[dict[str, float]]:
-    rows = [{"step": i, "train_loss": 1 / i, "learning_rate": 0.1, "total_steps": count} for i in range(1, count + 1)]
+    rows = [
+        {"step": i, "train_loss": 1 / i, "learning_rate": 0.1, "total_steps": count, "tokens_per_second": 40 / 3}
+        for i in range(1, count + 1)
+    ]
     for row in rows[epoch - 1 :: epoch]:
         row["valid_loss"] = 2 / row["step"]
     return rows
@@ -24,7 +27,7 @@ def steps(count: int, *, epoch: int) -> list[dict[str, float]]:
 def test_a_short_run_is_kept_whole_in_six_digits() -> None:
     history = History.of_steps(steps(60, epoch=20))
     assert history.step == list(range(1, 61))
-    assert history.train_loss[2] == 0.333333
+    assert (history.train_loss[2], history.tokens_per_second[2]) == (0.333333, 13.3333)
     assert [i for i, value in zip(history.step, history.valid["loss"], strict=True) if value is not None] == [
         20,
         40,
@@ -55,6 +58,7 @@ def test_numbers_that_are_not_finite_are_unknown() -> None:
     [
         ({"step": [1]}, "train_loss has 2 values, step has 1"),
         ({"valid": {"loss": [1.0]}}, "loss has 1 values"),
+        ({"tokens_per_second": [1.0]}, "tokens_per_second has 1 values"),
         ({"surprise": 1}, "surprise"),
         ({"step": [1, "x"]}, "step.1"),
         ({"train_loss": [1.0, float("inf")]}, "history.json"),

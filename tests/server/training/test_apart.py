@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -11,11 +12,17 @@ from pathlib import Path
 
 import httpx
 import openai
+import pytest
 from api_data import BASE, chat_lines, finished
 from running_server import running_server
 
+NICENESS = 7
 
-def test_workers_of_their_own_share_the_jobs_of_a_server_without_one(tiny_llama_folder: Path, tmp_path: Path) -> None:
+
+def test_workers_of_their_own_share_the_jobs_of_a_server_without_one(
+    tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REFTSERVE_WORKER_NICENESS", str(NICENESS))
     command = [sys.executable, "-m", "reftserve.server.commands", "worker"]
     command += ["--model", str(tiny_llama_folder), "--data", str(tmp_path)]
     with running_server(tiny_llama_folder, tmp_path, worker=False) as server:
@@ -34,6 +41,8 @@ def test_workers_of_their_own_share_the_jobs_of_a_server_without_one(tiny_llama_
             assert sorted(name or "" for name in done) == [f"apart@{number}" for number in range(1, 7)]
             assert httpx.get(f"{server.url}/ready").json()["worker"] is True
             assert [worker.poll() for worker in workers] == [None, None]
+            given = os.getpriority(os.PRIO_PROCESS, 0)
+            assert {os.getpriority(os.PRIO_PROCESS, worker.pid) for worker in workers} == {given + NICENESS}
 
 
 @contextmanager

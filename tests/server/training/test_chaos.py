@@ -6,7 +6,7 @@ import random
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +18,7 @@ from sqlalchemy import func, select
 from victims import Victim, free_port, serve, wait_for_answer, work
 
 from reftserve.client import Client
-from reftserve.client.exceptions import ConnectionFailed
+from reftserve.client.exceptions import Conflict, ConnectionFailed
 from reftserve.client.jobs import Job
 from reftserve.interventions import load_artifact
 from reftserve.server.base_model import open_base
@@ -46,7 +46,7 @@ class Acknowledged:
 
 
 class Users(threading.Thread):
-    """They upload and train without pause; what gets no answer they take as not done."""
+    """They upload, train, let jobs rest and go on; what gets no answer they take as not done."""
 
     def __init__(self, client: Client, training_file: str, artifact: Path) -> None:
         super().__init__(name="users", daemon=True)
@@ -75,7 +75,9 @@ class Users(threading.Thread):
         self.join()
 
     def _act(self, number: int) -> None:
-        if number % 3 == 0:
+        if number % 5 == 0:
+            self._let_rest_or_go_on()
+        elif number % 3 == 0:
             content = chat_lines(10 + number)
             self.acknowledged.files[self._client.files.upload(content).id] = content
         elif number % 3 == 1:
@@ -83,6 +85,15 @@ class Users(threading.Thread):
             self.acknowledged.interventions[version.id] = version.content_hash
         elif sum(job.finished_at is None for job in self._client.jobs.list(limit=100)) < LIVING_JOBS:
             self.acknowledged.jobs.append(train(self._client, self._training_file, f"trained-{number % 2}"))
+
+    def _let_rest_or_go_on(self) -> None:
+        for job in self._client.jobs.list(limit=LIVING_JOBS):
+            # It may have ended since it was listed.
+            with suppress(Conflict):
+                if job.status == "paused":
+                    self._client.jobs.get(job.id).resume()
+                elif job.status == "running":
+                    self._client.jobs.get(job.id).pause()
 
 
 def train(client: Client, training_file: str, name: str) -> str:
@@ -159,12 +170,16 @@ def assert_whole(client: Client, acknowledged: Acknowledged, scratch: Path) -> N
     for file_id, content in acknowledged.files.items():
         assert client.files.content(file_id) == content
     for reference, content_hash in acknowledged.interventions.items():
-        assert client.interventions.version(*reference.split("@")).content_hash == content_hash
+        name, version = reference.split("@")
+        folder = client.interventions.download(name, scratch / reference, version=version)
+        assert load_artifact(folder).content_hash == content_hash
     jobs = [client.jobs.get(job.id) for job in client.jobs.list(limit=1000)]
     assert set(acknowledged.jobs) <= {job.id for job in jobs}
     undisturbed = client.jobs.get(train(client, jobs[0].data.training_file, "undisturbed")).wait(timeout_s=TIMEOUT_S)
     expected = client.interventions.version("undisturbed").content_hash
     for job in jobs:
+        with suppress(Conflict):  # it has ended
+            job.resume()
         job.wait(timeout_s=TIMEOUT_S)
         name, version = str(job.fine_tuned_model).split("@")
         folder = client.interventions.download(name, scratch / job.id, version=version)
@@ -181,7 +196,8 @@ def assert_went_on_from_checkpoints(job: Job) -> None:
     events = list(job.events())
     assert [int(event.id.rsplit("-", 1)[1]) for event in events] == list(range(1, len(events) + 1))
     steps = [event.data["step"] for event in events if event.data and "step" in event.data]
+    saved = {checkpoint.step_number for checkpoint in job.checkpoints()}
     assert (steps[0], steps[-1]) == (1, STEPS)
     for before, after in pairwise(steps):
-        again = after % CHECKPOINT_STEPS == 1 and 0 <= before - after < CHECKPOINT_STEPS
+        again = after - 1 in saved | {0} and 0 <= before - after < CHECKPOINT_STEPS
         assert after == before + 1 or again, f"from step {before} to {after}"
