@@ -24,6 +24,7 @@ from reftserve.server.api import (
 )
 from reftserve.server.api.errors import install_error_handlers
 from reftserve.server.base_model import Base, open_base
+from reftserve.server.body_limit import BodyLimit
 from reftserve.server.engine.client import EngineClient
 from reftserve.server.engine.config import EngineConfig
 from reftserve.server.evaluation.evals import EvalService
@@ -86,6 +87,8 @@ def create_app(services: Services, on_engine_failure: Callable[[str], None]) -> 
     # The pages of /docs come with the package: servers often stand where no content network can be reached.
     app: FastAPI = FastAPIOffline(title="ReftServe", version=version("reftserve"), lifespan=lifespan)
     app.state.services = services
+    settings = services.settings
+    app.add_middleware(BodyLimit, upload_bytes=max(settings.max_file_bytes, settings.max_artifact_bytes))
     install_error_handlers(app)
     for router in ROUTERS:
         app.include_router(router.router)

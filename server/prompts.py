@@ -24,10 +24,14 @@ def render_answer(tokenizer: PreTrainedTokenizerBase, messages: Sequence[ChatMes
     """The text that the model should produce for the last message, an assistant's, end of turn included."""
     prompt = render_chat(tokenizer, messages[:-1])
     whole = _apply_template(tokenizer, messages, add_generation_prompt=False)
-    end = str(tokenizer.eos_token)
+    eos, content = str(tokenizer.eos_token), messages[-1].text
     # Some templates rewrite earlier turns when there is a later one; then the content itself is the answer.
-    answer = whole[len(prompt) :] if whole.startswith(prompt) else messages[-1].text + end
-    return answer[: answer.rindex(end) + len(end)] if end in answer else answer + end
+    answer = whole[len(prompt) :] if whole.startswith(prompt) else content + eos
+    # The turn ends with the first special token behind the content, which need not be the tokenizer's eos: Gemma's
+    # template goes on with a line break, and serving has stopped before.
+    behind = answer.find(content.strip()) + len(content.strip())
+    ends = [answer.find(token, behind) + len(token) for token in _special_tokens(tokenizer) if token in answer[behind:]]
+    return answer[: min(ends)] if ends else answer + eos
 
 
 def encode_rendered(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -63,6 +67,10 @@ def _apply_template(
     except TemplateError as cause:
         raise InvalidRequest(f"the chat template refuses these messages: {cause}", param="messages") from cause
     return text
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
 
 
 def _role(role: str) -> str:

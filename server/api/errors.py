@@ -61,7 +61,7 @@ async def _validation_error(request: Request, error: Exception) -> JSONResponse:
 
 async def _http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)  # noqa: S101 - registered for it alone
-    codes = {404: "not_found", 405: "method_not_allowed"}
+    codes = {404: "not_found", 405: "method_not_allowed", 413: "payload_too_large"}
     message = f"{request.method} {request.url.path}: {error.detail}"
     code = codes.get(error.status_code, "http_error")
     return _answer(error.status_code, message, "invalid_request_error", None, code)

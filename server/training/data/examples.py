@@ -16,6 +16,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from reftserve.client.schemas import ChatMessage, Request
+from reftserve.client.schemas.generation import Text
 from reftserve.server.field_paths import field_path
 from reftserve.server.training.data.json_rows import parse_json
 from reftserve.server.training.data.places import Place
@@ -73,8 +74,8 @@ class ChatRow(Request):
 class CompletionRow(Request):
     """A text and how it goes on. Leading spaces of the completion belong to it."""
 
-    prompt: str = Field(min_length=1)
-    completion: str
+    prompt: Text = Field(min_length=1)
+    completion: Text
 
     def examples(self, place: Place) -> list[Example]:
         """Raises InvalidRequest when the completion is empty."""
@@ -84,9 +85,9 @@ class CompletionRow(Request):
 class InstructionRow(Request):
     """Something to do, on something to do it with, and the answer."""
 
-    instruction: str = Field(min_length=1)
-    input: str | None = None
-    output: str
+    instruction: Text = Field(min_length=1)
+    input: Text | None = None
+    output: Text
 
     def examples(self, place: Place) -> list[Example]:
         """Raises InvalidRequest when the output is empty."""

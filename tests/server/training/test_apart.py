@@ -29,15 +29,18 @@ def test_workers_of_their_own_share_the_jobs_of_a_server_without_one(
         assert httpx.get(f"{server.url}/ready").json()["worker"] is False
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="any")
         file = client.files.create(file=("set.jsonl", chat_lines(24)), purpose="fine-tune")
-        job = client.fine_tuning.jobs.create(model=BASE, training_file=file.id, suffix="apart")
+
+        def create() -> str:
+            method = {"type": "reft", "reft": {"hyperparameters": {"n_epochs": 2}}}
+            job = client.fine_tuning.jobs.create(model=BASE, training_file=file.id, suffix="apart", method=method)  # type: ignore[arg-type]
+            return job.id
+
+        waits = create()
         time.sleep(1)
-        assert client.fine_tuning.jobs.retrieve(job.id).status == "queued"
+        assert client.fine_tuning.jobs.retrieve(waits).status == "queued"
         with ExitStack() as stack:
             workers = [stack.enter_context(running(command)) for _ in range(2)]
-            jobs = [job.id] + [
-                client.fine_tuning.jobs.create(model=BASE, training_file=file.id, suffix="apart").id for _ in range(5)
-            ]
-            done = [finished(client, job_id).fine_tuned_model for job_id in jobs]
+            done = [finished(client, job_id).fine_tuned_model for job_id in [waits, *(create() for _ in range(5))]]
             assert sorted(name or "" for name in done) == [f"apart@{number}" for number in range(1, 7)]
             assert httpx.get(f"{server.url}/ready").json()["worker"] is True
             assert [worker.poll() for worker in workers] == [None, None]

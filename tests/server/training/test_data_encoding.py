@@ -50,6 +50,23 @@ def test_each_assistant_turn_is_learned_behind_the_prompt_that_serving_would_ren
         assert example.place == PLACE
 
 
+GEMMA = (
+    "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+    "{{ m.content | trim }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("answer", ["yes", " yes\n", "<eos> ends a text"])
+def test_an_answer_ends_where_the_template_ends_a_turn_and_not_with_eos_behind_it(answer: str) -> None:
+    tokenizer = tiny_tokenizer()
+    tokens = ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": tokens})
+    tokenizer.bos_token, tokenizer.eos_token, tokenizer.chat_template = "<bos>", "<eos>", GEMMA
+    rows = encoded(chat(("user", "a"), ("assistant", answer), ("user", "b"), ("assistant", answer)), tokenizer)
+    assert [tokenizer.decode(row.completion_ids) for row in rows] == [f"{answer.strip()}<end_of_turn>"] * 2
+    assert tokenizer.decode(rows[1].prompt_ids).endswith("<start_of_turn>user\nb<end_of_turn>\n<start_of_turn>model\n")
+
+
 def test_an_assistant_turn_of_weight_0_is_context_and_not_learned() -> None:
     row = chat(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
     row["messages"][1]["weight"] = 0
