@@ -88,7 +88,8 @@ def create_app(services: Services, on_engine_failure: Callable[[str], None]) -> 
     app: FastAPI = FastAPIOffline(title="ReftServe", version=version("reftserve"), lifespan=lifespan)
     app.state.services = services
     settings = services.settings
-    app.add_middleware(BodyLimit, upload_bytes=max(settings.max_file_bytes, settings.max_artifact_bytes))
+    uploads = {"/v1/files": settings.max_file_bytes, "/v1/interventions": settings.max_artifact_bytes}
+    app.add_middleware(BodyLimit, upload_bytes=uploads)
     install_error_handlers(app)
     for router in ROUTERS:
         app.include_router(router.router)

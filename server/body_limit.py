@@ -5,6 +5,8 @@ The framework takes a whole body, into memory or a temporary file, before any en
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -14,21 +16,19 @@ FRAMING_BYTES = 1 << 20  # of a multipart body: its other fields, and what stand
 
 
 class BodyLimit:
-    """ASGI middleware. upload_bytes: the largest file that an endpoint takes."""
+    """ASGI middleware. upload_bytes: the largest file that an endpoint takes, by its path."""
 
-    def __init__(self, app: ASGIApp, *, upload_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, *, upload_bytes: Mapping[str, int]) -> None:
         self._app = app
-        self._upload_bytes = upload_bytes
+        self._limits = {path: size + FRAMING_BYTES for path, size in upload_bytes.items()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Whoever reads a body above the limit gets an HTTPException of status 413."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
-        is_upload = headers.get("content-type", "").startswith("multipart/")
-        limit = self._upload_bytes + FRAMING_BYTES if is_upload else JSON_BYTES
-        declared = headers.get("content-length", "")
+        limit = self._limits.get(scope["path"], JSON_BYTES)
+        declared = Headers(scope=scope).get("content-length", "")
         received = 0
 
         def refuse_above(size: int) -> None:

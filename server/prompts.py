@@ -24,12 +24,12 @@ def render_answer(tokenizer: PreTrainedTokenizerBase, messages: Sequence[ChatMes
     """The text that the model should produce for the last message, an assistant's, end of turn included."""
     prompt = render_chat(tokenizer, messages[:-1])
     whole = _apply_template(tokenizer, messages, add_generation_prompt=False)
-    eos, content = str(tokenizer.eos_token), messages[-1].text
+    eos, content = str(tokenizer.eos_token), messages[-1].text.strip()
     # Some templates rewrite earlier turns when there is a later one; then the content itself is the answer.
-    answer = whole[len(prompt) :] if whole.startswith(prompt) else content + eos
+    answer = whole[len(prompt) :] if whole.startswith(prompt) else messages[-1].text + eos
     # The turn ends with the first special token behind the content, which need not be the tokenizer's eos: Gemma's
     # template goes on with a line break, and serving has stopped before.
-    behind = answer.find(content.strip()) + len(content.strip())
+    behind = answer.find(content) + len(content) if content in answer else 0
     ends = [answer.find(token, behind) + len(token) for token in _special_tokens(tokenizer) if token in answer[behind:]]
     return answer[: min(ends)] if ends else answer + eos
 

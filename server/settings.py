@@ -76,6 +76,9 @@ class Settings(BaseSettings):
     max_jobs_bytes: int = Field(
         64 << 30, gt=0, description="Data copies and checkpoints of all jobs; past it those of ended jobs go first"
     )
+    max_owner_interventions_bytes: int = Field(
+        16 << 30, gt=0, description="Published interventions of one owner in all; past it 413"
+    )
     max_artifact_bytes: int = Field(256 << 20, gt=0, description="Size limit of one uploaded intervention")
     override_fingerprint: bool = Field(
         False,

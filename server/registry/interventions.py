@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, selectinload
 
@@ -28,7 +28,7 @@ from reftserve.interventions import (
     pack,
     unpack,
 )
-from reftserve.server.errors import Conflict, InvalidRequest, NotFound
+from reftserve.server.errors import Conflict, InvalidRequest, NotFound, QuotaExceeded
 from reftserve.server.registry.names import LATEST, Reference, check_alias, check_name, suggestion
 from reftserve.server.storage.blobs import BlobStore
 from reftserve.server.storage.database import Database
@@ -52,7 +52,10 @@ class PublishedVersion:
 
 
 class InterventionRegistry:
-    """Published interventions of all owners, made for one base."""
+    """Published interventions of all owners, made for one base.
+
+    max_artifact_bytes: of one upload, unpacked; max_owner_bytes: of all versions that an owner has.
+    """
 
     def __init__(
         self,
@@ -62,12 +65,14 @@ class InterventionRegistry:
         *,
         override_fingerprint: bool = False,
         max_artifact_bytes: int = 1 << 30,
+        max_owner_bytes: int = 16 << 30,
     ) -> None:
         self._database = database
         self._blobs = blobs
         self._base = base
         self._override = override_fingerprint
         self._max_artifact_bytes = max_artifact_bytes
+        self._max_owner_bytes = max_owner_bytes
         self._lock = threading.Lock()
         self._holds: Counter[str] = Counter()
         self._doomed: set[str] = set()
@@ -85,7 +90,8 @@ class InterventionRegistry:
 
         A job publishes once: again with the same job_id gives the same version. alongside: called with `name@version`
         in the transaction that publishes; what it raises undoes it.
-        Raises InvalidRequest when the name or the artifact will not do, StorageFull when there is no room.
+        Raises InvalidRequest when the name or the artifact will not do, QuotaExceeded or StorageFull when there is no
+        room.
         """
         check_name(name)
         try:
@@ -260,6 +266,7 @@ class InterventionRegistry:
                         if published is not None:
                             alongside(session, f"{name}@{published.version}")
                             return published
+                    self._require_quota(session, owner, version.bytes)
                     query = select(Intervention).where(Intervention.owner == owner, Intervention.name == name)
                     row = session.scalar(query.with_for_update())
                     if row is None:
@@ -278,6 +285,15 @@ class InterventionRegistry:
                 if attempt == 4:
                     raise
         raise AssertionError("unreachable")
+
+    def _require_quota(self, session: Session, owner: str, more: int) -> None:
+        used = int(session.scalar(select(func.coalesce(func.sum(Version.bytes), 0)).where(Version.owner == owner)) or 0)
+        if used + more > self._max_owner_bytes:
+            raise QuotaExceeded(
+                f"the artifact has {more} bytes, and interventions use {used} of {self._max_owner_bytes} bytes; delete "
+                "versions first",
+                param="file",
+            )
 
     def _get(self, session: Session, owner: str, name: str) -> Intervention:
         query = (

@@ -46,5 +46,6 @@ def open_store(settings: Settings, base: BaseFingerprint, validate: Callable[[Pa
             base,
             override_fingerprint=settings.override_fingerprint,
             max_artifact_bytes=settings.max_artifact_bytes,
+            max_owner_bytes=settings.max_owner_interventions_bytes,
         ),
     )

@@ -32,12 +32,14 @@ def make_artifact(
     return folder
 
 
-def open_registry(folder: Path, *, blob_url: str | None = None, override: bool = False) -> InterventionRegistry:
+def open_registry(
+    folder: Path, *, blob_url: str | None = None, override: bool = False, **limits: int
+) -> InterventionRegistry:
     """A registry over a folder, migrated."""
     database = Database(f"sqlite:///{folder / 'test.db'}")
     database.migrate()
     blobs = BlobStore(blob_url or str(folder / "blobs"), cache=folder / "cache")
-    return InterventionRegistry(database, blobs, BASE, override_fingerprint=override)
+    return InterventionRegistry(database, blobs, BASE, override_fingerprint=override, **limits)
 
 
 def main(what: str, folder: Path, artifact: Path, name: str) -> None:

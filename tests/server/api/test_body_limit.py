@@ -22,7 +22,7 @@ MULTIPART = {"Content-Type": "multipart/form-data; boundary=b"}
 def app() -> FastAPI:
     found = FastAPI()
     install_error_handlers(found)
-    found.add_middleware(BodyLimit, upload_bytes=4 * MEBIBYTE)
+    found.add_middleware(BodyLimit, upload_bytes={"/upload": 4 * MEBIBYTE})
 
     @found.post("/upload")
     def upload(file: UploadFile) -> int:

@@ -15,7 +15,7 @@ import pytest
 from published import BASE, OWNER, make_artifact, open_registry
 
 from reftserve.interventions import load_artifact, unpack
-from reftserve.server.errors import Conflict, InvalidRequest, NotFound
+from reftserve.server.errors import Conflict, InvalidRequest, NotFound, QuotaExceeded
 from reftserve.server.registry.interventions import InterventionRegistry
 from reftserve.server.registry.names import Reference
 
@@ -63,6 +63,20 @@ def test_numbers_are_never_used_again(registry: InterventionRegistry, artifact: 
     with pytest.raises(NotFound):
         registry.get(OWNER, "tone")
     assert registry.publish(OWNER, "tone", artifact).id == "tone@5"
+
+
+def test_an_owners_interventions_have_a_quota_that_deleting_gives_back(tmp_path: Path, artifact: Path) -> None:
+    size = sum(file.stat().st_size for file in artifact.iterdir())
+    registry = open_registry(tmp_path, max_owner_bytes=2 * size)
+    registry.publish(OWNER, "tone", artifact)
+    registry.publish(OWNER, "mood", artifact)
+    with pytest.raises(QuotaExceeded, match=f"{2 * size} of {2 * size} bytes") as refused:
+        registry.publish(OWNER, "tone", artifact)
+    assert (refused.value.status, refused.value.code) == (413, "storage_quota_exceeded")
+    assert len(list((tmp_path / "blobs" / "interventions").iterdir())) == 2, "what was refused is not stored"
+    registry.publish("somebody else", "tone", artifact)
+    registry.delete(OWNER, "mood")
+    assert registry.publish(OWNER, "tone", artifact).id == "tone@2"
 
 
 def test_a_job_publishes_once(registry: InterventionRegistry, artifact: Path) -> None:

@@ -67,6 +67,13 @@ def test_an_answer_ends_where_the_template_ends_a_turn_and_not_with_eos_behind_i
     assert tokenizer.decode(rows[1].prompt_ids).endswith("<start_of_turn>user\nb<end_of_turn>\n<start_of_turn>model\n")
 
 
+def test_an_answer_that_the_template_rewrites_ends_where_its_turn_does() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = str(tokenizer.chat_template).replace("message['content']", "message['content'][5:]")
+    (row,) = encoded(chat(("user", "what is it?"), ("assistant", "well, a fox")), tokenizer)
+    assert tokenizer.decode(row.completion_ids) == " a fox<|im_end|>"
+
+
 def test_an_assistant_turn_of_weight_0_is_context_and_not_learned() -> None:
     row = chat(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
     row["messages"][1]["weight"] = 0
