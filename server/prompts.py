@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from reftserve.client.schemas import ChatMessage
 from reftserve.server.errors import InvalidRequest
+
+MARK = "7e1f0c5a"  # stands for an answer; no template takes it for anything else
 
 
 def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[ChatMessage]) -> str:
@@ -24,14 +27,14 @@ def render_answer(tokenizer: PreTrainedTokenizerBase, messages: Sequence[ChatMes
     """The text that the model should produce for the last message, an assistant's, end of turn included."""
     prompt = render_chat(tokenizer, messages[:-1])
     whole = _apply_template(tokenizer, messages, add_generation_prompt=False)
-    eos, content = str(tokenizer.eos_token), messages[-1].text.strip()
+    behind = _behind_an_answer(tokenizer, messages[:-1])
     # Some templates rewrite earlier turns when there is a later one; then the content itself is the answer.
-    answer = whole[len(prompt) :] if whole.startswith(prompt) else messages[-1].text + eos
+    answer = whole[len(prompt) :] if whole.startswith(prompt) else messages[-1].text + behind
     # The turn ends with the first special token behind the content, which need not be the tokenizer's eos: Gemma's
     # template goes on with a line break, and serving has stopped before.
-    behind = answer.find(content) + len(content) if content in answer else 0
-    ends = [answer.find(token, behind) + len(token) for token in _special_tokens(tokenizer) if token in answer[behind:]]
-    return answer[: min(ends)] if ends else answer + eos
+    start = len(answer) - len(behind) if behind and answer.endswith(behind) else 0
+    ends = [answer.find(token, start) + len(token) for token in _special_tokens(tokenizer) if token in answer[start:]]
+    return answer[: min(ends)] if ends else answer + str(tokenizer.eos_token)
 
 
 def encode_rendered(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -69,6 +72,14 @@ def _apply_template(
     return text
 
 
+def _behind_an_answer(tokenizer: PreTrainedTokenizerBase, messages: Sequence[ChatMessage]) -> str:
+    """What the template writes behind an assistant's text, whatever the text; empty when it rewrites every text."""
+    answered = [*messages, ChatMessage(role="assistant", content=MARK)]
+    _, mark, behind = _apply_template(tokenizer, answered, add_generation_prompt=False).rpartition(MARK)
+    return behind if mark else ""
+
+
+@functools.lru_cache(maxsize=4)
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
 

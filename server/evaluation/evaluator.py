@@ -12,7 +12,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import SQLAlchemyError
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt
 
 from reftserve.client.schemas import EvalError
@@ -27,6 +27,7 @@ from reftserve.server.inference import intervention_refs, salted
 from reftserve.server.registry.composition import Composition, held
 from reftserve.server.registry.names import Reference
 from reftserve.server.registry.store import Store
+from reftserve.server.storage.database import LOST
 from reftserve.server.storage.tables import EvalRun
 from reftserve.server.training.data import Example, read_examples
 
@@ -88,7 +89,7 @@ class Evaluator:
             await asyncio.sleep(self._lease_s / RENEWALS_PER_LEASE)
             try:
                 await asyncio.to_thread(self._log.renew)
-            except (DBAPIError, StorageFull):
+            except (SQLAlchemyError, StorageFull):
                 # The next beat tries again; if none comes through in time, the lease is lost, and the run notices.
                 logger.exception("the lease could not be renewed")
 
@@ -99,6 +100,8 @@ class Evaluator:
                 return
         except ServerError as cause:
             error = EvalError(code=cause.code, message=cause.message)
+        except LOST:
+            raise
         except Exception:
             logger.exception("evaluation %s failed", run.id)
             error = EvalError(code="internal_error", message="internal error; the server's log says more")

@@ -291,8 +291,7 @@ class InterventionRegistry:
         if used + more > self._max_owner_bytes:
             raise QuotaExceeded(
                 f"the artifact has {more} bytes, and interventions use {used} of {self._max_owner_bytes} bytes; delete "
-                "versions first",
-                param="file",
+                "versions first"
             )
 
     def _get(self, session: Session, owner: str, name: str) -> Intervention:

@@ -52,8 +52,14 @@ class JobFiles:
         return self._blobs.local_file(key)
 
     def newest_checkpoint(self, lease: Lease) -> Path | None:
-        """The folder of the job's last durable step; None when it has to begin at the beginning."""
-        for row in self._log.checkpoints(lease.job_id):
+        """The folder of the job's last durable step; None when it has to begin at the beginning.
+
+        What a worker that was killed has left in the job's folder, and no row knows, is removed.
+        """
+        rows, folder = self._log.checkpoints(lease.job_id), f"{BLOBS}/{lease.job_id}"
+        data = {f"{folder}/{name}.jsonl" for name in ("training", "validation")}
+        self._blobs.sweep(folder, data | {row.path for row in rows if row.kept})
+        for row in rows:
             if row.kept and self._blobs.exists(row.path):
                 return self._blobs.local_folder(row.path)
             if row.kept:

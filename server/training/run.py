@@ -245,8 +245,8 @@ class Runs:
     def _trainers(self, lease: Lease, job: Job, plan: Plan, splits: Splits) -> list[Trainer]:
         """One for each trial, on the trunks of the job before if they hold for this one."""
         data = dataset_hash(list(self._data(job).values()))
-        places, trunks = trunk_places(plan).values(), self._trunks
-        if trunks is None or trunks.data != data or not all(place in trunks for place in places):
+        trunks = self._trunks
+        if trunks is None or not trunks.serve(data, trunk_places(plan).values()):
             arena = Arena(self._trunk_bytes, self._trunk_disk_bytes, self._scratch)
             trunks = self._trunks = Trunks(self._packed, arena, data=data)
 

@@ -45,8 +45,7 @@ class Trial:
         """What trials are ranked by: the best weights' loss, and where a prefix is edited its standard error on top."""
         if not self.trainer.plan.edits_prefix or math.isinf(self.best_loss):
             return self.best_loss
-        # Checkpoints of older versions know of no error.
-        return self.best_loss + (self.trainer.best or {}).get("loss_stderr", 0.0)
+        return self.best_loss + (self.trainer.best or {})["loss_stderr"]
 
     @property
     def row(self) -> dict[str, Any]:
@@ -154,8 +153,10 @@ class Sweep:
                 self._stop(trial, cause)
         if self.step in self._rungs:
             ranked = self._ranked
-            kept = ranked[: self._rungs[self.step]]
-            self._dropped += [trial.row for trial in reversed(ranked[len(kept) :])]
+            # One that has diverged costs no steps and takes nobody's place; of several the best may still win.
+            kept = [trial for trial in ranked if not trial.diverged][: self._rungs[self.step]]
+            kept += [trial for trial in ranked if trial.diverged][:1]
+            self._dropped += [trial.row for trial in reversed(ranked) if trial not in kept]
             self._trials = sorted(kept, key=lambda trial: trial.number)
         newest = next((scores[trial.number] for trial in self._ranked if trial.number in scores), {})
         return {f"valid_{name}": value for name, value in newest.items()}

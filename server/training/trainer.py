@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.nn import functional
 
-from reftserve.interventions import PlacedEdit, Positions, TrainableIntervention
+from reftserve.interventions import NonFiniteError, PlacedEdit, Positions, TrainableIntervention
 from reftserve.server.training.data import EncodedExample, Splits
 from reftserve.server.training.evaluation import Score
 from reftserve.server.training.packed import RowEdit
@@ -110,8 +110,13 @@ class Trainer:
         return math.ceil(self.plan.warmup_ratio * self.total_steps)
 
     def validate(self) -> dict[str, float]:
-        """Score the validation split, and remember the weights unless older ones are clearly better."""
+        """Score the validation split, and remember the weights unless older ones are clearly better.
+
+        Raises NonFiniteError when weights or loss are no finite numbers.
+        """
         score = self.evaluate(self.splits.validation, self.intervention.lower())
+        if not math.isfinite(score["loss"]):
+            raise NonFiniteError(f"the validation loss after step {self.step} is not a finite number")
         if score["loss"] < self.lowest_loss:
             self.lowest_loss, self.lowest_step = score["loss"], self.step
         if self.best is None or score["loss"] - score["loss_stderr"] <= self.lowest_loss:
@@ -168,8 +173,7 @@ class Trainer:
         self.optimizer.load_state_dict({**whole, "state": state})
         meta: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
         self.step, self.trained_tokens, self.best = meta["step"], meta["trained_tokens"], meta["best"]
-        # Checkpoints of older versions do not know it.
-        self.lowest_loss, self.lowest_step = meta.get("lowest", (math.inf, 0))
+        self.lowest_loss, self.lowest_step = meta["lowest"]
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         """Weight decay for all but orthonormal matrices.

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,40 +30,49 @@ from reftserve.server.training.spans import Batch, PackedRows, Span, in_passes
 logger = logging.getLogger(__name__)
 FILL_ROWS = 1024  # tokens of one pass while the trunk is filled
 FILE_NUMBERS = 64 << 20  # float32 numbers in one file of the disk tier
+NUMBER_BYTES = 4
 
 
 class Arena:
-    """Room for tensors that are written once: memory first, on the CPU then files that vanish with the process."""
+    """Room for tensors that are written once: memory first, on the CPU then files that vanish with the process.
+
+    is_full: whether something found no room.
+    """
 
     def __init__(self, memory_bytes: int, disk_bytes: int = 0, folder: Path | None = None) -> None:
         self._memory_bytes, self._disk_bytes = memory_bytes, disk_bytes if folder is not None else 0
         self._folder = folder
         self._file = torch.empty(0)
+        self.is_full = False
 
     def keep(self, tensor: Tensor) -> Tensor | None:
         """A copy, or None when there is no room."""
         if tensor.nbytes <= self._memory_bytes:
             self._memory_bytes -= tensor.nbytes
             return tensor.clone(memory_format=torch.contiguous_format)
-        count = -(-tensor.nbytes // self._file.element_size())
-        if tensor.device.type != "cpu" or tensor.nbytes > self._disk_bytes or count > FILE_NUMBERS:
+        count = -(-tensor.nbytes // NUMBER_BYTES)
+        if tensor.device.type != "cpu" or (count > len(self._file) and not self._has_new_file(count)):
+            self.is_full = True
             return None
-        if count > len(self._file):
-            try:
-                self._file = self._new_file()
-            except OSError as cause:
-                logger.warning("examples' constants are computed anew from here on: %s", cause)
-                self._disk_bytes = 0
-                return None
-        self._disk_bytes -= tensor.nbytes
         room, self._file = self._file[:count].view(torch.uint8)[: tensor.nbytes], self._file[count:]
         return room.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
-    def _new_file(self) -> Tensor:
-        """Raises OSError when the disk has no room for it; a write into a file without room would end the process."""
+    def _has_new_file(self, count: int) -> bool:
+        """Whether budget and disk have room for a file of at least `count` numbers, which then is there."""
+        size = min(FILE_NUMBERS, self._disk_bytes // NUMBER_BYTES)
+        if count > size:
+            return False
         with tempfile.NamedTemporaryFile(dir=self._folder, prefix="trunk-") as file:
-            os.posix_fallocate(file.fileno(), 0, FILE_NUMBERS * self._file.element_size())
-            return torch.from_file(file.name, shared=True, size=FILE_NUMBERS)
+            try:
+                # A write into a file for which the disk has no room would end the process.
+                os.posix_fallocate(file.fileno(), 0, size * NUMBER_BYTES)
+            except OSError as cause:
+                logger.warning("what steps have in common is computed anew from here on: %s", cause)
+                self._disk_bytes = 0
+                return False
+            self._file = torch.from_file(file.name, shared=True, size=size)
+        self._disk_bytes -= size * NUMBER_BYTES
+        return True
 
 
 @dataclass(frozen=True)
@@ -195,9 +204,9 @@ class Trunks:
         self._packed, self._arena = packed, arena
         self._trunks: dict[tuple[int, frozenset[Positions]], Trunk] = {}
 
-    def __contains__(self, place: object) -> bool:
-        """Whether there is a trunk of this lowest layer and these positions."""
-        return place in self._trunks
+    def serve(self, data: str, places: Collection[tuple[int, frozenset[Positions]]]) -> bool:
+        """Whether a job on such data, with trunks of these layers and positions, would fare no better with new ones."""
+        return self.data == data and set(places) == self._trunks.keys() and not self._arena.is_full
 
     def get(self, lowest: int, positions: frozenset[Positions]) -> Trunk:
         """The trunk under edits at `lowest` and above that touch no token before those of `positions`."""

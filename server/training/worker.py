@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from sqlalchemy.exc import SQLAlchemyError
 
 from reftserve.server.base_model import Base, open_base, resolve_device, resolve_dtype
 from reftserve.server.engine.weights import load_base
@@ -73,8 +74,11 @@ def run(settings: Settings) -> NoReturn:
             try:
                 work(runs, files, leases)
             except LOST as cause:
-                logger.warning("the database is lost; again in %.0f s: %s", LOST_S, cause)
-                time.sleep(LOST_S)
+                # As text: a record that keeps the exception keeps the trainer with it.
+                logger.warning("the database is lost; again in %.0f s: %s", LOST_S, str(cause))
+            runs.forget()
+            give_back_memory()
+            time.sleep(LOST_S)
     finally:
         leases.release()
 
@@ -137,7 +141,7 @@ def _beat(settings: Settings, leases: Leases) -> NoReturn:
         try:
             leases.renew()
             file.touch()
-        except (*LOST, StorageFull, OSError):
+        except (SQLAlchemyError, StorageFull, OSError):
             # The next beat tries again; if none comes through in time, the lease is lost, and the run notices.
             logger.exception("no sign of life could be given")
         time.sleep(pause_s)

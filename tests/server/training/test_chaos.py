@@ -87,7 +87,7 @@ class Users(threading.Thread):
             self.acknowledged.jobs.append(train(self._client, self._training_file, f"trained-{number % 2}"))
 
     def _let_rest_or_go_on(self) -> None:
-        for job in self._client.jobs.list(limit=LIVING_JOBS):
+        for job in self._client.jobs.list(limit=100):
             # It may have ended since it was listed.
             with suppress(Conflict):
                 if job.status == "paused":
@@ -186,6 +186,8 @@ def assert_whole(client: Client, acknowledged: Acknowledged, scratch: Path) -> N
         assert load_artifact(folder).content_hash == expected
         assert_went_on_from_checkpoints(job)
         assert len(client.files.content(job.data.result_files[0]).splitlines()) == 1 + STEPS
+    rested = [job for job in jobs if any("was paused" in event.message for event in job.events())]
+    assert rested, "some jobs did rest"
     published = [v for i in client.interventions.list() if i.name.startswith("trained") for v in i.versions]
     assert len(published) == len(jobs) == len({job.fine_tuned_model for job in jobs}), "each job, once"
     assert undisturbed.status == "succeeded"

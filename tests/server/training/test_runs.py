@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -282,6 +283,25 @@ def test_a_job_that_diverges_publishes_its_best_weights_and_says_so(
     assert "diverged at step 8; published are the weights of step 5" in warning.message
     steps = [event for event in place.log.events(job_id, before=None, limit=99) if event.data and "step" in event.data]
     assert (steps[0].data or {})["train_loss"] is None, "what is no number is null"
+
+
+def test_what_a_killed_worker_left_half_written_is_removed_when_the_job_goes_on(
+    hasty: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = hasty.create()
+    kill_at_step(hasty.worker("a"), monkeypatch, step=6)
+    folder = hasty.settings.data / "blobs" / "jobs" / job_id
+    for name, age_s in (("checkpoint-8-old", 7200), ("checkpoint-8-new", 0)):
+        (folder / name).mkdir()
+        os.utime(folder / name, (time.time() - age_s,) * 2)
+    for kept in folder.glob("*"):
+        if kept.name != "checkpoint-8-new":
+            os.utime(kept, (time.time() - 7200,) * 2)
+    worker = hasty.worker("b")
+    sweep = worker.runs.begin(worker.take())
+    assert sweep.step == CHECKPOINT_STEPS
+    left = sorted(path.name.rsplit("-", 1)[0] for path in folder.iterdir())
+    assert left == [f"checkpoint-{CHECKPOINT_STEPS}", "checkpoint-8", "training.jsonl"], "what is new may be another's"
 
 
 def test_a_checkpoint_is_as_small_as_what_is_learned(place: Workplace) -> None:

@@ -123,6 +123,27 @@ def test_the_best_weights_of_a_trial_that_diverged_later_may_still_win(trunk: Tr
         assert all(placed.edit.U.isfinite().all() for placed in each.leader.best_edits())
 
 
+def test_a_trial_that_diverged_takes_no_place_from_one_that_goes_on(trunk: Trunk) -> None:
+    sweep = new_sweep(trunk, [0.02, 0.01, 0.005, 1e-7])
+    run(sweep, sweep.steps_per_epoch)
+    ruined = min(sweep.running, key=lambda trial: trial.best_loss)
+    make_infinite(ruined.trainer)
+    run(sweep, sweep.total_steps // 4)
+    assert ruined.diverged
+    assert len(sweep.running) == 2, "half of four go on beside it"
+    run(sweep, sweep.total_steps)
+    assert sweep.step == sweep.total_steps
+
+
+def test_a_loss_that_is_no_number_is_never_the_best(trunk: Trunk) -> None:
+    sweep = new_sweep(trunk, [0.02])
+    for parameter in sweep.leader.intervention.parameters():
+        parameter.data.mul_(1e30)
+    with pytest.raises(NonFiniteError):
+        sweep.validate()
+    assert sweep.leader.best is None
+
+
 def test_a_run_that_diverges_ends_with_the_best_weights_before(trunk: Trunk) -> None:
     sweep = new_sweep(trunk, [0.02])
     run(sweep, sweep.steps_per_epoch)

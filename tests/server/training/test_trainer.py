@@ -10,7 +10,7 @@ import torch
 from tiny_models import tiny_llama
 from training_data import examples, plan
 
-from reftserve.interventions import Positions, model_checksum
+from reftserve.interventions import NonFiniteError, Positions, model_checksum
 from reftserve.server.training.data import EncodedExample, Splits
 from reftserve.server.training.packed import PackedModel
 from reftserve.server.training.plan import Plan
@@ -86,7 +86,6 @@ class Scored(Trainer):
         ([(0.5, 0.1), (0.4, 0.01), (0.45, 0.01)], 2),  # clearly worse
         ([(0.4, 0.06), (0.45, 0.06), (0.5, 0.06)], 2),  # as good as the one before, not as the best
         ([(0.4, 0.0), (0.4, 0.0), (0.41, 0.0)], 2),
-        ([(math.nan, math.nan), (0.4, 0.1), (math.nan, math.nan)], 2),
     ],
 )
 def test_the_newest_weights_are_kept_unless_their_loss_is_worse_by_more_than_its_error(
@@ -102,6 +101,15 @@ def test_the_newest_weights_are_kept_unless_their_loss_is_worse_by_more_than_its
     assert trainer.best is not None
     assert trainer.best["step"] == kept
     assert [placed.edit.content_hash for placed in trainer.best_edits()] == states[kept - 1]
+
+
+def test_a_loss_that_is_no_number_leaves_the_best_weights_as_they_were(model: PackedModel) -> None:
+    plain = new_trainer(model, plan(), seed=0)
+    trainer = Scored(plain.trunk, plain.splits, plain.plan, seed=0).script((0.4, 0.1), (math.nan, math.nan))
+    best = trainer.validate()
+    with pytest.raises(NonFiniteError, match="validation loss"):
+        trainer.validate()
+    assert trainer.best == {**best, "step": 0}
 
 
 def test_weight_decay_leaves_the_orthonormal_matrix_orthonormal(model: PackedModel) -> None:
