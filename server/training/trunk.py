@@ -200,13 +200,13 @@ class Trunks:
     """
 
     def __init__(self, packed: PackedModel, arena: Arena, *, data: str = "") -> None:
-        self.data = data
+        self._data = data
         self._packed, self._arena = packed, arena
         self._trunks: dict[tuple[int, frozenset[Positions]], Trunk] = {}
 
     def serve(self, data: str, places: Collection[tuple[int, frozenset[Positions]]]) -> bool:
         """Whether a job on such data, with trunks of these layers and positions, would fare no better with new ones."""
-        return self.data == data and set(places) == self._trunks.keys() and not self._arena.is_full
+        return self._data == data and set(places) == self._trunks.keys() and not self._arena.is_full
 
     def get(self, lowest: int, positions: frozenset[Positions]) -> Trunk:
         """The trunk under edits at `lowest` and above that touch no token before those of `positions`."""
