@@ -76,7 +76,7 @@ def create_app(services: Services, on_engine_failure: Callable[[str], None]) -> 
             asyncio.create_task(services.evaluator.run_forever()),
         ]
         if services.settings.worker:
-            keepers.append(asyncio.create_task(keep_worker(services.settings)))
+            keepers.append(asyncio.create_task(keep_worker(services.settings, services.engine)))
         yield
         for keeper in keepers:
             keeper.cancel()

@@ -52,7 +52,11 @@ class Settings(BaseSettings):
         True, description="On CUDA: record decode steps once and replay them; without, small models wait for Python"
     )
     engine_threads: int | None = Field(None, ge=1, description="CPU threads of the engine; default: all cores")
-    worker_threads: int | None = Field(None, ge=1, description="CPU threads of training; default: all cores")
+    worker_threads: int | None = Field(
+        None,
+        ge=1,
+        description="CPU threads of training at most; default: all cores. Beside a busy engine it takes fewer",
+    )
     worker_niceness: int = Field(
         10, ge=0, le=19, description="Priority of training on busy CPUs: 0 is the engine's own, 19 all but waits for it"
     )

@@ -8,6 +8,8 @@ import logging
 import sys
 from collections.abc import Awaitable, Callable
 
+import msgspec
+
 from reftserve.server.engine.client import EngineClient
 from reftserve.server.engine.errors import EngineDied
 from reftserve.server.metrics import Metrics
@@ -46,22 +48,32 @@ async def keep_engine(engine: EngineClient, metrics: Metrics, on_failure: Callab
     await _again_and_again(once)
 
 
-async def keep_worker(settings: Settings) -> None:
-    """Start the training worker whenever it is not there; it gets the settings through its standard input."""
+async def keep_worker(settings: Settings, engine: EngineClient) -> None:
+    """Start the training worker whenever it is not there and the engine is; weights that are lent end with the engine.
+
+    Through its standard input it gets the settings, and in a line of their own the weights that the engine lends.
+    """
 
     async def once() -> None:
+        lent = (await engine.until_ready()).lent
         command = [sys.executable, "-m", "reftserve.server.training.worker"]
         process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.PIPE)
+        ends = [asyncio.create_task(process.wait())]
         try:
             assert process.stdin is not None  # noqa: S101 - it was asked for in the line above
-            process.stdin.write(settings.model_dump_json().encode() + b"\n")
+            process.stdin.write(settings.model_dump_json().encode() + b"\n" + msgspec.json.encode(lent) + b"\n")
             await process.stdin.drain()
-            logger.error("the worker ended with code %d", await process.wait())
+            if lent:
+                ends.append(asyncio.create_task(engine.ended()))
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         except (BrokenPipeError, ConnectionResetError):
-            logger.error("the worker ended with code %d before it began", await process.wait())
+            await process.wait()
         finally:
             if process.returncode is None:
                 await _end(process)
+            for end in ends:
+                end.cancel()
+        logger.error("the worker ended with code %d", process.returncode)
 
     await _again_and_again(once)
 

@@ -47,6 +47,7 @@ class EngineClient:
         self._socket: zmq.asyncio.Socket | None = None
         self._receiver: asyncio.Task[None] | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._is_ready = asyncio.Event()
         self.ready: Ready | None = None
         self.stats: EngineStats | None = None
 
@@ -79,14 +80,28 @@ class EngineClient:
         except OSError as cause:  # no memory for a process, or one that ended before it read
             raise EngineDied(f"the engine could not be started: {cause}") from cause
         self.ready = await self._first_message(self._socket, self._process)
+        self._is_ready.set()
         self._receiver = asyncio.create_task(self._receive(self._socket))
         return self.ready
 
-    async def wait(self) -> int:
-        """Until the process ends, for whatever reason; then every running request fails. Returns its exit code."""
+    async def until_ready(self) -> Ready:
+        """Until a process runs whose model is loaded."""
+        while self.ready is None:
+            await self._is_ready.wait()
+        return self.ready
+
+    async def ended(self) -> int:
+        """Until the process ends, for whatever reason; its exit code.
+
+        Raises EngineDied when it was not started.
+        """
         if self._process is None:
             raise EngineDied("the engine was not started")
-        code = await self._process.wait()
+        return await self._process.wait()
+
+    async def wait(self) -> int:
+        """Until the process ends, for whatever reason; then every running request fails. Returns its exit code."""
+        code = await self.ended()
         self._close()
         for request_id, queue in self._queues.items():
             queue.put_nowait(TokenOutput(request_id, [], "died", f"the engine ended with code {code}"))
@@ -160,6 +175,7 @@ class EngineClient:
 
     def _close(self) -> None:
         self.ready = None
+        self._is_ready.clear()
         if self._receiver is not None:
             self._receiver.cancel()
         if self._socket is not None:

@@ -74,15 +74,38 @@ class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
     request_id: str
 
 
+class LentTensor(msgspec.Struct, frozen=True):
+    """A tensor in another process's GPU memory: what `torch.multiprocessing` would pickle, as plain data.
+
+    storage, counter, event: the IPC handle of the memory, of the shared count of its users, and of the moment from
+    which on it may be read.
+    """
+
+    dtype: str
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    device: int
+    storage: bytes
+    storage_bytes: int
+    storage_offset: int
+    counter: bytes
+    counter_offset: int
+    event: bytes
+    event_sync: bool
+
+
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
     """The model is loaded.
 
     max_context: tokens that prompt and answer may have together: the model's context, or less if the cache holds less.
+    lent: the base's parameters in their order, on a GPU; for as long as the engine lives (`cuda_weights.py`).
     """
 
     max_context: int
     device: str
     dtype: str
+    lent: list[LentTensor] = []
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True):

@@ -22,6 +22,7 @@ import zmq
 from reftserve.interventions import InterventionError
 from reftserve.server.base_model import eos_token_ids, load_tokenizer, resolve_device, resolve_dtype
 from reftserve.server.engine.config import EngineConfig
+from reftserve.server.engine.cuda_weights import lend_weights
 from reftserve.server.engine.engine import Engine
 from reftserve.server.engine.errors import EngineError
 from reftserve.server.engine.messages import Cancel, Fatal, FromEngine, Ready, Submit, ToEngine
@@ -86,6 +87,7 @@ def build(config: EngineConfig) -> tuple[Engine, Ready]:
         native_kernels=config.native_kernels,
         shared=None if config.weights_folder is None else Path(config.weights_folder),
     )
+    lent = lend_weights(model)
     tokenizer = load_tokenizer(folder)
     runner = Runner(
         model,
@@ -109,6 +111,7 @@ def build(config: EngineConfig) -> tuple[Engine, Ready]:
         max_context=runner.max_context,
         device=str(device),
         dtype=str(model.dtype).removeprefix("torch."),
+        lent=lent,
     )
     return engine, ready
 

@@ -1,9 +1,9 @@
-"""The base's weights as engine and worker hold them: on the CPU one copy for both, in a file that each of them maps.
+"""The base's weights as engine and worker hold them: one copy for both, on the CPU in a file that each of them maps.
 
 Each process loads the base by itself, brings its weights into the forms that it computes from, and then exchanges them
 for those in the file, which is named by their hash and made by whoever comes first. They are compared to the bit, so
 what is damaged, cut off or somebody else's is never used, but made anew. Mapped pages are the page cache's: they are in
-memory once, whoever reads them.
+memory once, whoever reads them. On a GPU the engine lends its own to the worker (`cuda_weights.py`).
 
     <hash>.weights   the panels in the order of `named_parameters`, then what else there is, each from a multiple of
                      64 bytes on
@@ -24,6 +24,8 @@ from transformers import PreTrainedModel
 
 from reftserve.interventions import model_checksum
 from reftserve.server.base_model import load_model
+from reftserve.server.engine.cuda_weights import borrow_weights
+from reftserve.server.engine.messages import LentTensor
 from reftserve.server.engine.native import load_kernels
 from reftserve.server.engine.packed_linear import pack_linears, takes_kernels
 
@@ -33,13 +35,24 @@ ALIGNMENT = 64  # a cache line, and the widest vector
 
 
 def load_base(
-    folder: Path, dtype: torch.dtype, device: torch.device, *, native_kernels: bool, shared: Path | None
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    native_kernels: bool,
+    shared: Path | None,
+    lent: Sequence[LentTensor] = (),
 ) -> PreTrainedModel:
     """The frozen base, packed for the CPU's kernels where they compute it.
 
     shared: the folder of the file for all processes, if the device is the CPU; None leaves the weights private.
+    lent: the weights of the engine, if the device is a GPU; none makes a copy there.
     Raises EngineError when the kernels cannot be compiled, and what `load_model` raises.
     """
+    if lent and device.type == "cuda":
+        model = load_model(folder, dtype, torch.device("cpu"))
+        borrow_weights(model, lent)
+        return model.to(device)  # what is not borrowed
     model = load_model(folder, dtype, device)
     if native_kernels and takes_kernels(model):
         load_kernels()

@@ -1,8 +1,8 @@
 """The training worker: a process of its own that takes jobs, one after the other, and carries them to their end.
 
-Started by the server (`python -m reftserve.server.training.worker`, settings as JSON in the first line of standard
-input; when standard input ends the server has gone and so does the worker), or apart from it by `reftserve worker`, as
-often as there is work for: leases decide who runs what.
+Started by the server (`python -m reftserve.server.training.worker`: standard input has the settings in its first line
+and the weights that the engine lends in its second, both as JSON; when it ends the server has gone and so does the
+worker), or apart from it by `reftserve worker`, as often as there is work for: leases decide who runs what.
 """
 
 from __future__ import annotations
@@ -13,13 +13,16 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import msgspec
 import torch
 from sqlalchemy.exc import SQLAlchemyError
 
 from reftserve.server.base_model import Base, open_base, resolve_device, resolve_dtype
+from reftserve.server.engine.messages import LentTensor
 from reftserve.server.engine.weights import load_base
 from reftserve.server.errors import StorageFull
 from reftserve.server.memory import give_back_memory
@@ -47,13 +50,15 @@ def main() -> None:
     """Entry point of the supervised process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which ends this process
     settings = Settings.model_validate_json(sys.stdin.readline())
+    lent = msgspec.json.decode(sys.stdin.readline(), type=list[LentTensor])
     threading.Thread(target=_exit_with_parent, name="parent-watch", daemon=True).start()
-    run(settings)
+    run(settings, lent)
 
 
-def run(settings: Settings) -> NoReturn:
+def run(settings: Settings, lent: Sequence[LentTensor] = ()) -> NoReturn:
     """Work until the process is ended; on SIGTERM and Ctrl-C the job in hand is free at once for another worker.
 
+    lent: weights of an engine on the same GPU (`cuda_weights.py`), which must live as long.
     Raises NotFound when there is no base model.
     """
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
@@ -65,7 +70,7 @@ def run(settings: Settings) -> NoReturn:
     store = open_store(settings, base.fingerprint, count_examples)
     worker = worker_id()
     leases = Leases(store.database, worker, lease_s=settings.lease_s)
-    runs, files = open_runs(settings, store, base, leases)
+    runs, files = open_runs(settings, store, base, leases, lent)
     heartbeat = threading.Thread(target=_beat, args=(settings, leases), name="heartbeat", daemon=True)
     heartbeat.start()
     logger.info("worker %s waits for jobs", worker)
@@ -83,7 +88,9 @@ def run(settings: Settings) -> NoReturn:
         leases.release()
 
 
-def open_runs(settings: Settings, store: Store, base: Base, leases: Leases) -> tuple[Runs, JobFiles]:
+def open_runs(
+    settings: Settings, store: Store, base: Base, leases: Leases, lent: Sequence[LentTensor] = ()
+) -> tuple[Runs, JobFiles]:
     """What a worker works with, the base's weights included."""
     device = resolve_device(settings.device)
     model = load_base(
@@ -92,6 +99,7 @@ def open_runs(settings: Settings, store: Store, base: Base, leases: Leases) -> t
         device,
         native_kernels=settings.native_kernels,
         shared=settings.weights_folder,
+        lent=lent,
     )
     files = JobFiles(
         store.blobs,
@@ -100,10 +108,11 @@ def open_runs(settings: Settings, store: Store, base: Base, leases: Leases) -> t
         max_bytes=settings.max_jobs_bytes,
         keep_s=settings.keep_jobs_s,
     )
+    packed = PackedModel(model, native_kernels=settings.native_kernels)
     runs = Runs(
         store,
         base,
-        PackedModel(model, native_kernels=settings.native_kernels),
+        packed,
         files,
         checkpoint_steps=settings.checkpoint_steps,
         trunk_bytes=settings.trunk_bytes,

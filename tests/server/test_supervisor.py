@@ -1,0 +1,79 @@
+"""The worker's process: it starts when the engine is there, and what it has borrowed of the engine ends with it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import cast
+
+import psutil
+import pytest
+
+from reftserve.server.engine.client import EngineClient
+from reftserve.server.engine.messages import LentTensor, Ready
+from reftserve.server.settings import Settings
+from reftserve.server.supervisor import keep_worker
+
+LENT = LentTensor("float32", (1,), (1,), 0, 0, b"handle", 4, 0, b"", 0, b"", False)
+
+
+class Engine:
+    """An engine that comes and goes as the test says. `lent` is not opened: the worker computes on the CPU."""
+
+    def __init__(self, lent: list[LentTensor]) -> None:
+        self.ready = asyncio.Event()
+        self.gone = asyncio.Event()
+        self._lent = lent
+
+    async def until_ready(self) -> Ready:
+        await self.ready.wait()
+        return Ready(max_context=8, device="cpu", dtype="float32", lent=self._lent)
+
+    async def ended(self) -> int:
+        await self.gone.wait()
+        return 0
+
+
+@asynccontextmanager
+async def kept(engine: Engine, model: Path, data: Path) -> AsyncIterator[None]:
+    settings = Settings(model=str(model), data=data, device="cpu", native_kernels=False, worker_threads=1)
+    keeper = asyncio.create_task(keep_worker(settings, cast("EngineClient", engine)))
+    yield
+    keeper.cancel()
+    await asyncio.gather(keeper, return_exceptions=True)
+    assert workers() == []
+
+
+def workers() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children() if "reftserve.server.training.worker" in child.cmdline()]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        while not condition():
+            await asyncio.sleep(0.05)
+
+
+@pytest.mark.parametrize("lent", [[], [LENT]], ids=["nothing is lent", "weights are lent"])
+def test_a_worker_starts_with_the_engine_and_ends_with_what_it_lends(
+    lent: list[LentTensor], tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    async def story() -> None:
+        engine = Engine(lent)
+        async with kept(engine, tiny_llama_folder, tmp_path):
+            await asyncio.sleep(0.2)
+            assert workers() == []
+            engine.ready.set()
+            await until(lambda: (tmp_path / "worker.heartbeat").exists())
+            (worker,) = workers()
+            engine.ready.clear()
+            engine.gone.set()
+            if lent:
+                await until(lambda: not worker.is_running())
+            else:
+                await asyncio.sleep(0.5)
+                assert workers() == [worker]
+
+    asyncio.run(story())
