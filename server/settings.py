@@ -58,7 +58,7 @@ class Settings(BaseSettings):
         description="CPU threads of training at most; default: all cores. Beside a busy engine it takes fewer",
     )
     worker_niceness: int = Field(
-        10, ge=0, le=19, description="Priority of training on busy CPUs: 0 is the engine's own, 19 all but waits for it"
+        8, ge=0, le=19, description="Priority of training on busy CPUs: 0 is the engine's own, 19 all but waits for it"
     )
     kv_cache_bytes: int = Field(1 << 30, gt=0, description="Memory for keys and values, all layers together")
     block_size: int = Field(32, ge=1, description="Tokens per block of the KV cache")

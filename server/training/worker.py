@@ -35,6 +35,7 @@ from reftserve.server.training.job_log import JobLog
 from reftserve.server.training.leases import Leases, worker_id
 from reftserve.server.training.packed import PackedModel
 from reftserve.server.training.run import Runs
+from reftserve.server.training.threads import Threads, sum_in_one_order
 
 logger = logging.getLogger(__name__)
 POLL_S = 0.2
@@ -64,6 +65,7 @@ def run(settings: Settings, lent: Sequence[LentTensor] = ()) -> NoReturn:
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
     signal.signal(signal.SIGTERM, _exit)
     os.nice(settings.worker_niceness)
+    sum_in_one_order()
     if settings.worker_threads is not None:
         torch.set_num_threads(settings.worker_threads)
     base = open_base(settings)
@@ -109,6 +111,8 @@ def open_runs(
         keep_s=settings.keep_jobs_s,
     )
     packed = PackedModel(model, native_kernels=settings.native_kernels)
+    if device.type == "cpu":
+        Threads(torch.get_num_threads()).watch(packed.layers)
     runs = Runs(
         store,
         base,

@@ -1,0 +1,117 @@
+"""Training takes fewer threads while cores are busy, and all of them again when they are free."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from reftserve.server.training.threads import PATIENCE, WINDOW_S, Threads
+
+# A process of its own, because MKL decides once. An edit's products: few rows, so threads would share the long sums.
+CHILD = """
+import torch
+from reftserve.server.training.threads import sum_in_one_order
+sum_in_one_order()
+generator = torch.Generator().manual_seed(0)
+hidden, weight = (torch.randn(size, generator=generator) for size in ((10, 576), (4, 576)))
+found = []
+for threads in (1, 2, 3, 4):
+    torch.set_num_threads(threads)
+    below = hidden @ weight.T
+    found.append([below, below @ weight, below.T @ hidden])
+assert all(torch.equal(one, first) for each in found for one, first in zip(each, found[0], strict=True))
+"""
+
+
+class Machine:
+    """Cores on which `busy` others run: a computation runs a tenth of the time when it needs one of theirs."""
+
+    def __init__(self, cores: int, busy: int = 0) -> None:
+        self.cores, self.busy = cores, busy
+        self.passed_s = self.computed_s = 0.0
+        self.used: list[int] = []
+        self.threads = Threads(
+            cores, use=self.used.append, clock=lambda: self.passed_s, computed=lambda: self.computed_s
+        )
+
+    def compute(self, seconds: float = WINDOW_S) -> None:
+        self.threads.begin()
+        self.passed_s += seconds
+        self.computed_s += seconds if self.threads.count <= self.cores - self.busy else seconds / 10
+        self.threads.end()
+
+    def rest(self, seconds: float) -> None:
+        self.passed_s += seconds
+
+
+def test_a_free_machine_is_used_whole() -> None:
+    machine = Machine(8)
+    for _ in range(20):
+        machine.compute()
+    assert machine.used == [8]
+
+
+def test_beside_an_engine_that_takes_all_cores_one_thread_is_left() -> None:
+    machine = Machine(8, busy=8)
+    for _ in range(20):
+        machine.compute()
+    assert machine.used == [8, 4, 2, 1]
+
+
+def test_what_lies_between_computations_is_no_sign_of_a_busy_machine() -> None:
+    machine = Machine(2)
+    for _ in range(20):
+        machine.compute(WINDOW_S / 4)
+        machine.rest(1.0)
+    assert machine.used == [2]
+
+
+def test_all_threads_are_back_soon_after_the_machine_is_free() -> None:
+    machine = Machine(6, busy=6)
+    for _ in range(3):
+        machine.compute()
+    machine.busy = 0
+    freed_at = machine.passed_s
+    while machine.threads.count < 6:
+        machine.compute()
+    assert machine.passed_s - freed_at < (PATIENCE + 3) * WINDOW_S
+    assert machine.used == [6, 3, 1, 2, 4, 6]
+
+
+@given(cores=st.integers(2, 64), data=st.data())
+def test_trying_costs_little(cores: int, data: st.DataObject) -> None:
+    """Where some cores are free for good, most of the time goes to computations that fit on them."""
+    machine = Machine(cores, busy=data.draw(st.integers(0, cores - 1)))
+    in_vain_s = 0.0
+    for _ in range(1000):
+        fits = machine.threads.count <= machine.cores - machine.busy
+        before = machine.passed_s
+        machine.compute()
+        in_vain_s += 0.0 if fits else machine.passed_s - before
+    assert in_vain_s <= machine.passed_s / PATIENCE + 7 * WINDOW_S
+    assert all(1 <= count <= cores for count in machine.used)
+
+
+def test_forward_passes_are_watched() -> None:
+    passed_s = 0.0
+    used: list[int] = []
+
+    class Waiting(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            nonlocal passed_s
+            passed_s += WINDOW_S
+            return x
+
+    layers = nn.ModuleList([Waiting()])
+    Threads(2, use=used.append, clock=lambda: passed_s, computed=lambda: 0.0).watch(layers)
+    layers[0](torch.zeros(1))
+    assert used == [2, 1]
+
+
+def test_products_are_equal_to_the_bit_on_any_number_of_threads() -> None:
+    subprocess.run([sys.executable, "-c", CHILD], check=True, timeout=120)
