@@ -52,10 +52,11 @@ class Settings(BaseSettings):
         True, description="On CUDA: record decode steps once and replay them; without, small models wait for Python"
     )
     engine_threads: int | None = Field(None, ge=1, description="CPU threads of the engine; default: all cores")
-    worker_threads: int | None = Field(
-        None,
-        ge=1,
-        description="CPU threads of training at most; default: all cores. Beside a busy engine it takes fewer",
+    worker_threads: int | None = Field(None, ge=1, description="CPU threads of training; default: all cores")
+    worker_yields: bool = Field(
+        True,
+        description="Training takes fewer CPU threads while cores are busy. Without, a job's result is the same to the "
+        "bit whatever else the machine does; with it, sums may be rounded in another order",
     )
     worker_niceness: int = Field(
         8, ge=0, le=19, description="Priority of training on busy CPUs: 0 is the engine's own, 19 all but waits for it"

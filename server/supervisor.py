@@ -49,31 +49,33 @@ async def keep_engine(engine: EngineClient, metrics: Metrics, on_failure: Callab
 
 
 async def keep_worker(settings: Settings, engine: EngineClient) -> None:
-    """Start the training worker whenever it is not there and the engine is; weights that are lent end with the engine.
+    """Start the training worker whenever it is not there and the engine is; one that borrows its weights ends with it.
 
     Through its standard input it gets the settings, and in a line of their own the weights that the engine lends.
     """
 
     async def once() -> None:
         lent = (await engine.until_ready()).lent
+        # This engine's end, not that of one which may have taken its place by the time that the worker runs.
+        ends = [asyncio.ensure_future(engine.ended())] if lent else []
         command = [sys.executable, "-m", "reftserve.server.training.worker"]
         process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.PIPE)
-        ends = [asyncio.create_task(process.wait())]
+        ends.append(asyncio.create_task(process.wait()))
         try:
             assert process.stdin is not None  # noqa: S101 - it was asked for in the line above
             process.stdin.write(settings.model_dump_json().encode() + b"\n" + msgspec.json.encode(lent) + b"\n")
-            await process.stdin.drain()
-            if lent:
-                ends.append(asyncio.create_task(engine.ended()))
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has ended
+                await process.stdin.drain()
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        except (BrokenPipeError, ConnectionResetError):
-            await process.wait()
+            if ends[-1].done():
+                logger.error("the worker ended with code %d", process.returncode)
+            else:
+                logger.warning("the worker ends with the engine, whose weights it has borrowed")
         finally:
-            if process.returncode is None:
-                await _end(process)
             for end in ends:
                 end.cancel()
-        logger.error("the worker ended with code %d", process.returncode)
+            if process.returncode is None:
+                await _end(process)
 
     await _again_and_again(once)
 

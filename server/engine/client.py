@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import sys
 import tempfile
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable
 from pathlib import Path
 
 import msgspec
@@ -90,14 +90,14 @@ class EngineClient:
             await self._is_ready.wait()
         return self.ready
 
-    async def ended(self) -> int:
-        """Until the process ends, for whatever reason; its exit code.
+    def ended(self) -> Awaitable[int]:
+        """The end of the process that is there now, for whatever reason: its exit code.
 
-        Raises EngineDied when it was not started.
+        Raises EngineDied when none was started.
         """
         if self._process is None:
             raise EngineDied("the engine was not started")
-        return await self._process.wait()
+        return self._process.wait()
 
     async def wait(self) -> int:
         """Until the process ends, for whatever reason; then every running request fails. Returns its exit code."""

@@ -83,4 +83,8 @@ def _borrow(lent: LentTensor) -> Tensor:
 def _same(one: Tensor, other: Tensor) -> bool:
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
-    return torch.equal(one.cpu().contiguous().view(torch.uint8), other.detach().contiguous().view(torch.uint8))
+    return torch.equal(_bytes(one.cpu()), _bytes(other.detach()))
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)

@@ -111,8 +111,8 @@ def open_runs(
         keep_s=settings.keep_jobs_s,
     )
     packed = PackedModel(model, native_kernels=settings.native_kernels)
-    if device.type == "cpu":
-        Threads(torch.get_num_threads()).watch(packed.layers)
+    if device.type == "cpu" and settings.worker_yields:
+        Threads(torch.get_num_threads()).watch(model, packed.layers)
     runs = Runs(
         store,
         base,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -33,17 +35,15 @@ class Machine:
 
     def __init__(self, cores: int, busy: int = 0) -> None:
         self.cores, self.busy = cores, busy
-        self.passed_s = self.computed_s = 0.0
+        self.passed_s = self.ran_s = 0.0
         self.used: list[int] = []
-        self.threads = Threads(
-            cores, use=self.used.append, clock=lambda: self.passed_s, computed=lambda: self.computed_s
-        )
+        self.threads = Threads(cores, use=self.used.append, clock=lambda: self.passed_s, running=lambda: self.ran_s)
 
     def compute(self, seconds: float = WINDOW_S) -> None:
         self.threads.begin()
         self.passed_s += seconds
-        self.computed_s += seconds if self.threads.count <= self.cores - self.busy else seconds / 10
-        self.threads.end()
+        self.ran_s += seconds if self.threads.count <= self.cores - self.busy else seconds / 10
+        self.threads.tick()
 
     def rest(self, seconds: float) -> None:
         self.passed_s += seconds
@@ -97,19 +97,38 @@ def test_trying_costs_little(cores: int, data: st.DataObject) -> None:
     assert all(1 <= count <= cores for count in machine.used)
 
 
-def test_forward_passes_are_watched() -> None:
+@pytest.mark.parametrize("waits", ["first layer", "last layer", "head", "first layer's gradient", "head's gradient"])
+def test_a_pass_is_watched_there_and_back(waits: str) -> None:
     passed_s = 0.0
     used: list[int] = []
 
-    class Waiting(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+    class Waiting(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor, name: str) -> torch.Tensor:
             nonlocal passed_s
-            passed_s += WINDOW_S
-            return x
+            ctx.name = name
+            passed_s += WINDOW_S if waits == name else 0.0
+            return x.clone()
 
-    layers = nn.ModuleList([Waiting()])
-    Threads(2, use=used.append, clock=lambda: passed_s, computed=lambda: 0.0).watch(layers)
-    layers[0](torch.zeros(1))
+        @staticmethod
+        def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+            nonlocal passed_s
+            passed_s += WINDOW_S if waits == f"{ctx.name}'s gradient" else 0.0
+            return gradients[0], None
+
+    class Part(nn.Module):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.name = name
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return Waiting.apply(x, self.name)
+
+    layers = [Part("first layer"), Part("last layer")]
+    model = nn.Sequential(*layers, Part("head"))
+    Threads(2, use=used.append, clock=lambda: passed_s, running=lambda: 0.0).watch(model, layers)
+    passed_s += 10 * WINDOW_S  # before a pass there may be anything
+    model(torch.zeros(1, requires_grad=True)).backward()
     assert used == [2, 1]
 
 
