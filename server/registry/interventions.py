@@ -287,6 +287,7 @@ class InterventionRegistry:
         raise AssertionError("unreachable")
 
     def _require_quota(self, session: Session, owner: str, more: int) -> None:
+        self._database.take_turns(session, f"interventions of {owner}")
         used = int(session.scalar(select(func.coalesce(func.sum(Version.bytes), 0)).where(Version.owner == owner)) or 0)
         if used + more > self._max_owner_bytes:
             raise QuotaExceeded(

