@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import tempfile
 from pathlib import Path
@@ -18,7 +19,9 @@ def run_peer(environment: str, script: str, job: dict[str, object]) -> list[str]
         json.dump(job, file)
         file.flush()
         python = w.ROOT / ".peers" / environment / "bin" / "python"
-        done = subprocess.run([python, PEERS / script, file.name], capture_output=True, text=True, check=False)
+        # Nothing of this environment's, whose modules may have the names of theirs.
+        own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        done = subprocess.run([python, PEERS / script, file.name], capture_output=True, text=True, check=False, env=own)
     results = [line.removeprefix("RESULT ") for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if done.returncode or not results:
         raise SystemExit(f"{script} failed:\n{done.stderr[-2000:]}")

@@ -117,7 +117,11 @@ class JobError(Response):
 
 
 class FineTuningJob(Response):
-    """A training run. fine_tuned_model: `name@version` once it is published. data_report: what it learns from."""
+    """A training run. fine_tuned_model: `name@version` once it is published. data_report: what it learns from.
+
+    plan: every decision, those that the user left open included; `sweep` has the candidates or trials. After the job's
+    success the rest is that of the one which was published.
+    """
 
     id: str
     object: Literal["fine_tuning.job"] = "fine_tuning.job"
@@ -134,6 +138,7 @@ class FineTuningJob(Response):
     suffix: str | None = None
     hyperparameters: dict[str, Any] = Field(default_factory=dict)
     method: dict[str, Any] | None = None
+    plan: dict[str, Any] = Field(default_factory=dict)
     data_report: DataReport | None = None
     error: JobError | None = None
     seed: int

@@ -114,6 +114,7 @@ def _job(job: Job) -> FineTuningJob:
         suffix=job.suffix,
         hyperparameters=hyperparameters,
         method=job.method,
+        plan=job.plan,
         data_report=job.data_report,
         error=job.error,
         seed=job.seed,

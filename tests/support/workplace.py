@@ -40,11 +40,17 @@ class Workplace:
         self.packed = PackedModel(load_model(self.base.folder, torch.float32, torch.device("cpu")))
 
     def create(
-        self, name: str = "tone", sweep: dict[str, Any] | None = None, positions: str | None = None, **fields: Any
+        self,
+        name: str = "tone",
+        sweep: dict[str, Any] | None = None,
+        positions: str | None = None,
+        hyperparameters: dict[str, Any] | None = None,
+        **fields: Any,
     ) -> str:
-        """A job of STEPS steps, as the API makes it."""
+        """A job as the API makes it, of STEPS steps unless hyperparameters say otherwise."""
         file = self.store.files.upload(OWNER, "set.jsonl", "fine-tune", io.BytesIO(chat_lines(EXAMPLES)))
-        reft = {"layers": [1], "rank": 1, "dropout": 0.1, "hyperparameters": {"n_epochs": 2, "batch_size": 4}}
+        hyper = {"n_epochs": 2, "batch_size": 4, **(hyperparameters or {})}
+        reft: dict[str, Any] = {"layers": [1], "rank": 1, "dropout": 0.1, "hyperparameters": hyper}
         reft |= {} if sweep is None else {"sweep": sweep}
         reft |= {} if positions is None else {"positions": positions}
         body = {"model": self.base.name, "training_file": file.id, "suffix": name, "seed": 7, **fields}

@@ -66,6 +66,9 @@ def test_a_job_on_a_parquet_file_carries_its_report_and_trains_on_what_it_says(
     promised = validate(http, **body).json()
     job = http.post("/v1/fine_tuning/jobs", json={"model": BASE, **body}).json()
     assert job["data_report"] == promised
+    assert [job["plan"][name] for name in ("layers", "positions", "rank")] == [[2], "l1", 1], (
+        "decided by user and recipe"
+    )
     done = finished(client, job["id"])
     assert done.status == "succeeded", done.error
     assert http.get(f"/v1/fine_tuning/jobs/{job['id']}").json()["data_report"] == promised

@@ -32,6 +32,7 @@ CHECKPOINT_STEPS = 5
 STEPS = 60
 LIVING_JOBS = 3
 PAUSE_S = 0.15
+MOMENT_S = 0.3  # some steps, a checkpoint, or what lies between two jobs
 TIMEOUT_S = 120
 RECIPE = {"layers": [1], "rank": 1, "dropout": 0.1, "n_epochs": 12, "batch_size": 4}
 
@@ -153,6 +154,7 @@ def test_everything_acknowledged_is_whole_after_kills_at_random_moments(settings
         database = Database(settings.resolved_database_url)
         for _ in range(MOMENTS):
             wait_for_steps(database, draw.randint(1, STEPS // 2))
+            time.sleep(draw.uniform(0, MOMENT_S))
             going = draw.choice([[server], [workers[0]], [workers[1]], workers, [server, *workers]])
             for victim in going:
                 victim.kill()
@@ -188,6 +190,7 @@ def assert_whole(client: Client, acknowledged: Acknowledged, scratch: Path) -> N
         assert len(client.files.content(job.data.result_files[0]).splitlines()) == 1 + STEPS
     rested = [job for job in jobs if any("was paused" in event.message for event in job.events())]
     assert rested, "some jobs did rest"
+    assert any("Resumed from" in event.message for job in jobs for event in job.events()), "kills did hit runs"
     published = [v for i in client.interventions.list() if i.name.startswith("trained") for v in i.versions]
     assert len(published) == len(jobs) == len({job.fine_tuned_model for job in jobs}), "each job, once"
     assert undisturbed.status == "succeeded"

@@ -1,6 +1,7 @@
 """Our trainer against pyreft 0.1.0's own: same weights, data, order and hyperparameters give the same loss curve.
 
-`tests/references/make_pyreft_training.py` makes the file.
+`tests/references/make_pyreft_training.py` makes the file. pyreft begins at our weights, with our completion of each
+rotation (`tests/references/rotations.py`); the one that torch draws is another seed's.
 """
 
 from __future__ import annotations

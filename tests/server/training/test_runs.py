@@ -26,7 +26,7 @@ from reftserve.server.training.leases import Lease, LeaseLost
 from reftserve.server.training.packed import PackedModel
 from reftserve.server.training.run import MAX_ATTEMPTS
 from reftserve.server.training.sweep import Sweep
-from reftserve.server.training.trunk import Trunk
+from reftserve.server.training.trunk import Arena, Trunk
 
 
 class Killed(BaseException):
@@ -145,10 +145,24 @@ def test_a_paused_job_holds_no_memory_and_no_worker_and_ends_as_if_it_had_not_be
     assert (place.job(job_id).status, place.steps(job_id)[-1]) == ("paused", 6), "before the next optimizer step"
     assert worker.leases.take() is None
     assert sweeps() == before
+    assert arenas() == 0, "what it kept of its examples has gone"
     assert place.jobs.resume(OWNER, job_id).status == "queued"
     place.worker("another").work()
     assert place.steps(job_id) == list(range(1, STEPS + 1)), "no step is lost"
     assert place.content_hash("paused") == place.content_hash("straight")
+
+
+def test_a_job_that_does_not_become_better_ends_early_where_that_was_asked_for(place: Workplace) -> None:
+    far_too_fast = {"n_epochs": 6, "learning_rate": 1.0}
+    whole, early = (
+        place.create(name, hyperparameters=far_too_fast | patience)
+        for name, patience in (("whole", {}), ("early", {"early_stopping_epochs": 1}))
+    )
+    for job_id in (whole, early):
+        place.worker().work()
+        assert place.job(job_id).status == "succeeded"
+    assert place.steps(whole)[-1] == 3 * STEPS
+    assert place.steps(early)[-1] < 3 * STEPS
 
 
 def test_a_pause_right_behind_a_checkpoint_keeps_it(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -522,6 +536,12 @@ def sweeps() -> int:
     """Sweeps in memory, with their trainers."""
     gc.collect()
     return sum(type(found) is Sweep for found in gc.get_objects())
+
+
+def arenas() -> int:
+    """Places in memory that keep what examples have in common in all steps."""
+    gc.collect()
+    return sum(type(found) is Arena for found in gc.get_objects())
 
 
 def on_step(patch: pytest.MonkeyPatch, step: int, act: Callable[[], object]) -> None:

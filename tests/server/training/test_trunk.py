@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -205,6 +206,23 @@ def test_what_all_examples_of_a_step_begin_with_is_computed_once_unless_dropout_
         trainers[0].evaluate(data, trainers[0].intervention.lower())
     all_rows = sum(example.length - 1 for example in data)
     assert rows == [trials * (all_rows - 3 * rows_in_common), all_rows - 3 * 20]
+
+
+@pytest.mark.parametrize("positions", ["l1", "f7+l7"])
+def test_the_head_computes_what_answers_are_predicted_from_and_no_prompt(
+    models: dict[str, tuple[PreTrainedModel, PackedModel]], positions: str
+) -> None:
+    _, packed = models["llama"]
+    data = examples(4, 1, vocabulary=100, tail=3)
+    run = plan(layers=[1], positions=positions, batch_size=4)
+    trunk = trunk_of(packed, run, data, Arena(PLENTY))
+    trainer = trainer_of(trunk, run, data)
+    head: Any = packed.model.get_output_embeddings()
+    seen: list[int] = []
+    handle = head.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape[-2]))
+    trainer.advance()
+    handle.remove()
+    assert seen == [sum(len(example.completion_ids) for example in data)]
 
 
 @contextmanager
