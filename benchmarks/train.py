@@ -31,6 +31,7 @@ CASES = {
     "all layers, l1": (ALL, "l1"),
     "all layers, f7+l7": (ALL, "f7+l7"),
 }
+SWEEP = "sweep"
 
 
 def plan(layers: list[int], positions: str, epochs: int) -> Plan:
@@ -79,9 +80,9 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--runs", type=int, default=3)
     arguments.add_argument("--no-peers", action="store_true", help="ours alone")
-    arguments.add_argument("--cases", nargs="*", choices=list(CASES), help="these alone, and no sweep")
+    arguments.add_argument("--cases", nargs="+", choices=[*CASES, SWEEP], default=[*CASES, SWEEP], help="these alone")
     args = arguments.parse_args()
-    cases = {name: CASES[name] for name in args.cases or CASES}
+    cases = {name: case for name, case in CASES.items() if name in args.cases}
     torch.set_num_threads(2)
     tokenizer = load_tokenizer(w.MODEL)
     files = [w.ROOT / "examples" / f"sentiment.{part}.jsonl" for part in ("train", "heldout")]
@@ -101,7 +102,7 @@ def main() -> None:
             for count, figure in ours(packed, data, [plan(layers, positions, max(epochs))], epochs).items():
                 took(f"ours, {name}, {count} epochs", figure)
         trials = [plan([layer], "l1", 5) for layer in range(8, 24, 2)]
-        for label, sweep in (("one trial", trials[4:5]), ("8 trials", trials)) if args.cases is None else ():
+        for label, sweep in (("one trial", trials[4:5]), ("8 trials", trials)) if SWEEP in args.cases else ():
             took(f"ours, {label}", ours(packed, data, sweep, [5])[5])
         if args.no_peers:
             continue
@@ -118,7 +119,7 @@ def main() -> None:
     median = {name: statistics.median(values) for name, values in figures.items()}
     for name, figure in median.items():
         print(f"{name:40} {figure:7.2f} examples/s")
-    if args.cases is None:
+    if SWEEP in args.cases:
         print(f"8-trial sweep / one trial, wall time: {median['ours, one trial'] / median['ours, 8 trials']:.2f}")
     if not args.no_peers:
         for name, (_, positions) in cases.items():

@@ -41,10 +41,17 @@ def train(
     epochs: Annotated[int | None, typer.Option()] = None,
     batch_size: Annotated[int | None, typer.Option()] = None,
     learning_rate: Annotated[float | None, typer.Option()] = None,
+    early_stopping: Annotated[
+        int | None, typer.Option(help="End after so many epochs without a better validation loss")
+    ] = None,
     seed: Annotated[int | None, typer.Option()] = None,
     detach: Annotated[bool, typer.Option("--detach", help="Do not wait")] = False,
 ) -> None:
-    """Train an intervention on the server and wait for it; what is absent the recipe decides."""
+    """Train an intervention on the server and wait for it; what is absent the recipe decides.
+
+    With --epochs, --batch-size, --learning-rate or --early-stopping there is one run; without them, candidates for what
+    is open are tried side by side.
+    """
     here = session(context)
     job = here.client.train(
         training_file,
@@ -59,6 +66,7 @@ def train(
         n_epochs=epochs,
         batch_size=batch_size,
         learning_rate=learning_rate,
+        early_stopping_epochs=early_stopping,
         seed=seed,
     )
     if not detach:

@@ -49,11 +49,10 @@ def test_files_train_jobs_and_interventions(run, tmp_path: Path) -> None:  # typ
     assert file["examples"] == 24
     report = json.loads(run("--json", "files", "check", file["id"], "--max-length", "100"))
     assert (report["labels"], report["max_length"]) == (["no", "yes"], 100)
-    job = json.loads(
-        run("--json", "train", file["id"], "--name", "cli", "--epochs", "1", "--layers", "0,2", "--rank", "1")
-    )
+    shape = ["--layers", "0,2", "--rank", "1", "--epochs", "1", "--early-stopping", "3"]
+    job = json.loads(run("--json", "train", file["id"], "--name", "cli", *shape))
     assert (job["status"], job["fine_tuned_model"]) == ("succeeded", "cli@1")
-    assert job["method"]["reft"]["layers"] == [0, 2]
+    assert (job["plan"]["layers"], job["plan"]["early_stopping_epochs"]) == ([0, 2], 3)
     assert job["id"] in run("jobs", "list")
     assert "Published cli@1" in run("jobs", "events", job["id"])
     assert "succeeded" in run("jobs", "watch", job["id"])
