@@ -1,14 +1,12 @@
 """The base's weights on a GPU, once for engine and worker: the engine lends its own through CUDA IPC.
 
 What is lent is a handle of the engine's memory, plain data that any process of the machine can open. It holds as long
-as the engine lives; whoever has opened it must end with the engine (`supervisor.keep_worker` sees to that). As with the
-file on the CPU (`weights.py`), what is opened is compared to the bit with what the borrower has read itself.
+as the engine lives; whoever has opened it must end with the engine (`supervisor.keep_worker` sees to that).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -31,35 +29,11 @@ def lend_weights(model: nn.Module) -> list[LentTensor]:
         return []
 
 
-def borrow_weights(model: nn.Module, lent: Sequence[LentTensor]) -> bool:
-    """Let a frozen model on the CPU read its parameters from another process's GPU memory.
+def open_lent(lent: LentTensor) -> Tensor:
+    """The tensor in the other process's memory.
 
-    False, and the log says why, where that cannot be opened or holds anything else; the model is as it was.
+    Raises RuntimeError when it cannot be opened.
     """
-    parameters = list(model.parameters())
-    try:
-        found = [_borrow(one) for one in lent]
-        if len(found) != len(parameters) or not all(map(_same, found, parameters)):
-            raise RuntimeError("the engine's weights are not those of this base")
-    except RuntimeError as cause:
-        size = sum(parameter.nbytes for parameter in parameters)
-        logger.warning("the base's weights are private to this process, %d MB of GPU memory: %s", size / 1e6, cause)
-        return False
-    for parameter, tensor in zip(parameters, found, strict=True):
-        parameter.data = tensor
-    return True
-
-
-def _lend(tensor: Tensor) -> LentTensor:
-    _, arguments = reduce_tensor(tensor)  # type: ignore[no-untyped-call]
-    _, size, stride, offset, _, dtype, device, storage, storage_bytes, storage_offset, _, *synchronization = arguments
-    name = str(dtype).removeprefix("torch.")
-    return LentTensor(
-        name, tuple(size), tuple(stride), offset, device, storage, storage_bytes, storage_offset, *synchronization
-    )
-
-
-def _borrow(lent: LentTensor) -> Tensor:
     tensor: Tensor = rebuild_cuda_tensor(  # type: ignore[no-untyped-call]
         Tensor,
         torch.Size(lent.size),
@@ -80,11 +54,10 @@ def _borrow(lent: LentTensor) -> Tensor:
     return tensor
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    return torch.equal(_bytes(one.cpu()), _bytes(other.detach()))
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(-1).view(torch.uint8)
+def _lend(tensor: Tensor) -> LentTensor:
+    _, arguments = reduce_tensor(tensor)  # type: ignore[no-untyped-call]
+    _, size, stride, offset, _, dtype, device, storage, storage_bytes, storage_offset, _, *synchronization = arguments
+    name = str(dtype).removeprefix("torch.")
+    return LentTensor(
+        name, tuple(size), tuple(stride), offset, device, storage, storage_bytes, storage_offset, *synchronization
+    )

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from reftserve.interventions import model_checksum
 from reftserve.server.base_model import load_model
-from reftserve.server.engine.cuda_weights import borrow_weights
+from reftserve.server.engine.cuda_weights import open_lent
 from reftserve.server.engine.messages import LentTensor
 from reftserve.server.engine.native import load_kernels
 from reftserve.server.engine.packed_linear import pack_linears, takes_kernels
@@ -81,11 +81,35 @@ def share_weights(model: nn.Module, folder: Path) -> None:
         if found is None:
             raise OSError(f"{file} does not hold what was written to it")
     except OSError as cause:
-        size = sum(parameter.nbytes for parameter in parameters)
-        logger.warning("the base's weights are private to this process, %d MB of memory: %s", size / 1e6, cause)
+        _stay_private(parameters, cause)
         return
-    for parameter, tensor in zip(parameters, found, strict=True):
-        parameter.data = tensor
+    _exchange(parameters, found)
+
+
+def borrow_weights(model: nn.Module, lent: Sequence[LentTensor]) -> None:
+    """Let a frozen model on the CPU read its parameters from the engine's memory on a GPU, and from then on be there.
+
+    Where that cannot be opened, or holds anything else, the model keeps its own, and the log says so.
+    """
+    parameters = list(model.parameters())
+    try:
+        found = [open_lent(one) for one in lent]
+        if not _are_equal(found, parameters):
+            raise RuntimeError("what the engine lends are not the weights of this base")
+    except RuntimeError as cause:
+        _stay_private(parameters, cause)
+        return
+    _exchange(parameters, found)
+
+
+def _stay_private(parameters: Sequence[Tensor], cause: Exception) -> None:
+    size = sum(parameter.nbytes for parameter in parameters)
+    logger.warning("the base's weights are private to this process, %d MB of memory: %s", size / 1e6, cause)
+
+
+def _exchange(parameters: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+    for parameter, other in zip(parameters, others, strict=True):
+        parameter.data = other
 
 
 def _mapped(file: Path, parameters: Sequence[Tensor]) -> list[Tensor] | None:
@@ -103,8 +127,7 @@ def _mapped(file: Path, parameters: Sequence[Tensor]) -> list[Tensor] | None:
         whole[offset : offset + parameter.nbytes].view(parameter.dtype).view(parameter.shape)
         for offset, parameter in zip(offsets, parameters, strict=True)
     ]
-    pairs = zip(found, parameters, strict=True)
-    if not all(torch.equal(_bytes(one), _bytes(other)) for one, other in pairs):
+    if not _are_equal(found, parameters):
         return None
     mapping.madvise(mmap.MADV_DONTNEED)  # who does not compute from them, as an int8 engine, should not count as a user
     return found
@@ -134,6 +157,14 @@ def _layout(parameters: Sequence[Tensor]) -> tuple[list[int], int]:
         offsets.append(-(-end // ALIGNMENT) * ALIGNMENT)
         end = offsets[-1] + parameter.nbytes
     return offsets, end
+
+
+def _are_equal(found: Sequence[Tensor], parameters: Sequence[Tensor]) -> bool:
+    """To the bit; parameters are on the CPU."""
+    return len(found) == len(parameters) and all(
+        (one.dtype, one.shape) == (other.dtype, other.shape) and torch.equal(_bytes(one.cpu()), _bytes(other))
+        for one, other in zip(found, parameters, strict=True)
+    )
 
 
 def _bytes(tensor: Tensor) -> Tensor:

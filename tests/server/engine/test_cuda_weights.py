@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import msgspec
 import pytest
@@ -13,8 +15,9 @@ from tiny_models import tiny_llama
 
 from reftserve.interventions import model_checksum
 from reftserve.server.engine import cuda_weights
-from reftserve.server.engine.cuda_weights import borrow_weights, lend_weights
+from reftserve.server.engine.cuda_weights import lend_weights, open_lent
 from reftserve.server.engine.messages import FromEngine, LentTensor, Ready
+from reftserve.server.engine.weights import borrow_weights
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -39,7 +42,7 @@ class Memory:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.tensors: dict[bytes, torch.Tensor] = {}
-        monkeypatch.setattr(cuda_weights, "_borrow", self._open)
+        monkeypatch.setattr(cuda_weights, "rebuild_cuda_tensor", self._open)
 
     def lend(self, model: torch.nn.Module) -> list[LentTensor]:
         return [self._handle(parameter.detach().clone()) for parameter in model.parameters()]
@@ -50,10 +53,11 @@ class Memory:
         size = tuple(tensor.shape)
         return LentTensor("float32", size, tensor.stride(), 0, 0, storage, tensor.nbytes, 0, b"", 0, b"", False)
 
-    def _open(self, lent: LentTensor) -> torch.Tensor:
-        if lent.storage not in self.tensors:
+    def _open(self, *arguments: Any) -> torch.Tensor:
+        storage = arguments[7]
+        if storage not in self.tensors:
             raise RuntimeError("invalid device context")
-        return self.tensors[lent.storage]
+        return self.tensors[storage]
 
 
 @pytest.fixture
@@ -64,7 +68,7 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
 def test_what_is_lent_takes_the_place_of_the_models_own(memory: Memory) -> None:
     model = tiny_llama()
     before, lent = model_checksum(model), memory.lend(model)
-    assert borrow_weights(model, lent)
+    borrow_weights(model, lent)
     assert [p.data_ptr() for p in model.parameters()] == [t.data_ptr() for t in memory.tensors.values()]
     assert model_checksum(model) == before
 
@@ -85,7 +89,7 @@ def test_what_is_not_this_base_is_not_borrowed(damage: str, memory: Memory, capl
         lent = lent[1:]
     else:
         del memory.tensors[first]
-    assert not borrow_weights(model, lent)
+    borrow_weights(model, lent)
     assert [parameter.data_ptr() for parameter in model.parameters()] == own
     assert "private to this process" in caplog.text
 
@@ -103,16 +107,16 @@ def test_handles_cross_as_plain_data(memory: Memory) -> None:
 
 def test_what_torch_would_pickle_comes_back_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     """As `reduce_tensor` gives it for a tensor on a GPU."""
-    tensor = torch.zeros(2, 3).T
     pickled = (
-        *(torch.Tensor, tensor.size(), tensor.stride(), 5, torch.TypedStorage, torch.bfloat16),
+        *(torch.Tensor, torch.Size([3, 2]), (1, 3), 5, torch.TypedStorage, torch.bfloat16),
         *(1, b"memory", 1024, 512, False, b"counter", 7, b"event", True),
     )
     opened = []
     monkeypatch.setattr(cuda_weights, "reduce_tensor", lambda _: (None, pickled))
     monkeypatch.setattr(cuda_weights, "rebuild_cuda_tensor", lambda *arguments: opened.append(arguments))
-    crossed = msgspec.json.decode(msgspec.json.encode(cuda_weights._lend(tensor)), type=LentTensor)
-    cuda_weights._borrow(crossed)
+    parameter = Mock(device=torch.device("cuda"))
+    (lent,) = lend_weights(Mock(parameters=lambda: [parameter]))
+    open_lent(msgspec.json.decode(msgspec.json.encode(lent), type=LentTensor))
     assert opened == [pickled]
 
 
