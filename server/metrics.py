@@ -44,13 +44,13 @@ class _EngineCollector(Collector):
 
     def collect(self) -> list[Metric]:
         stats = self._stats()
+        counters: list[Metric] = [
+            CounterMetricFamily(f"reftserve_engine_{name}", f"Engine: {name}", value=getattr(stats, name, 0))
+            for name in COUNTERS
+        ]
         if stats is None:
-            return []
-        gauges: list[Metric] = [
+            return counters
+        return counters + [
             GaugeMetricFamily(f"reftserve_engine_{name}", f"Engine: {name}", value=getattr(stats, name))
             for name in GAUGES
-        ]
-        return gauges + [
-            CounterMetricFamily(f"reftserve_engine_{name}", f"Engine: {name}", value=getattr(stats, name))
-            for name in COUNTERS
         ]
