@@ -7,15 +7,14 @@ mkdir -p .peers
 
 if [ ! -e .peers/peft/done ]; then
   python3 -m venv .peers/peft
-  .peers/peft/bin/pip install --quiet torch==2.13.0
-  .peers/peft/bin/pip install --quiet transformers==5.23.0 accelerate==1.15.0 peft==0.21.2
+  .peers/peft/bin/pip install --quiet torch==2.13.0 transformers==5.23.0 accelerate==1.15.0 peft==0.21.2
   touch .peers/peft/done
 fi
 
 if [ ! -e .peers/pyreft/done ]; then
   python3 -m venv .peers/pyreft
-  .peers/pyreft/bin/pip install --quiet torch==2.13.0
-  .peers/pyreft/bin/pip install --quiet pyreft==0.1.0 transformers==4.45.1 "accelerate<1.0"
+  # Without torch in the same line, pip looks for an older one through all of them.
+  .peers/pyreft/bin/pip install --quiet torch==2.13.0 pyreft==0.1.0 transformers==4.45.1 "accelerate<1.0"
   touch .peers/pyreft/done
 fi
 
