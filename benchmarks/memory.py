@@ -21,7 +21,7 @@ from pathlib import Path
 
 import psutil
 import workload as w
-from politeness import begin_job, gaps
+from politeness import begin_job, end_job, gaps
 
 from reftserve.client import Client
 from reftserve.server.base_model import load_tokenizer
@@ -140,9 +140,7 @@ def main() -> None:
                 job = begin_job(client, server, where, file, args.batch_size)
                 time.sleep(args.seconds)
             show(f"a job at {where}, peak", largest)
-            job.cancel()
-            while not job.refresh().has_ended:
-                time.sleep(0.1)
+            end_job(job)
             rows = (largest["worker"], watch.settled()["worker"])
             over = [(row["PSS"] - idle["worker"]["PSS"]) / 1e6 for row in rows]
             print(f"\nworker over idle: {over[0]:.0f} MB at its peak, {over[1]:.0f} MB afterwards")
