@@ -17,6 +17,22 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
 
+class Reflections:
+    """H_1 ... H_rank, of what stands below the diagonal of a matrix [hidden, rank]."""
+
+    def __init__(self, columns: Tensor) -> None:
+        self.eye = torch.eye(*columns.shape, dtype=columns.dtype, device=columns.device)
+        self._V = columns.tril(-1) + self.eye
+        gram = self._V.T @ self._V
+        self._inverse = gram.triu(1) + torch.diag(gram.diagonal() / 2)
+
+    def of(self, rows: Tensor) -> Tensor:
+        """Their product with rows [hidden, rank]."""
+        weights = torch.linalg.solve_triangular(self._inverse, self._V.T @ rows, upper=True)
+        product: Tensor = rows - self._V @ weights
+        return product
+
+
 class Householder(nn.Module):
     """base @ H_1 ... H_rank: of a parameter [hidden, rank], rank < hidden, a matrix with orthonormal columns.
 
@@ -29,28 +45,27 @@ class Householder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("base", None)
+        self._constant: tuple[Tensor, int, Reflections] | None = None
 
     def forward(self, parameter: Tensor) -> Tensor:
         """[hidden, rank] -> [hidden, rank]."""
-        eye = torch.eye(*parameter.shape, dtype=parameter.dtype, device=parameter.device)
-        return _reflected(self.base, _reflected(parameter, eye) * parameter.detach().diagonal())
+        base = self._base_reflections()
+        return base.of(Reflections(parameter).of(base.eye) * parameter.detach().diagonal())
 
     @torch.no_grad()
     def right_inverse(self, matrix: Tensor) -> Tensor:
         """The parameter of a matrix [hidden, rank] with orthonormal columns: the base's own, but for signs."""
-        eye = torch.eye(*matrix.shape, dtype=matrix.dtype, device=matrix.device)
         self.base = torch.geqrf(matrix)[0].tril(-1)
+        base = Reflections(self.base)
         # The parameter's own reflections, of nothing below its diagonal, turn the sign of each column.
-        return -eye * (_reflected(self.base, eye) * matrix).sum(dim=0).sgn()
+        return -base.eye * (base.of(base.eye) * matrix).sum(dim=0).sgn()
 
-
-def _reflected(columns: Tensor, rows: Tensor) -> Tensor:
-    """H_1 ... H_rank rows, of the reflections below the diagonal of `columns` [hidden, rank]."""
-    V = columns.tril(-1) + torch.eye(*columns.shape, dtype=columns.dtype, device=columns.device)
-    gram = V.T @ V
-    inverse = gram.triu(1) + torch.diag(gram.diagonal() / 2)
-    product: Tensor = rows - V @ torch.linalg.solve_triangular(inverse, V.T @ rows, upper=True)
-    return product
+    def _base_reflections(self) -> Reflections:
+        """The base's, made anew only when it is another tensor or was written to, as when a checkpoint is loaded."""
+        base, version = self.base, self.base._version
+        if self._constant is None or self._constant[0] is not base or self._constant[1] != version:
+            self._constant = base, version, Reflections(base)
+        return self._constant[2]
 
 
 def orthonormal(hidden_size: int, rank: int) -> nn.Module:

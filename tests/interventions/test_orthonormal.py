@@ -52,6 +52,15 @@ def test_it_begins_at_the_matrix_that_it_is_given(rank: int, more: int, seed: in
     torch.testing.assert_close(module.weight, torch.eye(rank + more, rank), rtol=0, atol=0)
 
 
+def test_loaded_and_converted_it_is_the_matrix_that_was_saved() -> None:
+    saved, other = orthonormal(9, 3), orthonormal(9, 3)
+    assert not torch.equal(other.weight, saved.weight)
+    other.load_state_dict(saved.state_dict())
+    assert torch.equal(other.weight, saved.weight)
+    torch.testing.assert_close(other.double().weight, saved.weight.double(), rtol=1e-5, atol=1e-5)
+    assert other.weight.dtype == torch.float64
+
+
 def test_nothing_that_it_keeps_is_larger_than_the_matrix() -> None:
     assert {tuple(tensor.shape) for tensor in orthonormal(64, 4).state_dict().values()} == {(64, 4)}
 
