@@ -4,9 +4,9 @@
 //   x [rows, in]   weight [panels, in, kPanel]: kPanel output channels side by side, the last panel padded with zeros.
 //   Several layers that read one x stand one behind the other, each from a panel of its own on.
 //
-// A task is one panel and up to kRows rows, kTile at a time: the panel comes from memory once and is read again from the
-// second-level cache, where the next panel is on its way meanwhile, as are the rows. So memory bounds it at a few rows,
-// arithmetic at many. For y W a task takes kPanel input channels and turns their part of the panels around first, a
+// A task is one panel and up to kRows rows, kTile at a time: the panel comes from memory once, a few kilobytes ahead of
+// the first tile, and is read again from the second-level cache, where the next panel is on its way meanwhile, as are the
+// rows. So memory bounds it at a few rows, arithmetic at many. For y W a task takes kPanel input channels and turns their part of the panels around first, a
 // chunk at a time, in that cache: four shuffles for sixteen numbers, which each row then multiplies.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -25,10 +25,11 @@ constexpr int64_t kVectors = 3;
 constexpr int64_t kPanel = kVectors * kWidth;
 constexpr int64_t kTile = 8;
 constexpr int64_t kRows = 128;
+constexpr int64_t kAhead = 32;  // input channels of its panel that a first tile has on their way: 6 kB
 constexpr int64_t kChunk = 16;  // panels that are turned around at once: 150 kB
 
 // out[row, :] = x[row, :depth] . panel + bias for R rows, `in` numbers apart. `onto`: added to what out holds. `ahead`:
-// the next panel, of which a part is fetched meanwhile.
+// as much of weights as is read here, fetched meanwhile; it may point behind all of them, as nothing there is read.
 template <int R, bool onto = false>
 void multiply_tile(const float* x, int64_t in, int64_t depth, const float* panel, const float* bias, float* out,
                    int64_t stride, int64_t columns, const float* ahead) {
@@ -129,7 +130,7 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& packed, const std::opti
     const float* ahead = next < panels ? weights + next * in * kPanel : nullptr;
     for_tiles(begin, end, [&]<int R>(int64_t row) {
       multiply_tile<R>(from + row * in, in, in, weight, shift, to + row * out + mine.first, out, mine.count,
-                       row == begin + kTile ? ahead : nullptr);
+                       row == begin ? weight + kAhead * kPanel : row == begin + kTile ? ahead : nullptr);
     });
   });
   return result;
