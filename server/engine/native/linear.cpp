@@ -5,9 +5,10 @@
 //   Several layers that read one x stand one behind the other, each from a panel of its own on.
 //
 // A task is one panel and up to kRows rows, kTile at a time: the panel comes from memory once, a few kilobytes ahead of
-// the first tile, and is read again from the second-level cache, where the next panel is on its way meanwhile, as are the
-// rows. So memory bounds it at a few rows, arithmetic at many. For y W a task takes kPanel input channels and turns their part of the panels around first, a
-// chunk at a time, in that cache: four shuffles for sixteen numbers, which each row then multiplies.
+// the first tile, and is read again from the second-level cache, where the next panel is on its way meanwhile, as are
+// the rows. So memory bounds it at a few rows, arithmetic at many. For y W a task takes kPanel input channels and turns
+// their part of the panels around first, a chunk at a time, in that cache: four shuffles for sixteen numbers, which each
+// row then multiplies.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -29,7 +30,7 @@ constexpr int64_t kAhead = 32;  // input channels of its panel that a first tile
 constexpr int64_t kChunk = 16;  // panels that are turned around at once: 150 kB
 
 // out[row, :] = x[row, :depth] . panel + bias for R rows, `in` numbers apart. `onto`: added to what out holds. `ahead`:
-// as much of weights as is read here, fetched meanwhile; it may point behind all of them, as nothing there is read.
+// weights that are fetched meanwhile, as many as are read; behind their end that is no error, and fetches nothing.
 template <int R, bool onto = false>
 void multiply_tile(const float* x, int64_t in, int64_t depth, const float* panel, const float* bias, float* out,
                    int64_t stride, int64_t columns, const float* ahead) {
