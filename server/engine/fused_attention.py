@@ -55,7 +55,10 @@ class FusedAttention(nn.Module):
             query = self.q_norm(query.view(len(query), -1, self.head_dim)).flatten(1)
             key = self.k_norm(key.view(len(key), -1, self.head_dim)).flatten(1)
         cosines, sines = position_embeddings
-        torch.ops.reftserve.rotate(query, key, cosines[0], sines[0], self.head_dim)
+        if query.requires_grad:
+            query, key = torch.ops.reftserve.rotated(query, key, cosines[0], sines[0], self.head_dim)
+        else:
+            torch.ops.reftserve.rotate(query, key, cosines[0], sines[0], self.head_dim)
         attended = current_step().attend(
             self.layer,
             _heads(query, self.head_dim),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 class PackedLinear(nn.Module):
     """y = x W^T + b for one layer, or several that read one tensor, in float32. weight: W in panels, [panels, in, 48].
 
-    The weights never change: a gradient goes to x alone, and only where a single layer is packed.
+    The weights never change: a gradient goes to x alone.
     """
 
     def __init__(self, layers: Sequence[Linear]) -> None:
@@ -33,34 +33,16 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in] -> [..., out of all layers]."""
-        if x.requires_grad:
-            with_gradient: Tensor = _Product.apply(x, self)  # type: ignore[no-untyped-call]
-            return with_gradient
-        return self.product(x)
-
-    def product(self, x: Tensor) -> Tensor:
-        """What forward gives, but no gradient finds its way back."""
         y: Tensor = torch.ops.reftserve.linear(x, self.weight, self.bias, self.sizes)
         return y
 
     def parts(self, x: Tensor) -> tuple[Tensor, ...]:
         """x: [..., in] -> [..., out] for each layer, views of one tensor."""
-        return torch.split(self.product(x), self.sizes, dim=-1)
+        return torch.split(self(x), self.sizes, dim=-1)
 
     def unpacked(self) -> Tensor:
         """W of a single layer as a new tensor, [out, in]."""
         return self.weight.transpose(1, 2).flatten(0, 1)[: self.out_features]
-
-
-class _Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: PackedLinear) -> Tensor:
-        ctx.layer = layer
-        return layer.product(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return torch.ops.reftserve.linear_transposed(gradients[0], ctx.layer.weight), None
 
 
 class PackedEmbedding(nn.Module):

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from reftserve.interventions import decoder_layers
-from reftserve.server.engine.attention import ATTENTION, attention_step
+from reftserve.server.engine.attention import ATTENTION, AttentionStep, attention_step
+from reftserve.server.engine.fused import fuse_modules
 from reftserve.server.engine.native import load_kernels
 from reftserve.server.engine.packed_linear import pack_linears, takes_kernels
-from reftserve.server.training.packed_attention import PackedAttention, Prefixes, Seen
+from reftserve.server.training.packed_attention import KeptAttention, PackedAttention, Prefixes, Seen
 from reftserve.server.training.spans import PackedRows
 
 
@@ -33,7 +34,7 @@ class RowEdit:
 class PackedModel:
     """A frozen base whose forward passes run over packed rows. Takes the model over: its attention is replaced.
 
-    native_kernels: on the CPU in float32, compute linear layers by the engine's kernel, from the engine's panels.
+    native_kernels: on the CPU in float32, compute with the engine's kernels, from the engine's panels.
     """
 
     def __init__(self, model: PreTrainedModel, *, native_kernels: bool = True) -> None:
@@ -42,9 +43,11 @@ class PackedModel:
         self.hidden_size: int = model.config.get_text_config().hidden_size
         self.layers = decoder_layers(model)
         model.set_attn_implementation(ATTENTION)
-        if native_kernels and takes_kernels(model):
+        self._is_native = native_kernels and takes_kernels(model)
+        if self._is_native:
             load_kernels()
             pack_linears(model)
+            fuse_modules(model, int8=False)
 
     def logits(
         self,
@@ -63,7 +66,12 @@ class PackedModel:
             for number, at_layer in edits.items():
                 handle = self.layers[number].register_forward_hook(_edit_hook(at_layer))
                 stack.callback(handle.remove)
-            return self._forward(rows, PackedAttention(rows, prefixes), rows.target_rows)
+            attention: AttentionStep
+            if prefixes is not None and self._is_native:
+                attention = KeptAttention(rows, prefixes)
+            else:
+                attention = PackedAttention(rows, prefixes)
+            return self._forward(rows, attention, rows.target_rows)
 
     @torch.no_grad()
     def constants(self, rows: PackedRows, layer: int, seen: Seen, *, above: bool) -> Tensor:
@@ -87,7 +95,7 @@ class PackedModel:
             self._forward(rows, PackedAttention(rows, None, seen_above), rows.target_rows[:1])
         return found[0]
 
-    def _forward(self, rows: PackedRows, attention: PackedAttention, kept: Tensor) -> Tensor:
+    def _forward(self, rows: PackedRows, attention: AttentionStep, kept: Tensor) -> Tensor:
         with attention_step(attention):
             output = self.model(
                 input_ids=rows.input_ids.unsqueeze(0),

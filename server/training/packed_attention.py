@@ -1,4 +1,4 @@
-"""Attention of training passes: spans side by side (`spans.py`), padded to the widest only in here."""
+"""Attention of training passes: spans side by side (`spans.py`), padded to the widest only in here, if at all."""
 
 from __future__ import annotations
 
@@ -20,9 +20,26 @@ Seen = Callable[[int, Tensor, Tensor], None]
 class Prefixes(Protocol):
     """Keys and values of the tokens before each span."""
 
-    def at(self, layer: int) -> KeysValues:
-        """[spans, kv_heads, longest start, dim] each; what lies behind a span's start is never read."""
+    def of(self, layer: int) -> Sequence[Tensor]:
+        """Each span's, [2, kv_heads, start, dim]."""
         ...
+
+
+class KeptAttention:
+    """Each span attends to what is kept before it and to itself, by the CPU's kernel, in float32; nothing is padded."""
+
+    def __init__(self, rows: PackedRows, prefixes: Prefixes) -> None:
+        self._prefixes = prefixes
+        self._widths = [span.rows for span in rows.spans]
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
+    ) -> Tensor:
+        """[heads, rows, dim] -> [rows, heads, dim]."""
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        kept = self._prefixes.of(layer)
+        out: Tensor = torch.ops.reftserve.span_attention(query, key, value, kept, self._widths, scale, window or 0)
+        return out
 
 
 class PackedAttention:
@@ -46,7 +63,7 @@ class PackedAttention:
         """[heads, rows, dim] -> [rows, heads, value_dim]."""
         if self._seen is not None:
             self._seen(layer, key, value)
-        before = None if self._prefixes is None else self._prefixes.at(layer)
+        before = None if self._prefixes is None else _padded(self._prefixes.of(layer))
         if self._children is None:
             query, key, value = (self._roots.padded(tensor) for tensor in (query, key, value))
             return self._roots.attend(query, key, value, before, scale, window)
@@ -131,3 +148,13 @@ class _SideBySide:
                 mask &= key_at[:, None] > query_at[:, :, None] - window
             self._masks[window, group] = mask.repeat(1, group, 1).unsqueeze(1)
         return self._masks[window, group]
+
+
+def _padded(kept: Sequence[Tensor]) -> KeysValues:
+    """Keys and values [2, kv_heads, start, dim] of each span -> of all, [spans, kv_heads, longest start, dim] each."""
+    _, heads, _, dim = kept[0].shape
+    longest = max(each.shape[2] for each in kept)
+    both = kept[0].new_zeros(2, len(kept), heads, longest, dim)
+    for index, each in enumerate(kept):
+        both[:, index, :, : each.shape[2]] = each
+    return both[0], both[1]

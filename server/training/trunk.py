@@ -89,20 +89,14 @@ class Kept:
 
 
 class _KeptPrefixes:
-    """Keys and values of several examples, padded to the longest, as attention wants them."""
+    """Keys and values of several examples, by layer."""
 
     def __init__(self, kept: Sequence[Kept], first_layer: int) -> None:
-        self._kept, self._first_layer = kept, first_layer
+        self._by_layer, self._first_layer = list(zip(*(each.before for each in kept), strict=True)), first_layer
 
-    def at(self, layer: int) -> tuple[Tensor, Tensor]:
-        """[spans, kv_heads, longest start, dim] each."""
-        parts = [kept.before[layer - self._first_layer] for kept in self._kept]
-        _, heads, _, dim = parts[0].shape
-        longest = max(part.shape[2] for part in parts)
-        both = parts[0].new_zeros(2, len(parts), heads, longest, dim)
-        for index, part in enumerate(parts):
-            both[:, index, :, : part.shape[2]] = part
-        return both[0], both[1]
+    def of(self, layer: int) -> Sequence[Tensor]:
+        """Each example's, [2, kv_heads, start, dim]."""
+        return self._by_layer[layer - self._first_layer]
 
 
 class Trunk:

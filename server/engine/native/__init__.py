@@ -1,10 +1,12 @@
 """The CPU kernels, in C++: compiled once for this machine's processor, then `torch.ops.reftserve.*`.
 
-attention.cpp    paged_attention: a packed step against the cache, nothing gathered
-linear.cpp       pack_linear, linear, linear_transposed: float32, each row the same to the bit in any batch
-int8.cpp         int8_linear, int8_gated_mlp: what stands around torch's integer product
-elementwise.cpp  rms_norm, gated_activation, rotate
-edits.cpp        edit_rows: a step's edits at one layer, nothing gathered
+attention.cpp       paged_attention: a packed step against the cache, nothing gathered
+span_attention.cpp  span_attention: a training pass against what is kept, nothing padded
+linear.cpp          pack_linear, linear, linear_transposed: float32, each row the same to the bit in any batch
+int8.cpp            int8_linear, int8_gated_mlp: what stands around torch's integer product
+elementwise.cpp     rms_norm, gated_activation, rotate, rotated
+edits.cpp           edit_rows: a step's edits at one layer, nothing gathered
+autograd.cpp        the way back: of linear, span_attention, rms_norm, gated_activation, rotated
 """
 
 from __future__ import annotations
@@ -23,14 +25,22 @@ from torch.utils import cpp_extension
 from reftserve.server.engine.errors import EngineError
 
 FOLDER = Path(__file__).parent
-SOURCES = ("attention.cpp", "linear.cpp", "int8.cpp", "elementwise.cpp", "edits.cpp")
-HEADERS = ("vector.h", "activation.h")
+SOURCES = (
+    "attention.cpp",
+    "span_attention.cpp",
+    "linear.cpp",
+    "int8.cpp",
+    "elementwise.cpp",
+    "edits.cpp",
+    "autograd.cpp",
+)
+HEADERS = ("vector.h", "activation.h", "kernels.h")
 FLAGS = ["-O3", "-march=native", "-std=c++20", "-fopenmp", "-Wno-psabi", "-fno-math-errno"]
 
 
 @functools.cache
 def load_kernels() -> None:
-    """Make `torch.ops.reftserve` available. The first time on a machine takes about 15 s of compiling.
+    """Make `torch.ops.reftserve` available. The first time on a machine takes about half a minute of compiling.
 
     Raises EngineError when there is no compiler that can.
     """

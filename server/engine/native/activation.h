@@ -8,10 +8,18 @@ namespace reftserve {
 // The numbers that Python passes (server/engine/fused.py).
 enum Activation : int64_t { kSilu = 0, kGeluTanh = 1 };
 
-inline Vec activate(Vec x, int64_t activation) {
-  // gelu's tanh form is x * sigmoid(2 u), with u as in Hendrycks and Gimpel 2016.
-  const Vec argument = activation == kSilu ? x : 1.5957691216057308f * (x + 0.044715f * x * x * x);
-  return x / (exp(-argument) + 1.0f);
+// Both are x * sigmoid(argument); of gelu's tanh form that is 2 u, with u as in Hendrycks and Gimpel 2016.
+inline Vec argument(Vec x, int64_t activation) {
+  return activation == kSilu ? x : 1.5957691216057308f * (x + 0.044715f * x * x * x);
+}
+
+inline Vec activate(Vec x, int64_t activation) { return x / (exp(-argument(x, activation)) + 1.0f); }
+
+// Its derivative.
+inline Vec activate_slope(Vec x, int64_t activation) {
+  const Vec sigmoid = 1.0f / (exp(-argument(x, activation)) + 1.0f);
+  const Vec inner = activation == kSilu ? x : 1.5957691216057308f * (x + 3.0f * 0.044715f * x * x * x);
+  return sigmoid * (1.0f + inner * (1.0f - sigmoid));
 }
 
 }  // namespace reftserve

@@ -17,6 +17,7 @@
 #include <optional>
 #include <vector>
 
+#include "kernels.h"
 #include "vector.h"
 
 namespace reftserve {
@@ -74,6 +75,25 @@ std::vector<Columns> columns_of_panels(at::IntArrayRef sizes) {
   return columns;
 }
 
+// Panels of one layer, up to kChunk of them, and their output channels: `count` from `first` on.
+struct Chunk {
+  int64_t panel, panels, first, count;
+};
+
+std::vector<Chunk> chunks_of_panels(at::IntArrayRef sizes) {
+  std::vector<Chunk> chunks;
+  int64_t begin = 0, panel = 0;
+  for (const int64_t size : sizes) {
+    for (int64_t at = 0; at < size; at += kChunk * kPanel) {
+      const int64_t count = std::min(kChunk * kPanel, size - at), panels = (count + kPanel - 1) / kPanel;
+      chunks.push_back({panel, panels, begin + at, count});
+      panel += panels;
+    }
+    begin += size;
+  }
+  return chunks;
+}
+
 // Input channels first to first + kPanel of panels [count, in, kPanel], as [count * kPanel, kPanel]; zeros from `in` on.
 void turn_around(const float* panels, int64_t in, int64_t first, int64_t count, float* to) {
   for (int64_t panel = 0; panel < count; ++panel)
@@ -91,6 +111,8 @@ void turn_around(const float* panels, int64_t in, int64_t first, int64_t count, 
         for (int64_t i = 0; i < kWidth; ++i) store(to + (panel * kPanel + v + i) * kPanel + k, block[i]);
       }
 }
+
+}  // namespace
 
 // weight [out, in] as panels.
 at::Tensor pack_linear(const at::Tensor& weight) {
@@ -137,11 +159,14 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& packed, const std::opti
   return result;
 }
 
-// y [rows, out] -> y W [rows, in], of a single layer.
-at::Tensor linear_transposed(const at::Tensor& y, const at::Tensor& packed) {
+// y [rows, out of all layers] -> y W [rows, in]. sizes: output channels of each layer.
+at::Tensor linear_transposed(const at::Tensor& y, const at::Tensor& packed, at::IntArrayRef sizes) {
   const at::Tensor dense = y.contiguous();
-  const int64_t out = dense.size(-1), rows = dense.numel() / out, panels = packed.size(0), in = packed.size(1);
-  TORCH_CHECK((out + kPanel - 1) / kPanel == panels, "a layer of ", out, " channels does not have ", panels, " panels");
+  const int64_t out = dense.size(-1), rows = dense.numel() / out, in = packed.size(1);
+  const std::vector<Chunk> chunks = chunks_of_panels(sizes);
+  TORCH_CHECK(chunks.back().panel + chunks.back().panels == packed.size(0), "layers of these sizes do not have ",
+              packed.size(0), " panels");
+  TORCH_CHECK(chunks.back().first + chunks.back().count == out, "layers of these sizes do not have ", out, " channels");
   auto shape = dense.sizes().vec();
   shape.back() = in;
   at::Tensor result = at::zeros(shape, dense.options());
@@ -152,24 +177,21 @@ at::Tensor linear_transposed(const at::Tensor& y, const at::Tensor& packed) {
     const int64_t column = task % blocks * kPanel, count = std::min(kPanel, in - column);
     const int64_t begin = task / blocks * kRows, end = std::min(rows, begin + kRows);
     alignas(64) thread_local float turned[kChunk * kPanel * kPanel];
-    for (int64_t panel = 0; panel < panels; panel += kChunk) {
-      const int64_t first = panel * kPanel, chunk = std::min(kChunk, panels - panel);
-      turn_around(weights + panel * in * kPanel, in, column, chunk, turned);
+    for (const Chunk& chunk : chunks) {
+      turn_around(weights + chunk.panel * in * kPanel, in, column, chunk.panels, turned);
       for_tiles(begin, end, [&]<int R>(int64_t row) {
-        multiply_tile<R, true>(from + row * out + first, out, std::min(chunk * kPanel, out - first), turned,
-                               nullptr, to + row * in + column, in, count, nullptr);
+        multiply_tile<R, true>(from + row * out + chunk.first, out, chunk.count, turned, nullptr,
+                               to + row * in + column, in, count, nullptr);
       });
     }
   });
   return result;
 }
 
-}  // namespace
-
 TORCH_LIBRARY_FRAGMENT(reftserve, library) {
   library.def("pack_linear(Tensor weight) -> Tensor");
   library.def("linear(Tensor x, Tensor packed, Tensor? bias, int[] sizes) -> Tensor");
-  library.def("linear_transposed(Tensor y, Tensor packed) -> Tensor");
+  library.def("linear_transposed(Tensor y, Tensor packed, int[] sizes) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(reftserve, CPU, library) {
   library.impl("pack_linear", &pack_linear);
