@@ -67,7 +67,7 @@ class Trainer:
         places = self.intervention.places
         if not trunk.serves([layer for layer, _ in places], [positions for _, positions in places]):
             raise ValueError(f"edits at {places} change what the trunk keeps from layer {trunk.lowest} on")
-        self.optimizer = torch.optim.AdamW(self._parameter_groups(), lr=plan.learning_rate)
+        self.optimizer = torch.optim.AdamW(self._parameter_groups(), lr=plan.learning_rate, fused=True)
         self.steps_per_epoch = plan.steps_per_epoch(len(splits.train))
         self.total_steps = plan.n_epochs * self.steps_per_epoch
         self.step = 0
