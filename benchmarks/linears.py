@@ -37,10 +37,11 @@ class Back(nn.Module):
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
         self.weight = PackedLinear([layer]).weight
+        self.sizes = [layer.out_features]
 
     def forward(self, y: torch.Tensor) -> torch.Tensor:
         """y: [rows, out] -> [rows, in]."""
-        return torch.ops.reftserve.linear_transposed(y, self.weight)
+        return torch.ops.reftserve.linear_transposed(y, self.weight, self.sizes)
 
 
 class BackTransposed(nn.Module):

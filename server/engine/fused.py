@@ -68,7 +68,7 @@ class Int8FusedMLP(nn.Module):
         return out
 
 
-@torch.no_grad()
+@torch.no_grad()  # not inference mode: what is made under it cannot be kept for a way back
 def fuse_modules(model: nn.Module, *, int8: bool) -> None:
     """Replace a float32 model's modules by their fused forms. Its linear layers are plain, or packed.
 

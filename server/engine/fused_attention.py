@@ -1,5 +1,5 @@
 """Attention of the frozen base as the CPU's kernels compute it: one product for query, key and value, rotary embeddings
-in place (Su et al. 2021), the paged cache, the output projection.
+(Su et al. 2021), in place where nothing needs a gradient, attention as the step has it, the output projection.
 
 In transformers' code rotary embeddings alone are fourteen operations a layer, and how many there are is what bounds a
 step of few rows. Here too a module is taken for one by its parts, and replaced only when on a probe it gives attention
@@ -55,7 +55,7 @@ class FusedAttention(nn.Module):
             query = self.q_norm(query.view(len(query), -1, self.head_dim)).flatten(1)
             key = self.k_norm(key.view(len(key), -1, self.head_dim)).flatten(1)
         cosines, sines = position_embeddings
-        if query.requires_grad:
+        if query.requires_grad:  # in place leaves nothing to go back by
             query, key = torch.ops.reftserve.rotated(query, key, cosines[0], sines[0], self.head_dim)
         else:
             torch.ops.reftserve.rotate(query, key, cosines[0], sines[0], self.head_dim)

@@ -1,4 +1,5 @@
-"""The forward pass of training: a frozen base over packed rows (`spans.py`), nothing padded but inside attention.
+"""The forward pass of training: a frozen base over packed rows (`spans.py`), nothing padded but inside attention,
+and on the CPU not there either where prefixes are kept.
 
 The layers up to the lowest edited one are constant, so a pass may begin with the kept output of that layer.
 """
@@ -19,7 +20,7 @@ from reftserve.server.engine.attention import ATTENTION, AttentionStep, attentio
 from reftserve.server.engine.fused import fuse_modules
 from reftserve.server.engine.native import load_kernels
 from reftserve.server.engine.packed_linear import pack_linears, takes_kernels
-from reftserve.server.training.packed_attention import KeptAttention, PackedAttention, Prefixes, Seen
+from reftserve.server.training.packed_attention import PackedAttention, Prefixes, Seen, SpanAttention
 from reftserve.server.training.spans import PackedRows
 
 
@@ -67,8 +68,8 @@ class PackedModel:
                 handle = self.layers[number].register_forward_hook(_edit_hook(at_layer))
                 stack.callback(handle.remove)
             attention: AttentionStep
-            if prefixes is not None and self._is_native:
-                attention = KeptAttention(rows, prefixes)
+            if self._is_native and prefixes is not None and not rows.parents:
+                attention = SpanAttention(rows, prefixes)
             else:
                 attention = PackedAttention(rows, prefixes)
             return self._forward(rows, attention, rows.target_rows)

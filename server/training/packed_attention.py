@@ -25,7 +25,7 @@ class Prefixes(Protocol):
         ...
 
 
-class KeptAttention:
+class SpanAttention:
     """Each span attends to what is kept before it and to itself, by the CPU's kernel, in float32; nothing is padded."""
 
     def __init__(self, rows: PackedRows, prefixes: Prefixes) -> None:

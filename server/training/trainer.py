@@ -165,9 +165,12 @@ class Trainer:
         tensors = load_file(folder / f"{name}.safetensors", device=str(self.trunk.packed.device))
         self.intervention.load_state_dict(_below("intervention.", tensors))
         self._best_state = _below("best.", tensors)
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         state: dict[int, dict[str, Tensor]] = {}
         for key, tensor in _below("optimizer.", tensors).items():
             index, moment = key.split(".", 1)
+            if tensor.dim():  # fused AdamW walks a parameter and its moments in the order of memory
+                tensor = torch.empty_like(parameters[int(index)]).copy_(tensor)
             state.setdefault(int(index), {})[moment] = tensor
         whole = self.optimizer.state_dict()
         self.optimizer.load_state_dict({**whole, "state": state})

@@ -92,7 +92,8 @@ class _KeptPrefixes:
     """Keys and values of several examples, by layer."""
 
     def __init__(self, kept: Sequence[Kept], first_layer: int) -> None:
-        self._by_layer, self._first_layer = list(zip(*(each.before for each in kept), strict=True)), first_layer
+        self._by_layer = list(zip(*(each.before for each in kept), strict=True))
+        self._first_layer = first_layer
 
     def of(self, layer: int) -> Sequence[Tensor]:
         """Each example's, [2, kv_heads, start, dim]."""

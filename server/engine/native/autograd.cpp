@@ -1,5 +1,5 @@
-// The way back through a frozen base: gradients go to what comes from below, never to weights. Under inference mode, as
-// the engine computes, none of this is entered.
+// The way back through a frozen base: gradients go to what comes from below, never to weights or to what is kept, and have
+// none of their own. Under inference mode, as the engine computes, none of this is entered.
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -59,7 +59,7 @@ struct Rotated : Function<Rotated> {
   }
   static tensor_list backward(AutogradContext* context, const tensor_list& gradients) {
     const auto saved = context->get_saved_variables();
-    // The transposed of [[c, -s], [s', c']] is [[c, s'], [-s, c']].
+    // The transpose of [[c, -s], [s', c']] is [[c, s'], [-s, c']].
     const at::Tensor back = saved[1].roll(saved[1].size(-1) / 2, -1).neg();
     auto [query, key] = rotated(gradients[0], gradients[1], saved[0], back, context->saved_data["dim"].toInt());
     return {query, key, {}, {}, {}};
@@ -94,9 +94,18 @@ std::tuple<at::Tensor, at::Tensor> apply_rotated(const at::Tensor& query, const 
   return {both[0], both[1]};
 }
 
+// In place leaves nothing to go back by.
+void rotate_without_way_back(at::Tensor& query, at::Tensor& key, const at::Tensor& cosines, const at::Tensor& sines,
+                             int64_t dim) {
+  TORCH_CHECK(!at::GradMode::is_enabled() || !(query.requires_grad() || key.requires_grad()),
+              "what needs gradients is rotated by `rotated`");
+  rotate(query, key, cosines, sines, dim);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(reftserve, AutogradCPU, library) {
+  library.impl("rotate", &rotate_without_way_back);
   library.impl("linear", [](const at::Tensor& x, const at::Tensor& packed, const std::optional<at::Tensor>& bias,
                             at::IntArrayRef sizes) { return Linear::apply(x, packed, bias, sizes); });
   library.impl("rms_norm", [](const at::Tensor& x, const at::Tensor& weight, double epsilon) {

@@ -103,15 +103,15 @@ at::Tensor gated_activation_backward(const at::Tensor& gradient, const at::Tenso
 void rotate(at::Tensor& query, at::Tensor& key, const at::Tensor& cosines, const at::Tensor& sines, int64_t dim) {
   TORCH_CHECK(query.stride(-1) == 1 && key.stride(-1) == 1, "queries and keys must have dense rows");
   const at::Tensor cos = cosines.contiguous(), sin = sines.contiguous();
-  const int64_t rows = query.size(0), rotated = cos.size(-1), half = rotated / 2;
+  const int64_t rows = query.size(0), width = cos.size(-1), half = width / 2;
   TORCH_CHECK(key.size(0) == rows && cos.size(0) == rows && sin.sizes() == cos.sizes(), "one rotation for each row");
-  TORCH_CHECK(rotated <= dim && rotated % 2 == 0, "of a head of ", dim, " numbers ", rotated, " cannot be rotated");
+  TORCH_CHECK(width <= dim && width % 2 == 0, "of a head of ", dim, " numbers ", width, " cannot be rotated");
   TORCH_CHECK(query.size(-1) % dim == 0 && key.size(-1) % dim == 0, "rows must be whole heads");
   const float *cos_rows = cos.const_data_ptr<float>(), *sin_rows = sin.const_data_ptr<float>();
   for (const at::Tensor& heads : {query, key}) {
     float* first = heads.data_ptr<float>();
     for_rows(rows, heads.size(-1), [&](int64_t row) {
-      const float *c = cos_rows + row * rotated, *s = sin_rows + row * rotated;
+      const float *c = cos_rows + row * width, *s = sin_rows + row * width;
       float* begin = first + row * heads.stride(0);
       for (float* x = begin; x < begin + heads.size(-1); x += dim)
         for_each_vector(half, [&](int64_t at, int64_t count) {

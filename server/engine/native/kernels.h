@@ -18,6 +18,7 @@ at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double epsilo
 at::Tensor rms_norm_backward(const at::Tensor& gradient, const at::Tensor& x, const at::Tensor& weight, double epsilon);
 at::Tensor gated_activation(const at::Tensor& gate_up, int64_t activation);
 at::Tensor gated_activation_backward(const at::Tensor& gradient, const at::Tensor& gate_up, int64_t activation);
+void rotate(at::Tensor& query, at::Tensor& key, const at::Tensor& cosines, const at::Tensor& sines, int64_t dim);
 std::tuple<at::Tensor, at::Tensor> rotated(const at::Tensor& query, const at::Tensor& key, const at::Tensor& cosines,
                                            const at::Tensor& sines, int64_t dim);
 

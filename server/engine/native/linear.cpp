@@ -112,8 +112,6 @@ void turn_around(const float* panels, int64_t in, int64_t first, int64_t count, 
       }
 }
 
-}  // namespace
-
 // weight [out, in] as panels.
 at::Tensor pack_linear(const at::Tensor& weight) {
   const at::Tensor dense = weight.contiguous();
@@ -127,6 +125,8 @@ at::Tensor pack_linear(const at::Tensor& weight) {
   });
   return packed;
 }
+
+}  // namespace
 
 // sizes: output channels of each layer.
 at::Tensor linear(const at::Tensor& x, const at::Tensor& packed, const std::optional<at::Tensor>& bias,

@@ -1,13 +1,14 @@
 // Attention of training passes in float32: spans of several examples side by side, each after keys and values of its own
-// that are kept and constant. Nothing is padded or copied together; the way back gives the gradients of what is new.
+// that are kept and constant. Nothing is padded to the widest span; the way back gives the gradients of what is new.
 //
 //   query [heads, rows, dim]   key, value [kv_heads, rows, dim]   out [rows, heads, dim]
 //   before   of each span [2, kv_heads, start, dim], keys and values of the tokens before it
 //   rows     of each span, how many tokens it has
 //
-// A task is a span and one key-value head; its keys and values, with what each product wants turned around, are small
-// enough for the second-level cache. Up to kTokens of its tokens, times the query heads that share the head, are the
-// *lines* of one product. The way back computes the weights again instead of keeping them.
+// A task is a span and one key-value head: it brings the keys and values together in its thread's scratch, and turns
+// around what a product wants so; of a thousand keys of 64 numbers that stays in the second-level cache. Up to kTokens of
+// its tokens, times the query heads that share the head, are the *lines* of one product; none goes further than the last
+// of them sees. The way back computes the weights again instead of keeping them.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -32,23 +33,32 @@ struct Matrix {
   float* operator[](int64_t row) const { return data + row * width; }
 };
 
-// Room for a task's matrices, zero to begin with; a thread's tasks use the same memory one after another.
+// Room for a task's matrices, zero to begin with; a thread's tasks use the same memory one after another, if it is small.
 class Scratch {
  public:
+  Scratch() = default;
+  Scratch(const Scratch&) = delete;
+  ~Scratch() {
+    for (std::vector<float>& part : parts_)
+      if (part.capacity() > kKept) std::vector<float>().swap(part);
+  }
+
   Matrix matrix(int64_t rows, int64_t columns) {
-    thread_local std::deque<std::vector<float>> parts;
-    if (parts.size() == used_) parts.emplace_back();
+    if (parts_.size() == used_) parts_.emplace_back();
     const int64_t width = padded(columns);
-    std::vector<float>& part = parts[used_++];
+    std::vector<float>& part = parts_[used_++];
     part.assign(rows * width, 0.0f);
     return {rows, width, part.data()};
   }
 
  private:
+  static constexpr size_t kKept = 1 << 18;  // numbers: 1 MB
+  static thread_local std::deque<std::vector<float>> parts_;
   size_t used_ = 0;
 };
+thread_local std::deque<std::vector<float>> Scratch::parts_;
 
-// out (+)= a b, of the first lines of a and rows of b.
+// out (+)= a b, of the first lines of a, rows of b and columns of both: `columns` of them, in whole vectors.
 template <int L, int V, bool onto>
 void product_tile(const Matrix& a, int64_t line, int64_t depth, const Matrix& b, int64_t column, const Matrix& out) {
   Vec sums[L][V] = {};
@@ -66,12 +76,12 @@ void product_tile(const Matrix& a, int64_t line, int64_t depth, const Matrix& b,
 }
 
 template <bool onto = false>
-void product(const Matrix& a, int64_t lines, int64_t depth, const Matrix& b, const Matrix& out) {
+void product(const Matrix& a, int64_t lines, int64_t depth, const Matrix& b, int64_t columns, const Matrix& out) {
   by_fours(lines, [&]<int L>(int64_t line) {
     int64_t column = 0;
-    for (; column + 4 * kWidth <= out.width; column += 4 * kWidth)
+    for (; column + 4 * kWidth <= columns; column += 4 * kWidth)
       product_tile<L, 4, onto>(a, line, depth, b, column, out);
-    for (; column < out.width; column += kWidth) product_tile<L, 1, onto>(a, line, depth, b, column, out);
+    for (; column < columns; column += kWidth) product_tile<L, 1, onto>(a, line, depth, b, column, out);
   });
 }
 
@@ -105,11 +115,18 @@ struct Span {
   at::Tensor before;           // contiguous
 };
 
-std::vector<Span> spans_of(at::TensorList before, at::IntArrayRef rows, int64_t tokens) {
+std::vector<Span> spans_of(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                           at::TensorList before, at::IntArrayRef rows) {
+  const int64_t tokens = query.size(1), dim = query.size(2), kv_heads = key.size(0);
+  TORCH_CHECK(key.sizes() == value.sizes() && key.size(1) == tokens && key.size(2) == dim,
+              "queries, keys and values must be of as many rows and numbers");
+  TORCH_CHECK(query.size(0) % kv_heads == 0, kv_heads, " heads of keys cannot be shared by ", query.size(0));
   TORCH_CHECK(before.size() == rows.size(), rows.size(), " spans are given what lies before ", before.size());
   std::vector<Span> spans;
   int64_t first = 0;
   for (size_t i = 0; i < rows.size(); ++i) {
+    TORCH_CHECK(before[i].dim() == 4 && before[i].sizes() == at::IntArrayRef({2, kv_heads, before[i].size(2), dim}),
+                "what lies before a span must be [2, ", kv_heads, ", start, ", dim, "], and is ", before[i].sizes());
     spans.push_back({first, rows[i], before[i].size(2), before[i].contiguous()});
     first += rows[i];
   }
@@ -140,40 +157,43 @@ struct Task {
     }
   }
 
-  // Q and the weights P of `count` tokens, from `token` of the span on. Returns how many lines that are.
+  // The last of `count` tokens from `token` of the span on sees so many keys.
+  int64_t seen(int64_t token, int64_t count) const { return span.start + token + count; }
+
+  // Q and the weights P of these tokens. Returns how many lines that are.
   int64_t weigh(int64_t token, int64_t count) const {
-    const int64_t lines = count * group;
+    const int64_t lines = count * group, columns = padded(seen(token, count));
     for (int64_t line = 0; line < lines; ++line) {
       const float* from = query.at(head * group + line % group, span.first + token + line / group);
       for (int64_t d = 0; d < dim; ++d) Q[line][d] = from[d] * scale;
     }
-    product(Q, lines, dim, KT, P);
+    product(Q, lines, dim, KT, columns, P);
     for (int64_t line = 0; line < lines; ++line) {
       const int64_t end = span.start + token + line / group + 1;
-      soften(P[line], window > 0 ? std::max<int64_t>(0, end - window) : 0, end);
+      soften(P[line], columns, window > 0 ? std::max<int64_t>(0, end - window) : 0, end);
     }
     return lines;
   }
 
-  // softmax of scores in [from, end), zero elsewhere.
-  void soften(float* scores, int64_t from, int64_t end) const {
+  // softmax of scores in [from, end), zero elsewhere in `columns`.
+  static void soften(float* scores, int64_t columns, int64_t from, int64_t end) {
     constexpr float kNothing = -std::numeric_limits<float>::infinity();
     std::fill(scores, scores + from, kNothing);
-    std::fill(scores + end, scores + P.width, kNothing);
+    std::fill(scores + end, scores + columns, kNothing);
     Vec best = load(scores);
-    for (int64_t key = kWidth; key < P.width; key += kWidth) {
+    for (int64_t key = kWidth; key < columns; key += kWidth) {
       const Vec next = load(scores + key);
       best = next > best ? next : best;
     }
     const float largest = maximum(best);
     Vec added{};
-    for (int64_t key = 0; key < P.width; key += kWidth) {
+    for (int64_t key = 0; key < columns; key += kWidth) {
       const Vec weight = exp(load(scores + key) - largest);
       store(scores + key, weight);
       added += weight;
     }
     const float total = sum(added);
-    for (int64_t key = 0; key < P.width; key += kWidth) store(scores + key, load(scores + key) / total);
+    for (int64_t key = 0; key < columns; key += kWidth) store(scores + key, load(scores + key) / total);
   }
 
   const Span& span;
@@ -192,15 +212,15 @@ at::Tensor span_attention(const at::Tensor& query, const at::Tensor& key, const 
   const int64_t heads = query.size(0), kv_heads = key.size(0), group = heads / kv_heads, dim = query.size(2);
   at::Tensor out = at::empty({query.size(1), heads, dim}, query.options());
   float* to = out.data_ptr<float>();
-  const std::vector<Span> spans = spans_of(before, rows, query.size(1));
+  const std::vector<Span> spans = spans_of(query, key, value, before, rows);
   for_each(static_cast<int64_t>(spans.size()) * kv_heads, [&](int64_t i) {
     const int64_t head = i % kv_heads;
     Task task(spans[i / kv_heads], head, group, q, k, v, scale, window);
     const Span& span = task.span;
     const Matrix O = task.scratch.matrix(task.most, dim);
     for (int64_t token = 0; token < span.rows; token += kTokens) {
-      const int64_t lines = task.weigh(token, std::min(kTokens, span.rows - token));
-      product(task.P, lines, task.keys, task.V, O);
+      const int64_t count = std::min(kTokens, span.rows - token), lines = task.weigh(token, count);
+      product(task.P, lines, task.seen(token, count), task.V, O.width, O);
       for (int64_t line = 0; line < lines; ++line)
         std::memcpy(to + ((span.first + token + line / group) * heads + head * group + line % group) * dim, O[line],
                     dim * sizeof(float));
@@ -213,6 +233,8 @@ at::Tensor span_attention(const at::Tensor& query, const at::Tensor& key, const 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> span_attention_backward(
     const at::Tensor& gradient, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
     at::TensorList before, at::IntArrayRef rows, double scale, int64_t window) {
+  TORCH_CHECK(gradient.sizes() == at::IntArrayRef({query.size(1), query.size(0), query.size(2)}),
+              "the gradient of attention must be [rows, heads, dim]");
   const Heads q(query), k(key), v(value), g(gradient.transpose(0, 1));
   const int64_t heads = query.size(0), kv_heads = key.size(0), group = heads / kv_heads, dim = query.size(2);
   const int64_t tokens = query.size(1);
@@ -221,7 +243,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> span_attention_backward(
   at::Tensor of_key = at::empty({tokens, kv_heads, dim}, query.options());
   at::Tensor of_value = at::empty({tokens, kv_heads, dim}, query.options());
   float *to_query = of_query.data_ptr<float>(), *to_key = of_key.data_ptr<float>(), *to_value = of_value.data_ptr<float>();
-  const std::vector<Span> spans = spans_of(before, rows, tokens);
+  const std::vector<Span> spans = spans_of(query, key, value, before, rows);
   for_each(static_cast<int64_t>(spans.size()) * kv_heads, [&](int64_t i) {
     const int64_t head = i % kv_heads;
     Task task(spans[i / kv_heads], head, group, q, k, v, scale, window);
@@ -234,30 +256,31 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> span_attention_backward(
     const Matrix dK = scratch.matrix(span.rows, dim), dV = scratch.matrix(span.rows, dim);
     turn(task.V, VT);
     for (int64_t token = 0; token < span.rows; token += kTokens) {
-      const int64_t lines = task.weigh(token, std::min(kTokens, span.rows - token));
+      const int64_t count = std::min(kTokens, span.rows - token), lines = task.weigh(token, count);
+      const int64_t seen = task.seen(token, count), columns = padded(seen), own_keys = token + count;
       for (int64_t line = 0; line < lines; ++line)
         std::memcpy(G[line], g.at(head * group + line % group, span.first + token + line / group), dim * sizeof(float));
-      product(G, lines, dim, VT, dP);
+      product(G, lines, dim, VT, columns, dP);
       for (int64_t line = 0; line < lines; ++line) {
         // Of softmax's scores: P (dP - sum of P dP).
         float *weights = task.P[line], *slopes = dP[line];
         Vec sums{};
-        for (int64_t at = 0; at < dP.width; at += kWidth) sums += load(weights + at) * load(slopes + at);
+        for (int64_t at = 0; at < columns; at += kWidth) sums += load(weights + at) * load(slopes + at);
         const float mean = sum(sums);
-        for (int64_t at = 0; at < dP.width; at += kWidth)
+        for (int64_t at = 0; at < columns; at += kWidth)
           store(slopes + at, load(weights + at) * (load(slopes + at) - mean));
-        for (int64_t row = 0; row < span.rows; ++row) {
+        for (int64_t row = 0; row < own_keys; ++row) {
           own[row][line] = weights[span.start + row];
           d_own[row][line] = slopes[span.start + row];
         }
       }
-      product(dP, lines, task.keys, task.K, dQ);
+      product(dP, lines, seen, task.K, dQ.width, dQ);
       for (int64_t line = 0; line < lines; ++line) {
         float* to = to_query + ((span.first + token + line / group) * heads + head * group + line % group) * dim;
         for (int64_t d = 0; d < dim; ++d) to[d] = dQ[line][d] * task.scale;
       }
-      product<true>(d_own, span.rows, lines, task.Q, dK);
-      product<true>(own, span.rows, lines, G, dV);
+      product<true>(d_own, own_keys, lines, task.Q, dK.width, dK);
+      product<true>(own, own_keys, lines, G, dV.width, dV);
     }
     for (int64_t row = 0; row < span.rows; ++row) {
       const int64_t at = ((span.first + row) * kv_heads + head) * dim;

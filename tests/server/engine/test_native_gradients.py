@@ -28,10 +28,10 @@ def assert_same_both_ways(kernel: Function, plain: Function, inputs: Sequence[Te
     """Outputs and the gradients of inputs, of a random gradient from above."""
     results = []
     for function, dtype in ((kernel, torch.float32), (plain, torch.float64)):
-        given = [tensor.to(dtype).requires_grad_() for tensor in inputs]
-        out = function(*given)
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in inputs]
+        out = function(*leaves)
         upstream = randoms(99, out.shape)[0].to(dtype)
-        results.append([out.detach(), *torch.autograd.grad(out, given, upstream)])
+        results.append([out.detach(), *torch.autograd.grad(out, leaves, upstream)])
     for found, expected in zip(*results, strict=True):
         scale = max(1.0, float(expected.abs().max()))
         torch.testing.assert_close(found.double(), expected, atol=1e-5 * scale, rtol=0)
@@ -100,7 +100,10 @@ def test_of_attention_of_spans_to_what_is_kept_before_each(
     query_heads, kv_heads = heads
     starts, widths = zip(*spans, strict=True)
     before = randoms(seed + 1, *((2, kv_heads, start, dim) for start in starts))
-    inputs = randoms(seed, *((n, sum(widths), dim) for n in (query_heads, kv_heads, kv_heads)))
+    # As a layer has them: by rows, parts of one product.
+    sizes = [n * dim for n in (query_heads, kv_heads, kv_heads)]
+    product = randoms(seed, (sum(widths), sum(sizes)))[0]
+    inputs = [part.unflatten(1, (-1, dim)).transpose(0, 1) for part in product.split(sizes, dim=1)]
 
     def kernel(*new: Tensor) -> Tensor:
         return torch.ops.reftserve.span_attention(*new, before, list(widths), dim**-0.5, window or 0)
@@ -134,3 +137,39 @@ def test_what_stands_beside_a_span_changes_neither_it_nor_its_gradients() -> Non
 
     together, alone = both([5, 20], before, 0), both([20], before[1:], 5)
     assert all(torch.equal(one, other) for one, other in zip(together, alone, strict=True))
+
+
+def test_attention_takes_any_strides_of_what_comes_from_either_side() -> None:
+    before, new = randoms(1, (2, 2, 30, 16)), randoms(2, (4, 5, 16), (2, 5, 16), (2, 5, 16))
+    found = []
+    for form in (lambda x: x, lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)):
+        leaves = [form(tensor).requires_grad_() for tensor in new]
+        out = torch.ops.reftserve.span_attention(*leaves, before, [5], 0.25, 0)
+        found += [torch.autograd.grad(out, leaves, form(torch.ones(out.shape)), retain_graph=True)]
+        found += [torch.autograd.grad(out.sum(), leaves)]  # all its strides are 0
+    for other in found[1:]:
+        assert all(torch.equal(one, same) for one, same in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "before", "rows", "message"),
+    [
+        ([(4, 5, 16), (2, 5, 16), (2, 5, 8)], (2, 2, 9, 16), [5], "as many rows and numbers"),
+        ([(3, 5, 16), (2, 5, 16), (2, 5, 16)], (2, 2, 9, 16), [5], "cannot be shared"),
+        ([(4, 5, 16), (2, 5, 16), (2, 5, 16)], (2, 1, 9, 16), [5], "what lies before"),
+        ([(4, 5, 16), (2, 5, 16), (2, 5, 16)], (2, 2, 9, 8), [5], "what lies before"),
+        ([(4, 5, 16), (2, 5, 16), (2, 5, 16)], (2, 2, 9, 16), [4], "spans of 4 rows are given 5"),
+        ([(4, 5, 16), (2, 5, 16), (2, 5, 16)], (2, 2, 9, 16), [4, 1], "2 spans are given what lies before 1"),
+    ],
+)
+def test_attention_refuses_what_does_not_fit(
+    sizes: list[tuple[int, ...]], before: tuple[int, ...], rows: list[int], message: str
+) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.reftserve.span_attention(*randoms(0, *sizes), randoms(1, before), rows, 0.25, 0)
+
+
+def test_nothing_that_needs_a_gradient_is_rotated_in_place() -> None:
+    query, key, cosines, sines = randoms(0, *[(3, 8)] * 4)
+    with pytest.raises(RuntimeError, match="rotated"):
+        torch.ops.reftserve.rotate(query.requires_grad_(), key, cosines, sines, 8)

@@ -190,15 +190,17 @@ def test_any_dtype_is_shared(tmp_path: Path, dtype: torch.dtype) -> None:
     assert torch.equal(model(ids).logits, private(ids).logits)
 
 
+@pytest.mark.parametrize("trains", [False, True])
 @pytest.mark.parametrize("name", ["llama", "qwen2"])  # without biases, and with
-def test_layers_that_are_computed_as_one_lie_side_by_side_in_the_file(name: str, tmp_path: Path) -> None:
+def test_layers_that_are_computed_as_one_lie_side_by_side_in_the_file(name: str, trains: bool, tmp_path: Path) -> None:
     tiny_model(name).save_pretrained(tmp_path / "model")
     shared = load_base(
         tmp_path / "model", torch.float32, torch.device("cpu"), native_kernels=True, shared=tmp_path / "w"
     )
     file = shared.model.layers[0].self_attn.q_proj.weight.untyped_storage().data_ptr()
-    runner = RecordingRunner(shared, kv_cache_bytes=1 << 20, block_size=4, bank_bytes=1 << 14)
-    layer = runner.model.model.layers[0]
+    sizes = {"kv_cache_bytes": 1 << 20, "block_size": 4, "bank_bytes": 1 << 14}
+    user = PackedModel(shared) if trains else RecordingRunner(shared, **sizes)
+    layer = user.model.model.layers[0]
     for joined in (layer.self_attn.qkv, layer.mlp.gate_up):
         assert joined.weight.untyped_storage().data_ptr() == file, "a view, not a copy"
 

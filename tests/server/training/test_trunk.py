@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +18,11 @@ from training_data import beginning_alike, examples, plan
 from transformers import PreTrainedModel
 
 from reftserve.interventions import FAMILIES, Positions, TrainableIntervention
+from reftserve.server.engine.fused import FusedMLP, FusedRMSNorm
+from reftserve.server.engine.fused_attention import FusedAttention
 from reftserve.server.training.data import EncodedExample, Splits
 from reftserve.server.training.packed import PackedModel
+from reftserve.server.training.packed_attention import SpanAttention
 from reftserve.server.training.plan import Plan
 from reftserve.server.training.trainer import Trainer, advance
 from reftserve.server.training.trunk import Arena, Trunk
@@ -28,14 +32,26 @@ POSITIONS = ["l1", "l3", "f1+l1", "f2+l2", "f3", "f4+l9", "prompt", "generated",
 PLENTY = 1 << 30
 
 
-@pytest.fixture(scope="module")
-def models() -> dict[str, tuple[PreTrainedModel, PackedModel]]:
-    """Of each architecture: one to compute plainly, and one to pack."""
-    pairs = {}
+Models = dict[str, tuple[PreTrainedModel, PackedModel]]  # of each architecture, one to compute plainly, and one packed
+
+
+def pairs(*, native_kernels: bool) -> Models:
+    found = {}
     for name in ARCHITECTURES:
         plain, packed = (tiny_model(name).requires_grad_(False) for _ in range(2))
-        pairs[name] = (plain, PackedModel(packed))
-    return pairs
+        found[name] = (plain, PackedModel(packed, native_kernels=native_kernels))
+    return found
+
+
+@pytest.fixture(scope="module")
+def models() -> Models:
+    return pairs(native_kernels=True)
+
+
+@pytest.fixture(scope="module")
+def models_without_kernels() -> Models:
+    """As they are on a GPU."""
+    return pairs(native_kernels=False)
 
 
 def trunk_of(
@@ -85,6 +101,7 @@ def assert_equal(one: tuple[float, list[torch.Tensor]], other: tuple[float, list
 @settings(max_examples=100, deadline=None)
 @given(
     architecture=st.sampled_from(ARCHITECTURES),
+    native=st.booleans(),
     family=st.sampled_from(sorted(FAMILIES)),
     positions=st.sampled_from(POSITIONS),
     layers=st.sets(st.integers(0, 2), min_size=1),
@@ -95,9 +112,11 @@ def assert_equal(one: tuple[float, list[torch.Tensor]], other: tuple[float, list
     seed=st.integers(0, 1000),
 )
 def test_gradients_equal_those_of_the_plain_computation(
-    models: dict[str, tuple[PreTrainedModel, PackedModel]],
+    models: Models,
+    models_without_kernels: Models,
     tmp_path_factory: pytest.TempPathFactory,
     architecture: str,
+    native: bool,
     family: str,
     positions: str,
     layers: set[int],
@@ -107,7 +126,7 @@ def test_gradients_equal_those_of_the_plain_computation(
     common: int,
     seed: int,
 ) -> None:
-    plain, packed = models[architecture]
+    plain, packed = (models if native else models_without_kernels)[architecture]
     run = plan(
         layers=sorted(layers),
         positions=positions,
@@ -143,7 +162,7 @@ def test_gradients_equal_those_of_the_plain_computation(
     seed=st.integers(0, 1000),
 )
 def test_trials_that_share_passes_learn_exactly_what_each_learns_alone(
-    models: dict[str, tuple[PreTrainedModel, PackedModel]],
+    models: Models,
     layers: list[int],
     positions: list[str],
     room: int,
@@ -168,9 +187,7 @@ def test_trials_that_share_passes_learn_exactly_what_each_learns_alone(
 
 
 @pytest.mark.parametrize("positions", ["l1", "f3+l2"])
-def test_scores_from_a_trunk_are_those_of_the_plain_model(
-    models: dict[str, tuple[PreTrainedModel, PackedModel]], positions: str
-) -> None:
+def test_scores_from_a_trunk_are_those_of_the_plain_model(models: Models, positions: str) -> None:
     plain, packed = models["gemma3"]
     run = plan(layers=[1], positions=positions, tied=True)
     data = beginning_alike(examples(5, 3, vocabulary=100, tail=2), 3, common=12)
@@ -182,7 +199,7 @@ def test_scores_from_a_trunk_are_those_of_the_plain_model(
 
 
 def test_a_suffix_only_pass_computes_the_last_prompt_token_and_the_completion(
-    models: dict[str, tuple[PreTrainedModel, PackedModel]],
+    models: Models,
 ) -> None:
     _, packed = models["llama"]
     data = examples(4, 1, vocabulary=100, tail=2)
@@ -193,7 +210,7 @@ def test_a_suffix_only_pass_computes_the_last_prompt_token_and_the_completion(
 @pytest.mark.parametrize(("dropout", "rows_in_common"), [(0.0, 20), (0.5, 0)])
 @pytest.mark.parametrize("trials", [1, 3])
 def test_what_all_examples_of_a_step_begin_with_is_computed_once_unless_dropout_changes_it(
-    models: dict[str, tuple[PreTrainedModel, PackedModel]], dropout: float, rows_in_common: int, trials: int
+    models: Models, dropout: float, rows_in_common: int, trials: int
 ) -> None:
     _, packed = models["llama"]
     text = tuple(range(10, 30))
@@ -209,9 +226,7 @@ def test_what_all_examples_of_a_step_begin_with_is_computed_once_unless_dropout_
 
 
 @pytest.mark.parametrize("positions", ["l1", "f7+l7"])
-def test_the_head_computes_what_answers_are_predicted_from_and_no_prompt(
-    models: dict[str, tuple[PreTrainedModel, PackedModel]], positions: str
-) -> None:
+def test_the_head_computes_what_answers_are_predicted_from_and_no_prompt(models: Models, positions: str) -> None:
     _, packed = models["llama"]
     data = examples(4, 1, vocabulary=100, tail=3)
     run = plan(layers=[1], positions=positions, batch_size=4)
@@ -236,8 +251,28 @@ def counted_rows(packed: PackedModel) -> Iterator[list[int]]:
         handle.remove()
 
 
+def test_on_the_cpu_passes_go_through_the_engines_modules_and_its_attention_to_what_is_kept(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, packed = models["llama"]
+    kinds = Counter(type(module) for module in packed.model.modules())
+    assert (kinds[FusedAttention], kinds[FusedMLP], kinds[FusedRMSNorm]) == (3, 3, 7)
+    data, widths = examples(3, 0, vocabulary=100), []
+    run = plan(layers=[0], positions="l1", dropout=0.0)
+    trainer = trainer_of(trunk_of(packed, run, data, Arena(PLENTY)), run, data)
+    attend = SpanAttention.attend
+
+    def recorded(self: SpanAttention, layer: int, query: torch.Tensor, *rest: Any) -> torch.Tensor:
+        widths.append((layer, query.shape[1]))
+        return attend(self, layer, query, *rest)
+
+    monkeypatch.setattr(SpanAttention, "attend", recorded)
+    trainer.advance()
+    assert widths == [(1, 6), (2, 6)], "the layers above the edited one, with two rows of each example"
+
+
 def test_a_trunk_refuses_a_trainer_whose_edits_would_change_what_it_keeps(
-    models: dict[str, tuple[PreTrainedModel, PackedModel]],
+    models: Models,
 ) -> None:
     _, packed = models["llama"]
     data = examples(4, 1, vocabulary=100, tail=2)
