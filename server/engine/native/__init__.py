@@ -40,7 +40,7 @@ FLAGS = ["-O3", "-march=native", "-std=c++20", "-fopenmp", "-Wno-psabi", "-fno-m
 
 @functools.cache
 def load_kernels() -> None:
-    """Make `torch.ops.reftserve` available. The first time on a machine takes about half a minute of compiling.
+    """Make `torch.ops.reftserve` available. The first time on a machine takes three quarters of a minute of compiling.
 
     Raises EngineError when there is no compiler that can.
     """
