@@ -38,7 +38,7 @@ class PackedLinear(nn.Module):
 
     def parts(self, x: Tensor) -> tuple[Tensor, ...]:
         """x: [..., in] -> [..., out] for each layer, views of one tensor."""
-        return torch.split(self(x), self.sizes, dim=-1)
+        return torch.split(self.forward(x), self.sizes, dim=-1)
 
     def unpacked(self) -> Tensor:
         """W of a single layer as a new tensor, [out, in]."""
