@@ -11,9 +11,10 @@ from engine_oracle import random_edit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_attention import chunk, plain_attention
+from plain_rotation import HEADS, plain_rotation
 from torch import Tensor, nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm
 
 from reftserve.interventions import Activation, compose
 from reftserve.server.engine.attention import ATTENTION, LayerShape, attention_step
@@ -187,28 +188,19 @@ def test_an_mlp_is_replaced_by_the_same_function_or_one_near_it_in_int8(name: st
 
 
 @settings(max_examples=100, deadline=None)
-@given(
-    rows=st.integers(1, 40),
-    heads=st.sampled_from([(1, 1), (4, 2), (9, 3)]),
-    dim=st.sampled_from([2, 8, 20, 64]),
-    rest=st.sampled_from([0, 4]),
-    seed=st.integers(0, 100),
-)
+@given(**HEADS)
 def test_rotary_embeddings_in_place_are_those_of_transformers(
     rows: int, heads: tuple[int, int], dim: int, rest: int, seed: int
 ) -> None:
-    """`rest`: numbers of a head that are not rotated."""
     generator = torch.Generator().manual_seed(seed)
-    cosines, sines = torch.randn(2, 1, rows, dim, generator=generator)
+    cosines, sines = torch.randn(2, rows, dim, generator=generator)
     # Rows of one product of both and of values, so they do not lie one behind the other.
     widths = [n * (dim + rest) for n in heads]
     query, key, _ = torch.randn(rows, sum(widths) + 3, generator=generator).split([*widths, 3], dim=-1)
-    whole = [x.unflatten(-1, (-1, dim + rest)).transpose(0, 1).unsqueeze(0).clone() for x in (query, key)]
-    rotated = apply_rotary_pos_emb(*(x[..., :dim] for x in whole), cosines, sines)
-    torch.ops.reftserve.rotate(query, key, cosines[0], sines[0], dim + rest)
-    for found, before, part in zip((query, key), whole, rotated, strict=True):
-        expected = torch.cat([part, before[..., dim:]], dim=-1)[0].transpose(0, 1).flatten(1)
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    expected = [plain_rotation(x, cosines, sines, dim + rest) for x in (query, key)]
+    torch.ops.reftserve.rotate(query, key, cosines, sines, dim + rest)
+    for found, rotated in zip((query, key), expected, strict=True):
+        torch.testing.assert_close(found, rotated, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_attention import plain_attention
+from plain_rotation import HEADS, plain_rotation
 from torch import Tensor
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from reftserve.server.engine.fused import ACTIVATIONS
 
@@ -59,17 +59,10 @@ def test_of_a_gated_activation(activation: int, size: int) -> None:
 
 
 @settings(max_examples=50, deadline=None)
-@given(
-    rows=st.integers(1, 40),
-    heads=st.sampled_from([(1, 1), (4, 2), (9, 3)]),
-    dim=st.sampled_from([2, 8, 20, 64]),
-    rest=st.sampled_from([0, 4]),
-    seed=st.integers(0, 100),
-)
+@given(**HEADS)
 def test_of_rotary_embeddings_whatever_cosines_and_sines(
     rows: int, heads: tuple[int, int], dim: int, rest: int, seed: int
 ) -> None:
-    """`rest`: numbers of a head that are not rotated."""
     size = dim + rest
     query, key, cosines, sines = randoms(seed, *((rows, n * size) for n in heads), (rows, dim), (rows, dim))
 
@@ -77,10 +70,7 @@ def test_of_rotary_embeddings_whatever_cosines_and_sines(
         return torch.cat(torch.ops.reftserve.rotated(query, key, cosines, sines, size), dim=-1)
 
     def plain(query: Tensor, key: Tensor) -> Tensor:
-        whole = [x.unflatten(-1, (-1, size)).transpose(0, 1).unsqueeze(0) for x in (query, key)]
-        parts = apply_rotary_pos_emb(*(x[..., :dim] for x in whole), cosines.double()[None], sines.double()[None])
-        done = [torch.cat([part, x[..., dim:]], dim=-1) for part, x in zip(parts, whole, strict=True)]
-        return torch.cat([x[0].transpose(0, 1).flatten(1) for x in done], dim=-1)
+        return torch.cat([plain_rotation(x, cosines.double(), sines.double(), size) for x in (query, key)], dim=-1)
 
     assert_same_both_ways(kernel, plain, [query, key])
 
