@@ -21,8 +21,8 @@ import workload as w
 from peer import run_peer
 
 from reftserve.client import Client
-from reftserve.server.base_model import load_tokenizer
-from reftserve.server.training.data import EncodedExample, Splits, encode, read_examples, split
+from reftserve.server.base.folder import load_tokenizer
+from reftserve.server.datasets import EncodedExample, Splits, encode, read_examples, split
 
 sys.path.append(str(w.ROOT / "tests" / "support"))  # starts servers for tests
 

@@ -41,7 +41,7 @@ from reftserve.interventions import (
     load_artifact,
     save_artifact,
 )
-from reftserve.server.base_model import load_model
+from reftserve.server.base.model import load_model
 from reftserve.server.engine.engine import Engine
 from reftserve.server.engine.messages import Submit
 from reftserve.server.engine.runner import Logits

@@ -70,7 +70,7 @@ def make_engine(
         kv_cache_bytes=token_bytes * BLOCK_SIZE * sequences * (tokens // BLOCK_SIZE + 2),
         block_size=BLOCK_SIZE,
         bank_bytes=2 << 30 if device.type == "cuda" else 1 << 24,
-        native_kernels=False,
+        cpu_kernels=False,
         recorded_rows=sequences if graphs else 0,
         in_place=in_place,
     )

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from reftserve.server.engine.int8 import Int8Linear
-from reftserve.server.engine.native import load_kernels
-from reftserve.server.engine.packed_linear import PackedLinear
+from reftserve.server.base.cpu_kernels import load_kernels
+from reftserve.server.base.int8 import Int8Linear
+from reftserve.server.base.panels import PanelLinear
 
 
 class OneDnnLinear(nn.Module):
@@ -36,7 +36,7 @@ class Back(nn.Module):
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
-        self.weight = PackedLinear([layer]).weight
+        self.weight = PanelLinear([layer]).weight
         self.sizes = [layer.out_features]
 
     def forward(self, y: torch.Tensor) -> torch.Tensor:
@@ -80,7 +80,7 @@ def main() -> None:
     forms = {
         "nn.Linear": plain,
         "oneDNN": [OneDnnLinear(layer) for layer in plain],
-        "ours": [PackedLinear([layer]) for layer in plain],
+        "ours": [PanelLinear([layer]) for layer in plain],
         "int8": [Int8Linear([layer]) for layer in plain],
     }
     back = {

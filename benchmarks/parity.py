@@ -22,8 +22,9 @@ from peer import run_peer
 from train import ALL, BATCH, RANK, plan
 
 from reftserve.interventions import Positions
-from reftserve.server.base_model import load_model, load_tokenizer
-from reftserve.server.training.data import EncodedExample, Splits
+from reftserve.server.base.folder import load_tokenizer
+from reftserve.server.base.model import load_model
+from reftserve.server.datasets import EncodedExample, Splits
 from reftserve.server.training.packed import PackedModel
 from reftserve.server.training.trainer import Trainer, advance
 from reftserve.server.training.trunk import Arena, Trunk

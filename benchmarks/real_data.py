@@ -18,7 +18,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from reftserve.client.schemas import ChatMessage
-from reftserve.server.training.data import EncodedExample, Example, Place, encode
+from reftserve.server.datasets import EncodedExample, Example, Place, encode
 
 Chat = list[dict[str, str]]
 

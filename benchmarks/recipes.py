@@ -22,9 +22,10 @@ import torch
 import workload as w
 
 from reftserve.interventions import NonFiniteError, PlacedEdit, fingerprint
-from reftserve.server.base_model import load_model, load_tokenizer
+from reftserve.server.base.folder import load_tokenizer
+from reftserve.server.base.model import load_model
+from reftserve.server.datasets import EncodedExample, Splits
 from reftserve.server.training.candidates import DataSize
-from reftserve.server.training.data import EncodedExample, Splits
 from reftserve.server.training.packed import PackedModel
 from reftserve.server.training.plan import Plan, Variant
 from reftserve.server.training.recipe import make_plan

@@ -12,8 +12,8 @@ import torch
 import workload as w
 from torch import Tensor
 
-from reftserve.server.engine.native import load_kernels
-from reftserve.server.training.data import EncodedExample
+from reftserve.server.base.cpu_kernels import load_kernels
+from reftserve.server.datasets import EncodedExample
 from reftserve.server.training.packed_attention import PackedAttention, SpanAttention
 from reftserve.server.training.spans import PackedRows, Span
 

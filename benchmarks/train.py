@@ -16,8 +16,9 @@ import workload as w
 from peer import run_peer
 
 from reftserve.interventions import Positions
-from reftserve.server.base_model import load_model, load_tokenizer
-from reftserve.server.training.data import EncodedExample, Splits, encode, read_examples
+from reftserve.server.base.folder import load_tokenizer
+from reftserve.server.base.model import load_model
+from reftserve.server.datasets import EncodedExample, Splits, encode, read_examples
 from reftserve.server.training.packed import PackedModel
 from reftserve.server.training.plan import Plan
 from reftserve.server.training.sweep import Sweep

@@ -22,11 +22,11 @@ from reftserve.interventions import (
     load_artifact,
     save_artifact,
 )
+from reftserve.server.base.memory import end_start
 from reftserve.server.engine.config import EngineConfig
 from reftserve.server.engine.engine import Engine
 from reftserve.server.engine.messages import InterventionRef, SamplingParams, Submit
 from reftserve.server.engine.process import build
-from reftserve.server.memory import end_start
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "reftserve-data" / "models" / "HuggingFaceTB--SmolLM2-135M-Instruct"

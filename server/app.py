@@ -22,20 +22,19 @@ from reftserve.server.api import (
     models,
     validation,
 )
+from reftserve.server.api.body_limit import BodyLimit
 from reftserve.server.api.errors import install_error_handlers
-from reftserve.server.base_model import Base, open_base
-from reftserve.server.body_limit import BodyLimit
-from reftserve.server.engine.client import EngineClient
+from reftserve.server.base.folder import Base, open_base
 from reftserve.server.engine.config import EngineConfig
 from reftserve.server.evaluation.evals import EvalService
 from reftserve.server.evaluation.evaluator import Evaluator
 from reftserve.server.evaluation.served import served_by
-from reftserve.server.metrics import Metrics
+from reftserve.server.inference.engine_client import EngineClient
+from reftserve.server.inference.metrics import Metrics
 from reftserve.server.registry.store import open_store
 from reftserve.server.services import Services
 from reftserve.server.settings import Settings
 from reftserve.server.supervisor import keep_engine, keep_worker
-from reftserve.server.training.data import count_examples
 from reftserve.server.training.jobs import JobService
 
 ROUTERS = (chat, completions, classify, models, files, fine_tuning, validation, evals, interventions, health)
@@ -47,7 +46,7 @@ def open_services(settings: Settings) -> Services:
     Raises NotFound when there is no base model.
     """
     base = open_base(settings)
-    store = open_store(settings, base.fingerprint, count_examples)
+    store = open_store(settings, base.fingerprint)
     store.interventions.sweep()
     store.files.sweep()
     engine = EngineClient(_engine_config(settings, base))
@@ -103,7 +102,7 @@ def _engine_config(settings: Settings, base: Base) -> EngineConfig:
         device=settings.device,
         dtype=settings.dtype,
         quantization=settings.quantization,
-        native_kernels=settings.native_kernels,
+        cpu_kernels=settings.cpu_kernels,
         cuda_graphs=settings.cuda_graphs,
         threads=settings.engine_threads,
         kv_cache_bytes=settings.kv_cache_bytes,

@@ -103,13 +103,13 @@ def _explained() -> Iterator[None]:
 def _check_torch(settings: Settings) -> str:
     import torch
 
-    from reftserve.server.base_model import resolve_device
+    from reftserve.server.base.model import resolve_device
 
     return f"{torch.__version__} on {resolve_device(settings.device)}, {torch.get_num_threads()} threads"
 
 
 def _check_model(settings: Settings) -> str:
-    from reftserve.server.base_model import model_name, resolve_model_folder
+    from reftserve.server.base.folder import model_name, resolve_model_folder
 
     return f"{model_name(settings)} in {resolve_model_folder(settings)}"
 

@@ -17,6 +17,9 @@ turns them into OpenAI's shape; nothing else knows status codes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 
 class ServerError(Exception):
     """An error with everything that the wire's error object needs.
@@ -95,3 +98,23 @@ class StorageFull(ServerError):
     """The disk is full; what was being written has been removed again."""
 
     status, type, code = 507, "server_error", "storage_full"
+
+
+def field_path(location: Sequence[str | int], value: Any) -> str:
+    """The dotted path within `value` that an error's `loc` means.
+
+    pydantic also puts the tried members of unions (`str`, `list[int]`, ...) into `loc`; they are no part of the path.
+    """
+    path: list[str] = []
+    for index, part in enumerate(location):
+        if isinstance(value, Mapping):
+            # A field that is missing is not in the value; it can only come last.
+            if part not in value and index < len(location) - 1:
+                continue
+            value = value.get(part)
+        elif isinstance(value, list) and isinstance(part, int) and part < len(value):
+            value = value[part]
+        else:
+            continue
+        path.append(str(part))
+    return ".".join(path)

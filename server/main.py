@@ -13,8 +13,8 @@ import uvicorn
 from filelock import FileLock, Timeout
 
 from reftserve.server.app import create_app, open_services
+from reftserve.server.base.memory import end_start
 from reftserve.server.errors import Conflict, ServerError
-from reftserve.server.memory import end_start
 from reftserve.server.settings import LOG_FORMAT, Settings
 
 GRACE_S = 10

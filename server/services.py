@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from reftserve.server.base_model import Base
-from reftserve.server.engine.client import EngineClient
+from reftserve.server.base.folder import Base
+from reftserve.server.datasets.files import FileStore
 from reftserve.server.evaluation.evals import EvalService
 from reftserve.server.evaluation.evaluator import Evaluator
-from reftserve.server.metrics import Metrics
-from reftserve.server.registry.files import FileStore
+from reftserve.server.inference.engine_client import EngineClient
+from reftserve.server.inference.metrics import Metrics
 from reftserve.server.registry.interventions import InterventionRegistry
 from reftserve.server.settings import Settings
 from reftserve.server.storage.database import Database

@@ -44,7 +44,7 @@ class Settings(BaseSettings):
     quantization: Literal["none", "int8"] = Field(
         "none", description="int8: linear layers in 8 bits, on the CPU; faster, a little less exact"
     )
-    native_kernels: bool = Field(
+    cpu_kernels: bool = Field(
         True,
         description="On the CPU, in float32: use kernels that a C++ compiler makes once; slower without",
     )

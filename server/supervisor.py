@@ -10,9 +10,9 @@ from collections.abc import Awaitable, Callable
 
 import msgspec
 
-from reftserve.server.engine.client import EngineClient
 from reftserve.server.engine.errors import EngineDied
-from reftserve.server.metrics import Metrics
+from reftserve.server.inference.engine_client import EngineClient
+from reftserve.server.inference.metrics import Metrics
 from reftserve.server.settings import Settings
 
 logger = logging.getLogger(__name__)

@@ -19,11 +19,11 @@ from reftserve.client.schemas import (
     Delta,
 )
 from reftserve.server.api.dependencies import Owner, Server
-from reftserve.server.api.generation import Generation, Tally, prepare, stream
 from reftserve.server.api.logprobs import chat_logprobs
 from reftserve.server.api.sse import event_stream, unless_disconnected
+from reftserve.server.base.prompts import encode_rendered, render_chat
 from reftserve.server.errors import InvalidRequest
-from reftserve.server.prompts import encode_rendered, render_chat
+from reftserve.server.inference.generation import Generation, Tally, prepare, stream
 from reftserve.server.services import Services
 
 router = APIRouter(tags=["generation"])

@@ -18,12 +18,12 @@ from reftserve.client.schemas import (
     Usage,
 )
 from reftserve.server.api.dependencies import Owner, Server
-from reftserve.server.api.generation import check_capacity
 from reftserve.server.api.sse import unless_disconnected
 from reftserve.server.engine.messages import SamplingParams, Submit, TokenOutput
 from reftserve.server.errors import InvalidRequest
 from reftserve.server.evaluation.labels import LabelledPrompt, label_chat, label_texts, probabilities
-from reftserve.server.inference import answers, intervention_refs, salted
+from reftserve.server.inference.answers import answers, intervention_refs, salted
+from reftserve.server.inference.generation import check_capacity
 from reftserve.server.registry.composition import held, resolve_composition
 from reftserve.server.services import Services
 

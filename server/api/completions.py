@@ -11,11 +11,11 @@ from starlette.concurrency import run_in_threadpool
 
 from reftserve.client.schemas import Completion, CompletionChoice, CompletionRequest
 from reftserve.server.api.dependencies import Owner, Server
-from reftserve.server.api.generation import Generation, Piece, Tally, prepare, stream
 from reftserve.server.api.logprobs import TextLogprobs, joined
 from reftserve.server.api.sse import event_stream, unless_disconnected
+from reftserve.server.base.prompts import encode_text
 from reftserve.server.errors import InvalidRequest
-from reftserve.server.prompts import encode_text
+from reftserve.server.inference.generation import Generation, Piece, Tally, prepare, stream
 from reftserve.server.services import Services
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's

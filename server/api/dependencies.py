@@ -6,7 +6,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
-from reftserve.server.auth import owner
+from reftserve.server.api.auth import owner
 from reftserve.server.services import Services
 
 

@@ -11,8 +11,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from reftserve.client.schemas import ErrorBody, ErrorDetail
-from reftserve.server.errors import ServerError
-from reftserve.server.field_paths import field_path
+from reftserve.server.errors import ServerError, field_path
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import codecs
 from collections.abc import Sequence
 
 from reftserve.client.schemas import ChatLogprobs, CompletionLogprobs, TokenLogprob, TopLogprob
-from reftserve.server.base_model import Base
+from reftserve.server.base.folder import Base
 from reftserve.server.engine.messages import TokenLogprobs
 
 LOWEST = -9999.0  # OpenAI's word for impossible; JSON has none for minus infinity

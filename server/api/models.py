@@ -6,7 +6,7 @@ from fastapi import APIRouter
 
 from reftserve.client.schemas import Deleted, Model, Page
 from reftserve.server.api.dependencies import Owner, Server
-from reftserve.server.base_model import Base
+from reftserve.server.base.folder import Base
 from reftserve.server.errors import InvalidRequest, NotFound
 from reftserve.server.registry.names import Reference, suggestion
 

@@ -26,5 +26,5 @@ class EngineConfig(msgspec.Struct, frozen=True):
     host_bytes: int = 1 << 30
     prefix_cache: bool = True
     quantization: Literal["none", "int8"] = "none"
-    native_kernels: bool = True
+    cpu_kernels: bool = True
     cuda_graphs: bool = True

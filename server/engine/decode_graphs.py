@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reftserve.server.engine.attention.interface import AttentionStep
-from reftserve.server.engine.attention.paged import DecodeRows, PagedCache, PagedStep
+from reftserve.server.base.attention import AttentionStep
 from reftserve.server.engine.bank import Bank
-from reftserve.server.engine.decode_edits import DecodeEdits, DecodePlan, plan_decode_edits
+from reftserve.server.engine.edit_plan import DecodeEdits, DecodePlan, plan_decode_edits
+from reftserve.server.engine.kv_cache.cuda import CudaCache, CudaStep, DecodeRows
 from reftserve.server.engine.scheduler import Chunk
 from reftserve.server.engine.transfers import copy_from_host, to_device
 
@@ -53,7 +53,7 @@ class DecodeGraphs:
     def __init__(
         self,
         forward: Forward,
-        cache: PagedCache,
+        cache: CudaCache,
         bank: Bank,
         *,
         num_layers: int,
@@ -115,7 +115,7 @@ class DecodeGraphs:
                 layer: DecodeEdits(columns[layer], scale[layer], is_linear=kind is Kind.LINEAR_EDITS)
                 for layer in range(self._num_layers)
             }
-        step = PagedStep(self._cache, slots, None, DecodeRows(self._tables[:size], lengths))
+        step = CudaStep(self._cache, slots, None, DecodeRows(self._tables[:size], lengths))
         return self._forward(token_ids, positions, step, edits)
 
     def _fill_rows(self, chunks: list[Chunk], size: int, token_ids: Tensor | None) -> None:

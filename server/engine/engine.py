@@ -10,12 +10,13 @@ import heapq
 import math
 import time
 from collections import defaultdict
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from reftserve.server.engine.block_allocator import BlockAllocator
 from reftserve.server.engine.errors import RequestRefused
-from reftserve.server.engine.launched_step import LaunchedStep
+from reftserve.server.engine.grammar import GrammarCompiler
 from reftserve.server.engine.loader import Loader
 from reftserve.server.engine.logits import ArrivingLogprobs, adjust, logprobs_of
 from reftserve.server.engine.messages import EngineStats, StepOutput, Submit, TokenLogprobs, TokenOutput
@@ -23,7 +24,6 @@ from reftserve.server.engine.runner import Logits, Runner
 from reftserve.server.engine.sampler import choose, present
 from reftserve.server.engine.scheduler import Batch, Scheduler
 from reftserve.server.engine.sequence import Sequence, Status
-from reftserve.server.engine.structured import GrammarCompiler
 from reftserve.server.engine.transfers import ToHost, indices
 
 NOT_FINITE = "the logits are not finite: an edit overflows; lower its scale, or train it with a lower learning rate"
@@ -36,6 +36,23 @@ PRIORITY_STEP_S = 10.0
 LOADING_SHARE, LONGEST_LOADING_S = 0.1, 0.01
 IDLE_LOADING_S = 0.05  # the same while nobody runs
 MANY_DEADLINES = 64
+
+
+@dataclass(frozen=True)
+class InFlightStep:
+    """What a step gives when it ends.
+
+    sampling: sequences that get a token, in the order of `tokens` [rows] on the device, -1 where there is none;
+    arriving: the same on its way to the host. asking: rows that want to know how likely their token was; logprobs:
+    that, on its way too.
+    """
+
+    batch: Batch
+    sampling: list[Sequence] = field(default_factory=list)
+    tokens: Tensor | None = None
+    arriving: ToHost | None = None
+    asking: list[int] = field(default_factory=list)
+    logprobs: ArrivingLogprobs | None = None
 
 
 class Engine:
@@ -71,7 +88,7 @@ class Engine:
         self._sequences: dict[str, Sequence] = {}
         self._awaiting: defaultdict[str, list[Sequence]] = defaultdict(list)
         self._outputs: list[TokenOutput] = []
-        self._in_flight: LaunchedStep | None = None
+        self._in_flight: InFlightStep | None = None
         self._deadlines: list[tuple[float, str]] = []
         self._submitted = 0
         self._step_s = 0.0
@@ -157,13 +174,13 @@ class Engine:
         if self.grammars is not None:
             self.grammars.close()
 
-    def _launch(self, batch: Batch, token_ids: Tensor | None = None) -> LaunchedStep:
+    def _launch(self, batch: Batch, token_ids: Tensor | None = None) -> InFlightStep:
         """Hand a step to the device. token_ids: [rows], where only the device knows them."""
         logits = self.runner.step(batch, token_ids)
         self._score(batch, logits)
         sampling = [chunk for chunk in batch.chunks if chunk.samples]
         if not sampling:
-            return LaunchedStep(batch)
+            return InFlightStep(batch)
         sequences = [chunk.sequence for chunk in sampling]
         asking = [row for row, s in enumerate(sequences) if s.sampling.logprobs is not None]
         unadjusted = logits.sampling[indices(asking, logits.sampling.device)] if asking else None
@@ -177,9 +194,9 @@ class Engine:
             # A token that is not there, -1, ends its request; token 0 stands in its place until the host knows.
             chosen = tokens[indices(asking, tokens.device)].clamp(min=0)
             logprobs = ArrivingLogprobs(unadjusted, chosen, counts)
-        return LaunchedStep(batch, sequences, tokens, ToHost(tokens), asking, logprobs)
+        return InFlightStep(batch, sequences, tokens, ToHost(tokens), asking, logprobs)
 
-    def _run_ahead(self, step: LaunchedStep) -> LaunchedStep | None:
+    def _run_ahead(self, step: InFlightStep) -> InFlightStep | None:
         """Hand over the step that follows, if it depends on this one for nothing but the tokens themselves."""
         ahead = self.scheduler.run_ahead(step.batch)
         if ahead is None or step.tokens is None:
@@ -189,7 +206,7 @@ class Engine:
         # A token that is not there, -1, ends its request, but only once the host knows.
         return self._launch(batch, going_on.clamp(min=0))
 
-    def _finish(self, step: LaunchedStep) -> None:
+    def _finish(self, step: InFlightStep) -> None:
         """Wait for a step's tokens; its sequences go on. Those that ended since it was launched stay as they are."""
         tokens = present(step.arriving.tolist()) if step.arriving is not None else []
         read = []
@@ -240,7 +257,7 @@ class Engine:
                     sequence.scores += ArrivingLogprobs(rows, following, [count] * len(rows)).get()
                 offset += len(rows)
 
-    def _take(self, step: LaunchedStep, tokens: list[int | None]) -> None:
+    def _take(self, step: InFlightStep, tokens: list[int | None]) -> None:
         found = step.logprobs.get() if step.logprobs is not None else []
         logprobs = dict(zip(step.asking, found, strict=True))
         for row, (sequence, token) in enumerate(zip(step.sampling, tokens, strict=True)):

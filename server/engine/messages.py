@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import msgspec
 
+from reftserve.server.base.lent_tensor import LentTensor
+
 
 class InterventionRef(msgspec.Struct, frozen=True):
     """An immutable version of an intervention, as a local folder, with the scale of its edits in this request."""
@@ -72,27 +74,6 @@ class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
     """The client went away, or a stop string was found: free everything the request holds."""
 
     request_id: str
-
-
-class LentTensor(msgspec.Struct, frozen=True):
-    """A tensor in another process's GPU memory: what `torch.multiprocessing` would pickle, as plain data.
-
-    storage, counter, event: the IPC handle of the memory, of the shared count of its users, and of the moment from
-    which on it may be read.
-    """
-
-    dtype: str
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-    device: int
-    storage: bytes
-    storage_bytes: int
-    storage_offset: int
-    counter: bytes
-    counter_offset: int
-    event: bytes
-    event_sync: bool
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):

@@ -20,16 +20,18 @@ import torch
 import zmq
 
 from reftserve.interventions import InterventionError
-from reftserve.server.base_model import eos_token_ids, load_tokenizer, resolve_device, resolve_dtype
+from reftserve.server.base.cuda_weights import lend_weights
+from reftserve.server.base.folder import eos_token_ids, load_tokenizer
+from reftserve.server.base.memory import end_start
+from reftserve.server.base.model import resolve_device, resolve_dtype
+from reftserve.server.base.model_errors import BaseModelError
+from reftserve.server.base.weights import load_base
 from reftserve.server.engine.config import EngineConfig
-from reftserve.server.engine.cuda_weights import lend_weights
 from reftserve.server.engine.engine import Engine
 from reftserve.server.engine.errors import EngineError
+from reftserve.server.engine.grammar import GrammarCompiler
 from reftserve.server.engine.messages import Cancel, Fatal, FromEngine, Ready, Submit, ToEngine
 from reftserve.server.engine.runner import Runner
-from reftserve.server.engine.structured import GrammarCompiler
-from reftserve.server.engine.weights import load_base
-from reftserve.server.memory import end_start
 from reftserve.server.settings import LOG_FORMAT
 
 LOADING_POLL_MS = 1
@@ -54,7 +56,7 @@ def main() -> None:
 
     try:
         engine, ready = build(config)
-    except (EngineError, InterventionError, OSError, ValueError, RuntimeError) as cause:
+    except (BaseModelError, EngineError, InterventionError, OSError, ValueError, RuntimeError) as cause:
         send(Fatal(f"{type(cause).__name__}: {cause}"))
         socket.close(linger=1000)
         sys.exit(1)
@@ -84,7 +86,7 @@ def build(config: EngineConfig) -> tuple[Engine, Ready]:
         folder,
         resolve_dtype(config.dtype, device),
         device,
-        native_kernels=config.native_kernels,
+        cpu_kernels=config.cpu_kernels,
         shared=None if config.weights_folder is None else Path(config.weights_folder),
     )
     lent = lend_weights(model)
@@ -95,7 +97,7 @@ def build(config: EngineConfig) -> tuple[Engine, Ready]:
         block_size=config.block_size,
         bank_bytes=config.bank_bytes,
         int8=config.quantization == "int8",
-        native_kernels=config.native_kernels,
+        cpu_kernels=config.cpu_kernels,
         recorded_rows=config.max_sequences if config.cuda_graphs else 0,
     )
     engine = Engine(

@@ -2,7 +2,7 @@
 
 The model is transformers' own: attention goes through the registered function, edits through one forward hook a decoder
 layer that returns at once when the step edits nothing there. On the CPU some modules stand in for others that compute
-the same (`packed_linear.py`, `fused.py`, `fused_attention.py`, `int8.py`); no code of transformers is changed.
+the same (`base/panels.py`, `fused.py`, `fused_attention.py`, `int8.py`); no code of transformers is changed.
 """
 
 from __future__ import annotations
@@ -17,24 +17,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from reftserve.interventions import decoder_layers
-from reftserve.server.engine.attention import (
-    ATTENTION,
-    AttentionStep,
-    LayerShape,
-    ShapeProbe,
-    attention_step,
-    make_cache,
-)
-from reftserve.server.engine.attention.paged import PagedCache
+from reftserve.server.base.attention import ATTENTION, AttentionStep, LayerShape, ShapeProbe, attention_step
+from reftserve.server.base.cpu_kernels import load_kernels
+from reftserve.server.base.fused import fuse_modules
+from reftserve.server.base.int8 import found_siblings, round_linears
+from reftserve.server.base.model_errors import UnsupportedModel
+from reftserve.server.base.panels import takes_kernels, use_panels
 from reftserve.server.engine.bank import Bank
-from reftserve.server.engine.decode_edits import DecodeEdits
 from reftserve.server.engine.decode_graphs import Compute, DecodeGraphs, record_cuda_graph
-from reftserve.server.engine.edit_plan import LayerEdits, plan_edits
-from reftserve.server.engine.errors import UnsupportedModel
-from reftserve.server.engine.fused import fuse_modules
-from reftserve.server.engine.int8 import found_siblings, round_linears
-from reftserve.server.engine.native import load_kernels
-from reftserve.server.engine.packed_linear import pack_linears, takes_kernels
+from reftserve.server.engine.edit_plan import DecodeEdits, LayerEdits, plan_edits
+from reftserve.server.engine.kv_cache import make_cache
+from reftserve.server.engine.kv_cache.cuda import CudaCache
 from reftserve.server.engine.scheduler import Batch
 from reftserve.server.engine.transfers import to_device
 
@@ -55,7 +48,7 @@ class Logits(NamedTuple):
 class Runner:
     """The base model with its cache and bank. Takes the model over: some of its modules get other forms for speed.
 
-    int8: weights and activations of linear layers are rounded to 8 bits. native_kernels: compute float32 on the CPU by
+    int8: weights and activations of linear layers are rounded to 8 bits. cpu_kernels: compute float32 on the CPU by
     the kernels of native/, which a compiler must make first; int8 needs them. recorded_rows: decode steps of up to so
     many sequences are recorded as CUDA graphs, when attention reads the cache in place; 0 records none. in_place: see
     `make_cache`.
@@ -69,21 +62,21 @@ class Runner:
         block_size: int,
         bank_bytes: int,
         int8: bool = False,
-        native_kernels: bool = True,
+        cpu_kernels: bool = True,
         recorded_rows: int = 0,
         in_place: bool = True,
     ) -> None:
         _check_supported(model)
-        native = native_kernels and takes_kernels(model)
-        if int8 and not native:
+        has_kernels = cpu_kernels and takes_kernels(model)
+        if int8 and not has_kernels:
             raise UnsupportedModel(
-                "quantization int8 is served on the CPU, from float32 weights, with native_kernels; "
-                f"this model is {model.dtype} on {model.device}, native_kernels is {native_kernels}"
+                "quantization int8 is served on the CPU, from float32 weights, with cpu_kernels; "
+                f"this model is {model.dtype} on {model.device}, cpu_kernels is {cpu_kernels}"
             )
-        if native:
+        if has_kernels:
             load_kernels()
-            pack_linears(model)
-        self._native = native
+            use_panels(model)
+        self._has_kernels = has_kernels
         self.model = model
         self.device = model.device
         model.set_attn_implementation(ATTENTION)
@@ -91,7 +84,7 @@ class Runner:
         self._edits: Mapping[int, LayerEdits | DecodeEdits] = {}
         with found_siblings(model) as siblings:
             shapes = self._probe_shapes()
-        if native:
+        if has_kernels:
             fuse_modules(model, int8=int8)
         if int8:
             round_linears(model, siblings)
@@ -101,7 +94,7 @@ class Runner:
             max_bytes=kv_cache_bytes,
             dtype=model.dtype,
             device=self.device,
-            native=native,
+            has_kernels=has_kernels,
             in_place=in_place,
         )
         self.max_context: int = min(self.config.max_position_embeddings, self.cache.num_blocks * self.cache.block_size)
@@ -115,7 +108,7 @@ class Runner:
     @torch.inference_mode()
     def record_decodes(self, max_rows: int, record: Callable[[Compute], Compute]) -> None:
         """Replay decode steps of up to max_rows sequences from now on, where the cache allows it."""
-        if isinstance(self.cache, PagedCache):
+        if isinstance(self.cache, CudaCache):
             self._graphs = DecodeGraphs(
                 self._decode,
                 self.cache,
@@ -208,8 +201,8 @@ class Runner:
             if edits is not None:
                 hidden = output[0] if isinstance(output, tuple) else output
                 rows = hidden.view(-1, hidden.shape[-1])
-                if self._native and isinstance(edits, LayerEdits):
-                    edits.apply_native(rows, self.bank)
+                if self._has_kernels and isinstance(edits, LayerEdits):
+                    edits.apply_on_cpu(rows, self.bank)
                 else:
                     edits.apply(rows, self.bank)
 

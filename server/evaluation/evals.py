@@ -14,16 +14,16 @@ from sqlalchemy.orm import selectinload
 
 from reftserve.client.schemas import EvalCreate, EvalRunCreate, TestingCriterion
 from reftserve.interventions import FingerprintMismatch
-from reftserve.server.base_model import Base
+from reftserve.server.base.folder import Base
+from reftserve.server.datasets import read_examples
+from reftserve.server.datasets.files import TRAINING
 from reftserve.server.errors import Conflict, InvalidRequest, NotFound
 from reftserve.server.evaluation.criteria import check_criteria
 from reftserve.server.evaluation.served import Served
 from reftserve.server.evaluation.tally import Tally
 from reftserve.server.registry.composition import resolve_composition
-from reftserve.server.registry.files import TRAINING
 from reftserve.server.registry.store import Store
 from reftserve.server.storage.tables import Eval, EvalItem, EvalRun
-from reftserve.server.training.data import read_examples
 
 UNFINISHED = ("queued", "in_progress")
 _CRITERIA: TypeAdapter[list[TestingCriterion]] = TypeAdapter(list[TestingCriterion])

@@ -17,19 +17,19 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt
 
 from reftserve.client.schemas import EvalError
 from reftserve.client.schemas.evals import CompletionsDataSource
-from reftserve.server.base_model import Base
-from reftserve.server.engine.client import EngineClient
+from reftserve.server.base.folder import Base
+from reftserve.server.datasets import Example, read_examples
 from reftserve.server.errors import ServerError, StorageFull, Unavailable
 from reftserve.server.evaluation.evals import EvalService, criteria_of
 from reftserve.server.evaluation.items import Outcome, Subject, evaluate
 from reftserve.server.evaluation.run_log import RunLog
-from reftserve.server.inference import intervention_refs, salted
+from reftserve.server.inference.answers import intervention_refs, salted
+from reftserve.server.inference.engine_client import EngineClient
 from reftserve.server.registry.composition import Composition, held
 from reftserve.server.registry.names import Reference
 from reftserve.server.registry.store import Store
 from reftserve.server.storage.database import LOST
 from reftserve.server.storage.tables import EvalRun
-from reftserve.server.training.data import Example, read_examples
 
 logger = logging.getLogger(__name__)
 CHUNK_ITEMS = 32

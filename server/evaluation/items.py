@@ -6,9 +6,8 @@ import asyncio
 from dataclasses import dataclass
 
 from reftserve.client.schemas import EvalError, TestingCriterion
-from reftserve.server.base_model import Base
-from reftserve.server.engine.client import EngineClient
-from reftserve.server.engine.detokenizer import Detokenizer
+from reftserve.server.base.folder import Base
+from reftserve.server.datasets import Example, encode
 from reftserve.server.engine.messages import InterventionRef, SamplingParams, Submit
 from reftserve.server.errors import InvalidRequest
 from reftserve.server.evaluation.criteria import (
@@ -20,8 +19,9 @@ from reftserve.server.evaluation.criteria import (
     needs_reference_logprobs,
 )
 from reftserve.server.evaluation.examples import label_example
-from reftserve.server.inference import answers
-from reftserve.server.training.data import Example, encode
+from reftserve.server.inference.answers import answers
+from reftserve.server.inference.detokenizer import Detokenizer
+from reftserve.server.inference.engine_client import EngineClient
 
 PRIORITY = 6  # behind every request of the next minute
 

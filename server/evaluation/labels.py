@@ -14,7 +14,7 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 from reftserve.client.schemas import ChatMessage
-from reftserve.server.prompts import encode_completion, encode_rendered, encode_text, render_answer, render_chat
+from reftserve.server.base.prompts import encode_completion, encode_rendered, encode_text, render_answer, render_chat
 
 Normalization = Literal["none", "tokens"]
 

@@ -18,8 +18,8 @@ from reftserve.server.evaluation.criteria import item_result
 from reftserve.server.evaluation.items import Outcome
 from reftserve.server.evaluation.tally import Tally
 from reftserve.server.storage.database import Database
+from reftserve.server.storage.leases import worker_id
 from reftserve.server.storage.tables import EvalItem, EvalRun
-from reftserve.server.training.leases import worker_id
 
 
 class RunLog:

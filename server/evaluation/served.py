@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from reftserve.interventions import BaseFingerprint
-from reftserve.server.base_model import Base, resolve_device, resolve_dtype
+from reftserve.server.base.folder import Base
+from reftserve.server.base.model import resolve_device, resolve_dtype
 from reftserve.server.settings import Settings
 
 

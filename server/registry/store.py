@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from reftserve.interventions import BaseFingerprint
-from reftserve.server.registry.files import FileStore
+from reftserve.server.datasets.files import FileStore
 from reftserve.server.registry.interventions import InterventionRegistry
 from reftserve.server.settings import Settings
 from reftserve.server.storage.blobs import BlobStore
@@ -24,8 +22,8 @@ class Store:
     interventions: InterventionRegistry
 
 
-def open_store(settings: Settings, base: BaseFingerprint, validate: Callable[[Path, str], int]) -> Store:
-    """Open, and migrate to the newest schema. validate: counts a training file's examples or refuses it."""
+def open_store(settings: Settings, base: BaseFingerprint) -> Store:
+    """Open, and migrate to the newest schema."""
     settings.data.mkdir(parents=True, exist_ok=True)
     database = Database(settings.resolved_database_url)
     database.migrate()
@@ -37,7 +35,6 @@ def open_store(settings: Settings, base: BaseFingerprint, validate: Callable[[Pa
             database,
             blobs,
             max_bytes=settings.max_file_bytes,
-            validate=validate,
             max_owner_bytes=settings.max_owner_bytes,
         ),
         interventions=InterventionRegistry(

@@ -21,8 +21,8 @@ from weakref import WeakValueDictionary
 from sqlalchemy import select
 
 from reftserve.server.storage.database import Database
+from reftserve.server.storage.leases import ENDED
 from reftserve.server.storage.tables import Job, JobEvent
-from reftserve.server.training.leases import ENDED
 
 POLL_S = 0.25
 PAGE = 200

@@ -19,9 +19,9 @@ from pathlib import Path
 
 from reftserve.server.errors import QuotaExceeded
 from reftserve.server.storage.blobs import BlobStore, no_room_for
+from reftserve.server.storage.leases import Lease, LeaseLost, Leases
 from reftserve.server.storage.tables import Job
 from reftserve.server.training.job_log import JobLog
-from reftserve.server.training.leases import Lease, LeaseLost, Leases
 
 BLOBS = "jobs"
 

@@ -16,8 +16,8 @@ from sqlalchemy.orm import Session
 
 from reftserve.server.errors import NotFound
 from reftserve.server.storage.database import Database
+from reftserve.server.storage.leases import ENDED, Lease, free, held
 from reftserve.server.storage.tables import Job, JobCheckpoint, JobEvent
-from reftserve.server.training.leases import ENDED, Lease, free, held
 
 logger = logging.getLogger(__name__)
 KEPT_CHECKPOINTS = 2

@@ -15,17 +15,17 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from reftserve.client.schemas import DataReport, FineTuningJobCreate
-from reftserve.server.base_model import Base
+from reftserve.server.base.folder import Base
+from reftserve.server.datasets import make_report
+from reftserve.server.datasets.files import TRAINING
 from reftserve.server.errors import Conflict, InvalidRequest, NotFound
-from reftserve.server.registry.files import TRAINING
 from reftserve.server.registry.names import check_name
 from reftserve.server.registry.store import Store
+from reftserve.server.storage.leases import ENDED, is_held
 from reftserve.server.storage.tables import File, Job, JobCheckpoint, JobEvent
 from reftserve.server.training.candidates import DataSize
-from reftserve.server.training.data import make_report
 from reftserve.server.training.event_feed import EventFeed
 from reftserve.server.training.job_log import JobLog, finish, queue, rest
-from reftserve.server.training.leases import ENDED, is_held
 from reftserve.server.training.plan import Plan
 from reftserve.server.training.recipe import make_plan, token_limit
 

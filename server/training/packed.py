@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from reftserve.interventions import decoder_layers
-from reftserve.server.engine.attention import ATTENTION, AttentionStep, attention_step
-from reftserve.server.engine.fused import fuse_modules
-from reftserve.server.engine.native import load_kernels
-from reftserve.server.engine.packed_linear import pack_linears, takes_kernels
+from reftserve.server.base.attention import ATTENTION, AttentionStep, attention_step
+from reftserve.server.base.cpu_kernels import load_kernels
+from reftserve.server.base.fused import fuse_modules
+from reftserve.server.base.panels import takes_kernels, use_panels
 from reftserve.server.training.packed_attention import PackedAttention, Prefixes, Seen, SpanAttention
 from reftserve.server.training.spans import PackedRows
 
@@ -35,19 +35,19 @@ class RowEdit:
 class PackedModel:
     """A frozen base whose forward passes run over packed rows. Takes the model over: its attention is replaced.
 
-    native_kernels: on the CPU in float32, compute with the engine's kernels, from the engine's panels.
+    cpu_kernels: on the CPU in float32, compute with the engine's kernels, from the engine's panels.
     """
 
-    def __init__(self, model: PreTrainedModel, *, native_kernels: bool = True) -> None:
+    def __init__(self, model: PreTrainedModel, *, cpu_kernels: bool = True) -> None:
         self.model = model
         self.device = model.device
         self.hidden_size: int = model.config.get_text_config().hidden_size
         self.layers = decoder_layers(model)
         model.set_attn_implementation(ATTENTION)
-        self._is_native = native_kernels and takes_kernels(model)
-        if self._is_native:
+        self._has_kernels = cpu_kernels and takes_kernels(model)
+        if self._has_kernels:
             load_kernels()
-            pack_linears(model)
+            use_panels(model)
             fuse_modules(model, int8=False)
 
     def logits(
@@ -68,7 +68,7 @@ class PackedModel:
                 handle = self.layers[number].register_forward_hook(_edit_hook(at_layer))
                 stack.callback(handle.remove)
             attention: AttentionStep
-            if self._is_native and prefixes is not None and not rows.parents:
+            if self._has_kernels and prefixes is not None and not rows.parents:
                 attention = SpanAttention(rows, prefixes)
             else:
                 attention = PackedAttention(rows, prefixes)

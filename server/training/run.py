@@ -29,17 +29,17 @@ from reftserve.interventions import (
     Provenance,
     save_artifact,
 )
-from reftserve.server.base_model import Base
+from reftserve.server.base.folder import Base
+from reftserve.server.base.memory import give_back_memory
+from reftserve.server.datasets import EncodedExample, Splits, dataset_hash, encode, read_examples, split
 from reftserve.server.errors import Conflict, InvalidRequest, ServerError
-from reftserve.server.memory import give_back_memory
 from reftserve.server.registry.store import Store
 from reftserve.server.storage.blobs import no_room_for
 from reftserve.server.storage.database import LOST
+from reftserve.server.storage.leases import Lease, LeaseLost, held
 from reftserve.server.storage.tables import Job
-from reftserve.server.training.data import EncodedExample, Splits, dataset_hash, encode, read_examples, split
 from reftserve.server.training.job_files import JobFiles
 from reftserve.server.training.job_log import JobLog, finish
-from reftserve.server.training.leases import Lease, LeaseLost, held
 from reftserve.server.training.pace import Pace
 from reftserve.server.training.packed import PackedModel
 from reftserve.server.training.plan import Plan

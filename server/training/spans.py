@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from reftserve.interventions import Positions
-from reftserve.server.training.data import EncodedExample
+from reftserve.server.datasets import EncodedExample
 
 # A beginning in common gets rows of its own from this part of the longest example on: attention to it goes through a
 # mask, which on the CPU costs a long example more than the rows of a short beginning.

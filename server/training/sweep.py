@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from reftserve.interventions import NonFiniteError, Positions
-from reftserve.server.training.data import Splits
+from reftserve.server.datasets import Splits
 from reftserve.server.training.plan import Plan
 from reftserve.server.training.trainer import StepMetrics, Trainer, advance
 from reftserve.server.training.trunk import Trunks

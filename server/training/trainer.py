@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from reftserve.interventions import NonFiniteError, PlacedEdit, Positions, TrainableIntervention
-from reftserve.server.training.data import EncodedExample, Splits
+from reftserve.server.datasets import EncodedExample, Splits
 from reftserve.server.training.evaluation import Score
 from reftserve.server.training.packed import RowEdit
 from reftserve.server.training.plan import Plan

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from reftserve.interventions import Positions
-from reftserve.server.training.data import EncodedExample
+from reftserve.server.datasets import EncodedExample
 from reftserve.server.training.packed import PackedModel, RowEdit
 from reftserve.server.training.spans import Batch, PackedRows, Span, in_passes
 

@@ -21,18 +21,18 @@ import msgspec
 import torch
 from sqlalchemy.exc import SQLAlchemyError
 
-from reftserve.server.base_model import Base, open_base, resolve_device, resolve_dtype
-from reftserve.server.engine.messages import LentTensor
-from reftserve.server.engine.weights import load_base
+from reftserve.server.base.folder import Base, open_base
+from reftserve.server.base.lent_tensor import LentTensor
+from reftserve.server.base.memory import give_back_memory
+from reftserve.server.base.model import resolve_device, resolve_dtype
+from reftserve.server.base.weights import load_base
 from reftserve.server.errors import StorageFull
-from reftserve.server.memory import give_back_memory
 from reftserve.server.registry.store import Store, open_store
 from reftserve.server.settings import LOG_FORMAT, Settings
 from reftserve.server.storage.database import LOST
-from reftserve.server.training.data import count_examples
+from reftserve.server.storage.leases import Leases, worker_id
 from reftserve.server.training.job_files import JobFiles
 from reftserve.server.training.job_log import JobLog
-from reftserve.server.training.leases import Leases, worker_id
 from reftserve.server.training.packed import PackedModel
 from reftserve.server.training.run import Runs
 from reftserve.server.training.threads import Threads, sum_in_one_order
@@ -69,7 +69,7 @@ def run(settings: Settings, lent: Sequence[LentTensor] = ()) -> NoReturn:
     if settings.worker_threads is not None:
         torch.set_num_threads(settings.worker_threads)
     base = open_base(settings)
-    store = open_store(settings, base.fingerprint, count_examples)
+    store = open_store(settings, base.fingerprint)
     worker = worker_id()
     leases = Leases(store.database, worker, lease_s=settings.lease_s)
     runs, files = open_runs(settings, store, base, leases, lent)
@@ -99,7 +99,7 @@ def open_runs(
         base.folder,
         resolve_dtype(settings.dtype, device),
         device,
-        native_kernels=settings.native_kernels,
+        cpu_kernels=settings.cpu_kernels,
         shared=settings.weights_folder,
         lent=lent,
     )
@@ -110,7 +110,7 @@ def open_runs(
         max_bytes=settings.max_jobs_bytes,
         keep_s=settings.keep_jobs_s,
     )
-    packed = PackedModel(model, native_kernels=settings.native_kernels)
+    packed = PackedModel(model, cpu_kernels=settings.cpu_kernels)
     if device.type == "cpu" and settings.worker_yields:
         Threads(torch.get_num_threads()).watch(model, packed.layers)
     runs = Runs(

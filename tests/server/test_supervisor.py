@@ -12,8 +12,9 @@ from typing import cast
 import psutil
 import pytest
 
-from reftserve.server.engine.client import EngineClient
-from reftserve.server.engine.messages import LentTensor, Ready
+from reftserve.server.base.lent_tensor import LentTensor
+from reftserve.server.engine.messages import Ready
+from reftserve.server.inference.engine_client import EngineClient
 from reftserve.server.settings import Settings
 from reftserve.server.supervisor import FIRST_PAUSE_S, keep_worker
 
@@ -39,7 +40,7 @@ class Engine:
 
 @asynccontextmanager
 async def kept(engine: Engine, model: Path, data: Path) -> AsyncIterator[None]:
-    settings = Settings(model=str(model), data=data, device="cpu", native_kernels=False, worker_threads=1)
+    settings = Settings(model=str(model), data=data, device="cpu", cpu_kernels=False, worker_threads=1)
     keeper = asyncio.create_task(keep_worker(settings, cast("EngineClient", engine)))
     try:
         yield

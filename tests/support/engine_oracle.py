@@ -24,12 +24,12 @@ from reftserve.interventions import (
     load_artifact,
     save_artifact,
 )
-from reftserve.server.engine.attention import LayerShape
+from reftserve.server.base.attention import LayerShape
 from reftserve.server.engine.engine import Engine
+from reftserve.server.engine.grammar import GrammarCompiler
 from reftserve.server.engine.messages import InterventionRef, SamplingParams, Submit, TokenLogprobs, TokenOutput
 from reftserve.server.engine.runner import Logits, Runner
 from reftserve.server.engine.scheduler import Batch
-from reftserve.server.engine.structured import GrammarCompiler
 
 
 class RecordingRunner(Runner):

@@ -11,16 +11,15 @@ from typing import Any, cast
 from api_data import chat_lines
 
 from reftserve.client.schemas import EvalCreate, EvalRunCreate
-from reftserve.server.base_model import open_base
-from reftserve.server.engine.client import EngineClient
+from reftserve.server.base.folder import open_base
 from reftserve.server.engine.messages import Submit, TokenOutput
 from reftserve.server.evaluation.evals import EvalService
 from reftserve.server.evaluation.evaluator import Evaluator
 from reftserve.server.evaluation.served import Served, served_by
+from reftserve.server.inference.engine_client import EngineClient
 from reftserve.server.registry.store import open_store
 from reftserve.server.settings import Settings
 from reftserve.server.storage.tables import EvalItem, EvalRun
-from reftserve.server.training.data import count_examples
 
 OWNER = "default"
 
@@ -48,7 +47,7 @@ class EvalPlace:
         self.settings = Settings(model=str(model_folder), data=data, device="cpu")
         self.base = open_base(self.settings)
         self.served = served_by(self.settings, self.base)
-        self.store = open_store(self.settings, self.base.fingerprint, count_examples)
+        self.store = open_store(self.settings, self.base.fingerprint)
         self.evals = self.service(self.served)
         self.engine = StubEngine()
 

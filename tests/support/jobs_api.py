@@ -18,14 +18,12 @@ from api_data import chat_lines
 from fastapi import FastAPI, Request
 
 from reftserve.client.schemas import FineTuningJobCreate
-from reftserve.server import auth
-from reftserve.server.api import fine_tuning
+from reftserve.server.api import auth, fine_tuning
 from reftserve.server.api.errors import install_error_handlers
-from reftserve.server.base_model import open_base
+from reftserve.server.base.folder import open_base
 from reftserve.server.registry.store import open_store
 from reftserve.server.settings import Settings
 from reftserve.server.storage.tables import Job, JobEvent
-from reftserve.server.training.data import count_examples
 from reftserve.server.training.jobs import JobService
 
 
@@ -35,7 +33,7 @@ class JobsApi:
     def __init__(self, model_folder: Path, data: Path) -> None:
         settings = Settings(model=str(model_folder), data=data)
         self._base = open_base(settings)
-        self._store = open_store(settings, self._base.fingerprint, count_examples)
+        self._store = open_store(settings, self._base.fingerprint)
         self.database = self._store.database
         self.reads = 0
         sqlalchemy.event.listen(self.database.engine, "before_cursor_execute", self._count)

@@ -10,7 +10,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from reftserve.interventions import PlacedEdit, TrainableIntervention, attach
-from reftserve.server.training.data import EncodedExample
+from reftserve.server.datasets import EncodedExample
 
 IGNORED = -100
 

@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from reftserve.server.engine.attention.interface import LayerShape
-from reftserve.server.engine.attention.paged import PagedCache, PromptRows
+from reftserve.server.base.attention import LayerShape
+from reftserve.server.engine.kv_cache.cuda import CudaCache, PromptRows
 from reftserve.server.engine.runner import Runner
 
 
 class PlainKernels:
-    """PagedKernels by gathering whole tables."""
+    """CudaKernels by gathering whole tables."""
 
     def store(self, keys: Tensor, values: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
         for store, new in ((keys, key), (values, value)):
@@ -103,7 +103,7 @@ def use_paged_cache(runner: Runner, shapes: list[LayerShape], blocks: int) -> No
     """Give a runner on the CPU the cache that it would have on a GPU."""
     size = runner.cache.block_size
     bytes_per_block = size * sum(s.kv_heads * (s.key_dim + s.value_dim) for s in shapes) * runner.model.dtype.itemsize
-    runner.cache = PagedCache(
+    runner.cache = CudaCache(
         shapes,
         block_size=size,
         max_bytes=blocks * bytes_per_block,

@@ -6,7 +6,7 @@ import random
 
 import torch
 
-from reftserve.server.training.data import EncodedExample
+from reftserve.server.datasets import EncodedExample
 from reftserve.server.training.plan import Plan
 
 

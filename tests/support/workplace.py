@@ -10,15 +10,15 @@ import torch
 from api_data import chat_lines
 
 from reftserve.client.schemas import FineTuningJobCreate
-from reftserve.server.base_model import Base, load_model, open_base
+from reftserve.server.base.folder import Base, open_base
+from reftserve.server.base.model import load_model
 from reftserve.server.registry.store import Store, open_store
 from reftserve.server.settings import Settings
+from reftserve.server.storage.leases import Lease, Leases
 from reftserve.server.storage.tables import Job
-from reftserve.server.training.data import count_examples
 from reftserve.server.training.job_files import JobFiles
 from reftserve.server.training.job_log import JobLog
 from reftserve.server.training.jobs import JobService
-from reftserve.server.training.leases import Lease, Leases
 from reftserve.server.training.packed import PackedModel
 from reftserve.server.training.run import Runs
 
@@ -34,7 +34,7 @@ class Workplace:
     def __init__(self, model_folder: Path, data: Path, *, lease_s: float = 60, **settings: Any) -> None:
         self.settings = Settings(model=str(model_folder), data=data, lease_s=lease_s, **settings)
         self.base: Base = open_base(self.settings)
-        self.store: Store = open_store(self.settings, self.base.fingerprint, count_examples)
+        self.store: Store = open_store(self.settings, self.base.fingerprint)
         self.jobs = JobService(self.store, self.base)
         self.log = JobLog(self.store.database)
         self.packed = PackedModel(load_model(self.base.folder, torch.float32, torch.device("cpu")))

@@ -10,8 +10,8 @@ import httpx
 import pytest
 from fastapi import Body, FastAPI, UploadFile
 
+from reftserve.server.api.body_limit import FRAMING_BYTES, JSON_BYTES, BodyLimit
 from reftserve.server.api.errors import install_error_handlers
-from reftserve.server.body_limit import FRAMING_BYTES, JSON_BYTES, BodyLimit
 
 MEBIBYTE = 1 << 20
 BEGIN = b'--b\r\nContent-Disposition: form-data; name="file"; filename="f"\r\n\r\n'

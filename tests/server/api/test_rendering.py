@@ -8,8 +8,8 @@ import httpx
 from api_data import BASE
 from tiny_models import tiny_tokenizer
 
-from reftserve.server.training.data import Place, encode
-from reftserve.server.training.data.examples import row_examples
+from reftserve.server.datasets import Place, encode
+from reftserve.server.datasets.examples import row_examples
 
 TURNS = [("system", "be brief"), ("user", "is the fox lazy?"), ("assistant", "no"), ("user", "and\nthe dog?")]
 TURNS += [("assistant", "yes"), ("developer", "be polite"), ("user", "why?"), ("assistant", "it is asleep")]

@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from engine_oracle import save_random
+from kernel_fixtures import kernels, one_thread
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from reftserve.server.engine.native import load_kernels
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny products gain nothing from a second thread, and wait for it for ever where the machine has other work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="session")
-def kernels() -> None:
-    """The CPU's kernels are there; for tests that call them without an engine."""
-    load_kernels()
+__all__ = ["kernels", "one_thread"]
 
 
 @pytest.fixture(scope="session")

@@ -15,8 +15,8 @@ from transformers import (
 )
 
 from reftserve.interventions import BaseFingerprint, PlacedEdit, Positions, save_artifact
+from reftserve.server.base.model_errors import UnsupportedModel
 from reftserve.server.engine.engine import Engine
-from reftserve.server.engine.errors import UnsupportedModel
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

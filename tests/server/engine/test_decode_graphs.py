@@ -15,10 +15,10 @@ from engine_oracle import make_engine, request, run_until_done, save_random
 from recorded import PlainKernels, record, use_paged_cache
 from torch import Tensor
 
-from reftserve.server.engine.attention import LayerShape
-from reftserve.server.engine.attention.paged import PagedCache
+from reftserve.server.base.attention import LayerShape
 from reftserve.server.engine.decode_graphs import DecodeGraphs
 from reftserve.server.engine.engine import Engine
+from reftserve.server.engine.kv_cache.cuda import CudaCache
 from reftserve.server.engine.runner import Runner
 
 PROMPT = [5, 9, 17, 120, 44]
@@ -91,7 +91,7 @@ def test_edits_of_the_answer_are_recorded_by_kind_and_not_above_the_rank_they_ha
 def test_rows_that_pad_write_to_the_scratch_block_alone(tiny_llama_folder: Path) -> None:
     engine, _ = counting_engine(tiny_llama_folder, max_sequences=8, blocks=8)
     cache = engine.runner.cache
-    assert isinstance(cache, PagedCache)
+    assert isinstance(cache, CudaCache)
     for index in range(5):
         engine.submit(request(str(index), PROMPT[:2], max_tokens=2))
     engine.step()
@@ -110,7 +110,7 @@ def test_rows_that_pad_write_to_the_scratch_block_alone(tiny_llama_folder: Path)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture_can_be_recorded(name: str) -> None:
     model = tiny_model(name).requires_grad_(False)
-    runner = Runner(model, kv_cache_bytes=1 << 16, block_size=4, bank_bytes=1 << 14, native_kernels=False)
+    runner = Runner(model, kv_cache_bytes=1 << 16, block_size=4, bank_bytes=1 << 14, cpu_kernels=False)
     shapes = [LayerShape(keys.shape[1], keys.shape[3], values.shape[3]) for keys, values in stores(runner)]
     use_paged_cache(runner, shapes, blocks=8)
     runner.record_decodes(4, record)  # refuses what looks at numbers on the device

@@ -14,10 +14,10 @@ from tiny_models import tiny_llama
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from reftserve.server.base.int8 import Int8Linear, SiblingLinear, found_siblings, round_linears
+from reftserve.server.base.model_errors import UnsupportedModel
+from reftserve.server.base.panels import PanelLinear
 from reftserve.server.engine.engine import Engine
-from reftserve.server.engine.errors import UnsupportedModel
-from reftserve.server.engine.int8 import Int8Linear, SiblingLinear, found_siblings, round_linears
-from reftserve.server.engine.packed_linear import PackedLinear
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -40,7 +40,7 @@ def test_int8_is_near_and_nearer_when_precise(bias: bool) -> None:
 def test_int8_of_a_packed_layer_is_that_of_the_plain_one_to_the_bit() -> None:
     plain = linear()
     x = torch.randn(3, 48, generator=torch.Generator().manual_seed(2))
-    assert torch.equal(Int8Linear([PackedLinear([plain])])(x), Int8Linear([plain])(x))
+    assert torch.equal(Int8Linear([PanelLinear([plain])])(x), Int8Linear([plain])(x))
 
 
 @settings(max_examples=100, deadline=None)

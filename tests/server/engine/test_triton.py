@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from plain_attention import batch_of, chunk, plain_attention
 from torch import Tensor
 
-from reftserve.server.engine.attention.interface import LayerShape
-from reftserve.server.engine.attention.paged import PagedCache
+from reftserve.server.base.attention import LayerShape
+from reftserve.server.engine.kv_cache.cuda import CudaCache
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -47,7 +47,7 @@ def test_attention_compiles_for_gpus_that_are_not_here(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from reftserve.server.engine.attention.triton import _attend, _shape
+    from reftserve.server.engine.kv_cache.triton import _attend, _shape
 
     # Llama 8B's heads in bfloat16.
     query = torch.empty(32, 4, 128, dtype=torch.bfloat16, device="meta")
@@ -67,11 +67,11 @@ def test_attention_compiles_for_gpus_that_are_not_here(
     assert compiled.metadata.shared <= 99 * 1024  # what a block may have on the GPU that has least
 
 
-def paged_cache(shape: LayerShape, blocks: int, block_size: int, splits: int | None, dtype: torch.dtype) -> PagedCache:
-    from reftserve.server.engine.attention.triton import TritonKernels
+def paged_cache(shape: LayerShape, blocks: int, block_size: int, splits: int | None, dtype: torch.dtype) -> CudaCache:
+    from reftserve.server.engine.kv_cache.triton import TritonKernels
 
     bytes_per_block = block_size * shape.kv_heads * (shape.key_dim + shape.value_dim) * dtype.itemsize
-    cache = PagedCache(
+    cache = CudaCache(
         [shape],
         block_size=block_size,
         max_bytes=blocks * bytes_per_block,
@@ -162,7 +162,7 @@ def test_half_precision_is_as_near_as_its_numbers_allow() -> None:
 @interpreted
 @pytest.mark.parametrize("splits", [1, 4])
 def test_rows_of_length_zero_give_zeros_and_read_nothing(splits: int) -> None:
-    from reftserve.server.engine.attention.triton import TritonKernels
+    from reftserve.server.engine.kv_cache.triton import TritonKernels
 
     cache = paged_cache(LayerShape(2, 16, 16), 4, 16, splits, torch.float32)
     tables, lengths = torch.zeros(3, 1, dtype=torch.int32), torch.zeros(3, dtype=torch.int32)

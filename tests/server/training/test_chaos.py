@@ -21,7 +21,7 @@ from reftserve.client import Client
 from reftserve.client.exceptions import Conflict, ConnectionFailed
 from reftserve.client.jobs import Job
 from reftserve.interventions import load_artifact
-from reftserve.server.base_model import open_base
+from reftserve.server.base.folder import open_base
 from reftserve.server.settings import Settings
 from reftserve.server.storage.database import Database
 from reftserve.server.storage.tables import JobEvent
@@ -111,7 +111,7 @@ def settings(tiny_llama_folder: Path, tmp_path: Path) -> Settings:
         worker=False,
         checkpoint_steps=CHECKPOINT_STEPS,
         lease_s=1,
-        native_kernels=False,
+        cpu_kernels=False,
         engine_threads=1,
         worker_threads=1,
     )

@@ -15,7 +15,7 @@ from training_data import plan
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from reftserve.interventions import Positions
-from reftserve.server.training.data import EncodedExample, Splits
+from reftserve.server.datasets import EncodedExample, Splits
 from reftserve.server.training.packed import PackedModel
 from reftserve.server.training.trainer import Trainer
 from reftserve.server.training.trunk import Arena, Trunk

@@ -20,9 +20,9 @@ from workplace import CHECKPOINT_STEPS, OWNER, STEPS, Worker, Workplace
 from reftserve.interventions import load_artifact
 from reftserve.server.errors import Conflict, QuotaExceeded
 from reftserve.server.registry.names import Reference
+from reftserve.server.storage.leases import Lease, LeaseLost
 from reftserve.server.storage.tables import Version
 from reftserve.server.training.job_log import JobLog
-from reftserve.server.training.leases import Lease, LeaseLost
 from reftserve.server.training.packed import PackedModel
 from reftserve.server.training.run import MAX_ATTEMPTS
 from reftserve.server.training.sweep import Sweep

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from training_data import beginning_alike, examples
 
 from reftserve.interventions import Positions
-from reftserve.server.training.data import EncodedExample
+from reftserve.server.datasets import EncodedExample
 from reftserve.server.training.spans import Batch, Span, in_passes
 
 POSITIONS = st.sampled_from(["l1", "f3", "f2+l2", "f4+l9", "prompt", "generated", "all"])

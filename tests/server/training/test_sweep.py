@@ -10,7 +10,7 @@ from training_data import examples, plan
 from workplace import OWNER, Workplace
 
 from reftserve.interventions import NonFiniteError, Positions
-from reftserve.server.training.data import Splits
+from reftserve.server.datasets import Splits
 from reftserve.server.training.packed import PackedModel
 from reftserve.server.training.sweep import Sweep, rungs
 from reftserve.server.training.trainer import Trainer

@@ -11,7 +11,7 @@ from tiny_models import tiny_llama
 from training_data import examples, plan
 
 from reftserve.interventions import NonFiniteError, Positions, model_checksum
-from reftserve.server.training.data import EncodedExample, Splits
+from reftserve.server.datasets import EncodedExample, Splits
 from reftserve.server.training.packed import PackedModel
 from reftserve.server.training.plan import Plan
 from reftserve.server.training.trainer import Trainer

@@ -18,9 +18,9 @@ from training_data import beginning_alike, examples, plan
 from transformers import PreTrainedModel
 
 from reftserve.interventions import FAMILIES, Positions, TrainableIntervention
-from reftserve.server.engine.fused import FusedMLP, FusedRMSNorm
-from reftserve.server.engine.fused_attention import FusedAttention
-from reftserve.server.training.data import EncodedExample, Splits
+from reftserve.server.base.fused import FusedMLP, FusedRMSNorm
+from reftserve.server.base.fused_attention import FusedAttention
+from reftserve.server.datasets import EncodedExample, Splits
 from reftserve.server.training.packed import PackedModel
 from reftserve.server.training.packed_attention import SpanAttention
 from reftserve.server.training.plan import Plan
@@ -35,23 +35,23 @@ PLENTY = 1 << 30
 Models = dict[str, tuple[PreTrainedModel, PackedModel]]  # of each architecture, one to compute plainly, and one packed
 
 
-def pairs(*, native_kernels: bool) -> Models:
+def pairs(*, cpu_kernels: bool) -> Models:
     found = {}
     for name in ARCHITECTURES:
         plain, packed = (tiny_model(name).requires_grad_(False) for _ in range(2))
-        found[name] = (plain, PackedModel(packed, native_kernels=native_kernels))
+        found[name] = (plain, PackedModel(packed, cpu_kernels=cpu_kernels))
     return found
 
 
 @pytest.fixture(scope="module")
 def models() -> Models:
-    return pairs(native_kernels=True)
+    return pairs(cpu_kernels=True)
 
 
 @pytest.fixture(scope="module")
 def models_without_kernels() -> Models:
     """As they are on a GPU."""
-    return pairs(native_kernels=False)
+    return pairs(cpu_kernels=False)
 
 
 def trunk_of(

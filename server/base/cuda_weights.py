@@ -1,0 +1,63 @@
+"""The base's weights on a GPU, once for engine and worker: the engine lends its own through CUDA IPC.
+
+What is lent is a handle of the engine's memory, plain data that any process of the machine can open. It holds as long
+as the engine lives; whoever has opened it must end with the engine (`supervisor.keep_worker` sees to that).
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
+
+from reftserve.server.base.lent_tensor import LentTensor
+
+logger = logging.getLogger(__name__)
+
+
+def lend_weights(model: nn.Module) -> list[LentTensor]:
+    """A model's parameters; none where it is not on a GPU, or memory cannot be shared, which the log says."""
+    parameters = list(model.parameters())
+    if any(parameter.device.type != "cuda" for parameter in parameters):
+        return []
+    try:
+        return [_lend(parameter.detach()) for parameter in parameters]
+    except RuntimeError as cause:
+        logger.warning("the worker will hold a copy of the base's weights of its own: %s", cause)
+        return []
+
+
+def open_lent(lent: LentTensor) -> Tensor:
+    """The tensor in the other process's memory.
+
+    Raises RuntimeError when it cannot be opened.
+    """
+    tensor: Tensor = rebuild_cuda_tensor(  # type: ignore[no-untyped-call]
+        Tensor,
+        torch.Size(lent.size),
+        lent.stride,
+        lent.offset,
+        torch.TypedStorage,
+        getattr(torch, lent.dtype),
+        lent.device,
+        lent.storage,
+        lent.storage_bytes,
+        lent.storage_offset,
+        False,  # no gradient
+        lent.counter,
+        lent.counter_offset,
+        lent.event,
+        lent.event_sync,
+    )
+    return tensor
+
+
+def _lend(tensor: Tensor) -> LentTensor:
+    _, arguments = reduce_tensor(tensor)  # type: ignore[no-untyped-call]
+    _, size, stride, offset, _, dtype, device, storage, storage_bytes, storage_offset, _, *synchronization = arguments
+    name = str(dtype).removeprefix("torch.")
+    return LentTensor(
+        name, tuple(size), tuple(stride), offset, device, storage, storage_bytes, storage_offset, *synchronization
+    )

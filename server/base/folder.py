@@ -1,0 +1,145 @@
+"""The base model on disk: where it is, its tokenizer, and loading it frozen.
+
+Used by the server (tokenizer, fingerprint), the engine and the training worker (weights). A model named by its
+hub id is looked for in `<data>/models/<organisation>--<name>` first, then in the hub's cache, then in the hub.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+
+from reftserve.interventions import BaseFingerprint, fingerprint
+from reftserve.server.errors import NotFound
+
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
+    from transformers import PreTrainedTokenizerBase
+
+    from reftserve.server.settings import Settings
+
+
+def model_name(settings: Settings) -> str:
+    """The base model's id in the API: the configured one, the hub id, or the folder's name."""
+    if settings.served_model_name:
+        return settings.served_model_name
+    folder = Path(settings.model)
+    return folder.resolve().name if folder.is_dir() else settings.model
+
+
+def resolve_model_folder(settings: Settings) -> Path:
+    """The folder that holds the base model's config, weights (safetensors) and tokenizer.
+
+    Raises NotFound, saying where was looked and what to do, when there is none.
+    """
+    as_folder = Path(settings.model)
+    kept = settings.data / "models" / settings.model.replace("/", "--")
+    for folder in (as_folder, kept):
+        if (folder / "config.json").is_file():
+            return folder.resolve()
+    if as_folder.is_dir():
+        raise NotFound(f"{as_folder} holds no config.json: not a Hugging Face model folder", code="model_not_found")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt"]
+    try:
+        return Path(snapshot_download(settings.model, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as cause:
+        raise NotFound(
+            f"model {settings.model!r} is neither a folder, nor in {kept}, nor could it be had from the hub ({cause}). "
+            "Give --model a folder with config.json, *.safetensors and a tokenizer, or a hub id while online.",
+            code="model_not_found",
+        ) from cause
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The base's tokenizer with its chat template; runs no code from the folder."""
+    from transformers import AutoTokenizer
+
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class Base:
+    """What everyone but the engine and the trainer needs to know of the base model; no weights.
+
+    eos_token_ids: tokens that end an answer. max_context: tokens that prompt and answer may have together.
+    """
+
+    name: str
+    folder: Path
+    tokenizer: PreTrainedTokenizerBase
+    fingerprint: BaseFingerprint
+    eos_token_ids: tuple[int, ...]
+    max_context: int
+    created_at: int
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """A token's own bytes, which need not be whole characters; a special token's are those of its name."""
+        return self._vocabulary.decode_bytes([token_id])
+
+    @cached_property
+    def _vocabulary(self) -> LLTokenizer:
+        from llguidance.hf import from_tokenizer
+
+        return from_tokenizer(self.tokenizer)
+
+
+def open_base(settings: Settings) -> Base:
+    """Find the base model, load its tokenizer and identify it.
+
+    The hash of the weights is kept in the data folder as long as the files do not change.
+    Raises NotFound when there is no such model.
+    """
+    folder = resolve_model_folder(settings)
+    tokenizer = load_tokenizer(folder)
+    return Base(
+        name=model_name(settings),
+        folder=folder,
+        tokenizer=tokenizer,
+        fingerprint=_kept_fingerprint(folder, settings.data / "fingerprints.json"),
+        eos_token_ids=eos_token_ids(folder, tokenizer),
+        max_context=_max_context(folder),
+        created_at=int((folder / "config.json").stat().st_mtime),
+    )
+
+
+def _kept_fingerprint(folder: Path, cache: Path) -> BaseFingerprint:
+    files = sorted(file for file in folder.iterdir() if file.is_file())
+    key = f"{folder} {[(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]}"
+    known: dict[str, Any] = json.loads(cache.read_text()) if cache.is_file() else {}
+    if key not in known:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{cache}.lock"):
+            # Only the base of the day is worth keeping: the file stays small.
+            known = {key: fingerprint(folder).model_dump()}
+            scratch = cache.with_suffix(".partial")
+            scratch.write_text(json.dumps(known))
+            scratch.replace(cache)
+    return BaseFingerprint(**known[key])
+
+
+def _max_context(folder: Path) -> int:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    return int(config.get_text_config().max_position_embeddings)
+
+
+def eos_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Tokens that end an answer: the tokenizer's, and those of the generation config."""
+    ids: set[int] = set()
+    if tokenizer.eos_token_id is not None:
+        ids.add(tokenizer.eos_token_id)
+    generation = folder / "generation_config.json"
+    if generation.is_file():
+        configured = json.loads(generation.read_text()).get("eos_token_id")
+        ids.update([configured] if isinstance(configured, int) else configured or [])
+    return tuple(sorted(ids))

@@ -1,0 +1,138 @@
+"""Linear layers of the frozen base in int8 on the CPU (cpu_kernels/int8.cpp), when that is asked for.
+
+Weights are scaled per output channel, activations per token, so that one request's scale never depends on another's.
+The products are exact integers, so a row's result does not depend on its batch at all. Layers that read the same tensor
+(query, key and value) are computed as one: rounding it takes as long as the product.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from reftserve.server.base.panels import Linear, PanelLinear, is_linear, joined_bias
+from reftserve.server.base.replacement import replace_modules
+
+INT8_MAX = 127
+TINY = 1e-12  # a channel of zeros has a scale too
+
+
+class Int8Weight(nn.Module):
+    """Weights of one layer, or of several that read one tensor: int8 [out, in], float32 scale [out], bias."""
+
+    def __init__(self, layers: Sequence[Linear]) -> None:
+        super().__init__()
+        weight, bias = torch.cat([_dense(layer) for layer in layers]), joined_bias(layers)
+        scale = weight.abs().amax(dim=1, keepdim=True).clamp_(min=TINY) / INT8_MAX
+        self.weight = nn.Parameter((weight / scale).round_().to(torch.int8), requires_grad=False)
+        self.scale = nn.Parameter(scale.flatten(), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+
+class Int8Linear(nn.Module):
+    """y = x W^T + b in integers, by the kernel in cpu_kernels/int8.cpp.
+
+    precise: what rounding the activations leaves over is rounded once more and multiplied too; then only the weights
+    are inexact.
+    """
+
+    def __init__(self, layers: Sequence[Linear], *, precise: bool = False) -> None:
+        super().__init__()
+        self.packed = Int8Weight(layers)
+        self.sizes = [layer.out_features for layer in layers]
+        self.precise = precise
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., in] -> [..., out], of a single layer."""
+        return self.parts(x)[0]
+
+    def parts(self, x: Tensor) -> list[Tensor]:
+        """x: [..., in] -> [..., out] for each layer."""
+        packed = self.packed
+        outputs: list[Tensor] = torch.ops.reftserve.int8_linear(
+            x, packed.weight, packed.scale, packed.bias, self.precise, self.sizes
+        )
+        return outputs
+
+
+class _Siblings:
+    """Layers that read the same tensor: the first that is called computes all, the others take their part."""
+
+    def __init__(self, layer: Int8Linear) -> None:
+        self._layer = layer
+        self._input: Tensor | None = None
+        self._outputs: list[Tensor] = []
+
+    def part(self, x: Tensor, index: int) -> Tensor:
+        """Output `index` for the input x."""
+        if x is not self._input:
+            self._input, self._outputs = x, self._layer.parts(x)
+        output = self._outputs[index]
+        if index == len(self._outputs) - 1:
+            self._input, self._outputs = None, []  # keeps nothing alive after the last
+        return output
+
+
+class SiblingLinear(nn.Module):
+    """One of several linear layers that read the same tensor. layer: all of them as one, shared."""
+
+    def __init__(self, layer: Int8Linear, siblings: _Siblings, index: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self._siblings = siblings
+        self._index = index
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., in] -> [..., out of this one]."""
+        return self._siblings.part(x, self._index)
+
+
+@contextmanager
+def found_siblings(model: nn.Module) -> Iterator[list[list[Linear]]]:
+    """Groups of linear layers of one parent that were given the very same tensor in a forward pass inside."""
+    groups: list[list[Linear]] = []
+    readers: defaultdict[tuple[int, int], list[Linear]] = defaultdict(list)
+    kept: list[Tensor] = []  # so that no two inputs have one id
+    hooks = []
+    for parent in model.modules():
+        for child in parent.children():
+            if is_linear(child):
+
+                def record(module: nn.Module, inputs: tuple[Tensor, ...], parent: int = id(parent)) -> None:
+                    kept.append(inputs[0])
+                    readers[parent, id(inputs[0])].append(module)  # type: ignore[arg-type]
+
+                hooks.append(child.register_forward_pre_hook(record))
+    try:
+        yield groups
+    finally:
+        for hook in hooks:
+            hook.remove()
+    groups += [layers for layers in readers.values() if len(set(layers)) == len(layers) > 1]
+
+
+def round_linears(model: nn.Module, siblings: Sequence[Sequence[Linear]]) -> None:
+    """Bring a frozen float32 model's linear layers into int8. siblings: groups to compute as one."""
+    head = getattr(model, "lm_head", None)
+    forms: dict[nn.Module, nn.Module] = {}
+    there = set(model.modules())
+    for group in (group for group in siblings if there.issuperset(group)):  # others are fused
+        layer = Int8Linear(group)
+        shared = _Siblings(layer)
+        forms.update({member: SiblingLinear(layer, shared, index) for index, member in enumerate(group)})
+
+    def form(child: nn.Module) -> nn.Module | None:
+        if not is_linear(child):
+            return None
+        # Attention's and the MLP's outputs go through no norm before they are projected: outliers are theirs.
+        return forms.get(child) or Int8Linear([child], precise=child is not head)
+
+    replace_modules(model, form)
+
+
+def _dense(layer: Linear) -> Tensor:
+    return layer.unpacked() if isinstance(layer, PanelLinear) else layer.weight.detach()

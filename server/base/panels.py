@@ -1,0 +1,122 @@
+"""Linear layers of the frozen base in float32, packed for the CPU's kernel (cpu_kernels/linear.cpp).
+
+Weights lie in panels of output channels, which the kernel streams from memory once, for y = x W^T and for the y W of a
+gradient. torch's own `linear` goes to MKL and brings the weight into its kernel's layout at every call. Panels replace
+the plain weights, so they cost no memory; where the language-model head shares its weight with the embedding, rows of
+the embedding are read from the head's panels. `benchmarks/linears.py` measures them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from reftserve.server.base.replacement import replace_modules
+
+
+class PanelLinear(nn.Module):
+    """y = x W^T + b for one layer, or several that read one tensor, in float32. weight: W in panels, [panels, in, 48].
+
+    The weights never change: a gradient goes to x alone.
+    """
+
+    def __init__(self, layers: Sequence[Linear]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(_side_by_side([_panels(layer) for layer in layers]), requires_grad=False)
+        bias = joined_bias(layers)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.sizes: list[int] = [layer.out_features for layer in layers]
+        self.in_features: int = layers[0].in_features
+        self.out_features: int = sum(self.sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., in] -> [..., out of all layers]."""
+        y: Tensor = torch.ops.reftserve.linear(x, self.weight, self.bias, self.sizes)
+        return y
+
+    def parts(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x: [..., in] -> [..., out] for each layer, views of one tensor."""
+        return torch.split(self.forward(x), self.sizes, dim=-1)
+
+    def unpacked(self) -> Tensor:
+        """W of a single layer as a new tensor, [out, in]."""
+        return self.weight.transpose(1, 2).flatten(0, 1)[: self.out_features]
+
+
+class PanelEmbedding(nn.Module):
+    """Rows of a weight that a linear layer has in panels, [panels, size, 48]: it is not kept twice."""
+
+    def __init__(self, panels: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = panels
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids: [...] -> [..., size]."""
+        width = self.weight.shape[-1]
+        return self.weight[ids // width, :, ids % width]
+
+
+Linear = nn.Linear | PanelLinear
+
+
+def is_linear(module: nn.Module | None) -> TypeGuard[Linear]:
+    """Whether it is a plain linear layer or a packed one; what is derived from them may compute something else."""
+    return type(module) in (nn.Linear, PanelLinear)
+
+
+def takes_kernels(model: nn.Module) -> bool:
+    """Whether the CPU's kernels can compute a model: all of it is float32, on the CPU."""
+    return {(p.dtype, p.device.type) for p in model.parameters()} == {(torch.float32, "cpu")}
+
+
+def use_panels(model: nn.Module) -> None:
+    """Bring a frozen model's plain linear layers into panels, and with them embeddings that share their weight.
+
+    The model is one that `takes_kernels`.
+    """
+    embedded = {id(m.weight) for m in model.modules() if type(m) is nn.Embedding and m.max_norm is None}
+    tied: dict[int, nn.Parameter] = {}
+
+    def linear(child: nn.Module) -> nn.Module | None:
+        if type(child) is not nn.Linear:
+            return None
+        packed = PanelLinear([child])
+        if id(child.weight) in embedded:
+            tied[id(child.weight)] = packed.weight
+        return packed
+
+    def embedding(child: nn.Module) -> nn.Module | None:
+        panels = tied.get(id(child.weight)) if type(child) is nn.Embedding else None
+        return None if panels is None else PanelEmbedding(panels)
+
+    replace_modules(model, linear)
+    replace_modules(model, embedding)
+
+
+def joined_bias(layers: Sequence[Linear]) -> Tensor | None:
+    """Biases of layers side by side; None when none has any."""
+    if all(layer.bias is None for layer in layers):
+        return None
+    return torch.cat([torch.zeros(n.out_features) if n.bias is None else n.bias.detach() for n in layers])
+
+
+def _panels(layer: Linear) -> Tensor:
+    weight = layer.weight.detach()
+    panels: Tensor = weight if isinstance(layer, PanelLinear) else torch.ops.reftserve.pack_linear(weight)
+    return panels
+
+
+def _side_by_side(panels: Sequence[Tensor]) -> Tensor:
+    """Several layers' panels as one tensor: no copy where they lie so already, in the file that processes share."""
+    first = panels[0]
+    if all(
+        one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+        and one.data_ptr() + one.nbytes == other.data_ptr()
+        for one, other in pairwise(panels)
+    ):
+        return first.as_strided((sum(map(len, panels)), *first.shape[1:]), first.stride())
+    return torch.cat(list(panels))

@@ -1,0 +1,192 @@
+"""Files: uploaded data sets and results of jobs. Bytes are blobs, everything else is a row."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from reftserve.server.datasets.reading import count_examples
+from reftserve.server.errors import InvalidRequest, NotFound, PayloadTooLarge, QuotaExceeded
+from reftserve.server.storage.blobs import BlobStore, no_room_for
+from reftserve.server.storage.database import Database
+from reftserve.server.storage.tables import File
+
+TRAINING, RESULTS = "fine-tune", "fine-tune-results"
+BLOBS = "files"
+CHUNK_BYTES = 1 << 20
+
+
+class FileStore:
+    """Files by id.
+
+    max_bytes: of one upload; max_owner_bytes: of all that an owner has uploaded. What jobs produce is not counted.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        blobs: BlobStore,
+        *,
+        max_bytes: int,
+        max_owner_bytes: int = 16 << 30,
+    ) -> None:
+        self._database = database
+        self._blobs = blobs
+        self._max_bytes = max_bytes
+        self._max_owner_bytes = max_owner_bytes
+
+    def upload(self, owner: str, filename: str, purpose: str, stream: BinaryIO) -> File:
+        """Take a user's file; it exists only if it is valid.
+
+        Raises InvalidRequest, PayloadTooLarge, QuotaExceeded or StorageFull.
+        """
+        if purpose != TRAINING:
+            raise InvalidRequest(
+                f"purpose is {purpose!r}; files can be uploaded for {TRAINING!r}",
+                param="purpose",
+                code="invalid_purpose",
+            )
+        with tempfile.TemporaryDirectory() as scratch:
+            received = Path(scratch) / "upload"
+            self._receive(stream, received)
+            examples = count_examples(received, filename)
+            file_id = f"file-{uuid.uuid4().hex}"
+
+            def within_quota(session: Session) -> None:
+                self._require_quota(session, owner, received.stat().st_size)
+
+            return self._store(owner, filename, purpose, received, examples, file_id, within_quota)
+
+    def put_result(
+        self,
+        owner: str,
+        job_id: str,
+        filename: str,
+        content: bytes,
+        *,
+        check: Callable[[Session], object] = lambda session: None,
+    ) -> File:
+        """Keep what a job produced; again, after a crash, it replaces the same file.
+
+        check: called in the transaction that stores it; what it raises undoes it.
+        """
+        with tempfile.TemporaryDirectory() as scratch:
+            file = Path(scratch) / "result"
+            with no_room_for(filename):
+                file.write_bytes(content)
+            file_id = f"file-{job_id.removeprefix('ftjob-')}"
+            return self._store(owner, filename, RESULTS, file, None, file_id, check)
+
+    def get(self, owner: str, file_id: str, *, param: str = "file_id") -> File:
+        """A file's row.
+
+        Raises NotFound.
+        """
+        with self._database.reading() as session:
+            file = session.get(File, file_id)
+        if file is None or file.owner != owner:
+            raise NotFound(f"no file {file_id!r}", param=param, code="file_not_found")
+        return file
+
+    def list_all(self, owner: str, *, purpose: str | None = None) -> list[File]:
+        """An owner's files, newest first."""
+        query = select(File).where(File.owner == owner).order_by(File.created_at.desc(), File.id)
+        if purpose is not None:
+            query = query.where(File.purpose == purpose)
+        with self._database.reading() as session:
+            return list(session.scalars(query))
+
+    def path(self, file: File, *, param: str = "file_id") -> Path:
+        """A file's bytes as a local path.
+
+        Raises NotFound when the store has lost them.
+        """
+        if not self._blobs.exists(file.blob_key):
+            raise NotFound(
+                f"the bytes of file {file.id!r} ({file.filename}) are no longer in the store; upload it again",
+                param=param,
+                code="file_content_missing",
+            )
+        return self._blobs.local_file(file.blob_key)
+
+    def delete(self, owner: str, file_id: str) -> None:
+        """Remove a file; jobs that have read it keep what they need.
+
+        Raises NotFound.
+        """
+        file = self.get(owner, file_id)
+        with self._database.session() as session:
+            session.delete(session.get_one(File, file_id))
+        self._blobs.delete(file.blob_key)
+
+    def sweep(self) -> list[str]:
+        """Remove bytes that a crash left without a row; for start-up."""
+        with self._database.reading() as session:
+            known = set(session.scalars(select(File.blob_key)))
+        return self._blobs.sweep(BLOBS, known)
+
+    def _receive(self, stream: BinaryIO, target: Path) -> None:
+        received = 0
+        with no_room_for("the file"), target.open("wb") as file:
+            while chunk := stream.read(CHUNK_BYTES):
+                received += len(chunk)
+                if received > self._max_bytes:
+                    raise PayloadTooLarge(
+                        f"the file has more than {self._max_bytes} bytes, which is the limit", param="file"
+                    )
+                file.write(chunk)
+
+    def _require_quota(self, session: Session, owner: str, more: int) -> None:
+        self._database.take_turns(session, f"files of {owner}")
+        query = select(func.coalesce(func.sum(File.bytes), 0)).where(File.owner == owner, File.purpose == TRAINING)
+        used = int(session.scalar(query) or 0)
+        if used + more > self._max_owner_bytes:
+            raise QuotaExceeded(
+                f"the file has {more} bytes, and {used} of {self._max_owner_bytes} bytes are used; delete files first",
+                param="file",
+            )
+
+    def _store(
+        self,
+        owner: str,
+        filename: str,
+        purpose: str,
+        content: Path,
+        examples: int | None,
+        file_id: str,
+        check: Callable[[Session], object],
+    ) -> File:
+        file = File(
+            id=file_id,
+            owner=owner,
+            filename=filename,
+            purpose=purpose,
+            bytes=content.stat().st_size,
+            sha256=_sha256(content),
+            # Never the same key twice: whoever replaces a file must not touch the bytes of the one that is there.
+            blob_key=f"{BLOBS}/{uuid.uuid4().hex}",
+            examples=examples,
+            created_at=int(time.time()),
+        )
+        self._blobs.put_file(file.blob_key, content)
+        with self._blobs.unless_refused(file.blob_key), self._database.session() as session:
+            check(session)
+            replaced = session.get(File, file_id)
+            replaced_key = None if replaced is None else replaced.blob_key
+            session.merge(file)
+        if replaced_key is not None:
+            self._blobs.delete(replaced_key)
+        return file
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

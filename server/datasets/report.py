@@ -1,0 +1,119 @@
+"""What is in a data set: said before a job is queued, so that nobody waits for a run to find out."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from reftserve.client.schemas import DataReport, FileReport, SplitSizes, TokenLengths
+from reftserve.server.datasets.encoding import EncodedExample, encode
+from reftserve.server.datasets.examples import Example
+from reftserve.server.datasets.labels import label_set
+from reftserve.server.datasets.reading import read_examples
+from reftserve.server.datasets.splits import prompts_of, split
+from reftserve.server.errors import InvalidRequest
+
+
+def make_report(
+    tokenizer: PreTrainedTokenizerBase, training: Path, validation: Path | None, *, max_length: int, seed: int
+) -> DataReport:
+    """Read and encode the files, and split them as the job would. max_length: tokens.
+
+    Raises InvalidRequest when nothing could be learned or scored: a row that the base cannot render, too few examples,
+    all of them too long.
+    """
+    learned = _encoded(tokenizer, training, "training_file", max_length)
+    held_out = None if validation is None else _encoded(tokenizer, validation, "validation_file", max_length)
+    splits = split(learned.fitting, None if held_out is None else held_out.fitting, seed=seed)
+    prompts = prompts_of(learned.fitting)
+    labels = label_set(learned.examples)
+    report = DataReport(
+        training=_file_report(learned),
+        validation=None if held_out is None else _file_report(held_out),
+        max_length=max_length,
+        leaked=0 if held_out is None else sum(example.prompt_ids in prompts for example in held_out.fitting),
+        splits=SplitSizes(train=len(splits.train), validation=len(splits.validation), test=len(splits.test)),
+        labels=None if labels is None else list(labels),
+        warnings=[],
+    )
+    return report.model_copy(update={"warnings": _warnings(report)})
+
+
+@dataclass(frozen=True)
+class _EncodedFile:
+    """A file's examples as text and as tokens, and those that are not too long."""
+
+    examples: list[Example]
+    encoded: list[EncodedExample]
+    fitting: list[EncodedExample]
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, path: Path, param: str, max_length: int) -> _EncodedFile:
+    examples = read_examples(path)
+    encoded = []
+    for example in examples:
+        try:
+            encoded.append(encode(tokenizer, example))
+        except InvalidRequest as cause:
+            raise InvalidRequest(f"{example.place}: {cause.message}", param=param, code=cause.code) from cause
+    fitting = [example for example in encoded if example.length <= max_length]
+    if not fitting:
+        raise InvalidRequest(
+            f"every example is longer than max_length, {max_length} tokens", param=param, code="too_few_examples"
+        )
+    return _EncodedFile(examples, encoded, fitting)
+
+
+def _file_report(file: _EncodedFile) -> FileReport:
+    targets_of = defaultdict(set)
+    for example in file.encoded:
+        targets_of[example.prompt_ids].add(example.completion_ids)
+    return FileReport(
+        rows=len({example.place for example in file.examples}),
+        examples=len(file.examples),
+        too_long=len(file.encoded) - len(file.fitting),
+        duplicates=len(file.encoded) - sum(map(len, targets_of.values())),
+        conflicts=sum(len(targets) > 1 for targets in targets_of.values()),
+        targets=len({example.completion_ids for example in file.encoded}),
+        prompt_tokens=_lengths([len(example.prompt_ids) for example in file.encoded]),
+        completion_tokens=_lengths([len(example.completion_ids) for example in file.encoded]),
+        total_tokens=_lengths([example.length for example in file.encoded]),
+    )
+
+
+def _lengths(tokens: Sequence[int]) -> TokenLengths:
+    ordered = sorted(tokens)
+    p50, p90, p99 = (ordered[math.ceil(percent * len(ordered) / 100) - 1] for percent in (50, 90, 99))
+    return TokenLengths(p50=p50, p90=p90, p99=p99, max=ordered[-1])
+
+
+def _warnings(report: DataReport) -> list[str]:
+    files = [("training", report.training), ("validation", report.validation)]
+    found = [warning for name, file in files if file is not None for warning in _file_warnings(name, file, report)]
+    if report.leaked and report.validation is not None:
+        found.append(
+            f"{report.leaked} of {report.validation.examples} validation examples have a prompt of the training data; "
+            f"they are left out, for a score on them would say nothing"
+        )
+    return found
+
+
+def _file_warnings(name: str, file: FileReport, report: DataReport) -> list[str]:
+    found = []
+    if file.too_long:
+        found.append(
+            f"{file.too_long} of {file.examples} {name} examples are left out: they are longer than max_length, "
+            f"{report.max_length} tokens; the longest has {file.total_tokens.max}"
+        )
+    if file.duplicates:
+        found.append(f"{file.duplicates} of {file.examples} {name} examples repeat another one exactly")
+    if file.conflicts:
+        found.append(f"{file.conflicts} {name} prompts have different targets; is that meant?")
+    if file.targets == 1:
+        found.append(f"all {name} targets are the same: whatever the prompt, that answer would be right")
+    return found

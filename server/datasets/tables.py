@@ -1,0 +1,145 @@
+"""Rows of tables: CSV and Parquet, read batch by batch through Arrow.
+
+Columns are the fields of one kind of row. A chat's `messages` is JSON in CSV, and in Parquet JSON or a list of structs.
+A Parquet file says how much it unfolds to, and single values can stand for thousands of cells: both are bounded.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyarrow import csv, parquet
+
+from reftserve.server.datasets.examples import FIELDS, KINDS, row_kind
+from reftserve.server.datasets.places import Place, file_error
+
+PARQUET_MAGIC = b"PAR1"
+MAX_CELL_BYTES = 4 << 20
+MAX_UNFOLDED_BYTES = 1 << 30
+BATCH_ROWS = 64
+BUFFER_BYTES = 1 << 20
+
+
+def read_csv(path: Path) -> Iterator[tuple[Place, dict[str, Any]]]:
+    """The rows of comma-separated UTF-8 with a header; cells may be quoted and then hold anything.
+
+    Raises InvalidRequest that says what cannot be read.
+    """
+    with (
+        _arrow_errors("CSV"),
+        csv.open_csv(
+            path,
+            # No row may be longer than a block.
+            read_options=csv.ReadOptions(block_size=MAX_CELL_BYTES, use_threads=False),
+            parse_options=csv.ParseOptions(newlines_in_values=True),
+            convert_options=csv.ConvertOptions(column_types=dict.fromkeys(FIELDS, pa.string())),
+        ) as reader,
+    ):
+        _check_columns(reader.schema.names)
+        # As a spreadsheet, and Arrow's own errors, count: the header is row 1.
+        yield from _numbered(reader, first=2)
+
+
+def read_parquet(path: Path) -> Iterator[tuple[Place, dict[str, Any]]]:
+    """The rows of a Parquet file.
+
+    Raises InvalidRequest that says what cannot be read, or which limit the file goes over.
+    """
+    with _arrow_errors("Parquet"):
+        metadata = parquet.read_metadata(path)
+        unfolded = sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
+        if unfolded > MAX_UNFOLDED_BYTES:
+            raise file_error(f"the Parquet file unfolds to {unfolded} bytes; at most {MAX_UNFOLDED_BYTES} are read")
+        columns = [metadata.schema.column(index) for index in range(metadata.num_columns)]
+        with parquet.ParquetFile(
+            path,
+            metadata=metadata,
+            # Arrow would unfold these before anyone could look at them.
+            read_dictionary=[column.path for column in columns if column.physical_type == "BYTE_ARRAY"],
+            buffer_size=BUFFER_BYTES,
+            page_checksum_verification=True,
+        ) as file:
+            _check_columns(file.schema_arrow.names)
+            yield from _numbered(file.iter_batches(batch_size=BATCH_ROWS, use_threads=False), first=1)
+
+
+def _numbered(batches: Iterator[pa.RecordBatch], *, first: int) -> Iterator[tuple[Place, dict[str, Any]]]:
+    number = first
+    unfolded = 0
+    for batch in batches:
+        batch.validate(full=True)
+        unfolded += _text_bytes(batch)
+        if unfolded > MAX_UNFOLDED_BYTES:
+            raise file_error(f"the file unfolds to more than {MAX_UNFOLDED_BYTES} bytes of text; split it")
+        for row in batch.to_pylist():
+            yield Place("row", number), row
+            number += 1
+
+
+def _text_bytes(batch: pa.RecordBatch) -> int:
+    """Bytes of all texts, each cell counted that a dictionary's value stands in.
+
+    Raises InvalidRequest when one of them is too long.
+    """
+    total = 0
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        for leaf in _leaves(column):
+            lengths = _lengths(leaf)
+            longest = pc.max(lengths).as_py() or 0
+            if longest > MAX_CELL_BYTES:
+                raise file_error(f"column {name!r} has a text of {longest} bytes; at most {MAX_CELL_BYTES} are read")
+            total += pc.sum(lengths).as_py() or 0
+    return total
+
+
+def _leaves(array: pa.Array) -> Iterator[pa.Array]:
+    """The arrays of values that a nested one is made of."""
+    if pa.types.is_struct(array.type):
+        for field in array.flatten():
+            yield from _leaves(field)
+    elif pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
+        yield from _leaves(array.flatten())
+    else:
+        yield array
+
+
+def _lengths(leaf: pa.Array) -> pa.Array:
+    """The bytes of each text; null for what is none."""
+    if pa.types.is_dictionary(leaf.type):
+        return pc.take(_lengths(leaf.dictionary), leaf.indices)
+    if leaf.type in (pa.string(), pa.large_string(), pa.binary(), pa.large_binary()):
+        return pc.binary_length(leaf)
+    return pa.nulls(len(leaf), pa.int64())
+
+
+def _check_columns(names: Sequence[str]) -> None:
+    """Raises InvalidRequest unless the columns are the fields of one kind of row, each once."""
+    kind = row_kind(names)
+    found = ", ".join(map(repr, names[:20]))
+    if kind is None:
+        raise file_error(f"the columns are {found}; expected {KINDS}, separated by commas in CSV")
+    missing = [name for name, field in kind.model_fields.items() if field.is_required() and name not in names]
+    unknown = [name for name in names if name not in kind.model_fields]
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    for wrong, what in ((missing, "is missing"), (unknown, "is unknown: remove it"), (repeated, "is there twice")):
+        if wrong:
+            raise file_error(f"column {wrong[0]!r} {what}; the columns are {found}, expected {KINDS}")
+
+
+@contextmanager
+def _arrow_errors(kind: str) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as cause:
+        # Arrow reports corrupt data as an OSError too, but one that no system call has made.
+        if isinstance(cause, OSError) and cause.errno is not None:
+            raise
+        if "straddling" in str(cause):  # what Arrow says of a row that is longer than a block
+            raise file_error(f"a row has more than {MAX_CELL_BYTES} bytes, or a quote is never closed") from cause
+        raise file_error(f"this cannot be read as {kind}: {cause}") from cause

@@ -1,0 +1,51 @@
+"""The paged cache of keys and values: the contract is interface.py, and each implementation is one file.
+
+gathered.py  any device and dtype: blocks are gathered, then torch's attention runs over them
+cpu.py       float32 on the CPU: a C++ kernel reads the blocks in place
+cuda.py      CUDA with Triton: the kernels of triton.py read the blocks in place
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+
+from reftserve.server.base.attention import LayerShape
+from reftserve.server.engine.kv_cache.cpu import CpuCache
+from reftserve.server.engine.kv_cache.cuda import CudaCache
+from reftserve.server.engine.kv_cache.gathered import GatheredCache
+from reftserve.server.engine.kv_cache.interface import KVCache
+
+
+def make_cache(
+    shapes: list[LayerShape],
+    *,
+    block_size: int,
+    max_bytes: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    has_kernels: bool,
+    in_place: bool = True,
+) -> KVCache:
+    """The cache whose attention is fastest for this device and dtype.
+
+    has_kernels: whether the CPU kernels are loaded. in_place: false gathers on CUDA too, for comparison.
+
+    Raises EngineError when not even one block fits into max_bytes.
+    """
+    if has_kernels and device.type == "cpu" and dtype == torch.float32:
+        return CpuCache(shapes, block_size=block_size, max_bytes=max_bytes)
+    if in_place and device.type == "cuda" and find_spec("triton") is not None:
+        # Not at the top: Triton compiles nothing without a GPU, and the CPU's installations have none.
+        from reftserve.server.engine.kv_cache.triton import TritonKernels
+
+        return CudaCache(
+            shapes,
+            block_size=block_size,
+            max_bytes=max_bytes,
+            dtype=dtype,
+            device=device,
+            kernels=TritonKernels(),
+        )
+    return GatheredCache(shapes, block_size=block_size, max_bytes=max_bytes, dtype=dtype, device=device)

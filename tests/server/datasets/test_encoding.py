@@ -1,0 +1,119 @@
+"""Examples are rendered as serving renders them, and each turn of a conversation is one of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_models import tiny_tokenizer
+
+from reftserve.client.schemas import ChatMessage
+from reftserve.server.base.prompts import encode_rendered, encode_text, render_chat
+from reftserve.server.datasets import EncodedExample, Place, encode
+from reftserve.server.datasets.examples import row_examples
+from reftserve.server.errors import InvalidRequest
+
+TOKENIZER = tiny_tokenizer()
+PLACE = Place("row", 1)
+
+
+def chat(*turns: tuple[str, str]) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": text} for role, text in turns]}
+
+
+def encoded(row: dict[str, Any], tokenizer: Any = TOKENIZER) -> list[EncodedExample]:
+    return [encode(tokenizer, example) for example in row_examples(row, PLACE)]
+
+
+def texts(examples: list[EncodedExample]) -> list[str]:
+    return [TOKENIZER.decode(example.completion_ids) for example in examples]
+
+
+said = st.text(st.characters(exclude_categories=["Cs"]), max_size=20).filter(str.strip)
+conversations = st.lists(st.tuples(st.sampled_from(["system", "user", "assistant"]), said), min_size=1, max_size=7)
+
+
+@given(turns=conversations, answer=said)
+def test_each_assistant_turn_is_learned_behind_the_prompt_that_serving_would_render_then(
+    turns: list[tuple[str, str]], answer: str
+) -> None:
+    row = chat(*turns, ("assistant", answer))
+    messages = [ChatMessage.model_validate(message) for message in row["messages"]]
+    answers = [index for index, message in enumerate(messages) if message.role == "assistant" and index > 0]
+    examples = encoded(row)
+    assert len(examples) == len(answers)
+    for index, example in zip(answers, examples, strict=True):
+        assert list(example.prompt_ids) == encode_rendered(TOKENIZER, render_chat(TOKENIZER, messages[:index]))
+        assert TOKENIZER.decode(example.completion_ids) == messages[index].text + "<|im_end|>"
+        assert example.place == PLACE
+
+
+GEMMA = (
+    "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+    "{{ m.content | trim }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("answer", ["yes", " yes\n", "<eos> ends a text"])
+def test_an_answer_ends_where_the_template_ends_a_turn_and_not_with_eos_behind_it(answer: str) -> None:
+    tokenizer = tiny_tokenizer()
+    tokens = ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": tokens})
+    tokenizer.bos_token, tokenizer.eos_token, tokenizer.chat_template = "<bos>", "<eos>", GEMMA
+    rows = encoded(chat(("user", "a"), ("assistant", answer), ("user", "b"), ("assistant", answer)), tokenizer)
+    assert [tokenizer.decode(row.completion_ids) for row in rows] == [f"{answer.strip()}<end_of_turn>"] * 2
+    assert tokenizer.decode(rows[1].prompt_ids).endswith("<start_of_turn>user\nb<end_of_turn>\n<start_of_turn>model\n")
+
+
+def test_an_answer_that_the_template_rewrites_ends_where_its_turn_does() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = str(tokenizer.chat_template).replace("message['content']", "message['content'][5:]")
+    (row,) = encoded(chat(("user", "what is it?"), ("assistant", "well, a fox")), tokenizer)
+    assert tokenizer.decode(row.completion_ids) == " a fox<|im_end|>"
+
+
+def test_an_assistant_turn_of_weight_0_is_context_and_not_learned() -> None:
+    row = chat(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
+    row["messages"][1]["weight"] = 0
+    row["messages"][3]["weight"] = 1
+    (example,) = encoded(row)
+    assert texts([example]) == ["d<|im_end|>"]
+    assert "b<|im_end|>" in TOKENIZER.decode(example.prompt_ids)
+
+
+def test_a_greeting_that_opens_a_conversation_answers_nothing_and_is_not_learned() -> None:
+    assert texts(encoded(chat(("assistant", "welcome"), ("user", "a"), ("assistant", "b")))) == ["b<|im_end|>"]
+
+
+def test_a_plain_completion_keeps_its_spaces_and_ends() -> None:
+    (example,) = encoded({"prompt": "2+2=", "completion": " 4"})
+    assert TOKENIZER.decode(example.prompt_ids) == "2+2="
+    assert texts([example]) == [" 4<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("row", "asked"),
+    [
+        ({"instruction": "translate", "input": "dog", "output": "Hund"}, "translate\n\ndog"),
+        ({"instruction": "translate dog", "input": "", "output": "Hund"}, "translate dog"),
+        ({"instruction": "translate dog", "input": None, "output": "Hund"}, "translate dog"),
+        ({"instruction": "translate dog", "output": "Hund"}, "translate dog"),
+    ],
+)
+def test_an_instruction_is_what_a_user_would_say(row: dict[str, Any], asked: str) -> None:
+    assert encoded(row) == encoded(chat(("user", asked), ("assistant", "Hund")))
+
+
+def test_without_a_chat_template_an_instruction_is_alpacas_text_and_a_chat_is_refused() -> None:
+    plain = tiny_tokenizer()
+    plain.chat_template = None
+    (example,) = encoded({"instruction": "translate", "input": "dog", "output": "Hund"}, plain)
+    prompt = TOKENIZER.decode(example.prompt_ids)
+    assert prompt.endswith("### Instruction:\ntranslate\n\n### Input:\ndog\n\n### Response:")
+    assert list(example.prompt_ids) == encode_text(plain, prompt)
+    (example,) = encoded({"instruction": "translate dog", "output": "Hund"}, plain)
+    assert "### Input" not in TOKENIZER.decode(example.prompt_ids)
+    with pytest.raises(InvalidRequest, match="no chat template"):
+        encoded(chat(("user", "a"), ("assistant", "b")), plain)

@@ -1,0 +1,152 @@
+"""Structured output: whatever a random model would rather say, its answer follows the grammar."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+
+import pytest
+from engine_oracle import Run, make_engine, request, run_until_done
+from llguidance import LLMatcher
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from reftserve.server.engine.engine import Engine
+from reftserve.server.engine.grammar import Compiled, GrammarCompiler, forbidden_tokens
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 5}, "age": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+GRAMMAR = LLMatcher.grammar_from_json_schema(SCHEMA, defaults={"whitespace_flexible": False})
+REGEX = r"[a-c]{2,4}-\d{3}"
+PROMPT = [5, 6, 7]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_llama_folder: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(tiny_llama_folder)
+
+
+def structured(name: str, grammar: str, seed: int = 0, **fields: object) -> object:
+    fields = {"max_tokens": 60, "temperature": 1.0, "seed": seed, "stop_token_ids": (2,), **fields}
+    return request(name, PROMPT, grammar=grammar, **fields)  # type: ignore[arg-type]
+
+
+def text(tokenizer: PreTrainedTokenizerBase, run: Run, name: str) -> str:
+    return tokenizer.decode([token for token in run.tokens[name] if token != 2])
+
+
+def run_all(engine: Engine, *submits: object) -> Run:
+    for submit in submits:
+        engine.submit(submit)  # type: ignore[arg-type]
+    return run_until_done(engine)
+
+
+def test_answers_follow_their_grammars_beside_free_ones(
+    tiny_llama_folder: Path, tokenizer: PreTrainedTokenizerBase, artifacts: list[Path]
+) -> None:
+    engine = make_engine(tiny_llama_folder)
+    submits = [
+        submit
+        for seed in range(10)
+        for submit in (
+            structured(f"schema-{seed}", GRAMMAR, seed),
+            structured(f"regex-{seed}", LLMatcher.grammar_from_regex(REGEX), seed, uses=[(artifacts[seed % 6], 1.0)]),
+            request(f"free-{seed}", PROMPT, max_tokens=20, temperature=1.0, seed=seed),
+        )
+    ]
+    run = run_all(engine, *submits)
+    alone = make_engine(tiny_llama_folder)
+    for seed in range(10):
+        assert run.finished[f"schema-{seed}"].finish_reason == "stop"
+        answer = json.loads(text(tokenizer, run, f"schema-{seed}"))
+        assert set(answer) == {"name", "age"}
+        assert len(answer["name"]) <= 5
+        assert answer["age"] <= 99
+        assert re.fullmatch(REGEX, text(tokenizer, run, f"regex-{seed}"))
+        free = run_all(alone, request("free", PROMPT, max_tokens=20, temperature=1.0, seed=seed))
+        assert free.tokens["free"] == run.tokens[f"free-{seed}"]
+    for each in (engine, alone):
+        each.close()
+
+
+def test_a_preempted_answer_still_follows_its_grammar(
+    tiny_llama_folder: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    engine = make_engine(tiny_llama_folder, blocks=16)
+    grammar = LLMatcher.grammar_from_regex("[a-z]{40}")
+    run = run_all(engine, *(structured(str(seed), grammar, seed) for seed in range(4)))
+    assert engine.stats().preemptions > 0
+    assert all(re.fullmatch("[a-z]{40}", text(tokenizer, run, str(seed))) for seed in range(4))
+    engine.close()
+
+
+def test_a_grammar_that_is_over_ends_the_answer_even_where_the_end_of_turn_is_ignored(
+    tiny_llama_folder: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    engine = make_engine(tiny_llama_folder)
+    run = run_all(engine, structured("one", LLMatcher.grammar_from_regex("(yes|no)"), stop_token_ids=()))
+    assert text(tokenizer, run, "one") in ("yes", "no")
+    assert run.finished["one"].finish_reason == "stop"
+    engine.close()
+
+
+def test_max_tokens_cuts_it_off(tiny_llama_folder: Path) -> None:
+    engine = make_engine(tiny_llama_folder)
+    run = run_all(engine, structured("long", LLMatcher.grammar_from_regex("[a-z]{40}"), max_tokens=5))
+    assert run.finished["long"].finish_reason == "length"
+    assert len(run.tokens["long"]) == 5
+    engine.close()
+
+
+def test_a_wrong_grammar_is_an_error_of_its_request_alone(tiny_llama_folder: Path) -> None:
+    engine = make_engine(tiny_llama_folder)
+    run = run_all(
+        engine, structured("wrong", LLMatcher.grammar_from_lark("start: )")), request("free", PROMPT, max_tokens=3)
+    )
+    assert run.finished["wrong"].finish_reason == "error"
+    assert "grammar" in (run.finished["wrong"].error or "")
+    assert run.finished["free"].finish_reason == "length"
+    engine.close()
+
+
+def test_cancelling_while_the_grammar_is_compiled_leaves_nothing(tiny_llama_folder: Path) -> None:
+    engine = make_engine(tiny_llama_folder)
+    engine.submit(structured("gone", GRAMMAR))  # type: ignore[arg-type]
+    engine.cancel("gone")
+    run = run_until_done(engine)
+    assert run.finished["gone"].finish_reason == "cancelled"
+    assert (engine.stats().running, engine.stats().waiting) == (0, 0)
+    engine.close()
+
+
+def compiled(compiler: GrammarCompiler, grammar: str) -> Compiled:
+    compiler.request("one", grammar)
+    while not (done := compiler.collect()):
+        time.sleep(0.001)
+    return done[0]
+
+
+def test_a_model_may_know_fewer_tokens_than_its_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    width = len(tokenizer) - 1
+    compiler = GrammarCompiler(tokenizer, (2,), width)
+    answer = compiled(compiler, LLMatcher.grammar_from_regex("[a-c]{3}"))
+    assert answer.matcher is not None
+    forbidden = forbidden_tokens([answer.matcher], width)
+    assert forbidden.shape == (1, width)
+    assert {tokenizer.decode([token])[0] for token in (~forbidden[0]).nonzero()[0]} == {"a", "b", "c"}
+    compiler.close()
+
+
+def test_a_compiler_that_fails_says_so_and_goes_on() -> None:
+    compiler = GrammarCompiler([], (2,), 10)  # type: ignore[arg-type]  # no tokenizer at all
+    for _ in range(2):
+        answer = compiled(compiler, LLMatcher.grammar_from_regex("a"))
+        assert answer.matcher is None
+        assert answer.error
+        assert not compiler.pending
+    compiler.close()

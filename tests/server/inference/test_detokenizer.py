@@ -1,0 +1,75 @@
+"""Incremental text: the pieces make the whole, no half characters, stop strings across token boundaries."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import tiny_tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from reftserve.server.inference.detokenizer import Detokenizer
+
+TOKENIZER = tiny_tokenizer()
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(max_size=40), sizes=st.lists(st.integers(1, 4), min_size=1))
+def test_pieces_make_the_whole_text_and_hold_no_half_characters(text: str, sizes: list[int]) -> None:
+    ids = TOKENIZER.encode(text)
+    detokenizer = Detokenizer(TOKENIZER)
+    pieces, start = [], 0
+    while start < len(ids):
+        size = sizes[len(pieces) % len(sizes)]
+        pieces.append(detokenizer.add(ids[start : start + size]))
+        start += size
+    assert "\ufffd" not in "".join(pieces)
+    pieces.append(detokenizer.add([], last=True))
+    assert "".join(pieces) == TOKENIZER.decode(ids)
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text("abc ", max_size=30), stops=st.lists(st.text("abc ", min_size=1, max_size=4), max_size=3))
+def test_text_ends_before_the_first_stop_string_wherever_tokens_break(text: str, stops: list[str]) -> None:
+    ids = TOKENIZER.encode(text)
+    detokenizer = Detokenizer(TOKENIZER, stops)
+    pieces = [detokenizer.add([token]) for token in ids] + [detokenizer.add([], last=True)]
+    cuts = [text.find(stop) for stop in stops if stop in text]
+    # Of stops that end at different tokens the one that is complete first counts.
+    ends = [text.find(stop) + len(stop) for stop in stops if stop in text]
+    assert detokenizer.stopped == bool(cuts)
+    result = "".join(pieces)
+    if not cuts:
+        assert result == text
+    else:
+        assert text.startswith(result)
+        assert any(text[len(result) :].startswith(stop) for stop in stops)
+        assert len(result) <= min(ends)
+
+
+def test_a_possible_beginning_of_a_stop_string_is_held_back_until_it_is_none() -> None:
+    detokenizer = Detokenizer(TOKENIZER, ["STOP"])
+    assert detokenizer.add(TOKENIZER.encode("yes ST")) == "yes "
+    assert detokenizer.add(TOKENIZER.encode("AR")) == "STAR"
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_hidden_tokens_are_not_shown(last: bool) -> None:
+    detokenizer = Detokenizer(TOKENIZER, hidden_token_ids=[2])
+    assert detokenizer.add([*TOKENIZER.encode("done"), 2], last=last) == "done"
+
+
+def sentencepiece_like(words: list[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer that marks word beginnings, and drops a space at the beginning of what it decodes, as Llama 2's."""
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=words[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def test_an_answer_that_begins_with_a_space_keeps_it() -> None:
+    tokenizer = sentencepiece_like(["?", "▁France", "▁is", "▁Paris", "▁indeed"])
+    assert tokenizer.decode([3, 4]) == "Paris indeed"
+    detokenizer = Detokenizer(tokenizer, prompt_ids=[1, 2])
+    assert detokenizer.add([3]) + detokenizer.add([4]) == " Paris indeed"

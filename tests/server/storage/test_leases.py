@@ -1,0 +1,139 @@
+"""Leases: each job has one worker at a time, and one that was given up for dead can write nothing more."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+
+from reftserve.server.storage.database import Database
+from reftserve.server.storage.leases import Lease, LeaseLost, Leases, worker_id
+from reftserve.server.storage.tables import Job
+from reftserve.server.training.job_log import JobLog
+
+LONG_S, SHORT_S = 60.0, 0.05
+
+
+@pytest.fixture
+def database(database_url: str) -> Database:
+    found = Database(database_url)
+    found.migrate()
+    return found
+
+
+@pytest.fixture
+def log(database: Database) -> JobLog:
+    return JobLog(database)
+
+
+def add_job(log: JobLog, number: int = 0, status: str = "queued") -> str:
+    job = Job(
+        id=f"ftjob-{number:03}",
+        owner="default",
+        status=status,
+        model="m",
+        training_file="file-1",
+        suffix="tone",
+        plan={},
+        seed=0,
+        result_files=[],
+        created_at=number,
+    )
+    log.create(job, "Created")
+    return job.id
+
+
+def test_many_workers_take_each_job_once_and_the_oldest_first(database: Database, log: JobLog) -> None:
+    jobs = [add_job(log, number) for number in range(12)]
+    taken: list[list[str]] = [[] for _ in range(4)]
+
+    def work(mine: list[str]) -> None:
+        leases = Leases(database, worker_id(), lease_s=LONG_S)
+        while (lease := leases.take()) is not None:
+            mine.append(lease.job_id)
+
+    threads = [threading.Thread(target=work, args=(mine,)) for mine in taken]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert Counter(job for mine in taken for job in mine) == Counter(jobs)
+    assert all(mine == sorted(mine) for mine in taken)
+
+
+@pytest.mark.parametrize("status", ["paused", "succeeded", "failed", "cancelled"])
+def test_a_job_that_rests_or_has_ended_is_not_taken(database: Database, log: JobLog, status: str) -> None:
+    add_job(log, status=status)
+    assert Leases(database, "a", lease_s=LONG_S).take() is None
+
+
+WRITES: dict[str, Callable[[JobLog, Lease], object]] = {
+    "an event": lambda log, lease: log.event(lease, "late"),
+    "progress": lambda log, lease: log.progress(lease, "late", {"step": 1}, estimated_finish=1),
+    "a checkpoint": lambda log, lease: log.checkpoint(lease, 1, "jobs/late", {}),
+    "a pause": lambda log, lease: log.pause(lease, "late"),
+    "the end": lambda log, lease: log.end(lease, "failed", "late", error={"code": "late"}),
+    "the poll": lambda log, lease: log.pause_requested(lease),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES.keys())
+def test_a_worker_that_was_given_up_for_dead_can_write_nothing(
+    database: Database, log: JobLog, write: Callable[[JobLog, Lease], object]
+) -> None:
+    job_id = add_job(log)
+    slow, live = (Leases(database, name, lease_s=SHORT_S) for name in ("slow", "live"))
+    old = slow.take()
+    assert old is not None
+    time.sleep(2 * SHORT_S)
+    new = live.take()
+    assert new is not None
+    assert (new.job_id, new.fence > old.fence) == (job_id, True)
+    with pytest.raises(LeaseLost, match="changed hands"):
+        write(log, old)
+    assert [event.message for event in log.events(job_id, before=None, limit=9)] == ["Created"]
+    assert log.checkpoints(job_id) == []
+    assert (log.get(job_id).status, log.get(job_id).lease_worker) == ("running", "live")
+    write(log, new)
+
+
+def test_a_worker_that_gives_signs_of_life_keeps_its_job(database: Database, log: JobLog) -> None:
+    add_job(log)
+    busy, other = (Leases(database, name, lease_s=1) for name in ("busy", "other"))
+    lease = busy.take()
+    assert lease is not None
+    for _ in range(6):
+        time.sleep(0.25)
+        busy.renew()
+        assert other.take() is None
+    log.event(lease, "still mine")
+
+
+def test_a_worker_that_leaves_in_order_frees_its_job_at_once(database: Database, log: JobLog) -> None:
+    add_job(log)
+    leaving, other = (Leases(database, name, lease_s=LONG_S) for name in ("leaving", "other"))
+    lease = leaving.take()
+    assert lease is not None
+    leaving.release()
+    taken = other.take()
+    assert taken is not None
+    assert taken.attempt == lease.attempt, "leaving is no failed attempt"
+    with pytest.raises(LeaseLost):
+        log.event(lease, "late")
+
+
+def test_a_checkpoint_replaces_what_is_older_than_the_last_two_and_ends_the_count_of_attempts(
+    database: Database, log: JobLog
+) -> None:
+    job_id = add_job(log)
+    leases = Leases(database, "a", lease_s=LONG_S)
+    lease = leases.take()
+    assert lease is not None
+    assert [log.checkpoint(lease, step, f"jobs/{step}", {}) for step in (4, 8, 12)] == [[], [], ["jobs/4"]]
+    assert [(row.step, row.kept) for row in log.checkpoints(job_id)] == [(12, True), (8, True), (4, False)]
+    assert log.checkpoint(lease, 12, "jobs/12-again", {}) == ["jobs/12"]
+    assert [(row.path, row.kept) for row in log.checkpoints(job_id)][:2] == [("jobs/12-again", True), ("jobs/8", True)]
+    assert log.get(job_id).attempts == 0
