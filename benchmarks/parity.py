@@ -25,23 +25,23 @@ from reftserve.interventions import Positions
 from reftserve.server.base.folder import load_tokenizer
 from reftserve.server.base.model import load_model
 from reftserve.server.datasets import EncodedExample, Splits
-from reftserve.server.training.packed import PackedModel
+from reftserve.server.training.activation_cache import ActivationCache, Arena
 from reftserve.server.training.trainer import Trainer, advance
-from reftserve.server.training.trunk import Arena, Trunk
+from reftserve.server.training.varlen import VarlenModel
 
 POSITIONS, ARENA_BYTES = "l1", 2 << 30
 
 
 def ours(
-    packed: PackedModel, rows: list[EncodedExample], test: list[EncodedExample], epochs: int, seeds: Sequence[int]
+    packed: VarlenModel, rows: list[EncodedExample], test: list[EncodedExample], epochs: int, seeds: Sequence[int]
 ) -> list[dict[str, float]]:
     """Scores of what each seed has learned at its last step."""
-    trunk = Trunk(packed, min(ALL), {Positions.parse(POSITIONS)}, Arena(ARENA_BYTES))
-    trunk.fill(rows)
-    trunk.fill(test)
+    cache = ActivationCache(packed, min(ALL), {Positions.parse(POSITIONS)}, Arena(ARENA_BYTES))
+    cache.fill(rows)
+    cache.fill(test)
     found = []
     for seed in seeds:
-        trainer = Trainer(trunk, Splits(rows, test, test), plan(ALL, POSITIONS, epochs), seed=seed)
+        trainer = Trainer(cache, Splits(rows, test, test), plan(ALL, POSITIONS, epochs), seed=seed)
         while trainer.step < trainer.total_steps:
             advance([trainer])
         found.append(trainer.evaluate(test, trainer.intervention.lower()))
@@ -63,7 +63,7 @@ def main() -> None:
     args = arguments.parse_args()
     torch.set_num_threads(2)
     tokenizer = load_tokenizer(w.MODEL)
-    packed = PackedModel(load_model(w.MODEL, torch.float32, torch.device("cpu")))
+    packed = VarlenModel(load_model(w.MODEL, torch.float32, torch.device("cpu")))
     rows = real_data.load(args.dataset, args.folder, train=args.rows, validation=0, test=args.test, seed=0)
     training, test = (real_data.encoded(tokenizer, chats) for chats in (rows.train, rows.test))
     job = {

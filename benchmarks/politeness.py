@@ -2,7 +2,7 @@
 
 A server with its worker; streams generate, while a job trains or none does, in turns. Printed: the median time between
 a stream's tokens, and how fast the job went while it had the machine to itself and beside the streams. With
-`--beginning` the job is one of many rows that has not come to its first step: it reads its data and fills its trunk.
+`--beginning` the job is one of many rows that has not come to its first step: it reads its data and fills its cache.
 """
 
 from __future__ import annotations

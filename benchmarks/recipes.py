@@ -25,13 +25,13 @@ from reftserve.interventions import NonFiniteError, PlacedEdit, fingerprint
 from reftserve.server.base.folder import load_tokenizer
 from reftserve.server.base.model import load_model
 from reftserve.server.datasets import EncodedExample, Splits
+from reftserve.server.training.activation_cache import ActivationCache, ActivationCaches, Arena
 from reftserve.server.training.candidates import DataSize
-from reftserve.server.training.packed import PackedModel
 from reftserve.server.training.plan import Plan, Variant
 from reftserve.server.training.recipe import make_plan
 from reftserve.server.training.sweep import Sweep, make_trainers
 from reftserve.server.training.trainer import Trainer, advance
-from reftserve.server.training.trunk import Arena, Trunk, Trunks
+from reftserve.server.training.varlen import VarlenModel
 
 LAYERS = ([10], [15], list(range(30)))
 POSITIONS = ("l1", "l4")
@@ -55,10 +55,10 @@ class Winner:
         return f"{where} {plan.positions} rank {plan.rank} lr {plan.learning_rate:g}"
 
 
-def recipe(packed: PackedModel, splits: Splits, plan: Plan, seed: int) -> tuple[Winner, list[dict[str, object]]]:
+def recipe(packed: VarlenModel, splits: Splits, plan: Plan, seed: int) -> tuple[Winner, list[dict[str, object]]]:
     """What a job would publish, and its table of trials."""
     began = time.perf_counter()
-    sweep = Sweep(make_trainers(Trunks(packed, Arena(ARENA_BYTES)), splits, plan, seed=seed))
+    sweep = Sweep(make_trainers(ActivationCaches(packed, Arena(ARENA_BYTES)), splits, plan, seed=seed))
     while not sweep.has_ended:
         sweep.advance()
         if sweep.validates:
@@ -66,7 +66,7 @@ def recipe(packed: PackedModel, splits: Splits, plan: Plan, seed: int) -> tuple[
     return _winner(sweep.leader, time.perf_counter() - began), sweep.table
 
 
-def best_of_grid(packed: PackedModel, splits: Splits, plan: Plan, seed: int) -> tuple[Winner, list[dict[str, object]]]:
+def best_of_grid(packed: VarlenModel, splits: Splits, plan: Plan, seed: int) -> tuple[Winner, list[dict[str, object]]]:
     """The plan of the grid with the best validation loss, and a table of all."""
     grid = [
         Variant(layers=layers, positions=positions, rank=rank, learning_rate=rate)
@@ -74,7 +74,7 @@ def best_of_grid(packed: PackedModel, splits: Splits, plan: Plan, seed: int) -> 
     ]
     began = time.perf_counter()
     swept = plan.model_copy(update={"sweep": grid})
-    trainers = make_trainers(Trunks(packed, Arena(ARENA_BYTES)), splits, swept, seed=seed)
+    trainers = make_trainers(ActivationCaches(packed, Arena(ARENA_BYTES)), splits, swept, seed=seed)
     while trainers[0].step < trainers[0].total_steps:
         advance(trainers)
         if trainers[0].step % trainers[0].steps_per_epoch == 0:
@@ -97,7 +97,7 @@ def _winner(trainer: Trainer, seconds: float) -> Winner:
     return Winner(trainer.plan, trainer.best_edits(), trainer.best or {}, seconds)
 
 
-def test_scores(packed: PackedModel, test: list[EncodedExample], winners: Sequence[Winner]) -> list[float]:
+def test_scores(packed: VarlenModel, test: list[EncodedExample], winners: Sequence[Winner]) -> list[float]:
     """Exact match of the base, then of each winner. Where no prefix is edited, prompts are computed once for all."""
     exact = [0.0] * (1 + len(winners))
     for start in range(0, len(test), TEST_CHUNK):
@@ -107,14 +107,14 @@ def test_scores(packed: PackedModel, test: list[EncodedExample], winners: Sequen
             if not numbers:
                 continue
             plans = [winners[i].plan for i in numbers]
-            trunk = Trunk(
+            cache = ActivationCache(
                 packed,
                 min(layer for plan in plans for layer in plan.layers),
                 {positions for plan in plans for positions in plan.edited},
                 Arena(ARENA_BYTES),
             )
-            trunk.fill(chunk)
-            scorer = Trainer(trunk, Splits(chunk, chunk, chunk), plans[0], seed=0)
+            cache.fill(chunk)
+            scorer = Trainer(cache, Splits(chunk, chunk, chunk), plans[0], seed=0)
             for i in numbers:
                 exact[i + 1] += scorer.evaluate(chunk, winners[i].edits)["exact_match"] * len(chunk)
             if not edits_prefix:
@@ -135,7 +135,7 @@ def main() -> None:
     args = arguments.parse_args()
     torch.set_num_threads(args.threads)
     tokenizer, base = load_tokenizer(w.MODEL), fingerprint(w.MODEL)
-    packed = PackedModel(load_model(w.MODEL, torch.float32, torch.device("cpu")))
+    packed = VarlenModel(load_model(w.MODEL, torch.float32, torch.device("cpu")))
     print(f"{args.rows} rows train, {args.validation} select; {w.machine()}")
     differences = []
     for name in args.datasets:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from reftserve.server.base.cpu_kernels import load_kernels
 from reftserve.server.datasets import EncodedExample
-from reftserve.server.training.packed_attention import PackedAttention, SpanAttention
-from reftserve.server.training.spans import PackedRows, Span
+from reftserve.server.training.spans import Span, VarlenRows
+from reftserve.server.training.varlen_attention import SpanAttention, VarlenAttention
 
 SPANS, ROUNDS = 10, 12
 HEADS = {"9 heads, 3 of keys": (9, 3), "32 heads, 8 of keys": (32, 8)}
@@ -39,10 +39,10 @@ def best(heads: tuple[int, int], width: int, start: int) -> dict[str, float]:
     draw = random.Random(0)  # noqa: S311 - sizes, not a secret
     widths, starts = ([draw.randint(-(-most // 2), most) for _ in range(SPANS)] for most in (width, start))
     examples = [EncodedExample((0,) * (s + 1), (0,) * n) for n, s in zip(widths, starts, strict=True)]
-    rows = PackedRows([Span(e, s, e.length - 1) for e, s in zip(examples, starts, strict=True)], torch.device("cpu"))
+    rows = VarlenRows([Span(e, s, e.length - 1) for e, s in zip(examples, starts, strict=True)], torch.device("cpu"))
     kept = Kept(starts, heads[1])
     new = [torch.randn(sum(widths), n, DIM).transpose(0, 1).requires_grad_() for n in (heads[0], heads[1], heads[1])]
-    ways = {"kernel": SpanAttention(rows, kept), "torch": PackedAttention(rows, kept)}
+    ways = {"kernel": SpanAttention(rows, kept), "torch": VarlenAttention(rows, kept)}
     seconds = dict.fromkeys(ways, float("inf"))
     for _ in range(ROUNDS):
         for name, way in ways.items():

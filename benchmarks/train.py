@@ -1,7 +1,7 @@
 """Training beside pyreft and PEFT: `python benchmarks/train.py` (`make bench-train` sets the peers up first).
 
 200 film reviews (SST-2) as chats with one-word answers, batches of 10, float32. Ours is measured with everything that
-a job does once: filling the trunk. The peers take the same time for every epoch, so one is run.
+a job does once: filling the cache. The peers take the same time for every epoch, so one is run.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from reftserve.interventions import Positions
 from reftserve.server.base.folder import load_tokenizer
 from reftserve.server.base.model import load_model
 from reftserve.server.datasets import EncodedExample, Splits, encode, read_examples
-from reftserve.server.training.packed import PackedModel
+from reftserve.server.training.activation_cache import ActivationCache, Arena
 from reftserve.server.training.plan import Plan
 from reftserve.server.training.sweep import Sweep
 from reftserve.server.training.trainer import Trainer
-from reftserve.server.training.trunk import Arena, Trunk
+from reftserve.server.training.varlen import VarlenModel
 
 ROWS, VALIDATION, BATCH, RANK = 200, 20, 10, 4
 MIDDLE, ALL = [15], list(range(30))
@@ -53,14 +53,14 @@ def plan(layers: list[int], positions: str, epochs: int) -> Plan:
     )
 
 
-def ours(packed: PackedModel, data: list[EncodedExample], runs: list[Plan], epochs: list[int]) -> dict[int, float]:
+def ours(packed: VarlenModel, data: list[EncodedExample], runs: list[Plan], epochs: list[int]) -> dict[int, float]:
     """Examples a second after so many epochs, of one trial or, of several, as if the published one were the only."""
     began = time.perf_counter()
     lowest = min(min(run.layers) for run in runs)
-    trunk = Trunk(packed, lowest, {Positions.parse(run.positions) for run in runs}, Arena(4 << 30))
-    trunk.fill(data)
+    cache = ActivationCache(packed, lowest, {Positions.parse(run.positions) for run in runs}, Arena(4 << 30))
+    cache.fill(data)
     splits = Splits(data, data[:VALIDATION], data[:VALIDATION])
-    sweep = Sweep([Trainer(trunk, splits, run, seed=0) for run in runs])
+    sweep = Sweep([Trainer(cache, splits, run, seed=0) for run in runs])
     found = {}
     while not sweep.has_ended:
         sweep.advance()
@@ -88,7 +88,7 @@ def main() -> None:
     tokenizer = load_tokenizer(w.MODEL)
     files = [w.ROOT / "examples" / f"sentiment.{part}.jsonl" for part in ("train", "heldout")]
     data = [encode(tokenizer, example) for file in files for example in read_examples(file)][:ROWS]
-    packed = PackedModel(load_model(w.MODEL, torch.float32, torch.device("cpu")))
+    packed = VarlenModel(load_model(w.MODEL, torch.float32, torch.device("cpu")))
     tokens = statistics.mean(example.length for example in data)
     print(f"{len(data)} rows of {tokens:.0f} tokens on average, batches of {BATCH}, rank {RANK}; {w.machine()}")
     figures: dict[str, list[float]] = {}

@@ -22,7 +22,7 @@ from reftserve.interventions import (
     load_artifact,
     save_artifact,
 )
-from reftserve.server.base.memory import end_start
+from reftserve.server.base.memory import freeze_gc
 from reftserve.server.engine.config import EngineConfig
 from reftserve.server.engine.engine import Engine
 from reftserve.server.engine.messages import InterventionRef, SamplingParams, Submit
@@ -45,7 +45,7 @@ def prompts(count: int, low: int, high: int, seed: int = 0, model: Path = MODEL)
 def make_engine(**fields: Any) -> Engine:
     """The engine as its process builds it."""
     engine, _ = build(EngineConfig(str(MODEL), threads=2, **fields))
-    end_start()
+    freeze_gc()
     return engine
 
 

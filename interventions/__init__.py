@@ -1,8 +1,8 @@
 """The mathematics of interventions: edits, families, positions, artifacts. Knows neither server nor client."""
 
 from reftserve.interventions.artifact import (
+    EditSite,
     Intervention,
-    Placement,
     load_artifact,
     load_history,
     pack,
@@ -13,7 +13,10 @@ from reftserve.interventions.artifact import (
 )
 from reftserve.interventions.attach import attach, decoder_layers
 from reftserve.interventions.edit import Activation, LowRankEdit, PlacedEdit, activate, compose
-from reftserve.interventions.errors import (
+from reftserve.interventions.families import FAMILIES, Family
+from reftserve.interventions.fingerprint import fingerprint, model_checksum
+from reftserve.interventions.history import History
+from reftserve.interventions.intervention_errors import (
     DtypeError,
     FingerprintMismatch,
     HashMismatch,
@@ -23,9 +26,6 @@ from reftserve.interventions.errors import (
     PositionsError,
     ShapeError,
 )
-from reftserve.interventions.families import FAMILIES, Family
-from reftserve.interventions.fingerprint import fingerprint, model_checksum
-from reftserve.interventions.history import History
 from reftserve.interventions.manifest import BaseFingerprint, EditEntry, Manifest, Provenance
 from reftserve.interventions.positions import Positions
 from reftserve.interventions.trainable import InterventionConfig, TrainableIntervention
@@ -36,6 +36,7 @@ __all__ = [
     "BaseFingerprint",
     "DtypeError",
     "EditEntry",
+    "EditSite",
     "Family",
     "FingerprintMismatch",
     "HashMismatch",
@@ -48,7 +49,6 @@ __all__ = [
     "ManifestError",
     "NonFiniteError",
     "PlacedEdit",
-    "Placement",
     "Positions",
     "PositionsError",
     "Provenance",

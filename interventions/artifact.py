@@ -29,8 +29,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from reftserve.interventions.edit import TENSORS, LowRankEdit, PlacedEdit, compose
-from reftserve.interventions.errors import DtypeError, HashMismatch, ManifestError, ShapeError
 from reftserve.interventions.history import HISTORY_FILE, History
+from reftserve.interventions.intervention_errors import DtypeError, HashMismatch, ManifestError, ShapeError
 from reftserve.interventions.manifest import BaseFingerprint, EditEntry, Manifest, Provenance
 from reftserve.interventions.positions import Positions
 
@@ -51,7 +51,7 @@ UNREADABLE = (
 
 
 @dataclass(frozen=True)
-class Placement:
+class EditSite:
     """Where an edit works, and how many of the intervention's columns are its own."""
 
     layer: int
@@ -68,7 +68,7 @@ class Intervention:
 
     manifest: Manifest
     columns: LowRankEdit
-    places: tuple[Placement, ...]
+    places: tuple[EditSite, ...]
 
     @property
     def content_hash(self) -> str:
@@ -82,7 +82,7 @@ class Intervention:
         return tuple(PlacedEdit(place.layer, place.positions, part) for place, part in parts)
 
 
-def content_hash(places: Sequence[Placement], columns: LowRankEdit) -> str:
+def content_hash(places: Sequence[EditSite], columns: LowRankEdit) -> str:
     """SHA-256 over places and numbers of the edits, in order."""
     digest = hashlib.sha256()
     for place in places:
@@ -105,7 +105,7 @@ def save_artifact(
     history: History | None = None,
 ) -> Manifest:
     """Write a new artifact folder; it must not exist. Raises OSError with nothing left behind."""
-    places = tuple(Placement(placed.layer, placed.positions, placed.edit.rank) for placed in edits)
+    places = tuple(EditSite(placed.layer, placed.positions, placed.edit.rank) for placed in edits)
     columns = compose([placed.edit for placed in edits])
     manifest = Manifest(
         family=family,
@@ -164,7 +164,7 @@ def parse_artifact(manifest_bytes: bytes, edits_bytes: bytes) -> Intervention:
         first = cause.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise ManifestError(f"{MANIFEST_FILE}: {where or 'document'}: {first['msg']}") from cause
-    places = tuple(Placement(entry.layer, Positions.parse(entry.positions), entry.rank) for entry in manifest.edits)
+    places = tuple(EditSite(entry.layer, Positions.parse(entry.positions), entry.rank) for entry in manifest.edits)
     columns = _columns(edits_bytes)
     _check_fit(places, columns, manifest.base)
     found = content_hash(places, columns)
@@ -217,7 +217,7 @@ def _columns(edits_bytes: bytes) -> LowRankEdit:
     return LowRankEdit(**tensors)
 
 
-def _check_fit(places: Sequence[Placement], columns: LowRankEdit, base: BaseFingerprint) -> None:
+def _check_fit(places: Sequence[EditSite], columns: LowRankEdit, base: BaseFingerprint) -> None:
     rank = sum(place.rank for place in places)
     if columns.rank != rank:
         raise ShapeError(f"{EDITS_FILE} holds {columns.rank} columns; by the manifest the edits have {rank}")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from reftserve.interventions.edit import PlacedEdit
-from reftserve.interventions.errors import ShapeError
+from reftserve.interventions.intervention_errors import ShapeError
 from reftserve.interventions.positions import Positions
 from reftserve.interventions.trainable import TrainableIntervention
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from reftserve.interventions.errors import DtypeError, NonFiniteError, ShapeError
+from reftserve.interventions.intervention_errors import DtypeError, NonFiniteError, ShapeError
 from reftserve.interventions.positions import Positions
 
 

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from reftserve.interventions.errors import ManifestError
+from reftserve.interventions.intervention_errors import ManifestError
 from reftserve.interventions.manifest import BaseFingerprint
 
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from reftserve.interventions.errors import ManifestError
+from reftserve.interventions.intervention_errors import ManifestError
 
 T = TypeVar("T")
 HISTORY_FILE = "history.json"

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from reftserve.interventions.errors import FingerprintMismatch
+from reftserve.interventions.intervention_errors import FingerprintMismatch
 
 SCHEMA_VERSION = 2
 

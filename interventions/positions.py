@@ -19,7 +19,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from reftserve.interventions.errors import PositionsError
+from reftserve.interventions.intervention_errors import PositionsError
 
 _PATTERN = re.compile(r"(?:f(?P<first>\d{1,6}))?(?:\+?l(?P<last>\d{1,6}))?")
 

@@ -23,19 +23,19 @@ from reftserve.server.api import (
     validation,
 )
 from reftserve.server.api.body_limit import BodyLimit
-from reftserve.server.api.errors import install_error_handlers
+from reftserve.server.api.error_responses import install_error_handlers
 from reftserve.server.base.folder import Base, open_base
 from reftserve.server.engine.config import EngineConfig
-from reftserve.server.evaluation.evals import EvalService
+from reftserve.server.evaluation.eval_service import EvalService
 from reftserve.server.evaluation.evaluator import Evaluator
-from reftserve.server.evaluation.served import served_by
+from reftserve.server.evaluation.serving_fingerprint import serving_fingerprint
 from reftserve.server.inference.engine_client import EngineClient
 from reftserve.server.inference.metrics import Metrics
 from reftserve.server.registry.store import open_store
 from reftserve.server.services import Services
 from reftserve.server.settings import Settings
 from reftserve.server.supervisor import keep_engine, keep_worker
-from reftserve.server.training.jobs import JobService
+from reftserve.server.training.job_service import JobService
 
 ROUTERS = (chat, completions, classify, models, files, fine_tuning, validation, evals, interventions, health)
 
@@ -50,7 +50,7 @@ def open_services(settings: Settings) -> Services:
     store.interventions.sweep()
     store.files.sweep()
     engine = EngineClient(_engine_config(settings, base))
-    evals = EvalService(store, base, served_by(settings, base), max_interventions=settings.max_interventions)
+    evals = EvalService(store, base, serving_fingerprint(settings, base), max_interventions=settings.max_interventions)
     return Services(
         settings=settings,
         base=base,

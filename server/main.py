@@ -13,7 +13,7 @@ import uvicorn
 from filelock import FileLock, Timeout
 
 from reftserve.server.app import create_app, open_services
-from reftserve.server.base.memory import end_start
+from reftserve.server.base.memory import freeze_gc
 from reftserve.server.errors import Conflict, ServerError
 from reftserve.server.settings import LOG_FORMAT, Settings
 
@@ -43,7 +43,7 @@ def serve(settings: Settings) -> None:
         logging.getLogger(__name__).info(
             "serving %s on http://%s:%d (documentation at /docs)", services.base.name, settings.host, port
         )
-        end_start()
+        freeze_gc()
         server.run(sockets=[listener])
     if failures:
         raise ServerError(failures[0])

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from reftserve.server.base.folder import Base
-from reftserve.server.datasets.files import FileStore
-from reftserve.server.evaluation.evals import EvalService
+from reftserve.server.datasets.file_store import FileStore
+from reftserve.server.evaluation.eval_service import EvalService
 from reftserve.server.evaluation.evaluator import Evaluator
 from reftserve.server.inference.engine_client import EngineClient
 from reftserve.server.inference.metrics import Metrics
-from reftserve.server.registry.interventions import InterventionRegistry
+from reftserve.server.registry.intervention_registry import InterventionRegistry
 from reftserve.server.settings import Settings
 from reftserve.server.storage.database import Database
-from reftserve.server.training.jobs import JobService
+from reftserve.server.training.job_service import JobService
 
 
 @dataclass(frozen=True)

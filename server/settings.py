@@ -89,8 +89,12 @@ class Settings(BaseSettings):
         False,
         description="Accept interventions whose weights, tokenizer or template hash differs from the base's",
     )
-    trunk_bytes: int = Field(1 << 30, ge=0, description="Memory for what a job's steps have in common, of each example")
-    trunk_disk_bytes: int = Field(4 << 30, ge=0, description="Disk for what that memory has no room for")
+    activation_cache_bytes: int = Field(
+        1 << 30, ge=0, description="Memory of a training job for activations that its steps share"
+    )
+    activation_cache_disk_bytes: int = Field(
+        4 << 30, ge=0, description="Disk for activations that find no room in that memory"
+    )
     checkpoint_steps: int = Field(10, ge=1, description="Optimizer steps between durable checkpoints of a job")
     lease_s: float = Field(
         10.0, gt=0, description="Seconds without a sign of life after which a worker's job goes to another worker"

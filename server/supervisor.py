@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 
 import msgspec
 
-from reftserve.server.engine.errors import EngineDied
+from reftserve.server.engine.engine_errors import EngineDied
 from reftserve.server.inference.engine_client import EngineClient
 from reftserve.server.inference.metrics import Metrics
 from reftserve.server.settings import Settings
@@ -45,7 +45,7 @@ async def keep_engine(engine: EngineClient, metrics: Metrics, on_failure: Callab
         code = await engine.wait()
         logger.error("the engine ended with code %d", code)
 
-    await _again_and_again(once)
+    await _restart_forever(once)
 
 
 async def keep_worker(settings: Settings, engine: EngineClient) -> None:
@@ -77,10 +77,10 @@ async def keep_worker(settings: Settings, engine: EngineClient) -> None:
             if process.returncode is None:
                 await _end(process)
 
-    await _again_and_again(once)
+    await _restart_forever(once)
 
 
-async def _again_and_again(once: Callable[[], Awaitable[None]]) -> None:
+async def _restart_forever(once: Callable[[], Awaitable[None]]) -> None:
     loop = asyncio.get_running_loop()
     pause_s = FIRST_PAUSE_S
     while True:

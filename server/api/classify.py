@@ -21,10 +21,10 @@ from reftserve.server.api.dependencies import Owner, Server
 from reftserve.server.api.sse import unless_disconnected
 from reftserve.server.engine.messages import SamplingParams, Submit, TokenOutput
 from reftserve.server.errors import InvalidRequest
-from reftserve.server.evaluation.labels import LabelledPrompt, label_chat, label_texts, probabilities
+from reftserve.server.evaluation.label_scoring import LabelledPrompt, label_chat, label_texts, probabilities
 from reftserve.server.inference.answers import answers, intervention_refs, salted
 from reftserve.server.inference.generation import check_capacity
-from reftserve.server.registry.composition import held, resolve_composition
+from reftserve.server.registry.composition import pinned, resolve_composition
 from reftserve.server.services import Services
 
 MAX_INPUTS = 256
@@ -68,7 +68,7 @@ async def classify(body: ClassifyRequest, request: Request, server: Server, owne
         )
         for index, prompt in enumerate(prompts)
     ]
-    with held(server.registry, versions):
+    with pinned(server.registry, versions):
         outputs = await unless_disconnected(request, answers(server.engine, submits))
     return Classification(
         id=request_id,

@@ -20,10 +20,10 @@ from reftserve.client.schemas import (
 )
 from reftserve.server.api.dependencies import Owner, Server
 from reftserve.server.errors import InvalidRequest
-from reftserve.server.evaluation.evals import criteria_of
+from reftserve.server.evaluation.eval_service import criteria_of
 from reftserve.server.evaluation.tally import Tally
 from reftserve.server.storage import tables
-from reftserve.server.training.jobs import MAX_DIGITS
+from reftserve.server.training.job_service import MAX_DIGITS
 
 router = APIRouter(prefix="/v1/evals", tags=["evals"])
 

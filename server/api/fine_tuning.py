@@ -18,7 +18,7 @@ from reftserve.client.schemas import (
 from reftserve.server.api.dependencies import Owner, Server
 from reftserve.server.api.sse import event_stream
 from reftserve.server.storage.tables import Job, JobCheckpoint, JobEvent
-from reftserve.server.training.jobs import event_id
+from reftserve.server.training.job_service import event_id
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
 

@@ -14,7 +14,7 @@ from reftserve.client.schemas import (
 )
 from reftserve.server.api.dependencies import Owner, Server
 from reftserve.server.errors import PayloadTooLarge
-from reftserve.server.registry.interventions import PublishedVersion
+from reftserve.server.registry.intervention_registry import PublishedVersion
 from reftserve.server.registry.names import LATEST, Reference
 from reftserve.server.storage.tables import Intervention
 

@@ -11,7 +11,7 @@ from fastapi import Request
 from pydantic import BaseModel
 from sse_starlette import EventSourceResponse
 
-from reftserve.server.api.errors import error_body
+from reftserve.server.api.error_responses import error_body
 from reftserve.server.errors import ServerError
 
 T = TypeVar("T")

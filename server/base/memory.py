@@ -6,7 +6,7 @@ import ctypes
 import gc
 
 
-def give_back_memory() -> None:
+def trim_heap() -> None:
     """Return to the system what the process no longer uses, after it held much for a while.
 
     glibc keeps the room of freed tensors up to 32 MB for itself: of a loaded base, or of a job, hundreds of megabytes.
@@ -17,10 +17,10 @@ def give_back_memory() -> None:
         trim(0)
 
 
-def end_start() -> None:
+def freeze_gc() -> None:
     """To be called once, when a process has made what it keeps: Python's collector leaves that alone from now on.
 
     A full round over the objects of torch and transformers would take 0.2 s again and again, between two tokens.
     """
-    give_back_memory()
+    trim_heap()
     gc.freeze()

@@ -8,10 +8,10 @@ Example  encoding: its token ids, as serving renders them
 
 from reftserve.server.datasets.encoding import EncodedExample, encode
 from reftserve.server.datasets.examples import Example, Instruction
-from reftserve.server.datasets.labels import label_set
-from reftserve.server.datasets.places import Place
+from reftserve.server.datasets.label_detection import label_set
 from reftserve.server.datasets.reading import count_examples, dataset_hash, read_examples
 from reftserve.server.datasets.report import make_report
+from reftserve.server.datasets.source_location import SourceLocation
 from reftserve.server.datasets.splits import MIN_EXAMPLES, Splits, split
 
 __all__ = [
@@ -19,7 +19,7 @@ __all__ = [
     "EncodedExample",
     "Example",
     "Instruction",
-    "Place",
+    "SourceLocation",
     "Splits",
     "count_examples",
     "dataset_hash",

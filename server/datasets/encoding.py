@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from reftserve.client.schemas import ChatMessage
 from reftserve.server.base.prompts import encode_completion, encode_rendered, encode_text, render_answer, render_chat
 from reftserve.server.datasets.examples import Example, Instruction
-from reftserve.server.datasets.places import Place
+from reftserve.server.datasets.source_location import SourceLocation
 
 # Stanford Alpaca's own wording: what a base without a chat template has most likely seen.
 _WITH_INPUT = (
@@ -29,7 +29,7 @@ class EncodedExample:
 
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
-    place: Place | None = None
+    place: SourceLocation | None = None
 
     @property
     def length(self) -> int:

@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError
 from reftserve.client.schemas import ChatMessage, Request
 from reftserve.client.schemas.generation import Text
 from reftserve.server.datasets.json_rows import parse_json
-from reftserve.server.datasets.places import Place
+from reftserve.server.datasets.source_location import SourceLocation
 from reftserve.server.errors import field_path
 
 KINDS = "messages, or prompt and completion, or instruction, input (optional) and output"
@@ -36,7 +36,7 @@ class Instruction:
 class Example:
     """What is asked, and the text to learn as its answer. place: its row; the turns of a conversation share one."""
 
-    place: Place
+    place: SourceLocation
     prompt: tuple[ChatMessage, ...] | str | Instruction
     target: str
 
@@ -52,7 +52,7 @@ class ChatRow(Request):
 
     messages: list[TrainingMessage] = Field(min_length=2)
 
-    def examples(self, place: Place) -> list[Example]:
+    def examples(self, place: SourceLocation) -> list[Example]:
         """Raises InvalidRequest when a turn is empty, or nothing is to be learned."""
         if self.messages[-1].role != "assistant":
             where = f"messages.{len(self.messages) - 1}.role"
@@ -77,7 +77,7 @@ class CompletionRow(Request):
     prompt: Text = Field(min_length=1)
     completion: Text
 
-    def examples(self, place: Place) -> list[Example]:
+    def examples(self, place: SourceLocation) -> list[Example]:
         """Raises InvalidRequest when the completion is empty."""
         return [Example(place, self.prompt, _checked_target(self.completion, place, "completion"))]
 
@@ -89,7 +89,7 @@ class InstructionRow(Request):
     input: Text | None = None
     output: Text
 
-    def examples(self, place: Place) -> list[Example]:
+    def examples(self, place: SourceLocation) -> list[Example]:
         """Raises InvalidRequest when the output is empty."""
         target = _checked_target(self.output, place, "output")
         return [Example(place, Instruction(self.instruction, self.input or ""), target)]
@@ -110,7 +110,7 @@ def row_kind(fields: Collection[str]) -> type[Row] | None:
     return None
 
 
-def row_examples(row: Any, place: Place) -> list[Example]:
+def row_examples(row: Any, place: SourceLocation) -> list[Example]:
     """The examples of a row, given as the mapping that its file has; `messages` may be JSON, as in a cell of a table.
 
     Raises InvalidRequest that names the place, the field and what is right.
@@ -131,7 +131,7 @@ def row_examples(row: Any, place: Place) -> list[Example]:
     return parsed.examples(place)
 
 
-def _checked_target(text: str, place: Place, field: str) -> str:
+def _checked_target(text: str, place: SourceLocation, field: str) -> str:
     if not text.strip():
         raise place.error(f"field {field}: empty answer: there is nothing to learn")
     return text

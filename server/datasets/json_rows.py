@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from reftserve.server.datasets.places import Place, file_error
+from reftserve.server.datasets.source_location import SourceLocation, file_error
 
 MAX_LINE_BYTES = 4 << 20
 # The text of an array is in memory as a whole.
@@ -19,14 +19,14 @@ _BLANKS = re.compile(r"[ \t\r\n]*")
 _DECODER = json.JSONDecoder()
 
 
-def read_lines(path: Path) -> Iterator[tuple[Place, Any]]:
+def read_lines(path: Path) -> Iterator[tuple[SourceLocation, Any]]:
     """The rows of JSON Lines; blank lines are none.
 
     Raises InvalidRequest that names the line.
     """
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
-            place = Place("line", number)
+            place = SourceLocation("line", number)
             if len(raw) > MAX_LINE_BYTES:
                 raise place.error(f"{len(raw)} bytes; at most {MAX_LINE_BYTES} are read")
             try:
@@ -37,7 +37,7 @@ def read_lines(path: Path) -> Iterator[tuple[Place, Any]]:
                 yield place, parse_json(line, place)
 
 
-def read_array(path: Path) -> Iterator[tuple[Place, Any]]:
+def read_array(path: Path) -> Iterator[tuple[SourceLocation, Any]]:
     """The items of a JSON array, decoded one by one, so that an error knows its row.
 
     Raises InvalidRequest that names the row, or when the file has more than MAX_ARRAY_BYTES.
@@ -51,7 +51,7 @@ def read_array(path: Path) -> Iterator[tuple[Place, Any]]:
     position = _behind_blanks(text, text.index("[") + 1)
     number = 0
     while not text.startswith("]", position):
-        place = Place("row", number := number + 1)
+        place = SourceLocation("row", number := number + 1)
         if number > 1:
             if not text.startswith(",", position):
                 raise place.error("not JSON (no ',' before it, and no ']' that ends the array)")
@@ -64,7 +64,7 @@ def read_array(path: Path) -> Iterator[tuple[Place, Any]]:
         raise file_error(f"{rest[:20]!r} stands behind the JSON array")
 
 
-def parse_json(text: str, place: Place, what: str = "") -> Any:
+def parse_json(text: str, place: SourceLocation, what: str = "") -> Any:
     """A JSON value. what: begins the error's message.
 
     Raises InvalidRequest that names the place.
@@ -74,7 +74,7 @@ def parse_json(text: str, place: Place, what: str = "") -> Any:
 
 
 @contextmanager
-def _json_errors(place: Place, what: str = "") -> Iterator[None]:
+def _json_errors(place: SourceLocation, what: str = "") -> Iterator[None]:
     try:
         yield
     except json.JSONDecodeError as cause:

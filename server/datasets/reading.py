@@ -18,7 +18,7 @@ from typing import Any
 
 from reftserve.server.datasets.examples import KINDS, Example, row_examples
 from reftserve.server.datasets.json_rows import read_array, read_lines
-from reftserve.server.datasets.places import Place, file_error
+from reftserve.server.datasets.source_location import SourceLocation, file_error
 from reftserve.server.datasets.tables import PARQUET_MAGIC, read_csv, read_parquet
 
 HEAD_BYTES = 4096
@@ -56,7 +56,7 @@ def _examples(path: Path, filename: str) -> Iterator[Example]:
         yield from row_examples(row, place)
 
 
-def _rows(path: Path, suffix: str) -> Iterator[tuple[Place, Any]]:
+def _rows(path: Path, suffix: str) -> Iterator[tuple[SourceLocation, Any]]:
     with path.open("rb") as file:
         head = file.read(HEAD_BYTES)
     if head.startswith(PARQUET_MAGIC):

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from reftserve.client.schemas import DataReport, FileReport, SplitSizes, TokenLengths
 from reftserve.server.datasets.encoding import EncodedExample, encode
 from reftserve.server.datasets.examples import Example
-from reftserve.server.datasets.labels import label_set
+from reftserve.server.datasets.label_detection import label_set
 from reftserve.server.datasets.reading import read_examples
 from reftserve.server.datasets.splits import prompts_of, split
 from reftserve.server.errors import InvalidRequest

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from pyarrow import csv, parquet
 
 from reftserve.server.datasets.examples import FIELDS, KINDS, row_kind
-from reftserve.server.datasets.places import Place, file_error
+from reftserve.server.datasets.source_location import SourceLocation, file_error
 
 PARQUET_MAGIC = b"PAR1"
 MAX_CELL_BYTES = 4 << 20
@@ -26,7 +26,7 @@ BATCH_ROWS = 64
 BUFFER_BYTES = 1 << 20
 
 
-def read_csv(path: Path) -> Iterator[tuple[Place, dict[str, Any]]]:
+def read_csv(path: Path) -> Iterator[tuple[SourceLocation, dict[str, Any]]]:
     """The rows of comma-separated UTF-8 with a header; cells may be quoted and then hold anything.
 
     Raises InvalidRequest that says what cannot be read.
@@ -46,7 +46,7 @@ def read_csv(path: Path) -> Iterator[tuple[Place, dict[str, Any]]]:
         yield from _numbered(reader, first=2)
 
 
-def read_parquet(path: Path) -> Iterator[tuple[Place, dict[str, Any]]]:
+def read_parquet(path: Path) -> Iterator[tuple[SourceLocation, dict[str, Any]]]:
     """The rows of a Parquet file.
 
     Raises InvalidRequest that says what cannot be read, or which limit the file goes over.
@@ -69,7 +69,7 @@ def read_parquet(path: Path) -> Iterator[tuple[Place, dict[str, Any]]]:
             yield from _numbered(file.iter_batches(batch_size=BATCH_ROWS, use_threads=False), first=1)
 
 
-def _numbered(batches: Iterator[pa.RecordBatch], *, first: int) -> Iterator[tuple[Place, dict[str, Any]]]:
+def _numbered(batches: Iterator[pa.RecordBatch], *, first: int) -> Iterator[tuple[SourceLocation, dict[str, Any]]]:
     number = first
     unfolded = 0
     for batch in batches:
@@ -78,7 +78,7 @@ def _numbered(batches: Iterator[pa.RecordBatch], *, first: int) -> Iterator[tupl
         if unfolded > MAX_UNFOLDED_BYTES:
             raise file_error(f"the file unfolds to more than {MAX_UNFOLDED_BYTES} bytes of text; split it")
         for row in batch.to_pylist():
-            yield Place("row", number), row
+            yield SourceLocation("row", number), row
             number += 1
 
 

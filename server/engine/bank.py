@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from reftserve.interventions import Activation, Intervention, Placement, Positions
-from reftserve.server.engine.errors import RequestRefused
+from reftserve.interventions import Activation, EditSite, Intervention, Positions
+from reftserve.server.engine.engine_errors import RequestRefused
 from reftserve.server.engine.transfers import Uploads
 
 
 @dataclass(frozen=True, eq=False)
-class EditUse:
+class EditSpan:
     """Edits of one intervention, alike but for their layers, as one sequence uses them: most interventions are one.
 
     layers: each once. rows: [layers, rank] rows of the bank. scales: [layers, rank].
@@ -47,7 +47,7 @@ class Slot:
     """The rows of one hot intervention, its uses at scale 1, and how many running sequences need them."""
 
     rows: NDArray[np.int64]
-    uses: tuple[EditUse, ...]
+    uses: tuple[EditSpan, ...]
     pins: int = 0
 
 
@@ -86,9 +86,9 @@ class Bank:
         if needed > self.num_rows - 1:
             raise RequestRefused(f"interventions need {needed} rank rows; the bank has {self.num_rows - 1}")
 
-    def acquire(self, interventions: tuple[tuple[Intervention, float], ...]) -> tuple[EditUse, ...] | None:
+    def acquire(self, interventions: tuple[tuple[Intervention, float], ...]) -> tuple[EditSpan, ...] | None:
         """Make these hot and pin them; None, and nothing pinned, when running sequences leave no room."""
-        uses: list[EditUse] = []
+        uses: list[EditSpan] = []
         pinned: list[str] = []
         for intervention, scale in interventions:
             slot = self._hot(intervention)
@@ -150,10 +150,10 @@ class Bank:
         self.is_linear[rows] = columns.act.numpy() == Activation.LINEAR
 
 
-def _uses(intervention: Intervention, rows: NDArray[np.int64]) -> tuple[EditUse, ...]:
+def _uses(intervention: Intervention, rows: NDArray[np.int64]) -> tuple[EditSpan, ...]:
     # Of equal edits at one layer, the n-th goes with the n-th of other layers.
     alike: defaultdict[tuple[Positions, int, int], list[tuple[int, int]]] = defaultdict(list)
-    seen: defaultdict[Placement, int] = defaultdict(int)
+    seen: defaultdict[EditSite, int] = defaultdict(int)
     start = 0
     for place in intervention.places:
         alike[place.positions, place.rank, seen[place]].append((place.layer, start))
@@ -163,9 +163,9 @@ def _uses(intervention: Intervention, rows: NDArray[np.int64]) -> tuple[EditUse,
     uses = []
     for (positions, rank, _), places in alike.items():
         columns = np.array([start for _, start in places])[:, None] + np.arange(rank)
-        uses.append(EditUse(tuple(layer for layer, _ in places), positions, rows[columns], scales[columns]))
+        uses.append(EditSpan(tuple(layer for layer, _ in places), positions, rows[columns], scales[columns]))
     return tuple(uses)
 
 
-def _scaled(use: EditUse, scale: float) -> EditUse:
+def _scaled(use: EditSpan, scale: float) -> EditSpan:
     return replace(use, scales=use.scales * np.float32(scale))

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from reftserve.interventions import Positions, activate
-from reftserve.server.engine.bank import Bank, EditUse
+from reftserve.server.engine.bank import Bank, EditSpan
 from reftserve.server.engine.scheduler import Chunk
 from reftserve.server.engine.transfers import to_device
 
@@ -86,7 +86,7 @@ class _Touch:
 
     chunk: Chunk
     offset: int
-    use: EditUse
+    use: EditSpan
 
 
 def plan_edits(chunks: list[Chunk], bank: Bank, device: torch.device) -> dict[int, LayerEdits]:

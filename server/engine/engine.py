@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from reftserve.server.engine.block_allocator import BlockAllocator
-from reftserve.server.engine.errors import RequestRefused
-from reftserve.server.engine.grammar import GrammarCompiler
+from reftserve.server.engine.engine_errors import RequestRefused
+from reftserve.server.engine.grammar_masks import GrammarCompiler
 from reftserve.server.engine.loader import Loader
 from reftserve.server.engine.logits import ArrivingLogprobs, adjust, logprobs_of
 from reftserve.server.engine.messages import EngineStats, StepOutput, Submit, TokenLogprobs, TokenOutput
 from reftserve.server.engine.runner import Logits, Runner
-from reftserve.server.engine.sampler import choose, present
+from reftserve.server.engine.sampler import present, sample
 from reftserve.server.engine.scheduler import Batch, Scheduler
 from reftserve.server.engine.sequence import Sequence, Status
 from reftserve.server.engine.transfers import ToHost, indices
@@ -40,18 +40,18 @@ MANY_DEADLINES = 64
 
 @dataclass(frozen=True)
 class InFlightStep:
-    """What a step gives when it ends.
+    """A step between its launch and its end: the device computes, the host has not seen the tokens.
 
-    sampling: sequences that get a token, in the order of `tokens` [rows] on the device, -1 where there is none;
-    arriving: the same on its way to the host. asking: rows that want to know how likely their token was; logprobs:
-    that, on its way too.
+    sampling: sequences that get a token, in the order of `tokens`. tokens: [rows] on the device, -1 for no token.
+    arriving: the tokens on their way to the host. logprob_rows: rows whose request asks for log-probabilities.
+    logprobs: these log-probabilities on their way to the host.
     """
 
     batch: Batch
     sampling: list[Sequence] = field(default_factory=list)
     tokens: Tensor | None = None
     arriving: ToHost | None = None
-    asking: list[int] = field(default_factory=list)
+    logprob_rows: list[int] = field(default_factory=list)
     logprobs: ArrivingLogprobs | None = None
 
 
@@ -182,19 +182,19 @@ class Engine:
         if not sampling:
             return InFlightStep(batch)
         sequences = [chunk.sequence for chunk in sampling]
-        asking = [row for row, s in enumerate(sequences) if s.sampling.logprobs is not None]
-        unadjusted = logits.sampling[indices(asking, logits.sampling.device)] if asking else None
+        logprob_rows = [row for row, s in enumerate(sequences) if s.sampling.logprobs is not None]
+        unadjusted = logits.sampling[indices(logprob_rows, logits.sampling.device)] if logprob_rows else None
         # In bfloat16 a penalty would be lost: near 20 its numbers stand an eighth apart.
         wanted = logits.sampling.float()
         adjust(wanted, sequences)
-        tokens = choose(wanted, [s.sampling for s in sequences], [chunk.stop for chunk in sampling])
+        tokens = sample(wanted, [s.sampling for s in sequences], [chunk.stop for chunk in sampling])
         logprobs = None
         if unadjusted is not None:
-            counts = [sequences[row].sampling.logprobs or 0 for row in asking]
+            counts = [sequences[row].sampling.logprobs or 0 for row in logprob_rows]
             # A token that is not there, -1, ends its request; token 0 stands in its place until the host knows.
-            chosen = tokens[indices(asking, tokens.device)].clamp(min=0)
+            chosen = tokens[indices(logprob_rows, tokens.device)].clamp(min=0)
             logprobs = ArrivingLogprobs(unadjusted, chosen, counts)
-        return InFlightStep(batch, sequences, tokens, ToHost(tokens), asking, logprobs)
+        return InFlightStep(batch, sequences, tokens, ToHost(tokens), logprob_rows, logprobs)
 
     def _run_ahead(self, step: InFlightStep) -> InFlightStep | None:
         """Hand over the step that follows, if it depends on this one for nothing but the tokens themselves."""
@@ -235,7 +235,7 @@ class Engine:
             self._drop(sequence)
         elif sequence.continuations:
             self._cached_prompt_tokens += sequence.n_cached or 0
-            self.scheduler.hold(sequence)
+            self.scheduler.keep_prefix(sequence)
             for fork in sequence.fork():
                 self._sequences[fork.request_id] = fork
                 self.scheduler.add(fork)
@@ -259,7 +259,7 @@ class Engine:
 
     def _take(self, step: InFlightStep, tokens: list[int | None]) -> None:
         found = step.logprobs.get() if step.logprobs is not None else []
-        logprobs = dict(zip(step.asking, found, strict=True))
+        logprobs = dict(zip(step.logprob_rows, found, strict=True))
         for row, (sequence, token) in enumerate(zip(step.sampling, tokens, strict=True)):
             if sequence.status is not Status.RUNNING:
                 continue

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reftserve.server.engine.grammar import forbidden_tokens
+from reftserve.server.engine.grammar_masks import forbidden_tokens
 from reftserve.server.engine.messages import TokenLogprobs
 from reftserve.server.engine.sequence import Sequence
 from reftserve.server.engine.transfers import ToHost, column, indices, to_device

@@ -22,14 +22,14 @@ import zmq
 from reftserve.interventions import InterventionError
 from reftserve.server.base.cuda_weights import lend_weights
 from reftserve.server.base.folder import eos_token_ids, load_tokenizer
-from reftserve.server.base.memory import end_start
+from reftserve.server.base.memory import freeze_gc
 from reftserve.server.base.model import resolve_device, resolve_dtype
 from reftserve.server.base.model_errors import BaseModelError
 from reftserve.server.base.weights import load_base
 from reftserve.server.engine.config import EngineConfig
 from reftserve.server.engine.engine import Engine
-from reftserve.server.engine.errors import EngineError
-from reftserve.server.engine.grammar import GrammarCompiler
+from reftserve.server.engine.engine_errors import EngineError
+from reftserve.server.engine.grammar_masks import GrammarCompiler
 from reftserve.server.engine.messages import Cancel, Fatal, FromEngine, Ready, Submit, ToEngine
 from reftserve.server.engine.runner import Runner
 from reftserve.server.settings import LOG_FORMAT
@@ -60,7 +60,7 @@ def main() -> None:
         send(Fatal(f"{type(cause).__name__}: {cause}"))
         socket.close(linger=1000)
         sys.exit(1)
-    end_start()
+    freeze_gc()
     send(ready)
     decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
     while True:

@@ -18,21 +18,17 @@ from reftserve.server.engine.transfers import column, indices, to_device
 LOWEST_TEMPERATURE = 1e-6
 
 
-def sample(logits: Tensor, params: list[SamplingParams], positions: list[int]) -> list[int | None]:
-    """One token a row; None where the row's largest logit is not finite, which only an edit that overflows can cause.
-
-    logits: [rows, vocabulary]. positions: index that each row's token will have in its sequence.
-    """
-    return present(choose(logits, params, positions).tolist())
-
-
 def present(tokens: list[int]) -> list[int | None]:
-    """What `choose` gave, on the host: None for -1."""
+    """What `sample` gave, on the host: None for -1."""
     return [token if token >= 0 else None for token in tokens]
 
 
-def choose(logits: Tensor, params: list[SamplingParams], positions: list[int]) -> Tensor:
-    """`sample` without a look at the device: [rows], a token that is not there is -1."""
+def sample(logits: Tensor, params: list[SamplingParams], positions: list[int]) -> Tensor:
+    """One token a row, [rows]; -1 where the row's largest logit is not finite, which only an overflowing edit causes.
+
+    logits: [rows, vocabulary]. positions: the index that each row's token will have in its sequence. Reads nothing
+    back from the device.
+    """
     largest, tokens = logits.max(dim=-1)
     sampled = [row for row, p in enumerate(params) if p.temperature > 0]
     if sampled:

@@ -8,7 +8,7 @@ the queue, and later recomputes its tokens, with edits at the same positions as 
 
 A sequence whose prompt others fork from is held: out of the running set, but with its blocks. A fork shares those that
 the prompt fills and gets a copy of the last one, so that it computes its own tokens only. Where blocks run out, what is
-held is let go first; its forks then find what the prefix cache still has, and compute the rest anew.
+prefix is let go first; its forks then find what the prefix cache still has, and compute the rest anew.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from reftserve.server.engine.bank import Bank
 from reftserve.server.engine.block_allocator import BlockAllocator
-from reftserve.server.engine.errors import RequestRefused
+from reftserve.server.engine.engine_errors import RequestRefused
 from reftserve.server.engine.sequence import Sequence, Status
 
 
@@ -86,7 +86,7 @@ class Scheduler:
         self.max_sequences = min(max_sequences, max_batch_tokens)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
-        self.held: list[Sequence] = []
+        self.forked: list[Sequence] = []
         self.prefix_cache = prefix_cache
         self.preemptions = 0
 
@@ -125,10 +125,10 @@ class Scheduler:
             stop = sequence.n_computed + min(sequence.n_uncomputed, budget)
             planned.append(Chunk(sequence, sequence.n_computed, stop))
             budget -= stop - sequence.n_computed
-        if not planned and self.waiting and self.held:
+        if not planned and self.waiting and self.forked:
             # Who waits would wait for ever for the blocks that are held.
-            while self.held:
-                self._let_go(self.held[-1])
+            while self.forked:
+                self._drop_prefix(self.forked[-1])
             return self.schedule()
         return Batch(
             prefills=[chunk for chunk in planned if not chunk.is_decode],
@@ -173,19 +173,19 @@ class Scheduler:
             for index in range(first, full):
                 self.allocator.publish(sequence.block_table[index], keys[index])
 
-    def hold(self, sequence: Sequence) -> None:
+    def keep_prefix(self, sequence: Sequence) -> None:
         """Keep a running sequence's blocks for its forks, until it is finished or its blocks are needed."""
         self.running.remove(sequence)
-        self.held.append(sequence)
-        sequence.status = Status.HOLDING
+        self.forked.append(sequence)
+        sequence.status = Status.FORKED
 
     def finish(self, sequence: Sequence) -> None:
         """Take a sequence out wherever it is, and free everything it holds."""
         if sequence.status is Status.RUNNING:
             self.running.remove(sequence)
             self._release(sequence)
-        elif sequence.status is Status.HOLDING:
-            self._let_go(sequence)
+        elif sequence.status is Status.FORKED:
+            self._drop_prefix(sequence)
         elif sequence.status is Status.WAITING:
             self.waiting.remove(sequence)
         sequence.status = Status.FINISHED
@@ -193,8 +193,8 @@ class Scheduler:
     def _admit(self, sequence: Sequence, budget: int, copied: list[tuple[int, int]]) -> bool:
         """Let the first of those who wait run, if there is room; what it begins with may have to be copied."""
         parent, size = sequence.parent, self.allocator.block_size
-        held = parent.block_table if parent is not None and parent.status is Status.HOLDING else None
-        known = self._cached_blocks(sequence) if held is None else held[: sequence.n_prompt // size]
+        prefix = parent.block_table if parent is not None and parent.status is Status.FORKED else None
+        known = self._cached_blocks(sequence) if prefix is None else prefix[: sequence.n_prompt // size]
         # All of it has to fit, and a block for each running sequence to grow into: what is admitted too eagerly is
         # preempted in the next step, and computed again and again.
         taken = self.allocator.blocks_for(len(sequence.token_ids)) - len(known)
@@ -205,13 +205,13 @@ class Scheduler:
         if edits is None:
             return False
         sequence.edits = edits
-        sequence.n_computed = len(known) * size if held is None else sequence.n_prompt
+        sequence.n_computed = len(known) * size if prefix is None else sequence.n_prompt
         if sequence.n_cached is None:
             sequence.n_cached = sequence.n_computed
         self.allocator.share(sequence.block_table, known)
         self.allocator.extend(sequence.block_table, sequence.n_computed + min(sequence.n_uncomputed, budget))
-        if held is not None and len(held) > len(known):
-            copied.append((held[len(known)], sequence.block_table[len(known)]))
+        if prefix is not None and len(prefix) > len(known):
+            copied.append((prefix[len(known)], sequence.block_table[len(known)]))
         self.waiting.pop(0)
         sequence.status = Status.RUNNING
         self.running.append(sequence)
@@ -227,8 +227,8 @@ class Scheduler:
     def _reserve(self, sequence: Sequence, tokens: int) -> bool:
         """Blocks for the sequence's first `tokens` tokens, preempting later ones for it; False if it went itself."""
         while not self.allocator.extend(sequence.block_table, tokens):
-            if self.held:
-                self._let_go(self.held[-1])
+            if self.forked:
+                self._drop_prefix(self.forked[-1])
                 continue
             victim = max(self.running, key=_order)
             self._preempt(victim)
@@ -243,8 +243,8 @@ class Scheduler:
         self.add(sequence)
         self.preemptions += 1
 
-    def _let_go(self, sequence: Sequence) -> None:
-        self.held.remove(sequence)
+    def _drop_prefix(self, sequence: Sequence) -> None:
+        self.forked.remove(sequence)
         self._release(sequence)
         sequence.status = Status.FINISHED
 

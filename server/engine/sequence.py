@@ -2,7 +2,7 @@
 
 LOADING ──► WAITING ──► RUNNING ──► FINISHED
 ▲            │  │             ▲
-└─ preempted ┘  └─► HOLDING ──┘
+└─ preempted ┘  └─► FORKED ──┘
 preempted: blocks and slot given back; tokens and n_prompt stay
 holding: its prompt is computed, and its blocks are kept for the sequences that fork from it
 """
@@ -15,7 +15,7 @@ from enum import Enum, auto
 from llguidance import LLMatcher
 
 from reftserve.interventions import Intervention
-from reftserve.server.engine.bank import EditUse
+from reftserve.server.engine.bank import EditSpan
 from reftserve.server.engine.messages import InterventionRef, SamplingParams, Submit, TokenLogprobs
 from reftserve.server.engine.prefix_cache import BlockKeys
 
@@ -26,7 +26,7 @@ class Status(Enum):
     LOADING = auto()
     WAITING = auto()
     RUNNING = auto()
-    HOLDING = auto()
+    FORKED = auto()
     FINISHED = auto()
 
 
@@ -58,7 +58,7 @@ class Sequence:
     status: Status = Status.LOADING
     n_computed: int = 0
     block_table: list[int] = field(default_factory=list)
-    edits: tuple[EditUse, ...] = ()
+    edits: tuple[EditSpan, ...] = ()
     n_cached: int | None = None
     matcher: LLMatcher | None = None
     scored: range = range(0)

@@ -25,14 +25,14 @@ from reftserve.client.schemas import (
 )
 from reftserve.client.schemas.classify import MAX_LABELS
 from reftserve.server.errors import InvalidRequest
-from reftserve.server.evaluation import metrics
-from reftserve.server.evaluation.labels import probabilities
+from reftserve.server.evaluation import text_metrics as metrics
+from reftserve.server.evaluation.label_scoring import probabilities
 
 LARGEST_LOSS = 700.0  # its exponential is still a float
 
 
 @dataclass(frozen=True)
-class Answered:
+class ItemAnswer:
     """What is known of an item. reference: the answer that the data holds; output: the greedy one, where one is needed.
 
     reference_logprobs: of the reference's tokens. label_logprobs: of each label's, by the criterion's name.
@@ -45,7 +45,7 @@ class Answered:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Score:
     """One criterion on one item."""
 
     value: float
@@ -91,12 +91,12 @@ def label_sets(criteria: Sequence[TestingCriterion]) -> dict[str, list[str]]:
     return {str(c.name): c.labels or [] for c in criteria if isinstance(c, AccuracyCriterion)}
 
 
-def measure(criterion: TestingCriterion, item: Answered) -> Measured:
+def measure(criterion: TestingCriterion, item: ItemAnswer) -> Score:
     """A criterion on an item."""
     match criterion:
         case LikelihoodCriterion():
             tokens = len(item.reference_logprobs)
-            return Measured(-math.fsum(item.reference_logprobs) / tokens, weight=tokens)
+            return Score(-math.fsum(item.reference_logprobs) / tokens, weight=tokens)
         case AccuracyCriterion():
             labels = criterion.labels or []
             probs = probabilities(item.label_logprobs[str(criterion.name)], criterion.normalize)
@@ -107,7 +107,7 @@ def measure(criterion: TestingCriterion, item: Answered) -> Measured:
         case ExactMatchCriterion():
             return _passed(metrics.exact_match(item.output, item.reference))
         case OverlapCriterion():
-            return Measured(metrics.f1(item.output, item.reference))
+            return Score(metrics.f1(item.output, item.reference))
         case ContainsCriterion():
             text, output = criterion.text or item.reference.strip(), item.output
             if criterion.ignore_case:
@@ -124,7 +124,7 @@ def final(criterion: TestingCriterion, mean: float) -> float:
     return mean
 
 
-def item_result(criterion: TestingCriterion, measured: Measured) -> ItemResult:
+def item_result(criterion: TestingCriterion, measured: Score) -> ItemResult:
     """What was measured, as the wire has it."""
     return ItemResult(
         name=str(criterion.name),
@@ -135,8 +135,8 @@ def item_result(criterion: TestingCriterion, measured: Measured) -> ItemResult:
     )
 
 
-def _passed(passed: bool, label: str | None = None) -> Measured:
-    return Measured(float(passed), passed=passed, label=label)
+def _passed(passed: bool, label: str | None = None) -> Score:
+    return Score(float(passed), passed=passed, label=label)
 
 
 def _labels(given: list[str] | None, answers: list[str], param: str) -> list[str]:

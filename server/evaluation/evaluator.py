@@ -20,15 +20,15 @@ from reftserve.client.schemas.evals import CompletionsDataSource
 from reftserve.server.base.folder import Base
 from reftserve.server.datasets import Example, read_examples
 from reftserve.server.errors import ServerError, StorageFull, Unavailable
-from reftserve.server.evaluation.evals import EvalService, criteria_of
-from reftserve.server.evaluation.items import Outcome, Subject, evaluate
-from reftserve.server.evaluation.run_log import RunLog
+from reftserve.server.evaluation.eval_service import EvalService, criteria_of
+from reftserve.server.evaluation.items import ItemOutcome, RunTarget, evaluate
+from reftserve.server.evaluation.run_repository import RunRepository
 from reftserve.server.inference.answers import intervention_refs, salted
 from reftserve.server.inference.engine_client import EngineClient
-from reftserve.server.registry.composition import Composition, held
+from reftserve.server.registry.composition import Composition, pinned
 from reftserve.server.registry.names import Reference
 from reftserve.server.registry.store import Store
-from reftserve.server.storage.database import LOST
+from reftserve.server.storage.database import DATABASE_ERRORS
 from reftserve.server.storage.tables import EvalRun
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class Evaluator:
     def __init__(self, store: Store, evals: EvalService, base: Base, engine: EngineClient, *, lease_s: float) -> None:
         self._store = store
         self._evals = evals
-        self._log = RunLog(store.database, lease_s=lease_s)
+        self._log = RunRepository(store.database, lease_s=lease_s)
         self._lease_s = lease_s
         self._base = base
         self._engine = engine
@@ -100,7 +100,7 @@ class Evaluator:
                 return
         except ServerError as cause:
             error = EvalError(code=cause.code, message=cause.message)
-        except LOST:
+        except DATABASE_ERRORS:
             raise
         except Exception:
             logger.exception("evaluation %s failed", run.id)
@@ -112,32 +112,32 @@ class Evaluator:
 
         Raises ServerError when file, interventions or base are not there any more, or engines die again and again.
         """
-        examples, subject, versions = await asyncio.to_thread(self._open, run)
+        examples, target, versions = await asyncio.to_thread(self._open, run)
         done = await asyncio.to_thread(self._log.done, run.id)
-        with held(self._store.interventions, versions):
+        with pinned(self._store.interventions, versions):
             for chunk in _chunks([item for item in enumerate(examples) if item[0] not in done]):
-                outcomes = await self._evaluate_chunk(subject, chunk)
-                if not await asyncio.to_thread(self._log.add, run.id, subject.criteria, outcomes):
+                outcomes = await self._evaluate_chunk(target, chunk)
+                if not await asyncio.to_thread(self._log.add, run.id, target.criteria, outcomes):
                     return False
         return True
 
-    async def _evaluate_chunk(self, subject: Subject, chunk: Sequence[Numbered]) -> list[Outcome]:
-        async def once() -> list[Outcome]:
+    async def _evaluate_chunk(self, target: RunTarget, chunk: Sequence[Numbered]) -> list[ItemOutcome]:
+        async def once() -> list[ItemOutcome]:
             while not self._engine.is_alive:
                 await asyncio.sleep(POLL_S)
-            tasks = [evaluate(self._engine, self._base, subject, number, example) for number, example in chunk]
+            tasks = [evaluate(self._engine, self._base, target, number, example) for number, example in chunk]
             outcomes = await asyncio.gather(*tasks, return_exceptions=True)
             for outcome in outcomes:
                 if isinstance(outcome, BaseException):
                     raise outcome
-            return [outcome for outcome in outcomes if isinstance(outcome, Outcome)]
+            return [outcome for outcome in outcomes if isinstance(outcome, ItemOutcome)]
 
         retrying = AsyncRetrying(
             retry=retry_if_exception_type(Unavailable), stop=stop_after_attempt(ENGINES_PER_CHUNK), reraise=True
         )
         return await retrying(once)
 
-    def _open(self, run: EvalRun) -> tuple[list[Example], Subject, Composition]:
+    def _open(self, run: EvalRun) -> tuple[list[Example], RunTarget, Composition]:
         self._evals.require_served(run)
         row = self._evals.get(run.owner, run.eval_id)
         file = self._store.files.get(run.owner, row.file_id)
@@ -146,14 +146,14 @@ class Evaluator:
             (self._store.interventions.resolve(run.owner, Reference(use["name"], use["version"])), use["scale"])
             for use in run.uses
         ]
-        subject = Subject(
+        target = RunTarget(
             run_id=run.id,
             criteria=criteria_of(row),
             interventions=intervention_refs(versions),
             cache_salt=salted(run.owner),
             max_tokens=source.sampling_params.max_completion_tokens,
         )
-        return read_examples(self._store.files.path(file)), subject, versions
+        return read_examples(self._store.files.path(file)), target, versions
 
 
 def _chunks(items: list[Numbered]) -> Iterator[tuple[Numbered, ...]]:

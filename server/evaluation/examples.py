@@ -8,7 +8,7 @@ from dataclasses import replace
 from transformers import PreTrainedTokenizerBase
 
 from reftserve.server.datasets import Example, encode
-from reftserve.server.evaluation.labels import LabelledPrompt
+from reftserve.server.evaluation.label_scoring import LabelledPrompt
 
 
 def label_example(tokenizer: PreTrainedTokenizerBase, example: Example, labels: Sequence[str]) -> LabelledPrompt:

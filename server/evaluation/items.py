@@ -11,8 +11,8 @@ from reftserve.server.datasets import Example, encode
 from reftserve.server.engine.messages import InterventionRef, SamplingParams, Submit
 from reftserve.server.errors import InvalidRequest
 from reftserve.server.evaluation.criteria import (
-    Answered,
-    Measured,
+    ItemAnswer,
+    Score,
     label_sets,
     measure,
     needs_output,
@@ -27,7 +27,7 @@ PRIORITY = 6  # behind every request of the next minute
 
 
 @dataclass(frozen=True)
-class Subject:
+class RunTarget:
     """Who is evaluated, for whom, and how: what all items of a run share. max_tokens: of a greedy answer."""
 
     run_id: str
@@ -38,11 +38,11 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ItemOutcome:
     """What became of an item: what its criteria measured by name, or why they could not. output: the greedy answer."""
 
     number: int
-    measured: dict[str, Measured] | EvalError
+    measured: dict[str, Score] | EvalError
     output: str | None = None
 
 
@@ -58,16 +58,16 @@ class _Question:
     labels: dict[str, list[int]]
 
 
-async def evaluate(engine: EngineClient, base: Base, subject: Subject, number: int, example: Example) -> Outcome:
+async def evaluate(engine: EngineClient, base: Base, target: RunTarget, number: int, example: Example) -> ItemOutcome:
     """An example's outcome; where the example itself is at fault, that is one too.
 
     Raises Unavailable when the engine dies.
     """
     try:
-        question = await asyncio.to_thread(_question, base, subject, number, example)
+        question = await asyncio.to_thread(_question, base, target, number, example)
         outputs = await answers(engine, question.submits)
     except InvalidRequest as cause:
-        return Outcome(number, EvalError(code=cause.code, message=cause.message))
+        return ItemOutcome(number, EvalError(code=cause.code, message=cause.message))
     logprobs: list[list[float]] = []
     output: str | None = None
     for submit, became in zip(question.submits, outputs, strict=True):
@@ -75,16 +75,16 @@ async def evaluate(engine: EngineClient, base: Base, subject: Subject, number: i
             logprobs = became.continuation_logprobs
         else:
             output = _text(base, became.token_ids)
-    answered = Answered(
+    answered = ItemAnswer(
         reference=example.target,
         output=output or "",
         reference_logprobs=[] if question.reference is None else logprobs[question.reference],
         label_logprobs={name: [logprobs[place] for place in places] for name, places in question.labels.items()},
     )
-    return Outcome(number, {str(c.name): measure(c, answered) for c in subject.criteria}, output)
+    return ItemOutcome(number, {str(c.name): measure(c, answered) for c in target.criteria}, output)
 
 
-def _question(base: Base, subject: Subject, number: int, example: Example) -> _Question:
+def _question(base: Base, target: RunTarget, number: int, example: Example) -> _Question:
     encoded = encode(base.tokenizer, example)
     prompt = list(encoded.prompt_ids)
     # Texts that several criteria ask for are scored once.
@@ -93,32 +93,32 @@ def _question(base: Base, subject: Subject, number: int, example: Example) -> _Q
     def place(token_ids: tuple[int, ...]) -> int:
         return places.setdefault(token_ids, len(places))
 
-    scored = place(encoded.completion_ids) if needs_reference_logprobs(subject.criteria) else None
+    scored = place(encoded.completion_ids) if needs_reference_logprobs(target.criteria) else None
     labels = {
         name: [place(tuple(ids)) for ids in label_example(base.tokenizer, example, each).label_ids]
-        for name, each in label_sets(subject.criteria).items()
+        for name, each in label_sets(target.criteria).items()
     }
     _check_length(prompt, max(map(len, places), default=1), base.max_context)
     submits = []
     if places:
         continuations = [list(ids) for ids in places]
-        submits.append(_submit(subject, f"{number}-scored", prompt, SamplingParams(max_tokens=0), continuations))
-    if needs_output(subject.criteria):
-        max_tokens = min(subject.max_tokens, base.max_context - len(prompt))
+        submits.append(_submit(target, f"{number}-scored", prompt, SamplingParams(max_tokens=0), continuations))
+    if needs_output(target.criteria):
+        max_tokens = min(target.max_tokens, base.max_context - len(prompt))
         greedy = SamplingParams(max_tokens=max_tokens, stop_token_ids=base.eos_token_ids)
-        submits.append(_submit(subject, f"{number}-answered", prompt, greedy, []))
+        submits.append(_submit(target, f"{number}-answered", prompt, greedy, []))
     return _Question(submits, scored, labels)
 
 
 def _submit(
-    subject: Subject, name: str, prompt: list[int], sampling: SamplingParams, continuations: list[list[int]]
+    target: RunTarget, name: str, prompt: list[int], sampling: SamplingParams, continuations: list[list[int]]
 ) -> Submit:
     return Submit(
-        request_id=f"{subject.run_id}-{name}",
+        request_id=f"{target.run_id}-{name}",
         prompt_ids=prompt,
         sampling=sampling,
-        interventions=subject.interventions,
-        cache_salt=subject.cache_salt,
+        interventions=target.interventions,
+        cache_salt=target.cache_salt,
         priority=PRIORITY,
         continuations=continuations,
     )

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import BaseModel
 
 from reftserve.client.schemas import CriterionResult, EvalError, ResultCounts, TestingCriterion
-from reftserve.server.evaluation.criteria import Measured, final
+from reftserve.server.evaluation.criteria import Score, final
 
 ItemStatus = Literal["pass", "fail", "error"]
 
@@ -22,7 +22,7 @@ class Sums(BaseModel):
     failed: int = 0
     can_pass: bool = False
 
-    def add(self, measured: Measured) -> None:
+    def add(self, measured: Score) -> None:
         """Count an item."""
         self.value += measured.value * measured.weight
         self.weight += measured.weight
@@ -40,7 +40,7 @@ class Tally(BaseModel):
     errored: int = 0
     criteria: dict[str, Sums] = {}
 
-    def add(self, measured: Mapping[str, Measured] | EvalError) -> ItemStatus:
+    def add(self, measured: Mapping[str, Score] | EvalError) -> ItemStatus:
         """Count an item: what its criteria measured by name, or why they could not."""
         if isinstance(measured, EvalError):
             self.errored += 1

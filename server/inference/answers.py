@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from msgspec.structs import replace
 
-from reftserve.server.engine.errors import EngineDied
+from reftserve.server.engine.engine_errors import EngineDied
 from reftserve.server.engine.messages import InterventionRef, Submit, TokenOutput
 from reftserve.server.errors import DeadlineExceeded, InvalidRequest, Unavailable
 from reftserve.server.inference.engine_client import EngineClient

@@ -18,7 +18,7 @@ import zmq
 import zmq.asyncio
 
 from reftserve.server.engine.config import EngineConfig
-from reftserve.server.engine.errors import EngineDied
+from reftserve.server.engine.engine_errors import EngineDied
 from reftserve.server.engine.messages import (
     Cancel,
     EngineStats,

@@ -15,14 +15,14 @@ from dataclasses import dataclass, field
 from starlette.concurrency import run_in_threadpool
 
 from reftserve.client.schemas import FinishReason, GenerationFields, PromptTokensDetails, Usage
-from reftserve.server.engine.errors import EngineDied
+from reftserve.server.engine.engine_errors import EngineDied
 from reftserve.server.engine.messages import Ready, SamplingParams, Submit, TokenLogprobs
 from reftserve.server.errors import InvalidRequest, Overloaded, Unavailable
 from reftserve.server.inference.answers import RETRY_AFTER_S, check_output, engine_died, intervention_refs, salted
 from reftserve.server.inference.detokenizer import Detokenizer
-from reftserve.server.inference.grammars import grammar_of
 from reftserve.server.inference.sampling import check_sampling, sampling_params
-from reftserve.server.registry.composition import Composition, held, resolve_composition
+from reftserve.server.inference.structured_outputs import grammar_of
+from reftserve.server.registry.composition import Composition, pinned, resolve_composition
 from reftserve.server.services import Services
 
 
@@ -183,7 +183,7 @@ async def stream(services: Services, generation: Generation) -> AsyncGenerator[P
     Raises Unavailable when the engine dies, InvalidRequest when it refuses the request, DeadlineExceeded.
     """
     queue: asyncio.Queue[Piece | Exception] = asyncio.Queue()
-    with held(services.registry, generation.versions):
+    with pinned(services.registry, generation.versions):
         tasks = [
             asyncio.create_task(_answer(services, generation, index, queue)) for index in range(len(generation.params))
         ]

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from reftserve.client.schemas import InterventionUse
 from reftserve.server.errors import InvalidRequest, NotFound
-from reftserve.server.registry.interventions import InterventionRegistry, PublishedVersion
+from reftserve.server.registry.intervention_registry import InterventionRegistry, PublishedVersion
 from reftserve.server.registry.names import Reference, suggestion
 
 Composition = list[tuple[PublishedVersion, float]]
@@ -46,15 +46,15 @@ def resolve_composition(
 
 
 @contextlib.contextmanager
-def held(registry: InterventionRegistry, versions: Composition) -> Iterator[None]:
+def pinned(registry: InterventionRegistry, versions: Composition) -> Iterator[None]:
     """Keep the versions' files.
 
     Raises NotFound when one has been deleted since it was resolved.
     """
     with contextlib.ExitStack() as stack:
         for version, _ in versions:
-            registry.hold(version)
-            stack.callback(registry.release, version)
+            registry.pin(version)
+            stack.callback(registry.unpin, version)
         yield
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from reftserve.interventions import BaseFingerprint
-from reftserve.server.datasets.files import FileStore
-from reftserve.server.registry.interventions import InterventionRegistry
+from reftserve.server.datasets.file_store import FileStore
+from reftserve.server.registry.intervention_registry import InterventionRegistry
 from reftserve.server.settings import Settings
 from reftserve.server.storage.blobs import BlobStore
 from reftserve.server.storage.database import Database

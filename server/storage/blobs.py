@@ -92,7 +92,7 @@ class BlobStore:
             shutil.rmtree(self.cache / key, ignore_errors=True)
 
     @contextmanager
-    def unless_refused(self, key: str) -> Iterator[None]:
+    def delete_blob_on_error(self, key: str) -> Iterator[None]:
         """Around the transaction that makes a blob known: the blob goes when it raises, and surely wrote nothing.
 
         Whoever is interrupted, or loses the database, while it commits cannot know whether it did. What then is known
@@ -158,7 +158,7 @@ class BlobStore:
     @contextmanager
     def _all_or_nothing(self, key: str) -> Iterator[None]:
         try:
-            with no_room_for(key):
+            with map_enospc(key):
                 yield
         except (OSError, StorageFull):
             self.delete(key)
@@ -166,7 +166,7 @@ class BlobStore:
 
 
 @contextmanager
-def no_room_for(what: str) -> Iterator[None]:
+def map_enospc(what: str) -> Iterator[None]:
     """Raises StorageFull in place of the operating system's errors for a full disk."""
     try:
         yield

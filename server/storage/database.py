@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 from reftserve.server.errors import StorageFull
 
 BUSY_TIMEOUT_MS = 30_000
-LOST = (OperationalError, InterfaceError)  # what is raised while a database cannot be reached, or breaks off
+DATABASE_ERRORS = (OperationalError, InterfaceError)  # what is raised while a database cannot be reached, or breaks off
 
 
 class Database:
@@ -76,7 +76,7 @@ class Database:
             return time.time()
         return float(session.execute(text("SELECT extract(epoch FROM clock_timestamp())")).scalar_one())
 
-    def take_turns(self, session: Session, subject: str) -> None:
+    def advisory_lock(self, session: Session, subject: str) -> None:
         """Let writing transactions on one subject follow each other, from here to their ends; on SQLite all do."""
         if self.url.get_backend_name() != "sqlite":
             lock = text("SELECT pg_advisory_xact_lock(hashtextextended(:subject, 0))")

@@ -4,7 +4,7 @@ A worker takes a job together with a lease that runs out unless it is renewed, a
 each change of hands. Every write of a run compares the fence in its own transaction, so a worker that was given up for
 dead and wakes up finds its lease lost before it can write, or publish, anything.
 
-    queued ──take──► running ──free──► succeeded, failed, cancelled, paused
+    queued ──take──► running ─release─► succeeded, failed, cancelled, paused
                      ▲     │
                      └─take┘  by another worker, once the lease has run out
 
@@ -95,7 +95,7 @@ class Leases:
         """
         with self._database.session() as session:
             for job in session.scalars(select(Job).where(Job.lease_worker == self._worker).with_for_update()):
-                free(job)
+                release_lease(job)
                 if in_order:
                     job.attempts = max(0, job.attempts - 1)
 
@@ -106,7 +106,7 @@ class Leases:
         return Lease(job.id, job.fence, job.attempts)
 
 
-def held(session: Session, lease: Lease) -> Job:
+def require_lease(session: Session, lease: Lease) -> Job:
     """The lease's job, which nobody else can change before this transaction ends.
 
     Raises LeaseLost when it has changed hands.
@@ -117,7 +117,7 @@ def held(session: Session, lease: Lease) -> Job:
     return job
 
 
-def free(job: Job) -> None:
+def release_lease(job: Job) -> None:
     """Nobody runs the job any more; whoever did finds the lease lost at its next write."""
     job.fence += 1
     job.lease_worker = None

@@ -18,10 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from reftserve.server.errors import QuotaExceeded
-from reftserve.server.storage.blobs import BlobStore, no_room_for
+from reftserve.server.storage.blobs import BlobStore, map_enospc
 from reftserve.server.storage.leases import Lease, LeaseLost, Leases
 from reftserve.server.storage.tables import Job
-from reftserve.server.training.job_log import JobLog
+from reftserve.server.training.job_repository import JobRepository
 
 BLOBS = "jobs"
 
@@ -29,7 +29,7 @@ BLOBS = "jobs"
 class JobFiles:
     """Files of all jobs. max_bytes: for all of them together; keep_s: seconds that an ended job keeps its own."""
 
-    def __init__(self, blobs: BlobStore, log: JobLog, leases: Leases, *, max_bytes: int, keep_s: float) -> None:
+    def __init__(self, blobs: BlobStore, log: JobRepository, leases: Leases, *, max_bytes: int, keep_s: float) -> None:
         self._blobs = blobs
         self._log = log
         self._leases = leases
@@ -76,11 +76,11 @@ class JobFiles:
         key = f"{BLOBS}/{lease.job_id}/checkpoint-{step}-{uuid.uuid4().hex}"
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
-            with no_room_for(f"the checkpoint at step {step}"):
+            with map_enospc(f"the checkpoint at step {step}"):
                 write(folder)
             self._make_room(sum(file.stat().st_size for file in folder.iterdir()))
             self._blobs.put_folder(key, folder)
-        with self._blobs.unless_refused(key):
+        with self._blobs.delete_blob_on_error(key):
             gone = self._log.checkpoint(lease, step, key, metrics)
         for old in gone:
             self._blobs.delete(old)
@@ -98,7 +98,7 @@ class JobFiles:
         try:
             self._log.forget_checkpoints(lease)
             self._blobs.delete(f"{BLOBS}/{job_id}")
-            self._log.let_go(lease)
+            self._log.release(lease)
         except LeaseLost:
             # So slow that another worker cleared up in the meantime.
             return False

@@ -1,7 +1,8 @@
 """Which tokens of which examples a forward pass computes, side by side in one row of tokens.
 
 Of each example a pass computes a *span*: the tokens from `start` on. What lies before is constant and kept
-(`trunk.py`), or it is the *parent* of several spans: tokens that their examples begin with, computed once for all.
+(`activation_cache.py`), or it is the *parent* of several spans: tokens that their examples begin with, computed once
+for all.
 
     examples   a b c d e f    a b c d g h i        (of one batch, edited alike as far as `d`)
     parent     a b c d
@@ -144,7 +145,7 @@ def in_passes(families: Iterable[Sequence[Span]], max_rows: int) -> list[list[Sp
     return passes
 
 
-class PackedRows:
+class VarlenRows:
     """Spans as tensors, their parents among them.
 
     spans: in the order of their rows. roots: how many of them, the first, have no parent. parents: of each of the

@@ -2,7 +2,7 @@
 
 Successive halving (Jamieson and Talwalkar 2016): with n trials the halves are dropped after 1/n, 2/n, 4/n ... of the
 steps, but not before the learning rate has risen, by validation loss; all n together cost about as much as
-1 + log2(n) / 2 of them alone. Trials of one trunk share their forward passes. A job without a sweep is a sweep of one
+1 + log2(n) / 2 of them alone. Trials of one cache share their forward passes. A job without a sweep is a sweep of one
 trial. A trial that diverges takes no more steps; the best weights that it had may still win.
 
 Edits on a prompt's first tokens cost more, in training and in serving, where their prompts share no cached prefix with
@@ -21,9 +21,9 @@ from typing import Any
 
 from reftserve.interventions import NonFiniteError, Positions
 from reftserve.server.datasets import Splits
+from reftserve.server.training.activation_cache import ActivationCaches
 from reftserve.server.training.plan import Plan
 from reftserve.server.training.trainer import StepMetrics, Trainer, advance
-from reftserve.server.training.trunk import Trunks
 
 
 @dataclass
@@ -130,9 +130,9 @@ class Sweep:
         """
         running = [trial for trial in self._ranked if not trial.diverged]
         found: dict[int, StepMetrics] = {}
-        by_trunk = {id(trial.trainer.trunk): trial.trainer.trunk for trial in running}
-        for trunk in by_trunk.values():
-            together = [trial for trial in running if trial.trainer.trunk is trunk]
+        by_trunk = {id(trial.trainer.cache): trial.trainer.cache for trial in running}
+        for cache in by_trunk.values():
+            together = [trial for trial in running if trial.trainer.cache is cache]
             steps = advance([trial.trainer for trial in together])
             found.update(zip((trial.number for trial in together), steps, strict=True))
         for trial in running:
@@ -194,19 +194,19 @@ class Sweep:
 
 
 def make_trainers(
-    trunks: Trunks, splits: Splits, plan: Plan, *, seed: int, poll: Callable[[], object] = lambda: None
+    caches: ActivationCaches, splits: Splits, plan: Plan, *, seed: int, poll: Callable[[], object] = lambda: None
 ) -> list[Trainer]:
-    """One for each trial of the plan; poll: called while their trunks are filled; may raise.
+    """One for each trial of the plan; poll: called while their caches are filled; may raise.
 
-    Trials share a trunk, but those that edit no prefix keep theirs from those that do.
+    Trials share a cache, but those that edit no prefix keep theirs from those that do.
     """
-    shared = {alike: trunks.get(*places) for alike, places in trunk_places(plan).items()}
-    for _, trunk in sorted(shared.items()):  # cheap ones have first choice of room
-        trunk.fill([*splits.train, *splits.validation], poll=poll)
+    shared = {alike: caches.get(*places) for alike, places in cache_sites(plan).items()}
+    for _, cache in sorted(shared.items()):  # cheap ones have first choice of room
+        cache.fill([*splits.train, *splits.validation], poll=poll)
     return [Trainer(shared[trial.edits_prefix], splits, trial, seed=seed) for trial in plan.trials]
 
 
-def trunk_places(plan: Plan) -> dict[bool, tuple[int, frozenset[Positions]]]:
+def cache_sites(plan: Plan) -> dict[bool, tuple[int, frozenset[Positions]]]:
     """Of the trials that edit no prefix, and those that do: the lowest edited layer, and all positions."""
     found = {}
     for edits_prefix in {trial.edits_prefix for trial in plan.trials}:

@@ -20,7 +20,7 @@ BUSY, FREE = 0.6, 0.8  # of the time that passes, the share in which the calling
 PATIENCE = 10  # windows like the last that failed, until more threads are tried again
 
 
-def sum_in_one_order() -> None:
+def set_mkl_deterministic() -> None:
     """Let MKL's products be the same to the bit on any number of threads; to be called before its first one.
 
     Its strict reproducibility, which costs nothing measurable here. A user's own setting stands.

@@ -7,7 +7,7 @@ Best by validation loss, but of states whose losses are within the newest one's 
 learning rate has fallen. On labels, where the loss of a fine model rises again as it becomes sure of its errors, the
 lowest loss alone took early weights with fewer right answers (docs/decisions.md).
 
-`advance` takes several trainers of one trunk a step further in the same forward passes: the rows of a pass belong to
+`advance` takes several trainers of one cache a step further in the same forward passes: the rows of a pass belong to
 different trainers, each one's edits touch only its own, so no gradient reaches another.
 """
 
@@ -29,11 +29,11 @@ from torch.nn import functional
 
 from reftserve.interventions import NonFiniteError, PlacedEdit, Positions, TrainableIntervention
 from reftserve.server.datasets import EncodedExample, Splits
-from reftserve.server.training.evaluation import Score
-from reftserve.server.training.packed import RowEdit
+from reftserve.server.training.activation_cache import ActivationCache
 from reftserve.server.training.plan import Plan
-from reftserve.server.training.spans import Batch, PackedRows
-from reftserve.server.training.trunk import Trunk
+from reftserve.server.training.scores import Score
+from reftserve.server.training.spans import Batch, VarlenRows
+from reftserve.server.training.varlen import RowEdit
 
 BUCKET_BATCHES = 16
 MAX_ROWS = 2048  # of one pass with gradients, which keeps every layer's activations
@@ -54,19 +54,19 @@ class StepMetrics:
 class Trainer:
     """AdamW on the intervention's parameters, gradients clipped; the base never changes.
 
-    Raises ValueError when the trunk does not hold for the plan's layers and positions.
+    Raises ValueError when the cache does not hold for the plan's layers and positions.
     """
 
-    def __init__(self, trunk: Trunk, splits: Splits, plan: Plan, *, seed: int) -> None:
-        self.trunk = trunk
+    def __init__(self, cache: ActivationCache, splits: Splits, plan: Plan, *, seed: int) -> None:
+        self.cache = cache
         self.splits = splits
         self.plan = plan
         self.seed = seed
-        packed = trunk.packed
+        packed = cache.packed
         self.intervention = TrainableIntervention(plan.intervention, packed.hidden_size, seed=seed).to(packed.device)
         places = self.intervention.places
-        if not trunk.serves([layer for layer, _ in places], [positions for _, positions in places]):
-            raise ValueError(f"edits at {places} change what the trunk keeps from layer {trunk.lowest} on")
+        if not cache.is_valid_for([layer for layer, _ in places], [positions for _, positions in places]):
+            raise ValueError(f"edits at {places} change what the cache keeps from layer {cache.lowest} on")
         self.optimizer = torch.optim.AdamW(self._parameter_groups(), lr=plan.learning_rate, fused=True)
         self.steps_per_epoch = plan.steps_per_epoch(len(splits.train))
         self.total_steps = plan.n_epochs * self.steps_per_epoch
@@ -135,11 +135,11 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self, examples: Sequence[EncodedExample], edits: Sequence[PlacedEdit]) -> dict[str, float]:
         """Score examples with edits; without any, that is the base."""
-        places: list[Place] = [(e.layer, e.positions, e.edit.to(self.trunk.packed.device).delta) for e in edits]
+        places: list[Place] = [(e.layer, e.positions, e.edit.to(self.cache.packed.device).delta) for e in edits]
         score = Score()
-        for spans in self.trunk.passes([Batch(examples, {e.positions for e in edits})], MAX_ROWS):
-            rows = PackedRows(spans, self.trunk.packed.device)
-            logits = self.trunk.logits(rows, _row_edits(rows, [places]))
+        for spans in self.cache.passes([Batch(examples, {e.positions for e in edits})], MAX_ROWS):
+            rows = VarlenRows(spans, self.cache.packed.device)
+            logits = self.cache.logits(rows, _row_edits(rows, [places]))
             score.add(logits, rows.labels, [span.targets for span in rows.scored])
         return score.means()
 
@@ -162,7 +162,7 @@ class Trainer:
 
     def load(self, folder: Path, name: str = "state") -> None:
         """Go on from a checkpoint of the same plan, seed and data."""
-        tensors = load_file(folder / f"{name}.safetensors", device=str(self.trunk.packed.device))
+        tensors = load_file(folder / f"{name}.safetensors", device=str(self.cache.packed.device))
         self.intervention.load_state_dict(_below("intervention.", tensors))
         self._best_state = _below("best.", tensors)
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
@@ -223,17 +223,17 @@ class Trainer:
 
 
 def advance(trainers: Sequence[Trainer]) -> list[StepMetrics]:
-    """One optimizer step of each trainer, all of one trunk, in passes that they share."""
-    trunk = trainers[0].trunk
+    """One optimizer step of each trainer, all of one cache, in passes that they share."""
+    cache = trainers[0].cache
     batches = [Batch(t.batch(), t.plan.edited, at_random=t.plan.dropout > 0) for t in trainers]
     places = [trainer.places() for trainer in trainers]
     tokens = [sum(len(e.completion_ids) for e in batch.examples) for batch in batches]
     losses = [0.0] * len(trainers)
     for trainer in trainers:
         trainer.intervention.train()
-    for spans in trunk.passes(batches, MAX_ROWS):
-        rows = PackedRows(spans, trunk.packed.device)
-        logits = trunk.logits(rows, _row_edits(rows, places))
+    for spans in cache.passes(batches, MAX_ROWS):
+        rows = VarlenRows(spans, cache.packed.device)
+        logits = cache.logits(rows, _row_edits(rows, places))
         each = functional.cross_entropy(logits.float(), rows.labels, reduction="none")
         counts = [span.targets for span in rows.scored]
         # A trainer's loss is the mean over all its tokens of the step, whatever the passes.
@@ -247,7 +247,7 @@ def advance(trainers: Sequence[Trainer]) -> list[StepMetrics]:
     return [t.update(loss, count) for t, loss, count in zip(trainers, losses, tokens, strict=True)]
 
 
-def _row_edits(rows: PackedRows, places: Sequence[Sequence[Place]]) -> dict[int, list[RowEdit]]:
+def _row_edits(rows: VarlenRows, places: Sequence[Sequence[Place]]) -> dict[int, list[RowEdit]]:
     """What a pass adds where. places: of each batch."""
     touched: defaultdict[tuple[int, Positions], list[Tensor]] = defaultdict(list)
     for span, offset in zip(rows.spans, rows.offsets, strict=True):

@@ -23,19 +23,19 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from reftserve.server.base.folder import Base, open_base
 from reftserve.server.base.lent_tensor import LentTensor
-from reftserve.server.base.memory import give_back_memory
+from reftserve.server.base.memory import trim_heap
 from reftserve.server.base.model import resolve_device, resolve_dtype
 from reftserve.server.base.weights import load_base
 from reftserve.server.errors import StorageFull
 from reftserve.server.registry.store import Store, open_store
 from reftserve.server.settings import LOG_FORMAT, Settings
-from reftserve.server.storage.database import LOST
+from reftserve.server.storage.database import DATABASE_ERRORS
 from reftserve.server.storage.leases import Leases, worker_id
 from reftserve.server.training.job_files import JobFiles
-from reftserve.server.training.job_log import JobLog
-from reftserve.server.training.packed import PackedModel
-from reftserve.server.training.run import Runs
-from reftserve.server.training.threads import Threads, sum_in_one_order
+from reftserve.server.training.job_repository import JobRepository
+from reftserve.server.training.job_runner import JobRunner
+from reftserve.server.training.threads import Threads, set_mkl_deterministic
+from reftserve.server.training.varlen import VarlenModel
 
 logger = logging.getLogger(__name__)
 POLL_S = 0.2
@@ -65,14 +65,14 @@ def run(settings: Settings, lent: Sequence[LentTensor] = ()) -> NoReturn:
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
     signal.signal(signal.SIGTERM, _exit)
     os.nice(settings.worker_niceness)
-    sum_in_one_order()
+    set_mkl_deterministic()
     if settings.worker_threads is not None:
         torch.set_num_threads(settings.worker_threads)
     base = open_base(settings)
     store = open_store(settings, base.fingerprint)
     worker = worker_id()
     leases = Leases(store.database, worker, lease_s=settings.lease_s)
-    runs, files = open_runs(settings, store, base, leases, lent)
+    runs, files = open_job_runner(settings, store, base, leases, lent)
     heartbeat = threading.Thread(target=_beat, args=(settings, leases), name="heartbeat", daemon=True)
     heartbeat.start()
     logger.info("worker %s waits for jobs", worker)
@@ -80,19 +80,19 @@ def run(settings: Settings, lent: Sequence[LentTensor] = ()) -> NoReturn:
         while True:
             try:
                 work(runs, files, leases)
-            except LOST as cause:
+            except DATABASE_ERRORS as cause:
                 # As text: a record that keeps the exception keeps the trainer with it.
                 logger.warning("the database is lost; again in %.0f s: %s", LOST_S, str(cause))
             runs.forget()
-            give_back_memory()
+            trim_heap()
             time.sleep(LOST_S)
     finally:
         leases.release()
 
 
-def open_runs(
+def open_job_runner(
     settings: Settings, store: Store, base: Base, leases: Leases, lent: Sequence[LentTensor] = ()
-) -> tuple[Runs, JobFiles]:
+) -> tuple[JobRunner, JobFiles]:
     """What a worker works with, the base's weights included."""
     device = resolve_device(settings.device)
     model = load_base(
@@ -105,32 +105,32 @@ def open_runs(
     )
     files = JobFiles(
         store.blobs,
-        JobLog(store.database),
+        JobRepository(store.database),
         leases,
         max_bytes=settings.max_jobs_bytes,
         keep_s=settings.keep_jobs_s,
     )
-    packed = PackedModel(model, cpu_kernels=settings.cpu_kernels)
+    packed = VarlenModel(model, cpu_kernels=settings.cpu_kernels)
     if device.type == "cpu" and settings.worker_yields:
         Threads(torch.get_num_threads()).watch(model, packed.layers)
-    runs = Runs(
+    runs = JobRunner(
         store,
         base,
         packed,
         files,
         checkpoint_steps=settings.checkpoint_steps,
-        trunk_bytes=settings.trunk_bytes,
-        trunk_disk_bytes=settings.trunk_disk_bytes,
+        activation_cache_bytes=settings.activation_cache_bytes,
+        activation_cache_disk_bytes=settings.activation_cache_disk_bytes,
         scratch=settings.data,
     )
-    give_back_memory()
+    trim_heap()
     return runs, files
 
 
-def work(runs: Runs, files: JobFiles, leases: Leases) -> NoReturn:
+def work(runs: JobRunner, files: JobFiles, leases: Leases) -> NoReturn:
     """Take jobs as they come, and carry each as far as it goes.
 
-    Raises what is in `LOST` when the database was lost; called again, it first gives up what it had in hand.
+    Raises what is in `DATABASE_ERRORS` when the database was lost; called again, it first gives up what it had in hand.
     """
     leases.release(in_order=False)
     swept_at = -SWEEP_S
@@ -144,7 +144,7 @@ def work(runs: Runs, files: JobFiles, leases: Leases) -> NoReturn:
             time.sleep(POLL_S)
         else:
             logger.info("took job %s, fence %d", lease.job_id, lease.fence)
-            runs.carry(lease)
+            runs.execute(lease)
 
 
 def _beat(settings: Settings, leases: Leases) -> NoReturn:

@@ -26,7 +26,7 @@ from reftserve.interventions import (
 )
 from reftserve.server.base.attention import LayerShape
 from reftserve.server.engine.engine import Engine
-from reftserve.server.engine.grammar import GrammarCompiler
+from reftserve.server.engine.grammar_masks import GrammarCompiler
 from reftserve.server.engine.messages import InterventionRef, SamplingParams, Submit, TokenLogprobs, TokenOutput
 from reftserve.server.engine.runner import Logits, Runner
 from reftserve.server.engine.scheduler import Batch

@@ -13,9 +13,9 @@ from api_data import chat_lines
 from reftserve.client.schemas import EvalCreate, EvalRunCreate
 from reftserve.server.base.folder import open_base
 from reftserve.server.engine.messages import Submit, TokenOutput
-from reftserve.server.evaluation.evals import EvalService
+from reftserve.server.evaluation.eval_service import EvalService
 from reftserve.server.evaluation.evaluator import Evaluator
-from reftserve.server.evaluation.served import Served, served_by
+from reftserve.server.evaluation.serving_fingerprint import ServingFingerprint, serving_fingerprint
 from reftserve.server.inference.engine_client import EngineClient
 from reftserve.server.registry.store import open_store
 from reftserve.server.settings import Settings
@@ -46,12 +46,12 @@ class EvalPlace:
     def __init__(self, model_folder: Path, data: Path) -> None:
         self.settings = Settings(model=str(model_folder), data=data, device="cpu")
         self.base = open_base(self.settings)
-        self.served = served_by(self.settings, self.base)
+        self.served = serving_fingerprint(self.settings, self.base)
         self.store = open_store(self.settings, self.base.fingerprint)
         self.evals = self.service(self.served)
         self.engine = StubEngine()
 
-    def service(self, served: Served) -> EvalService:
+    def service(self, served: ServingFingerprint) -> EvalService:
         """The evals of a server."""
         return EvalService(self.store, self.base, served, max_interventions=8)
 
@@ -79,12 +79,12 @@ class EvalPlace:
         """What became of a run's items."""
         return self.evals.items(OWNER, run.eval_id, run.id, after=-1, status=None, limit=1000)[0]
 
-    def evaluator(self, served: Served | None = None) -> Evaluator:
+    def evaluator(self, served: ServingFingerprint | None = None) -> Evaluator:
         """A server's evaluator. served: by another server than that of `evals`."""
         evals = self.evals if served is None else self.service(served)
         return Evaluator(self.store, evals, self.base, cast("EngineClient", self.engine), lease_s=60)
 
-    def carry(self, run: EvalRun, *evaluators: Evaluator) -> EvalRun:
+    def execute(self, run: EvalRun, *evaluators: Evaluator) -> EvalRun:
         """Let evaluators work until the run has ended."""
 
         async def work() -> None:

@@ -19,12 +19,12 @@ from fastapi import FastAPI, Request
 
 from reftserve.client.schemas import FineTuningJobCreate
 from reftserve.server.api import auth, fine_tuning
-from reftserve.server.api.errors import install_error_handlers
+from reftserve.server.api.error_responses import install_error_handlers
 from reftserve.server.base.folder import open_base
 from reftserve.server.registry.store import open_store
 from reftserve.server.settings import Settings
 from reftserve.server.storage.tables import Job, JobEvent
-from reftserve.server.training.jobs import JobService
+from reftserve.server.training.job_service import JobService
 
 
 class JobsApi:

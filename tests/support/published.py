@@ -12,7 +12,7 @@ import torch
 
 from reftserve.interventions import BaseFingerprint, History, LowRankEdit, PlacedEdit, Positions, save_artifact
 from reftserve.server.errors import StorageFull
-from reftserve.server.registry.interventions import InterventionRegistry
+from reftserve.server.registry.intervention_registry import InterventionRegistry
 from reftserve.server.storage.blobs import BlobStore
 from reftserve.server.storage.database import Database
 

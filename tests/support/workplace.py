@@ -17,10 +17,10 @@ from reftserve.server.settings import Settings
 from reftserve.server.storage.leases import Lease, Leases
 from reftserve.server.storage.tables import Job
 from reftserve.server.training.job_files import JobFiles
-from reftserve.server.training.job_log import JobLog
-from reftserve.server.training.jobs import JobService
-from reftserve.server.training.packed import PackedModel
-from reftserve.server.training.run import Runs
+from reftserve.server.training.job_repository import JobRepository
+from reftserve.server.training.job_runner import JobRunner
+from reftserve.server.training.job_service import JobService
+from reftserve.server.training.varlen import VarlenModel
 
 OWNER = "default"
 EXAMPLES = 24
@@ -36,8 +36,8 @@ class Workplace:
         self.base: Base = open_base(self.settings)
         self.store: Store = open_store(self.settings, self.base.fingerprint)
         self.jobs = JobService(self.store, self.base)
-        self.log = JobLog(self.store.database)
-        self.packed = PackedModel(load_model(self.base.folder, torch.float32, torch.device("cpu")))
+        self.log = JobRepository(self.store.database)
+        self.packed = VarlenModel(load_model(self.base.folder, torch.float32, torch.device("cpu")))
 
     def create(
         self,
@@ -96,14 +96,14 @@ class Worker:
         self.files = JobFiles(
             place.store.blobs, place.log, self.leases, max_bytes=settings.max_jobs_bytes, keep_s=settings.keep_jobs_s
         )
-        self.runs = Runs(
+        self.runs = JobRunner(
             place.store,
             base,
             place.packed,
             self.files,
             checkpoint_steps=CHECKPOINT_STEPS,
-            trunk_bytes=settings.trunk_bytes,
-            trunk_disk_bytes=settings.trunk_disk_bytes,
+            activation_cache_bytes=settings.activation_cache_bytes,
+            activation_cache_disk_bytes=settings.activation_cache_disk_bytes,
             scratch=settings.data,
         )
 
@@ -115,4 +115,4 @@ class Worker:
 
     def work(self) -> None:
         """Carry the next job as far as it goes."""
-        self.runs.carry(self.take())
+        self.runs.execute(self.take())

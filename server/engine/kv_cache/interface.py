@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from reftserve.server.base.attention import AttentionStep
-from reftserve.server.engine.errors import EngineError
+from reftserve.server.engine.engine_errors import EngineError
 from reftserve.server.engine.scheduler import Batch
 from reftserve.server.engine.transfers import indices
 

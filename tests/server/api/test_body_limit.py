@@ -11,7 +11,7 @@ import pytest
 from fastapi import Body, FastAPI, UploadFile
 
 from reftserve.server.api.body_limit import FRAMING_BYTES, JSON_BYTES, BodyLimit
-from reftserve.server.api.errors import install_error_handlers
+from reftserve.server.api.error_responses import install_error_handlers
 
 MEBIBYTE = 1 << 20
 BEGIN = b'--b\r\nContent-Disposition: form-data; name="file"; filename="f"\r\n\r\n'

@@ -26,9 +26,9 @@ from reftserve.server.base.cpu_kernels import load_kernels
 from reftserve.server.base.weights import load_base, share_weights
 from reftserve.server.datasets import Splits
 from reftserve.server.engine.engine import Engine
-from reftserve.server.training.packed import PackedModel
+from reftserve.server.training.activation_cache import ActivationCache, Arena
 from reftserve.server.training.trainer import Trainer
-from reftserve.server.training.trunk import Arena, Trunk
+from reftserve.server.training.varlen import VarlenModel
 
 # A process that maps the weights and then waits; given "write", it writes to them first.
 CHILD = """
@@ -197,7 +197,7 @@ def test_layers_that_are_computed_as_one_lie_side_by_side_in_the_file(name: str,
     shared = load_base(tmp_path / "model", torch.float32, torch.device("cpu"), cpu_kernels=True, shared=tmp_path / "w")
     file = shared.model.layers[0].self_attn.q_proj.weight.untyped_storage().data_ptr()
     sizes = {"kv_cache_bytes": 1 << 20, "block_size": 4, "bank_bytes": 1 << 14}
-    user = PackedModel(shared) if trains else RecordingRunner(shared, **sizes)
+    user = VarlenModel(shared) if trains else RecordingRunner(shared, **sizes)
     layer = user.model.model.layers[0]
     for joined in (layer.self_attn.qkv, layer.mlp.gate_up):
         assert joined.weight.untyped_storage().data_ptr() == file, "a view, not a copy"
@@ -224,11 +224,11 @@ def test_an_engine_gives_the_same_to_the_bit_from_shared_weights(
 def test_training_gives_the_same_to_the_bit_from_shared_weights(tiny_llama_folder: Path, tmp_path: Path) -> None:
     learned = []
     for shared in (None, tmp_path):
-        packed = PackedModel(base(tiny_llama_folder, shared))
+        packed = VarlenModel(base(tiny_llama_folder, shared))
         run, data = plan(layers=[0, 2], positions="f1+l1"), examples(8, 1)
-        trunk = Trunk(packed, 0, Positions.parse(run.positions).split(), Arena(1 << 20))
-        trunk.fill(data)
-        trainer = Trainer(trunk, Splits(data, data[:2], data[:2]), run, seed=0)
+        cache = ActivationCache(packed, 0, Positions.parse(run.positions).split(), Arena(1 << 20))
+        cache.fill(data)
+        trainer = Trainer(cache, Splits(data, data[:2], data[:2]), run, seed=0)
         for _ in range(3):
             trainer.advance()
         learned.append([placed.edit.content_hash for placed in trainer.intervention.lower()])

@@ -11,12 +11,12 @@ from tiny_models import tiny_tokenizer
 
 from reftserve.client.schemas import ChatMessage
 from reftserve.server.base.prompts import encode_rendered, encode_text, render_chat
-from reftserve.server.datasets import EncodedExample, Place, encode
+from reftserve.server.datasets import EncodedExample, SourceLocation, encode
 from reftserve.server.datasets.examples import row_examples
 from reftserve.server.errors import InvalidRequest
 
 TOKENIZER = tiny_tokenizer()
-PLACE = Place("row", 1)
+PLACE = SourceLocation("row", 1)
 
 
 def chat(*turns: tuple[str, str]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tiny_models import tiny_tokenizer
 
 from reftserve.client.schemas import DataReport
-from reftserve.server.datasets import Example, Place, encode, label_set, make_report, read_examples
+from reftserve.server.datasets import Example, SourceLocation, encode, label_set, make_report, read_examples
 from reftserve.server.errors import InvalidRequest
 
 TOKENIZER = tiny_tokenizer()
@@ -107,7 +107,7 @@ def test_few_short_targets_again_and_again_are_labels(report) -> None:  # type: 
 
 @given(st.lists(st.text(max_size=60), max_size=60))
 def test_a_label_set_is_a_set_of_repeated_targets_or_none(targets: list[str]) -> None:
-    labels = label_set(Example(Place("row", i), "p", target) for i, target in enumerate(targets))
+    labels = label_set(Example(SourceLocation("row", i), "p", target) for i, target in enumerate(targets))
     if labels is not None:
         assert sorted(set(targets)) == list(labels)
         assert 2 <= len(labels) <= 20

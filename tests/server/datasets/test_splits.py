@@ -6,7 +6,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from reftserve.server.datasets import EncodedExample, Place, Splits, split
+from reftserve.server.datasets import EncodedExample, SourceLocation, Splits, split
 from reftserve.server.errors import InvalidRequest
 
 single_turns = st.builds(lambda p, c: EncodedExample((p,), (c,)), st.integers(0, 40), st.integers(0, 3))
@@ -15,7 +15,7 @@ openings = st.integers(0, 3)
 
 def conversation(row: int, turns: list[int]) -> list[EncodedExample]:
     """A row whose every prompt begins with the one before."""
-    return [EncodedExample(tuple(turns[: end + 1]), (7,), Place("row", row)) for end in range(len(turns))]
+    return [EncodedExample(tuple(turns[: end + 1]), (7,), SourceLocation("row", row)) for end in range(len(turns))]
 
 
 def prompts(parts: Splits) -> list[set[tuple[int, ...]]]:

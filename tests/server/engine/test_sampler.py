@@ -34,31 +34,35 @@ def test_a_row_draws_the_same_token_whatever_stands_beside_it(
     mates: list[SamplingParams], mine: SamplingParams, position: int
 ) -> None:
     rows = logits(len(mates) + 1)
-    alone = sample(rows[-1:], [mine], [position])
-    together = sample(rows, [*mates, mine], [*range(len(mates)), position])
+    alone = sample(rows[-1:], [mine], [position]).tolist()
+    together = sample(rows, [*mates, mine], [*range(len(mates)), position]).tolist()
     assert together[-1] == alone[0]
 
 
 def test_temperature_zero_is_greedy() -> None:
     rows = logits(4)
-    assert sample(rows, [params()] * 4, [0] * 4) == rows.argmax(-1).tolist()
+    assert sample(rows, [params()] * 4, [0] * 4).tolist() == rows.argmax(-1).tolist()
 
 
 def test_a_tiny_temperature_is_greedy_and_not_an_overflow() -> None:
     rows = logits(4) * 1e4
-    assert sample(rows, [params(temperature=1e-6)] * 4, [0] * 4) == rows.argmax(-1).tolist()
+    assert sample(rows, [params(temperature=1e-6)] * 4, [0] * 4).tolist() == rows.argmax(-1).tolist()
 
 
 def test_tokens_come_with_the_probability_that_softmax_gives_them() -> None:
     row = logits(1, vocabulary=8)
     draws = 20000
-    tokens = sample(row.expand(draws, -1), [params(temperature=1.0, seed=i) for i in range(draws)], [3] * draws)
+    tokens = sample(
+        row.expand(draws, -1), [params(temperature=1.0, seed=i) for i in range(draws)], [3] * draws
+    ).tolist()
     frequencies = np.bincount(tokens, minlength=8) / draws
     np.testing.assert_allclose(frequencies, torch.softmax(row[0], -1).numpy(), atol=0.015)
 
 
 def drawn(row: torch.Tensor, **fields: object) -> set[int]:
-    tokens = sample(row.expand(500, -1), [params(temperature=1.5, seed=i, **fields) for i in range(500)], [0] * 500)
+    tokens = sample(
+        row.expand(500, -1), [params(temperature=1.5, seed=i, **fields) for i in range(500)], [0] * 500
+    ).tolist()
     return set(tokens)
 
 

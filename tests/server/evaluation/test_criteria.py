@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 
 from reftserve.client.schemas import EvalError, TestingCriterion
 from reftserve.server.errors import InvalidRequest
-from reftserve.server.evaluation.criteria import Answered, check_criteria, measure
+from reftserve.server.evaluation.criteria import ItemAnswer, check_criteria, measure
 from reftserve.server.evaluation.tally import Tally
 
 PARSE: TypeAdapter[TestingCriterion] = TypeAdapter(TestingCriterion)
@@ -22,7 +22,7 @@ def criterion(kind: str, **fields: Any) -> TestingCriterion:
 
 
 def passes(criterion: TestingCriterion, output: str, reference: str = "yes") -> bool | None:
-    return measure(criterion, Answered(reference=reference, output=output)).passed
+    return measure(criterion, ItemAnswer(reference=reference, output=output)).passed
 
 
 def test_contains_looks_for_the_text_or_the_data_s_answer() -> None:
@@ -54,7 +54,7 @@ def test_no_pattern_takes_longer_than_the_text_is_long() -> None:
 
 
 def test_the_likeliest_label_is_right_or_wrong() -> None:
-    item = Answered(reference="no", label_logprobs={"accuracy": [[-1.0, -1.0], [-1.9]]})
+    item = ItemAnswer(reference="no", label_logprobs={"accuracy": [[-1.0, -1.0], [-1.9]]})
     by_sum = measure(criterion("accuracy", labels=["yes", "no"]), item)
     assert (by_sum.label, by_sum.passed) == ("no", True)
     by_mean = measure(criterion("accuracy", labels=["yes", "no"], normalize="tokens"), item)
@@ -65,7 +65,7 @@ def test_loss_and_perplexity_are_means_over_tokens_and_not_over_items() -> None:
     criteria = [criterion("loss"), criterion("perplexity"), criterion("f1")]
     tally = Tally()
     for logprobs in ([-1.0], [-2.0, -3.0, -4.0]):
-        item = Answered(reference="yes", output="yes", reference_logprobs=logprobs)
+        item = ItemAnswer(reference="yes", output="yes", reference_logprobs=logprobs)
         assert tally.add({str(c.name): measure(c, item) for c in criteria}) == "pass"
     assert tally.add(EvalError(code="too_long", message="too long")) == "error"
     loss, perplexity, f1 = tally.results(criteria)
@@ -80,7 +80,7 @@ def test_an_item_passes_when_it_passes_every_criterion() -> None:
     criteria = [criterion("exact_match"), criterion("contains", text="y")]
     tally = Tally()
     for output in ("yes", "yesterday", "no"):
-        tally.add({str(c.name): measure(c, Answered(reference="yes", output=output)) for c in criteria})
+        tally.add({str(c.name): measure(c, ItemAnswer(reference="yes", output=output)) for c in criteria})
     assert (tally.passed, tally.failed) == (1, 2)
     assert [(result.passed, result.failed) for result in tally.results(criteria)] == [(1, 2), (2, 1)]
 

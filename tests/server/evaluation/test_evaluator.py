@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from evaluators import EvalPlace
 
-from reftserve.server.evaluation.items import Outcome
-from reftserve.server.evaluation.run_log import RunLog
+from reftserve.server.evaluation.items import ItemOutcome
+from reftserve.server.evaluation.run_repository import RunRepository
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def place(tiny_llama_folder: Path, tmp_path: Path) -> EvalPlace:
 def test_a_run_made_for_another_base_fails_and_says_what_differs(place: EvalPlace, change: dict[str, object]) -> None:
     run = place.created(3)
     place.change(run, status="in_progress", started_at=1)
-    ended = place.carry(run, place.evaluator(place.served.model_copy(update=change)))
+    ended = place.execute(run, place.evaluator(place.served.model_copy(update=change)))
     assert ended.error is not None
     assert (ended.status, ended.error["code"]) == ("failed", "fingerprint_mismatch")
     (field,) = change
@@ -33,7 +33,7 @@ def test_a_run_made_for_another_base_fails_and_says_what_differs(place: EvalPlac
 def test_a_run_goes_on_with_the_base_that_it_was_made_for(place: EvalPlace) -> None:
     run = place.created(3)
     assert run.served == {**place.base.fingerprint.model_dump(), "dtype": "float32", "quantization": "none"}
-    assert place.carry(run, place.evaluator()).status == "completed"
+    assert place.execute(run, place.evaluator()).status == "completed"
     assert [item.number for item in place.items(run)] == [0, 1, 2]
 
 
@@ -41,17 +41,17 @@ def test_a_run_from_before_bases_were_recorded_goes_on(place: EvalPlace) -> None
     run = place.created(3)
     place.change(run, served=None)
     other = place.served.model_copy(update={"dtype": "bfloat16"})
-    assert place.carry(run, place.evaluator(other)).status == "completed"
+    assert place.execute(run, place.evaluator(other)).status == "completed"
 
 
 def test_of_two_servers_one_is_at_a_run(place: EvalPlace) -> None:
     run = place.created(100)
-    assert place.carry(run, place.evaluator(), place.evaluator()).status == "completed"
+    assert place.execute(run, place.evaluator(), place.evaluator()).status == "completed"
     assert sorted(place.engine.asked) == sorted(f"{run.id}-{number}-scored" for number in range(100))
 
 
 def test_a_server_that_stops_leaves_its_run_to_the_next(place: EvalPlace) -> None:
-    first, second = (RunLog(place.store.database, lease_s=60) for _ in range(2))
+    first, second = (RunRepository(place.store.database, lease_s=60) for _ in range(2))
     place.created(3)
     assert first.next_run() is not None
     assert second.next_run() is None
@@ -61,7 +61,7 @@ def test_a_server_that_stops_leaves_its_run_to_the_next(place: EvalPlace) -> Non
 
 
 def test_a_run_of_a_server_that_is_silent_goes_to_another_which_alone_writes(place: EvalPlace) -> None:
-    silent, other = (RunLog(place.store.database, lease_s=60) for _ in range(2))
+    silent, other = (RunRepository(place.store.database, lease_s=60) for _ in range(2))
     run = place.created(3)
     assert silent.next_run() is not None
     place.change(run, lease_expires_at=1.0)
@@ -72,8 +72,8 @@ def test_a_run_of_a_server_that_is_silent_goes_to_another_which_alone_writes(pla
     silent.renew()
     silent.release()
     silent.end(run.id)
-    assert not silent.add(run.id, [], [Outcome(0, {})])
-    assert other.add(run.id, [], [Outcome(0, {})])
+    assert not silent.add(run.id, [], [ItemOutcome(0, {})])
+    assert other.add(run.id, [], [ItemOutcome(0, {})])
     assert (place.row(run).status, len(place.items(run))) == ("in_progress", 1)
     other.end(run.id)
     assert place.row(run).status == "completed"

@@ -12,7 +12,7 @@ import pytest
 from reftserve.server.storage.database import Database
 from reftserve.server.storage.leases import Lease, LeaseLost, Leases, worker_id
 from reftserve.server.storage.tables import Job
-from reftserve.server.training.job_log import JobLog
+from reftserve.server.training.job_repository import JobRepository
 
 LONG_S, SHORT_S = 60.0, 0.05
 
@@ -25,11 +25,11 @@ def database(database_url: str) -> Database:
 
 
 @pytest.fixture
-def log(database: Database) -> JobLog:
-    return JobLog(database)
+def log(database: Database) -> JobRepository:
+    return JobRepository(database)
 
 
-def add_job(log: JobLog, number: int = 0, status: str = "queued") -> str:
+def add_job(log: JobRepository, number: int = 0, status: str = "queued") -> str:
     job = Job(
         id=f"ftjob-{number:03}",
         owner="default",
@@ -46,7 +46,7 @@ def add_job(log: JobLog, number: int = 0, status: str = "queued") -> str:
     return job.id
 
 
-def test_many_workers_take_each_job_once_and_the_oldest_first(database: Database, log: JobLog) -> None:
+def test_many_workers_take_each_job_once_and_the_oldest_first(database: Database, log: JobRepository) -> None:
     jobs = [add_job(log, number) for number in range(12)]
     taken: list[list[str]] = [[] for _ in range(4)]
 
@@ -65,12 +65,12 @@ def test_many_workers_take_each_job_once_and_the_oldest_first(database: Database
 
 
 @pytest.mark.parametrize("status", ["paused", "succeeded", "failed", "cancelled"])
-def test_a_job_that_rests_or_has_ended_is_not_taken(database: Database, log: JobLog, status: str) -> None:
+def test_a_job_that_rests_or_has_ended_is_not_taken(database: Database, log: JobRepository, status: str) -> None:
     add_job(log, status=status)
     assert Leases(database, "a", lease_s=LONG_S).take() is None
 
 
-WRITES: dict[str, Callable[[JobLog, Lease], object]] = {
+WRITES: dict[str, Callable[[JobRepository, Lease], object]] = {
     "an event": lambda log, lease: log.event(lease, "late"),
     "progress": lambda log, lease: log.progress(lease, "late", {"step": 1}, estimated_finish=1),
     "a checkpoint": lambda log, lease: log.checkpoint(lease, 1, "jobs/late", {}),
@@ -82,7 +82,7 @@ WRITES: dict[str, Callable[[JobLog, Lease], object]] = {
 
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES.keys())
 def test_a_worker_that_was_given_up_for_dead_can_write_nothing(
-    database: Database, log: JobLog, write: Callable[[JobLog, Lease], object]
+    database: Database, log: JobRepository, write: Callable[[JobRepository, Lease], object]
 ) -> None:
     job_id = add_job(log)
     slow, live = (Leases(database, name, lease_s=SHORT_S) for name in ("slow", "live"))
@@ -100,7 +100,7 @@ def test_a_worker_that_was_given_up_for_dead_can_write_nothing(
     write(log, new)
 
 
-def test_a_worker_that_gives_signs_of_life_keeps_its_job(database: Database, log: JobLog) -> None:
+def test_a_worker_that_gives_signs_of_life_keeps_its_job(database: Database, log: JobRepository) -> None:
     add_job(log)
     busy, other = (Leases(database, name, lease_s=1) for name in ("busy", "other"))
     lease = busy.take()
@@ -112,7 +112,7 @@ def test_a_worker_that_gives_signs_of_life_keeps_its_job(database: Database, log
     log.event(lease, "still mine")
 
 
-def test_a_worker_that_leaves_in_order_frees_its_job_at_once(database: Database, log: JobLog) -> None:
+def test_a_worker_that_leaves_in_order_frees_its_job_at_once(database: Database, log: JobRepository) -> None:
     add_job(log)
     leaving, other = (Leases(database, name, lease_s=LONG_S) for name in ("leaving", "other"))
     lease = leaving.take()
@@ -126,7 +126,7 @@ def test_a_worker_that_leaves_in_order_frees_its_job_at_once(database: Database,
 
 
 def test_a_checkpoint_replaces_what_is_older_than_the_last_two_and_ends_the_count_of_attempts(
-    database: Database, log: JobLog
+    database: Database, log: JobRepository
 ) -> None:
     job_id = add_job(log)
     leases = Leases(database, "a", lease_s=LONG_S)

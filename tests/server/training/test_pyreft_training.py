@@ -16,9 +16,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from reftserve.interventions import Positions
 from reftserve.server.datasets import EncodedExample, Splits
-from reftserve.server.training.packed import PackedModel
+from reftserve.server.training.activation_cache import ActivationCache, Arena
 from reftserve.server.training.trainer import Trainer
-from reftserve.server.training.trunk import Arena, Trunk
+from reftserve.server.training.varlen import VarlenModel
 
 REFERENCE = load_file(Path(__file__).parents[2] / "references" / "pyreft" / "training.safetensors")
 CASES = {"last": ([1], "l1", 0.0), "tied": ([0, 1, 2], "f2+l2", 0.1), "all_layers_last": ([0, 1, 2], "l1", 0.1)}
@@ -31,7 +31,7 @@ def below(prefix: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def packed() -> PackedModel:
+def packed() -> VarlenModel:
     config = LlamaConfig(
         vocab_size=40,
         hidden_size=24,
@@ -42,11 +42,11 @@ def packed() -> PackedModel:
     )
     model = LlamaForCausalLM(config)
     model.load_state_dict(below("llama."))
-    return PackedModel(model.eval().requires_grad_(False))
+    return VarlenModel(model.eval().requires_grad_(False))
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_fifty_steps_lose_what_pyrefts_trainer_loses(packed: PackedModel, case: str) -> None:
+def test_fifty_steps_lose_what_pyrefts_trainer_loses(packed: VarlenModel, case: str) -> None:
     layers, positions, warmup = CASES[case]
     n_prompt = int(REFERENCE["n_prompt"])
     data = [EncodedExample(tuple(row[:n_prompt]), tuple(row[n_prompt:])) for row in REFERENCE["ids"].tolist()]
@@ -62,9 +62,9 @@ def test_fifty_steps_lose_what_pyrefts_trainer_loses(packed: PackedModel, case: 
         warmup_ratio=warmup,
         weight_decay=0.0,
     )
-    trunk = Trunk(packed, min(layers), [Positions.parse(positions)], Arena(1 << 20))
-    trunk.fill(data)
-    trainer = Trainer(trunk, Splits(train=data, validation=data, test=data), run, seed=0)
+    cache = ActivationCache(packed, min(layers), [Positions.parse(positions)], Arena(1 << 20))
+    cache.fill(data)
+    trainer = Trainer(cache, Splits(train=data, validation=data, test=data), run, seed=0)
     for number in range(len(layers)):
         state = below(f"{case}.{number}.")
         module = trainer.intervention.families[number]

@@ -11,25 +11,25 @@ from workplace import OWNER, Workplace
 
 from reftserve.interventions import NonFiniteError, Positions
 from reftserve.server.datasets import Splits
-from reftserve.server.training.packed import PackedModel
+from reftserve.server.training.activation_cache import ActivationCache, Arena
 from reftserve.server.training.sweep import Sweep, rungs
 from reftserve.server.training.trainer import Trainer
-from reftserve.server.training.trunk import Arena, Trunk
+from reftserve.server.training.varlen import VarlenModel
 
 SPLITS = Splits(train=examples(12, 1), validation=examples(4, 2), test=examples(4, 3))
 RATES = [1e-6, 0.02, 1e-5, 1e-7, 0.01]
 
 
 @pytest.fixture(scope="module")
-def trunk() -> Trunk:
-    trunk = Trunk(PackedModel(tiny_llama().requires_grad_(False)), 1, [Positions.parse("l1")], Arena(1 << 20))
-    trunk.fill(SPLITS.train + SPLITS.validation)
-    return trunk
+def cache() -> ActivationCache:
+    cache = ActivationCache(VarlenModel(tiny_llama().requires_grad_(False)), 1, [Positions.parse("l1")], Arena(1 << 20))
+    cache.fill(SPLITS.train + SPLITS.validation)
+    return cache
 
 
-def new_sweep(trunk: Trunk, rates: list[float] = RATES, **options: int) -> Sweep:
+def new_sweep(cache: ActivationCache, rates: list[float] = RATES, **options: int) -> Sweep:
     runs = [plan(positions="l1", tied=True, n_epochs=8, learning_rate=rate) for rate in rates]
-    return Sweep([Trainer(trunk, SPLITS, run, seed=3) for run in runs], **options)
+    return Sweep([Trainer(cache, SPLITS, run, seed=3) for run in runs], **options)
 
 
 def run(sweep: Sweep, until: int) -> None:
@@ -54,8 +54,8 @@ def test_no_trial_is_dropped_before_the_learning_rate_has_risen() -> None:
     assert rungs(150, 64, first=15) == {15: 8, 18: 4, 37: 2, 75: 1}
 
 
-def test_what_is_left_to_do_is_that_of_all_trials_until_they_are_dropped(trunk: Trunk) -> None:
-    sweep, done = new_sweep(trunk), 0
+def test_what_is_left_to_do_is_that_of_all_trials_until_they_are_dropped(cache: ActivationCache) -> None:
+    sweep, done = new_sweep(cache), 0
     expected = sweep.remaining_steps
     while not sweep.has_ended:
         done += len(sweep.running)
@@ -66,8 +66,8 @@ def test_what_is_left_to_do_is_that_of_all_trials_until_they_are_dropped(trunk: 
     assert expected == 5 * 4 + 3 * 4 + 2 * 8 + 16
 
 
-def test_the_best_trial_is_left_and_the_table_says_how_far_each_came(trunk: Trunk) -> None:
-    sweep = new_sweep(trunk)
+def test_the_best_trial_is_left_and_the_table_says_how_far_each_came(cache: ActivationCache) -> None:
+    sweep = new_sweep(cache)
     run(sweep, sweep.total_steps)
     assert sweep.has_ended
     assert sweep.leader.plan.learning_rate in (0.02, 0.01)
@@ -79,8 +79,8 @@ def test_the_best_trial_is_left_and_the_table_says_how_far_each_came(trunk: Trun
     assert best.items() <= table[0].items(), "with the scores that it is ranked by"
 
 
-def test_a_sweep_resumed_from_a_checkpoint_ends_as_one_that_was_not(trunk: Trunk, tmp_path: Path) -> None:
-    whole, first, second = new_sweep(trunk), new_sweep(trunk), new_sweep(trunk)
+def test_a_sweep_resumed_from_a_checkpoint_ends_as_one_that_was_not(cache: ActivationCache, tmp_path: Path) -> None:
+    whole, first, second = new_sweep(cache), new_sweep(cache), new_sweep(cache)
     run(whole, whole.total_steps)
     run(first, 10)
     first.save(tmp_path)
@@ -97,8 +97,8 @@ def make_infinite(trainer: Trainer) -> None:
         parameter.data.fill_(float("nan"))
 
 
-def test_a_trial_that_diverged_is_dropped_and_the_others_go_on_as_without_it(trunk: Trunk) -> None:
-    sweep, others = new_sweep(trunk, [0.02, 0.01]), new_sweep(trunk, [0.01])
+def test_a_trial_that_diverged_is_dropped_and_the_others_go_on_as_without_it(cache: ActivationCache) -> None:
+    sweep, others = new_sweep(cache, [0.02, 0.01]), new_sweep(cache, [0.01])
     sweep.advance()
     make_infinite(sweep.running[0].trainer)
     run(sweep, sweep.total_steps)
@@ -107,8 +107,8 @@ def test_a_trial_that_diverged_is_dropped_and_the_others_go_on_as_without_it(tru
     assert sweep.leader.best == pytest.approx(others.leader.best, rel=1e-4)
 
 
-def test_the_best_weights_of_a_trial_that_diverged_later_may_still_win(trunk: Trunk, tmp_path: Path) -> None:
-    sweep, same = new_sweep(trunk, [0.02, 1e-7]), new_sweep(trunk, [0.02, 1e-7])
+def test_the_best_weights_of_a_trial_that_diverged_later_may_still_win(cache: ActivationCache, tmp_path: Path) -> None:
+    sweep, same = new_sweep(cache, [0.02, 1e-7]), new_sweep(cache, [0.02, 1e-7])
     run(sweep, sweep.steps_per_epoch)
     best = dict(sweep.leader.best or {})
     make_infinite(sweep.leader)
@@ -123,8 +123,8 @@ def test_the_best_weights_of_a_trial_that_diverged_later_may_still_win(trunk: Tr
         assert all(placed.edit.U.isfinite().all() for placed in each.leader.best_edits())
 
 
-def test_a_trial_that_diverged_takes_no_place_from_one_that_goes_on(trunk: Trunk) -> None:
-    sweep = new_sweep(trunk, [0.02, 0.01, 0.005, 1e-7])
+def test_a_trial_that_diverged_takes_no_place_from_one_that_goes_on(cache: ActivationCache) -> None:
+    sweep = new_sweep(cache, [0.02, 0.01, 0.005, 1e-7])
     run(sweep, sweep.steps_per_epoch)
     ruined = min(sweep.running, key=lambda trial: trial.best_loss)
     make_infinite(ruined.trainer)
@@ -135,8 +135,8 @@ def test_a_trial_that_diverged_takes_no_place_from_one_that_goes_on(trunk: Trunk
     assert sweep.step == sweep.total_steps
 
 
-def test_a_loss_that_is_no_number_is_never_the_best(trunk: Trunk) -> None:
-    sweep = new_sweep(trunk, [0.02])
+def test_a_loss_that_is_no_number_is_never_the_best(cache: ActivationCache) -> None:
+    sweep = new_sweep(cache, [0.02])
     for parameter in sweep.leader.intervention.parameters():
         parameter.data.mul_(1e30)
     with pytest.raises(NonFiniteError):
@@ -144,24 +144,24 @@ def test_a_loss_that_is_no_number_is_never_the_best(trunk: Trunk) -> None:
     assert sweep.leader.best is None
 
 
-def test_a_run_that_diverges_ends_with_the_best_weights_before(trunk: Trunk) -> None:
-    sweep = new_sweep(trunk, [0.02])
+def test_a_run_that_diverges_ends_with_the_best_weights_before(cache: ActivationCache) -> None:
+    sweep = new_sweep(cache, [0.02])
     run(sweep, sweep.steps_per_epoch)
     make_infinite(sweep.leader)
     run(sweep, sweep.total_steps)
     assert (sweep.has_ended, sweep.diverged, (sweep.leader.best or {})["step"]) == (True, True, sweep.steps_per_epoch)
 
 
-def test_a_sweep_fails_when_its_last_trial_diverged(trunk: Trunk) -> None:
-    sweep = new_sweep(trunk, [0.02, 0.01])
+def test_a_sweep_fails_when_its_last_trial_diverged(cache: ActivationCache) -> None:
+    sweep = new_sweep(cache, [0.02, 0.01])
     for trial in sweep.running:
         make_infinite(trial.trainer)
     with pytest.raises(NonFiniteError, match="finite"):
         sweep.validate()
 
 
-def test_a_run_that_does_not_become_better_ends_early(trunk: Trunk) -> None:
-    sweep = new_sweep(trunk, [1.0], patience=2)
+def test_a_run_that_does_not_become_better_ends_early(cache: ActivationCache) -> None:
+    sweep = new_sweep(cache, [1.0], patience=2)
     run(sweep, sweep.total_steps)
     assert sweep.has_ended
     assert sweep.step == sweep.leader.lowest_step + 2 * sweep.steps_per_epoch < sweep.total_steps
@@ -184,8 +184,8 @@ def test_a_sweep_is_one_job_with_its_table_in_the_provenance(tiny_llama_folder: 
     assert len(shown["sweep"]) == 8
 
 
-def test_a_trial_whose_loss_is_no_number_never_leads(trunk: Trunk) -> None:
-    sweep = new_sweep(trunk, [0.01, 0.02])
+def test_a_trial_whose_loss_is_no_number_never_leads(cache: ActivationCache) -> None:
+    sweep = new_sweep(cache, [0.01, 0.02])
     run(sweep, sweep.steps_per_epoch)
     sweep.running[0].trainer.best = {"loss": float("nan"), "step": 1}
     assert sweep.leader is sweep.running[1].trainer
@@ -202,15 +202,15 @@ def with_scores(sweep: Sweep, *scores: tuple[float, float]) -> Sweep:
 def test_a_trial_that_edits_a_prefix_leads_only_when_it_is_better_by_more_than_its_error(
     loss: float, leads: bool
 ) -> None:
-    packed = PackedModel(tiny_llama().requires_grad_(False))
+    packed = VarlenModel(tiny_llama().requires_grad_(False))
     trials = []
     for positions in ("f1+l1", "l1"):
-        trunk = Trunk(packed, 1, [Positions.parse(positions)], Arena(1 << 20))
-        trials.append(Trainer(trunk, SPLITS, plan(positions=positions, tied=True), seed=3))
+        cache = ActivationCache(packed, 1, [Positions.parse(positions)], Arena(1 << 20))
+        trials.append(Trainer(cache, SPLITS, plan(positions=positions, tied=True), seed=3))
     sweep = with_scores(Sweep(trials), (loss, 0.1), (1.0, 0.5))
     assert (sweep.leader is trials[0]) is leads
 
 
-def test_trials_that_edit_no_prefix_are_ranked_by_their_losses_alone(trunk: Trunk) -> None:
-    sweep = with_scores(new_sweep(trunk, [0.01, 0.02]), (1.0, 0.0), (0.99, 0.5))
+def test_trials_that_edit_no_prefix_are_ranked_by_their_losses_alone(cache: ActivationCache) -> None:
+    sweep = with_scores(new_sweep(cache, [0.01, 0.02]), (1.0, 0.0), (0.99, 0.5))
     assert sweep.leader is sweep.running[1].trainer

@@ -17,8 +17,8 @@ from reftserve.server.training.threads import PATIENCE, WINDOW_S, Threads
 # A process of its own, because MKL decides once. An edit's products: few rows, so threads would share the long sums.
 CHILD = """
 import torch
-from reftserve.server.training.threads import sum_in_one_order
-sum_in_one_order()
+from reftserve.server.training.threads import set_mkl_deterministic
+set_mkl_deterministic()
 generator = torch.Generator().manual_seed(0)
 hidden, weight = (torch.randn(size, generator=generator) for size in ((10, 576), (4, 576)))
 found = []

@@ -12,24 +12,24 @@ from training_data import examples, plan
 
 from reftserve.interventions import NonFiniteError, Positions, model_checksum
 from reftserve.server.datasets import EncodedExample, Splits
-from reftserve.server.training.packed import PackedModel
+from reftserve.server.training.activation_cache import ActivationCache, Arena
 from reftserve.server.training.plan import Plan
 from reftserve.server.training.trainer import Trainer
-from reftserve.server.training.trunk import Arena, Trunk
+from reftserve.server.training.varlen import VarlenModel
 
 
 @pytest.fixture(scope="module")
-def model() -> PackedModel:
-    return PackedModel(tiny_llama().requires_grad_(False))
+def model() -> VarlenModel:
+    return VarlenModel(tiny_llama().requires_grad_(False))
 
 
 SPLITS = Splits(train=examples(11, 1), validation=examples(4, 2), test=examples(4, 3))
 
 
-def new_trainer(model: PackedModel, plan: Plan, seed: int = 0) -> Trainer:
-    trunk = Trunk(model, min(plan.layers), Positions.parse(plan.positions).split(), Arena(1 << 20))
-    trunk.fill(SPLITS.train + SPLITS.validation)
-    return Trainer(trunk, SPLITS, plan, seed=seed)
+def new_trainer(model: VarlenModel, plan: Plan, seed: int = 0) -> Trainer:
+    cache = ActivationCache(model, min(plan.layers), Positions.parse(plan.positions).split(), Arena(1 << 20))
+    cache.fill(SPLITS.train + SPLITS.validation)
+    return Trainer(cache, SPLITS, plan, seed=seed)
 
 
 def train(trainer: Trainer, until: int) -> None:
@@ -39,7 +39,7 @@ def train(trainer: Trainer, until: int) -> None:
             trainer.validate()
 
 
-def test_training_lowers_the_loss_and_never_touches_the_base(model: PackedModel) -> None:
+def test_training_lowers_the_loss_and_never_touches_the_base(model: VarlenModel) -> None:
     before = model_checksum(model.model)
     trainer = new_trainer(model, plan(dropout=0.0, n_epochs=30), seed=0)
     base = trainer.evaluate(SPLITS.train, [])
@@ -51,7 +51,7 @@ def test_training_lowers_the_loss_and_never_touches_the_base(model: PackedModel)
 
 @pytest.mark.parametrize("stop", [1, 4, 7])
 def test_a_run_resumed_from_a_checkpoint_ends_bit_for_bit_as_one_that_was_not(
-    model: PackedModel, tmp_path: Path, stop: int
+    model: VarlenModel, tmp_path: Path, stop: int
 ) -> None:
     whole = new_trainer(model, plan(), seed=4)
     train(whole, whole.total_steps)
@@ -89,10 +89,10 @@ class Scored(Trainer):
     ],
 )
 def test_the_newest_weights_are_kept_unless_their_loss_is_worse_by_more_than_its_error(
-    model: PackedModel, scores: list[tuple[float, float]], kept: int
+    model: VarlenModel, scores: list[tuple[float, float]], kept: int
 ) -> None:
     plain = new_trainer(model, plan(), seed=0)
-    trainer = Scored(plain.trunk, plain.splits, plain.plan, seed=0).script(*scores)
+    trainer = Scored(plain.cache, plain.splits, plain.plan, seed=0).script(*scores)
     states = []
     for _ in scores:
         trainer.advance()
@@ -103,23 +103,23 @@ def test_the_newest_weights_are_kept_unless_their_loss_is_worse_by_more_than_its
     assert [placed.edit.content_hash for placed in trainer.best_edits()] == states[kept - 1]
 
 
-def test_a_loss_that_is_no_number_leaves_the_best_weights_as_they_were(model: PackedModel) -> None:
+def test_a_loss_that_is_no_number_leaves_the_best_weights_as_they_were(model: VarlenModel) -> None:
     plain = new_trainer(model, plan(), seed=0)
-    trainer = Scored(plain.trunk, plain.splits, plain.plan, seed=0).script((0.4, 0.1), (math.nan, math.nan))
+    trainer = Scored(plain.cache, plain.splits, plain.plan, seed=0).script((0.4, 0.1), (math.nan, math.nan))
     best = trainer.validate()
     with pytest.raises(NonFiniteError, match="validation loss"):
         trainer.validate()
     assert trainer.best == {**best, "step": 0}
 
 
-def test_weight_decay_leaves_the_orthonormal_matrix_orthonormal(model: PackedModel) -> None:
+def test_weight_decay_leaves_the_orthonormal_matrix_orthonormal(model: VarlenModel) -> None:
     trainer = new_trainer(model, plan(weight_decay=0.5), seed=0)
     train(trainer, 5)
     for placed in trainer.intervention.lower():
         torch.testing.assert_close(placed.edit.U @ placed.edit.U.T, torch.eye(2), atol=1e-5, rtol=0)
 
 
-def test_every_example_is_seen_once_an_epoch_whatever_the_seed(model: PackedModel) -> None:
+def test_every_example_is_seen_once_an_epoch_whatever_the_seed(model: VarlenModel) -> None:
     for seed in range(5):
         trainer = new_trainer(model, plan(), seed=seed)
         batches = trainer._epoch_batches(seed)
@@ -127,7 +127,7 @@ def test_every_example_is_seen_once_an_epoch_whatever_the_seed(model: PackedMode
         assert len(batches) == trainer.steps_per_epoch
 
 
-def test_exact_match_counts_examples_that_greedy_decoding_answers_word_for_word(model: PackedModel) -> None:
+def test_exact_match_counts_examples_that_greedy_decoding_answers_word_for_word(model: VarlenModel) -> None:
     prompt = SPLITS.test[0].prompt_ids
     ids = tiny_llama().generate(torch.tensor([prompt]), max_new_tokens=3, do_sample=False, eos_token_id=-1)
     greedy = tuple(ids[0, len(prompt) :].tolist())
@@ -138,7 +138,7 @@ def test_exact_match_counts_examples_that_greedy_decoding_answers_word_for_word(
     assert score["token_accuracy"] == pytest.approx(5 / 6)
 
 
-def test_the_learning_rate_warms_up_and_then_decays_to_nothing(model: PackedModel) -> None:
+def test_the_learning_rate_warms_up_and_then_decays_to_nothing(model: VarlenModel) -> None:
     trainer = new_trainer(model, plan(n_epochs=5, warmup_ratio=0.2), seed=0)
     rates = [trainer.advance().learning_rate for _ in range(trainer.total_steps)]
     top = rates.index(max(rates))

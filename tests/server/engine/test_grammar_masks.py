@@ -13,7 +13,7 @@ from llguidance import LLMatcher
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from reftserve.server.engine.engine import Engine
-from reftserve.server.engine.grammar import Compiled, GrammarCompiler, forbidden_tokens
+from reftserve.server.engine.grammar_masks import Compiled, GrammarCompiler, forbidden_tokens
 
 SCHEMA = {
     "type": "object",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from reftserve.server.training.spans import PackedRows, Span
+from reftserve.server.training.spans import Span, VarlenRows
 
 FEW_ROWS = 16  # of a sequence: up to here query heads of one key-value head are cheaper as rows than with repeated keys
 
@@ -28,7 +28,7 @@ class Prefixes(Protocol):
 class SpanAttention:
     """Each span attends to what is kept before it and to itself, by the CPU's kernel, in float32; nothing is padded."""
 
-    def __init__(self, rows: PackedRows, prefixes: Prefixes) -> None:
+    def __init__(self, rows: VarlenRows, prefixes: Prefixes) -> None:
         self._prefixes = prefixes
         self._widths = [span.rows for span in rows.spans]
 
@@ -42,13 +42,13 @@ class SpanAttention:
         return out
 
 
-class PackedAttention:
+class VarlenAttention:
     """Each span attends to what lies before it and to itself (an `AttentionStep` of the engine's attention function).
 
     prefixes: what lies before, when it is kept. seen: is told each layer's new keys and values, [kv_heads, rows, dim].
     """
 
-    def __init__(self, rows: PackedRows, prefixes: Prefixes | None, seen: Seen | None = None) -> None:
+    def __init__(self, rows: VarlenRows, prefixes: Prefixes | None, seen: Seen | None = None) -> None:
         self._prefixes, self._seen = prefixes, seen
         roots, children = rows.spans[: rows.roots], rows.spans[rows.roots :]
         self._roots = _SideBySide(roots, rows.device, has_before=prefixes is not None)

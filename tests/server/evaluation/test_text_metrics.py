@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from reftserve.server.evaluation.metrics import exact_match, f1, normalized, squad_exact_match
+from reftserve.server.evaluation.text_metrics import exact_match, f1, normalized, squad_exact_match
 
 
 @pytest.mark.parametrize(

@@ -8,17 +8,17 @@ from reftserve.server.base.model import resolve_device, resolve_dtype
 from reftserve.server.settings import Settings
 
 
-class Served(BaseFingerprint):
+class ServingFingerprint(BaseFingerprint):
     """The base, and how the engine computes it."""
 
     dtype: str
     quantization: str
 
 
-def served_by(settings: Settings, base: Base) -> Served:
+def serving_fingerprint(settings: Settings, base: Base) -> ServingFingerprint:
     """What a server with these settings answers with."""
     dtype = resolve_dtype(settings.dtype, resolve_device(settings.device))
-    return Served(
+    return ServingFingerprint(
         **base.fingerprint.model_dump(),
         dtype=str(dtype).removeprefix("torch."),
         quantization=settings.quantization,

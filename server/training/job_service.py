@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from reftserve.client.schemas import DataReport, FineTuningJobCreate
 from reftserve.server.base.folder import Base
 from reftserve.server.datasets import make_report
-from reftserve.server.datasets.files import TRAINING
+from reftserve.server.datasets.file_store import TRAINING
 from reftserve.server.errors import Conflict, InvalidRequest, NotFound
 from reftserve.server.registry.names import check_name
 from reftserve.server.registry.store import Store
@@ -25,7 +25,7 @@ from reftserve.server.storage.leases import ENDED, is_held
 from reftserve.server.storage.tables import File, Job, JobCheckpoint, JobEvent
 from reftserve.server.training.candidates import DataSize
 from reftserve.server.training.event_feed import EventFeed
-from reftserve.server.training.job_log import JobLog, finish, queue, rest
+from reftserve.server.training.job_repository import JobRepository, finish, pause_job, queue
 from reftserve.server.training.plan import Plan
 from reftserve.server.training.recipe import make_plan, token_limit
 
@@ -38,7 +38,7 @@ class JobService:
     def __init__(self, store: Store, base: Base) -> None:
         self._store = store
         self._base = base
-        self.log = JobLog(store.database)
+        self.log = JobRepository(store.database)
         self._feed = EventFeed(store.database)
 
     def create(self, owner: str, request: FineTuningJobCreate) -> Job:
@@ -113,7 +113,7 @@ class JobService:
             if is_held(job, self._store.database.now(session)):
                 job.pause_requested = True
             elif job.status != "paused":
-                rest(session, job, "The job was paused")
+                pause_job(session, job, "The job was paused")
         return job
 
     def resume(self, owner: str, job_id: str) -> Job:

@@ -22,11 +22,11 @@ from reftserve.server.errors import Conflict, QuotaExceeded
 from reftserve.server.registry.names import Reference
 from reftserve.server.storage.leases import Lease, LeaseLost
 from reftserve.server.storage.tables import Version
-from reftserve.server.training.job_log import JobLog
-from reftserve.server.training.packed import PackedModel
-from reftserve.server.training.run import MAX_ATTEMPTS
+from reftserve.server.training.activation_cache import ActivationCache, Arena
+from reftserve.server.training.job_repository import JobRepository
+from reftserve.server.training.job_runner import MAX_ATTEMPTS
 from reftserve.server.training.sweep import Sweep
-from reftserve.server.training.trunk import Arena, Trunk
+from reftserve.server.training.varlen import VarlenModel
 
 
 class Killed(BaseException):
@@ -85,11 +85,11 @@ def test_a_worker_whose_job_was_taken_over_writes_and_publishes_nothing(hasty: W
         slow.runs.publish(old, sweep)
     with pytest.raises(LeaseLost):
         slow.runs.fail(old, ValueError("late"))
-    slow.runs.carry(old)
+    slow.runs.execute(old)
     assert hasty.messages(job_id) == events
     assert hasty.published("tone") == []
     assert hasty.store.files.list_all(OWNER, purpose="fine-tune-results") == []
-    live.runs.carry(new)
+    live.runs.execute(new)
     assert (hasty.job(job_id).status, hasty.published("tone")) == ("succeeded", [1])
 
 
@@ -198,7 +198,7 @@ def test_a_job_whose_database_breaks_off_goes_on_from_its_checkpoint(
     job_id = place.create()
     worker = place.worker()
     with monkeypatch.context() as patch:
-        on_step(patch, 6, lambda: patch.setattr(JobLog, "progress", breaks_off))
+        on_step(patch, 6, lambda: patch.setattr(JobRepository, "progress", breaks_off))
         with pytest.raises(OperationalError):
             worker.work()
     assert place.job(job_id).status == "running", "it has not failed"
@@ -234,14 +234,14 @@ def test_a_pause_while_the_data_is_prepared_does_not_wait_for_the_first_step(
     place: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job_id = place.create()
-    fill = Trunk.fill
+    fill = ActivationCache.fill
 
     def asked_to_pause(*arguments: Any, **named: Any) -> None:
         place.jobs.pause(OWNER, job_id)
         fill(*arguments, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trunk, "fill", asked_to_pause)
+        patch.setattr(ActivationCache, "fill", asked_to_pause)
         place.worker().work()
     assert (place.job(job_id).status, place.steps(job_id)) == ("paused", [])
     place.jobs.resume(OWNER, job_id)
@@ -253,13 +253,13 @@ def test_jobs_on_the_same_data_compute_what_their_steps_have_in_common_once(
     place: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     computed: list[object] = []
-    constants = PackedModel.constants
+    constants = VarlenModel.constants
 
     def counted(*arguments: Any, **named: Any) -> Any:
         computed.append(arguments)
         return constants(*arguments, **named)
 
-    monkeypatch.setattr(PackedModel, "constants", counted)
+    monkeypatch.setattr(VarlenModel, "constants", counted)
     worker = place.worker()
     for name, is_new in (("first", True), ("second", False)):
         place.create(name)
@@ -340,7 +340,7 @@ def test_a_job_that_waits_is_paused_at_once_and_a_pause_can_be_withdrawn(place: 
     lease = worker.take()
     assert place.jobs.pause(OWNER, job_id).status == "running", "until its worker has made a checkpoint"
     place.jobs.resume(OWNER, job_id)
-    worker.runs.carry(lease)
+    worker.runs.execute(lease)
     assert place.job(job_id).status == "succeeded"
 
 

@@ -15,14 +15,14 @@ from sqlalchemy.orm import Session
 
 from reftserve.client.schemas import EvalError, TestingCriterion
 from reftserve.server.evaluation.criteria import item_result
-from reftserve.server.evaluation.items import Outcome
+from reftserve.server.evaluation.items import ItemOutcome
 from reftserve.server.evaluation.tally import Tally
 from reftserve.server.storage.database import Database
 from reftserve.server.storage.leases import worker_id
 from reftserve.server.storage.tables import EvalItem, EvalRun
 
 
-class RunLog:
+class RunRepository:
     """Reads and writes the rows of runs, for one server. lease_s: seconds that a run is its own unless renewed."""
 
     def __init__(self, database: Database, *, lease_s: float) -> None:
@@ -59,7 +59,7 @@ class RunLog:
         with self._database.reading() as session:
             return set(session.scalars(select(EvalItem.number).where(EvalItem.run_id == run_id)))
 
-    def add(self, run_id: str, criteria: Sequence[TestingCriterion], outcomes: Sequence[Outcome]) -> bool:
+    def add(self, run_id: str, criteria: Sequence[TestingCriterion], outcomes: Sequence[ItemOutcome]) -> bool:
         """Keep a chunk of items and count them, in one transaction; False when the run is not wanted here any more."""
         with self._database.session() as session:
             run = self._held(session, run_id)
@@ -100,7 +100,7 @@ class RunLog:
         session.execute(update(EvalRun).where(*mine).values(**fields))
 
 
-def _item(run: EvalRun, criteria: Sequence[TestingCriterion], tally: Tally, outcome: Outcome) -> EvalItem:
+def _item(run: EvalRun, criteria: Sequence[TestingCriterion], tally: Tally, outcome: ItemOutcome) -> EvalItem:
     measured = outcome.measured
     results, error = [], None
     if isinstance(measured, EvalError):

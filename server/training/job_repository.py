@@ -16,14 +16,14 @@ from sqlalchemy.orm import Session
 
 from reftserve.server.errors import NotFound
 from reftserve.server.storage.database import Database
-from reftserve.server.storage.leases import ENDED, Lease, free, held
+from reftserve.server.storage.leases import ENDED, Lease, release_lease, require_lease
 from reftserve.server.storage.tables import Job, JobCheckpoint, JobEvent
 
 logger = logging.getLogger(__name__)
 KEPT_CHECKPOINTS = 2
 
 
-class JobLog:
+class JobRepository:
     """Reads and writes the rows of jobs."""
 
     def __init__(self, database: Database) -> None:
@@ -70,24 +70,24 @@ class JobLog:
     def pause_requested(self, lease: Lease) -> bool:
         """Whether someone wants the job to rest; the poll of every step, which also finds a lease lost."""
         with self._database.reading() as session:
-            return held(session, lease).pause_requested
+            return require_lease(session, lease).pause_requested
 
     def event(self, lease: Lease, message: str, *, level: str = "info", data: dict[str, Any] | None = None) -> None:
         """Append an event; one with data is of type `metrics`."""
         with self._database.session() as session:
-            append_event(session, held(session, lease), message, level=level, data=data)
+            append_event(session, require_lease(session, lease), message, level=level, data=data)
 
     def progress(self, lease: Lease, message: str, data: dict[str, Any], *, estimated_finish: int) -> None:
         """A step was done: its event, and when the job is likely to end (Unix seconds)."""
         with self._database.session() as session:
-            job = held(session, lease)
+            job = require_lease(session, lease)
             job.estimated_finish = estimated_finish
             append_event(session, job, message, data=data)
 
     def checkpoint(self, lease: Lease, step: int, path: str, metrics: dict[str, Any]) -> list[str]:
         """Record a durable step; paths of older ones, which are no longer kept."""
         with self._database.session() as session:
-            job = held(session, lease)
+            job = require_lease(session, lease)
             job.attempts = 0
             query = select(JobCheckpoint).where(JobCheckpoint.job_id == job.id, JobCheckpoint.kept)
             kept = list(session.scalars(query.order_by(JobCheckpoint.step.desc())))
@@ -104,27 +104,27 @@ class JobLog:
     def forget_checkpoints(self, lease: Lease) -> None:
         """The state of the job's checkpoints is about to be removed."""
         with self._database.session() as session:
-            job = held(session, lease)
+            job = require_lease(session, lease)
             session.execute(update(JobCheckpoint).where(JobCheckpoint.job_id == job.id).values(kept=False))
 
-    def let_go(self, lease: Lease) -> None:
+    def release(self, lease: Lease) -> None:
         """Give the lease back; the job stays as it is."""
         with self._database.session() as session:
-            free(held(session, lease))
+            release_lease(require_lease(session, lease))
 
     def pause(self, lease: Lease, message: str) -> bool:
         """The job rests, and is nobody's; False when the pause has been withdrawn, and the job goes on."""
         with self._database.session() as session:
-            job = held(session, lease)
+            job = require_lease(session, lease)
             if not job.pause_requested:
                 return False
-            rest(session, job, message)
+            pause_job(session, job, message)
             return True
 
     def end(self, lease: Lease, status: str, message: str, *, level: str = "info", **fields: Any) -> None:
         """Give the job its final status, with an event that says so; it is nobody's any more."""
         with self._database.session() as session:
-            finish(session, held(session, lease), status, message, level=level, **fields)
+            finish(session, require_lease(session, lease), status, message, level=level, **fields)
 
 
 def append_event(
@@ -156,12 +156,12 @@ def queue(session: Session, job: Job, message: str) -> None:
     append_event(session, job, message)
 
 
-def rest(session: Session, job: Job, message: str) -> None:
+def pause_job(session: Session, job: Job, message: str) -> None:
     """Pause a job, in a transaction that has its row for itself."""
     job.status = "paused"
     job.pause_requested = False
     job.estimated_finish = None
-    free(job)
+    release_lease(job)
     append_event(session, job, message)
 
 
@@ -173,5 +173,5 @@ def finish(session: Session, job: Job, status: str, message: str, *, level: str 
     job.estimated_finish = None
     for name, value in fields.items():
         setattr(job, name, value)
-    free(job)
+    release_lease(job)
     append_event(session, job, message, level=level)

@@ -16,7 +16,7 @@ from published import BASE, OWNER, make_artifact, open_registry
 
 from reftserve.interventions import load_artifact, unpack
 from reftserve.server.errors import Conflict, InvalidRequest, NotFound, QuotaExceeded
-from reftserve.server.registry.interventions import InterventionRegistry
+from reftserve.server.registry.intervention_registry import InterventionRegistry
 from reftserve.server.registry.names import Reference
 
 

@@ -9,7 +9,7 @@ from reftserve.server.errors import InvalidRequest
 
 
 @dataclass(frozen=True)
-class Place:
+class SourceLocation:
     """A row: `line 3` of JSON Lines, `row 3` of anything else. number: from 1, which in CSV is the header."""
 
     unit: Literal["line", "row"]

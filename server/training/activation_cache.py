@@ -6,7 +6,7 @@ The base is frozen and causal. Under edits at layer `lowest` and above, from tok
     tokens before `start`      constant in every layer                   kept: their keys and values above `lowest`
 
 So an epoch computes only the tokens from `start` on in the layers above `lowest`: of `l1` the last prompt token and the
-completion. Trials of a sweep share a trunk whose `lowest` and `start` hold for all of them. What the budget has no room
+completion. Trials of a sweep share a cache whose `lowest` and `start` hold for all of them. What the budget has no room
 for is computed anew each time.
 """
 
@@ -24,11 +24,11 @@ from torch import Tensor
 
 from reftserve.interventions import Positions
 from reftserve.server.datasets import EncodedExample
-from reftserve.server.training.packed import PackedModel, RowEdit
-from reftserve.server.training.spans import Batch, PackedRows, Span, in_passes
+from reftserve.server.training.spans import Batch, Span, VarlenRows, in_passes
+from reftserve.server.training.varlen import RowEdit, VarlenModel
 
 logger = logging.getLogger(__name__)
-FILL_ROWS = 1024  # tokens of one pass while the trunk is filled
+FILL_ROWS = 1024  # tokens of one pass while the cache is filled
 FILE_NUMBERS = 64 << 20  # float32 numbers in one file of the disk tier
 NUMBER_BYTES = 4
 
@@ -62,7 +62,7 @@ class Arena:
         size = min(FILE_NUMBERS, self._disk_bytes // NUMBER_BYTES)
         if count > size:
             return False
-        with tempfile.NamedTemporaryFile(dir=self._folder, prefix="trunk-") as file:
+        with tempfile.NamedTemporaryFile(dir=self._folder, prefix="cache-") as file:
             try:
                 # A write into a file for which the disk has no room would end the process.
                 os.posix_fallocate(file.fileno(), 0, size * NUMBER_BYTES)
@@ -100,10 +100,10 @@ class _KeptPrefixes:
         return self._by_layer[layer - self._first_layer]
 
 
-class Trunk:
+class ActivationCache:
     """Constants of examples under any edits at `lowest` and above that touch no token before those of `positions`."""
 
-    def __init__(self, packed: PackedModel, lowest: int, positions: Iterable[Positions], arena: Arena) -> None:
+    def __init__(self, packed: VarlenModel, lowest: int, positions: Iterable[Positions], arena: Arena) -> None:
         self.packed = packed
         self.lowest = lowest
         self._positions = tuple(positions)
@@ -115,7 +115,7 @@ class Trunk:
         """Examples that are kept."""
         return len(self._kept)
 
-    def serves(self, layers: Iterable[int], positions: Iterable[Positions]) -> bool:
+    def is_valid_for(self, layers: Iterable[int], positions: Iterable[Positions]) -> bool:
         """Whether edits at these places leave the constants constant."""
         return min(layers) >= self.lowest and set(positions) <= set(self._positions)
 
@@ -134,7 +134,7 @@ class Trunk:
             if not self._fill(spans):
                 return
 
-    def logits(self, rows: PackedRows, edits: dict[int, list[RowEdit]]) -> Tensor:
+    def logits(self, rows: VarlenRows, edits: dict[int, list[RowEdit]]) -> Tensor:
         """The targets' logits under edits, [targets, vocabulary]; the spans are all kept, or none is (`passes`)."""
         kept = [self._kept[span.example] for span in rows.spans if span.example in self._kept]
         if not kept:
@@ -168,7 +168,7 @@ class Trunk:
 
     def _fill(self, spans: Sequence[Span]) -> bool:
         """Whether there was room for all of them."""
-        rows = PackedRows(spans, self.packed.device)
+        rows = VarlenRows(spans, self.packed.device)
         starts = [self.start(span.example) for span in rows.scored]
         tokens = [rows.with_parent(number) for number, span in enumerate(rows.spans) if span.targets]
         before: list[list[Tensor]] = []
@@ -188,23 +188,23 @@ class Trunk:
         return True
 
 
-class Trunks:
-    """The trunks of one data set, in one arena: of jobs that follow each other, or of the trials of one.
+class ActivationCaches:
+    """The caches of one data set, in one arena: of jobs that follow each other, or of the trials of one.
 
     data: tells one data set from another.
     """
 
-    def __init__(self, packed: PackedModel, arena: Arena, *, data: str = "") -> None:
+    def __init__(self, packed: VarlenModel, arena: Arena, *, data: str = "") -> None:
         self._data = data
         self._packed, self._arena = packed, arena
-        self._trunks: dict[tuple[int, frozenset[Positions]], Trunk] = {}
+        self._caches: dict[tuple[int, frozenset[Positions]], ActivationCache] = {}
 
-    def serve(self, data: str, places: Collection[tuple[int, frozenset[Positions]]]) -> bool:
-        """Whether a job on such data, with trunks of these layers and positions, would fare no better with new ones."""
-        return self._data == data and set(places) == self._trunks.keys() and not self._arena.is_full
+    def is_valid_for(self, data: str, places: Collection[tuple[int, frozenset[Positions]]]) -> bool:
+        """Whether a job on such data, with caches of these layers and positions, would fare no better with new ones."""
+        return self._data == data and set(places) == self._caches.keys() and not self._arena.is_full
 
-    def get(self, lowest: int, positions: frozenset[Positions]) -> Trunk:
-        """The trunk under edits at `lowest` and above that touch no token before those of `positions`."""
-        if (lowest, positions) not in self._trunks:
-            self._trunks[lowest, positions] = Trunk(self._packed, lowest, positions, self._arena)
-        return self._trunks[lowest, positions]
+    def get(self, lowest: int, positions: frozenset[Positions]) -> ActivationCache:
+        """The cache under edits at `lowest` and above that touch no token before those of `positions`."""
+        if (lowest, positions) not in self._caches:
+            self._caches[lowest, positions] = ActivationCache(self._packed, lowest, positions, self._arena)
+        return self._caches[lowest, positions]

@@ -12,7 +12,7 @@ from threading import Barrier
 import pytest
 from published import OWNER
 
-from reftserve.server.datasets.files import FileStore
+from reftserve.server.datasets.file_store import FileStore
 from reftserve.server.errors import InvalidRequest, NotFound, PayloadTooLarge, QuotaExceeded, StorageFull
 from reftserve.server.storage.blobs import BlobStore
 from reftserve.server.storage.database import Database

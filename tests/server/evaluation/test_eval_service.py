@@ -15,7 +15,7 @@ from eval_data import chats, created, ended, items, scores, started, upload
 from label_oracle import LabelOracle, download
 from running_server import RunningServer
 
-from reftserve.server.evaluation.metrics import exact_match, f1
+from reftserve.server.evaluation.text_metrics import exact_match, f1
 
 TOLERANCE = 2e-3
 VOWEL_BEFORE_N = "[aeiou]n"

@@ -20,8 +20,8 @@ from reftserve.server.base.attention import ATTENTION, AttentionStep, attention_
 from reftserve.server.base.cpu_kernels import load_kernels
 from reftserve.server.base.fused import fuse_modules
 from reftserve.server.base.panels import takes_kernels, use_panels
-from reftserve.server.training.packed_attention import PackedAttention, Prefixes, Seen, SpanAttention
-from reftserve.server.training.spans import PackedRows
+from reftserve.server.training.spans import VarlenRows
+from reftserve.server.training.varlen_attention import Prefixes, Seen, SpanAttention, VarlenAttention
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class RowEdit:
     delta: Callable[[Tensor], Tensor]
 
 
-class PackedModel:
+class VarlenModel:
     """A frozen base whose forward passes run over packed rows. Takes the model over: its attention is replaced.
 
     cpu_kernels: on the CPU in float32, compute with the engine's kernels, from the engine's panels.
@@ -52,7 +52,7 @@ class PackedModel:
 
     def logits(
         self,
-        rows: PackedRows,
+        rows: VarlenRows,
         edits: Mapping[int, Sequence[RowEdit]],
         *,
         prefixes: Prefixes | None = None,
@@ -71,11 +71,11 @@ class PackedModel:
             if self._has_kernels and prefixes is not None and not rows.parents:
                 attention = SpanAttention(rows, prefixes)
             else:
-                attention = PackedAttention(rows, prefixes)
+                attention = VarlenAttention(rows, prefixes)
             return self._forward(rows, attention, rows.target_rows)
 
     @torch.no_grad()
-    def constants(self, rows: PackedRows, layer: int, seen: Seen, *, above: bool) -> Tensor:
+    def constants(self, rows: VarlenRows, layer: int, seen: Seen, *, above: bool) -> Tensor:
         """The base's output of a layer, [rows, hidden]; `seen` is told the keys and values of the layers above it.
 
         above: whether anyone wants those.
@@ -93,10 +93,10 @@ class PackedModel:
             stack.callback(self.layers[layer].register_forward_hook(hook).remove)
             if not above:
                 stack.enter_context(self._replaced(range(layer + 1, len(self.layers)), lambda given: given))
-            self._forward(rows, PackedAttention(rows, None, seen_above), rows.target_rows[:1])
+            self._forward(rows, VarlenAttention(rows, None, seen_above), rows.target_rows[:1])
         return found[0]
 
-    def _forward(self, rows: PackedRows, attention: AttentionStep, kept: Tensor) -> Tensor:
+    def _forward(self, rows: VarlenRows, attention: AttentionStep, kept: Tensor) -> Tensor:
         with attention_step(attention):
             output = self.model(
                 input_ids=rows.input_ids.unsqueeze(0),

@@ -16,10 +16,10 @@ from reftserve.client.schemas import EvalCreate, EvalRunCreate, TestingCriterion
 from reftserve.interventions import FingerprintMismatch
 from reftserve.server.base.folder import Base
 from reftserve.server.datasets import read_examples
-from reftserve.server.datasets.files import TRAINING
+from reftserve.server.datasets.file_store import TRAINING
 from reftserve.server.errors import Conflict, InvalidRequest, NotFound
 from reftserve.server.evaluation.criteria import check_criteria
-from reftserve.server.evaluation.served import Served
+from reftserve.server.evaluation.serving_fingerprint import ServingFingerprint
 from reftserve.server.evaluation.tally import Tally
 from reftserve.server.registry.composition import resolve_composition
 from reftserve.server.registry.store import Store
@@ -37,7 +37,7 @@ def criteria_of(row: Eval) -> list[TestingCriterion]:
 class EvalService:
     """Evals of all owners, and their runs. max_interventions: that a run can be composed of."""
 
-    def __init__(self, store: Store, base: Base, served: Served, *, max_interventions: int) -> None:
+    def __init__(self, store: Store, base: Base, served: ServingFingerprint, *, max_interventions: int) -> None:
         self._store = store
         self._base = base
         self._served = served
@@ -156,7 +156,7 @@ class EvalService:
         if run.served is None:
             return  # made before runs recorded it
         try:
-            self._served.require(Served(**run.served))
+            self._served.require(ServingFingerprint(**run.served))
         except FingerprintMismatch as cause:
             raise Conflict(
                 f"the run was made for another base than {self._base.name!r} now is: {cause}", code=cause.code

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from reftserve.server.datasets.reading import count_examples
 from reftserve.server.errors import InvalidRequest, NotFound, PayloadTooLarge, QuotaExceeded
-from reftserve.server.storage.blobs import BlobStore, no_room_for
+from reftserve.server.storage.blobs import BlobStore, map_enospc
 from reftserve.server.storage.database import Database
 from reftserve.server.storage.tables import File
 
@@ -80,7 +80,7 @@ class FileStore:
         """
         with tempfile.TemporaryDirectory() as scratch:
             file = Path(scratch) / "result"
-            with no_room_for(filename):
+            with map_enospc(filename):
                 file.write_bytes(content)
             file_id = f"file-{job_id.removeprefix('ftjob-')}"
             return self._store(owner, filename, RESULTS, file, None, file_id, check)
@@ -135,7 +135,7 @@ class FileStore:
 
     def _receive(self, stream: BinaryIO, target: Path) -> None:
         received = 0
-        with no_room_for("the file"), target.open("wb") as file:
+        with map_enospc("the file"), target.open("wb") as file:
             while chunk := stream.read(CHUNK_BYTES):
                 received += len(chunk)
                 if received > self._max_bytes:
@@ -145,7 +145,7 @@ class FileStore:
                 file.write(chunk)
 
     def _require_quota(self, session: Session, owner: str, more: int) -> None:
-        self._database.take_turns(session, f"files of {owner}")
+        self._database.advisory_lock(session, f"files of {owner}")
         query = select(func.coalesce(func.sum(File.bytes), 0)).where(File.owner == owner, File.purpose == TRAINING)
         used = int(session.scalar(query) or 0)
         if used + more > self._max_owner_bytes:
@@ -177,7 +177,7 @@ class FileStore:
             created_at=int(time.time()),
         )
         self._blobs.put_file(file.blob_key, content)
-        with self._blobs.unless_refused(file.blob_key), self._database.session() as session:
+        with self._blobs.delete_blob_on_error(file.blob_key), self._database.session() as session:
             check(session)
             replaced = session.get(File, file_id)
             replaced_key = None if replaced is None else replaced.blob_key

@@ -21,25 +21,25 @@ from reftserve.interventions import FAMILIES, Positions, TrainableIntervention
 from reftserve.server.base.fused import FusedMLP, FusedRMSNorm
 from reftserve.server.base.fused_attention import FusedAttention
 from reftserve.server.datasets import EncodedExample, Splits
-from reftserve.server.training.packed import PackedModel
-from reftserve.server.training.packed_attention import SpanAttention
+from reftserve.server.training.activation_cache import ActivationCache, Arena
 from reftserve.server.training.plan import Plan
 from reftserve.server.training.trainer import Trainer, advance
-from reftserve.server.training.trunk import Arena, Trunk
+from reftserve.server.training.varlen import VarlenModel
+from reftserve.server.training.varlen_attention import SpanAttention
 
 TOLERANCE = 1e-5
 POSITIONS = ["l1", "l3", "f1+l1", "f2+l2", "f3", "f4+l9", "prompt", "generated", "all"]
 PLENTY = 1 << 30
 
 
-Models = dict[str, tuple[PreTrainedModel, PackedModel]]  # of each architecture, one to compute plainly, and one packed
+Models = dict[str, tuple[PreTrainedModel, VarlenModel]]  # of each architecture, one to compute plainly, and one packed
 
 
 def pairs(*, cpu_kernels: bool) -> Models:
     found = {}
     for name in ARCHITECTURES:
         plain, packed = (tiny_model(name).requires_grad_(False) for _ in range(2))
-        found[name] = (plain, PackedModel(packed, cpu_kernels=cpu_kernels))
+        found[name] = (plain, VarlenModel(packed, cpu_kernels=cpu_kernels))
     return found
 
 
@@ -55,17 +55,17 @@ def models_without_kernels() -> Models:
 
 
 def trunk_of(
-    packed: PackedModel, run: Plan, data: list[EncodedExample], arena: Arena, lowest: int | None = None
-) -> Trunk:
+    packed: VarlenModel, run: Plan, data: list[EncodedExample], arena: Arena, lowest: int | None = None
+) -> ActivationCache:
     positions = Positions.parse(run.positions)
     places = [positions] if run.tied else positions.split()
-    trunk = Trunk(packed, min(run.layers), places, arena)
-    trunk.fill(data)
-    return trunk
+    cache = ActivationCache(packed, min(run.layers), places, arena)
+    cache.fill(data)
+    return cache
 
 
-def trainer_of(trunk: Trunk, run: Plan, data: list[EncodedExample], seed: int = 0) -> Trainer:
-    return Trainer(trunk, Splits(train=data, validation=data[:2], test=data[:2]), run, seed=seed)
+def trainer_of(cache: ActivationCache, run: Plan, data: list[EncodedExample], seed: int = 0) -> Trainer:
+    return Trainer(cache, Splits(train=data, validation=data[:2], test=data[:2]), run, seed=seed)
 
 
 def gradients(trainers: list[Trainer]) -> list[tuple[float, list[torch.Tensor]]]:
@@ -140,12 +140,12 @@ def test_gradients_equal_those_of_the_plain_computation(
     arenas = {
         "none": lambda: Arena(0),
         "some": lambda: Arena(6_000),
-        "disk": lambda: Arena(2_000, PLENTY, tmp_path_factory.mktemp("trunk")),
+        "disk": lambda: Arena(2_000, PLENTY, tmp_path_factory.mktemp("cache")),
         "plenty": lambda: Arena(PLENTY),
     }
-    trunk = trunk_of(packed, run, data, arenas[room]())
-    assert len(trunk) == {"none": 0, "plenty": 6, "disk": 6}.get(room, len(trunk))
-    trainer = trainer_of(trunk, run, data)
+    cache = trunk_of(packed, run, data, arenas[room]())
+    assert len(cache) == {"none": 0, "plenty": 6, "disk": 6}.get(room, len(cache))
+    trainer = trainer_of(cache, run, data)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("reftserve.server.training.trainer.MAX_ROWS", max_rows)
         found = gradients([trainer])[0]
@@ -176,7 +176,7 @@ def test_trials_that_share_passes_learn_exactly_what_each_learns_alone(
         plan(layers=[layer], positions=at, tied=True, dropout=0.0, rank=1 + number, max_grad_norm=1e9)
         for number, (layer, at) in enumerate(zip(layers, positions, strict=False))
     ]
-    shared = Trunk(packed, min(layers), {Positions.parse(at) for at in positions}, Arena(room))
+    shared = ActivationCache(packed, min(layers), {Positions.parse(at) for at in positions}, Arena(room))
     shared.fill(data)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("reftserve.server.training.trainer.MAX_ROWS", max_rows)
@@ -203,8 +203,8 @@ def test_a_suffix_only_pass_computes_the_last_prompt_token_and_the_completion(
 ) -> None:
     _, packed = models["llama"]
     data = examples(4, 1, vocabulary=100, tail=2)
-    trunk = trunk_of(packed, plan(layers=[1], positions="l1"), data, Arena(PLENTY))
-    assert [trunk.span(e).rows for e in data] == [len(e.completion_ids) for e in data]
+    cache = trunk_of(packed, plan(layers=[1], positions="l1"), data, Arena(PLENTY))
+    assert [cache.span(e).rows for e in data] == [len(e.completion_ids) for e in data]
 
 
 @pytest.mark.parametrize(("dropout", "rows_in_common"), [(0.0, 20), (0.5, 0)])
@@ -216,8 +216,8 @@ def test_what_all_examples_of_a_step_begin_with_is_computed_once_unless_dropout_
     text = tuple(range(10, 30))
     data = [EncodedExample((*text, 40 + i, 50, 51), (7, 2)) for i in range(4)]
     run = plan(layers=[1], positions="f7+l2", dropout=dropout, batch_size=4)
-    trunk = trunk_of(packed, run, data, Arena(PLENTY))
-    trainers = [trainer_of(trunk, run, data, seed=number) for number in range(trials)]
+    cache = trunk_of(packed, run, data, Arena(PLENTY))
+    trainers = [trainer_of(cache, run, data, seed=number) for number in range(trials)]
     with counted_rows(packed) as rows:
         advance(trainers)
         trainers[0].evaluate(data, trainers[0].intervention.lower())
@@ -230,8 +230,8 @@ def test_the_head_computes_what_answers_are_predicted_from_and_no_prompt(models:
     _, packed = models["llama"]
     data = examples(4, 1, vocabulary=100, tail=3)
     run = plan(layers=[1], positions=positions, batch_size=4)
-    trunk = trunk_of(packed, run, data, Arena(PLENTY))
-    trainer = trainer_of(trunk, run, data)
+    cache = trunk_of(packed, run, data, Arena(PLENTY))
+    trainer = trainer_of(cache, run, data)
     head: Any = packed.model.get_output_embeddings()
     seen: list[int] = []
     handle = head.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape[-2]))
@@ -241,7 +241,7 @@ def test_the_head_computes_what_answers_are_predicted_from_and_no_prompt(models:
 
 
 @contextmanager
-def counted_rows(packed: PackedModel) -> Iterator[list[int]]:
+def counted_rows(packed: VarlenModel) -> Iterator[list[int]]:
     """How many rows each pass inside computes."""
     counts: list[int] = []
     handle = packed.layers[-1].register_forward_hook(lambda module, inputs, output: counts.append(inputs[0].shape[1]))
@@ -276,10 +276,10 @@ def test_a_trunk_refuses_a_trainer_whose_edits_would_change_what_it_keeps(
 ) -> None:
     _, packed = models["llama"]
     data = examples(4, 1, vocabulary=100, tail=2)
-    trunk = trunk_of(packed, plan(layers=[1], positions="l1"), data, Arena(PLENTY))
+    cache = trunk_of(packed, plan(layers=[1], positions="l1"), data, Arena(PLENTY))
     for wrong in (plan(layers=[0], positions="l1"), plan(layers=[1], positions="l2")):
-        with pytest.raises(ValueError, match="trunk keeps"):
-            trainer_of(trunk, wrong, data)
+        with pytest.raises(ValueError, match="cache keeps"):
+            trainer_of(cache, wrong, data)
 
 
 def test_what_the_arena_keeps_on_disk_is_the_same_and_its_file_has_no_name(tmp_path: Path) -> None:

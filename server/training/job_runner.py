@@ -30,22 +30,22 @@ from reftserve.interventions import (
     save_artifact,
 )
 from reftserve.server.base.folder import Base
-from reftserve.server.base.memory import give_back_memory
+from reftserve.server.base.memory import trim_heap
 from reftserve.server.datasets import EncodedExample, Splits, dataset_hash, encode, read_examples, split
 from reftserve.server.errors import Conflict, InvalidRequest, ServerError
 from reftserve.server.registry.store import Store
-from reftserve.server.storage.blobs import no_room_for
-from reftserve.server.storage.database import LOST
-from reftserve.server.storage.leases import Lease, LeaseLost, held
+from reftserve.server.storage.blobs import map_enospc
+from reftserve.server.storage.database import DATABASE_ERRORS
+from reftserve.server.storage.leases import Lease, LeaseLost, require_lease
 from reftserve.server.storage.tables import Job
+from reftserve.server.training.activation_cache import ActivationCaches, Arena
 from reftserve.server.training.job_files import JobFiles
-from reftserve.server.training.job_log import JobLog, finish
+from reftserve.server.training.job_repository import JobRepository, finish
 from reftserve.server.training.pace import Pace
-from reftserve.server.training.packed import PackedModel
 from reftserve.server.training.plan import Plan
-from reftserve.server.training.sweep import Sweep, make_trainers, trunk_places
+from reftserve.server.training.sweep import Sweep, cache_sites, make_trainers
 from reftserve.server.training.trainer import Trainer
-from reftserve.server.training.trunk import Arena, Trunks
+from reftserve.server.training.varlen import VarlenModel
 
 logger = logging.getLogger(__name__)
 MAX_ATTEMPTS = 20
@@ -56,23 +56,23 @@ class Paused(Exception):
     """Somebody wants the job to rest before it has taken a step."""
 
 
-class Runs:
+class JobRunner:
     """The runs of one worker, one after the other.
 
-    trunk_bytes, trunk_disk_bytes: what a job keeps of its examples (`trunk.py`) in memory, and in files in `scratch`; a
-    job that has succeeded leaves it to the next, which may learn from the same data, until `forget`.
+    activation_cache_bytes, activation_cache_disk_bytes: room for a job's activations (`activation_cache.py`), in memory
+    and in files in `scratch`. A job that has succeeded leaves them to the next job until `forget`.
     """
 
     def __init__(
         self,
         store: Store,
         base: Base,
-        packed: PackedModel,
+        packed: VarlenModel,
         files: JobFiles,
         *,
         checkpoint_steps: int,
-        trunk_bytes: int,
-        trunk_disk_bytes: int,
+        activation_cache_bytes: int,
+        activation_cache_disk_bytes: int,
         scratch: Path,
     ) -> None:
         self._store = store
@@ -80,15 +80,20 @@ class Runs:
         self._packed = packed
         self._files = files
         self._checkpoint_steps = checkpoint_steps
-        self._trunk_bytes, self._trunk_disk_bytes, self._scratch = trunk_bytes, trunk_disk_bytes, scratch
-        self._log = JobLog(store.database)
+        self._activation_cache_bytes, self._activation_cache_disk_bytes, self._scratch = (
+            activation_cache_bytes,
+            activation_cache_disk_bytes,
+            scratch,
+        )
+        self._log = JobRepository(store.database)
         self._pace = Pace()
-        self._trunks: Trunks | None = None
+        self._caches: ActivationCaches | None = None
 
-    def carry(self, lease: Lease) -> None:
+    def execute(self, lease: Lease) -> None:
         """From where the job stands to its end, its pause, or the loss of the lease; then its memory is free again.
 
-        Raises what is in `LOST` when the database was lost; the job goes on from its checkpoint when it is taken again.
+        Raises one of `DATABASE_ERRORS` when the database is lost; the job resumes from its checkpoint when it is taken
+        again.
         """
         succeeded = False
         try:
@@ -98,13 +103,13 @@ class Runs:
             logger.warning("%s", str(cause))
         finally:
             if not succeeded:
-                self._trunks = None
+                self._caches = None
             _free_memory()
 
     def forget(self) -> None:
         """No job follows: what the last one has left takes no memory any more."""
-        if self._trunks is not None:
-            self._trunks = None
+        if self._caches is not None:
+            self._caches = None
             _free_memory()
 
     def begin(self, lease: Lease) -> Sweep:
@@ -166,13 +171,17 @@ class Runs:
         }
         self._log.event(lease, f"Test scores of base and intervention: {scores}", data={"test": scores})
         results = self._store.files.put_result(
-            job.owner, job.id, f"{job.id}.csv", self._metrics_csv(job.id), check=lambda session: held(session, lease)
+            job.owner,
+            job.id,
+            f"{job.id}.csv",
+            self._metrics_csv(job.id),
+            check=lambda session: require_lease(session, lease),
         )
 
         def end(session: Session, published_id: str) -> None:
             finish(
                 session,
-                held(session, lease),
+                require_lease(session, lease),
                 "succeeded",
                 f"Published {published_id}",
                 fine_tuned_model=published_id,
@@ -212,7 +221,7 @@ class Runs:
         except Paused:
             # A pause that has been withdrawn since does not happen.
             return not self._log.pause(lease, "The job was paused while its data was prepared") and self._run(lease)
-        except (LeaseLost, *LOST):
+        except (LeaseLost, *DATABASE_ERRORS):
             raise
         except Exception as cause:
             self.fail(lease, cause)
@@ -243,18 +252,18 @@ class Runs:
         )
 
     def _trainers(self, lease: Lease, job: Job, plan: Plan, splits: Splits) -> list[Trainer]:
-        """One for each trial, on the trunks of the job before if they hold for this one."""
+        """One for each trial, on the caches of the job before if they hold for this one."""
         data = dataset_hash(list(self._data(job).values()))
-        trunks = self._trunks
-        if trunks is None or not trunks.serve(data, trunk_places(plan).values()):
-            arena = Arena(self._trunk_bytes, self._trunk_disk_bytes, self._scratch)
-            trunks = self._trunks = Trunks(self._packed, arena, data=data)
+        caches = self._caches
+        if caches is None or not caches.is_valid_for(data, cache_sites(plan).values()):
+            arena = Arena(self._activation_cache_bytes, self._activation_cache_disk_bytes, self._scratch)
+            caches = self._caches = ActivationCaches(self._packed, arena, data=data)
 
         def poll() -> None:
             if self._log.pause_requested(lease):
                 raise Paused
 
-        return make_trainers(trunks, splits, plan, seed=job.seed, poll=poll)
+        return make_trainers(caches, splits, plan, seed=job.seed, poll=poll)
 
     def _require_base(self, job: Job) -> None:
         if job.base is None:
@@ -317,7 +326,7 @@ class Runs:
         steps: Sequence[dict[str, Any]],
     ) -> None:
         plan = trainer.plan
-        with no_room_for("the artifact"):
+        with map_enospc("the artifact"):
             save_artifact(
                 folder,
                 edits,
@@ -363,7 +372,7 @@ class Runs:
 
 
 def _free_memory() -> None:
-    """What trainers held comes back now, not when the collector gets to it."""
-    give_back_memory()
+    """What trainers require_lease comes back now, not when the collector gets to it."""
+    trim_heap()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -74,7 +74,7 @@ class InterventionRegistry:
         self._max_artifact_bytes = max_artifact_bytes
         self._max_owner_bytes = max_owner_bytes
         self._lock = threading.Lock()
-        self._holds: Counter[str] = Counter()
+        self._pins: Counter[str] = Counter()
         self._doomed: set[str] = set()
 
     def publish(
@@ -110,7 +110,7 @@ class InterventionRegistry:
             created_at=int(time.time()),
         )
         self._blobs.put_folder(version.blob_key, folder)
-        with self._blobs.unless_refused(version.blob_key):
+        with self._blobs.delete_blob_on_error(version.blob_key):
             committed = self._commit(owner, name, version, alongside)
         if committed.blob_key != version.blob_key:
             self._blobs.delete(version.blob_key)
@@ -178,7 +178,7 @@ class InterventionRegistry:
             found = self._version(self._get(session, owner, reference.name), reference)
         return self._published(reference.name, found)
 
-    def hold(self, version: PublishedVersion) -> None:
+    def pin(self, version: PublishedVersion) -> None:
         """A running request needs this version; its files stay until it is released.
 
         Raises NotFound when it has been deleted since it was resolved.
@@ -186,17 +186,17 @@ class InterventionRegistry:
         with self._lock:
             if version.row.blob_key in self._doomed or not version.folder.exists():
                 raise NotFound(f"intervention {version.id} has been deleted", param="model", code="model_not_found")
-            self._holds[version.row.blob_key] += 1
+            self._pins[version.row.blob_key] += 1
 
-    def release(self, version: PublishedVersion) -> None:
+    def unpin(self, version: PublishedVersion) -> None:
         """Undo one `hold`."""
         key = version.row.blob_key
         with self._lock:
-            self._holds[key] -= 1
-            unheld = self._holds[key] == 0
-            if unheld:
-                del self._holds[key]
-            remove = unheld and key in self._doomed
+            self._pins[key] -= 1
+            is_unpinned = self._pins[key] == 0
+            if is_unpinned:
+                del self._pins[key]
+            remove = is_unpinned and key in self._doomed
             self._doomed -= {key} if remove else set()
         if remove:
             self._blobs.delete(key)
@@ -218,7 +218,7 @@ class InterventionRegistry:
             self._repoint(session, row, remaining)
             session.commit()
             keys = [gone.blob_key for gone in going]
-            self._doomed |= {key for key in keys if self._holds[key]}
+            self._doomed |= {key for key in keys if self._pins[key]}
             removable = [key for key in keys if key not in self._doomed]
         for key in removable:
             self._blobs.delete(key)
@@ -287,7 +287,7 @@ class InterventionRegistry:
         raise AssertionError("unreachable")
 
     def _require_quota(self, session: Session, owner: str, more: int) -> None:
-        self._database.take_turns(session, f"interventions of {owner}")
+        self._database.advisory_lock(session, f"interventions of {owner}")
         used = int(session.scalar(select(func.coalesce(func.sum(Version.bytes), 0)).where(Version.owner == owner)) or 0)
         if used + more > self._max_owner_bytes:
             raise QuotaExceeded(
@@ -325,10 +325,10 @@ class InterventionRegistry:
 
     def _refuse_in_use(self, row: Intervention, going: list[Version], *, whole: bool) -> None:
         for version in going:
-            held = self._holds[version.blob_key]
-            if held:
+            pins = self._pins[version.blob_key]
+            if pins:
                 raise Conflict(
-                    f"{row.name}@{version.version} is used by {held} running request(s); wait, or delete with force",
+                    f"{row.name}@{version.version} is used by {pins} running request(s); wait, or delete with force",
                     code="intervention_in_use",
                 )
             pointing = [a.alias for a in row.aliases if a.version == version.version and a.alias != LATEST]
