@@ -20,7 +20,6 @@ from reftserve.server.api import (
     health,
     interventions,
     models,
-    validation,
 )
 from reftserve.server.api.body_limit import BodyLimit
 from reftserve.server.api.error_responses import install_error_handlers
@@ -31,13 +30,14 @@ from reftserve.server.evaluation.evaluator import Evaluator
 from reftserve.server.evaluation.serving_fingerprint import serving_fingerprint
 from reftserve.server.inference.engine_client import EngineClient
 from reftserve.server.inference.metrics import Metrics
+from reftserve.server.inference.service import InferenceLimits, InferenceService
 from reftserve.server.registry.store import open_store
 from reftserve.server.services import Services
 from reftserve.server.settings import Settings
 from reftserve.server.supervisor import keep_engine, keep_worker
 from reftserve.server.training.job_service import JobService
 
-ROUTERS = (chat, completions, classify, models, files, fine_tuning, validation, evals, interventions, health)
+ROUTERS = (chat, completions, classify, models, files, fine_tuning, evals, interventions, health)
 
 
 def open_services(settings: Settings) -> Services:
@@ -50,6 +50,13 @@ def open_services(settings: Settings) -> Services:
     store.interventions.sweep()
     store.files.sweep()
     engine = EngineClient(_engine_config(settings, base))
+    metrics = Metrics(lambda: engine.stats)
+    limits = InferenceLimits(
+        max_queue=settings.max_queue,
+        max_interventions=settings.max_interventions,
+        max_stop_strings=settings.max_stop_strings,
+    )
+    inference = InferenceService(engine, base, store.interventions, metrics, limits)
     evals = EvalService(store, base, serving_fingerprint(settings, base), max_interventions=settings.max_interventions)
     return Services(
         settings=settings,
@@ -59,9 +66,10 @@ def open_services(settings: Settings) -> Services:
         registry=store.interventions,
         jobs=JobService(store, base),
         evals=evals,
-        evaluator=Evaluator(store, evals, base, engine, lease_s=settings.lease_s),
+        inference=inference,
+        metrics=metrics,
         engine=engine,
-        metrics=Metrics(lambda: engine.stats),
+        evaluator=Evaluator(store, evals, inference, lease_s=settings.lease_s),
     )
 
 

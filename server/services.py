@@ -1,4 +1,4 @@
-"""The services that a running server is made of; routers get them through `api/dependencies.py`."""
+"""The services that a running server is made of. A router gets those that it names (`api/dependencies.py`)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from reftserve.server.evaluation.eval_service import EvalService
 from reftserve.server.evaluation.evaluator import Evaluator
 from reftserve.server.inference.engine_client import EngineClient
 from reftserve.server.inference.metrics import Metrics
+from reftserve.server.inference.service import InferenceService
 from reftserve.server.registry.intervention_registry import InterventionRegistry
 from reftserve.server.settings import Settings
 from reftserve.server.storage.database import Database
@@ -18,7 +19,7 @@ from reftserve.server.training.job_service import JobService
 
 @dataclass(frozen=True)
 class Services:
-    """Everything that a request may need."""
+    """One server's services. The engine's client and the evaluator run beside requests; no router reaches them."""
 
     settings: Settings
     base: Base
@@ -27,6 +28,7 @@ class Services:
     registry: InterventionRegistry
     jobs: JobService
     evals: EvalService
-    evaluator: Evaluator
-    engine: EngineClient
+    inference: InferenceService
     metrics: Metrics
+    engine: EngineClient
+    evaluator: Evaluator

@@ -19,6 +19,7 @@ from pydantic_settings import (
 )
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+HEARTBEAT_S = 1.0  # between two signs of life of a training worker
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
@@ -131,6 +132,11 @@ class Settings(BaseSettings):
     def weights_folder(self) -> Path:
         """Where the file of the base's weights is that all processes map on the CPU."""
         return self.data.resolve() / "weights"
+
+    @property
+    def heartbeat_file(self) -> Path:
+        """The file that workers on this data folder touch."""
+        return self.data / "worker.heartbeat"
 
     @property
     def resolved_blob_url(self) -> str:

@@ -5,6 +5,6 @@ from __future__ import annotations
 DEFAULT_OWNER = "default"
 
 
-def owner() -> str:
+async def owner() -> str:
     """The owner on whose behalf a request is made; a FastAPI dependency."""
     return DEFAULT_OWNER

@@ -17,15 +17,12 @@ from reftserve.client.schemas import (
     PromptTokensDetails,
     Usage,
 )
-from reftserve.server.api.dependencies import Owner, Server
+from reftserve.server.api.dependencies import Inference, Owner
 from reftserve.server.api.sse import unless_disconnected
-from reftserve.server.engine.messages import SamplingParams, Submit, TokenOutput
+from reftserve.server.base.folder import Base
 from reftserve.server.errors import InvalidRequest
-from reftserve.server.evaluation.label_scoring import LabelledPrompt, label_chat, label_texts, probabilities
-from reftserve.server.inference.answers import answers, intervention_refs, salted
-from reftserve.server.inference.generation import check_capacity
-from reftserve.server.registry.composition import pinned, resolve_composition
-from reftserve.server.services import Services
+from reftserve.server.inference.generation import ScoredPrompt
+from reftserve.server.inference.labels import LabelledPrompt, label_chat, label_texts, probabilities
 
 MAX_INPUTS = 256
 MAX_PAIRS = 20_000
@@ -34,58 +31,31 @@ router = APIRouter(tags=["generation"])
 
 
 @router.post("/v1/classify")
-async def classify(body: ClassifyRequest, request: Request, server: Server, owner: Owner) -> Classification:
-    """How likely each label is as the answer to each input, by the base or an intervention of it."""
-    prompts = await run_in_threadpool(_encode, server, body)
-    max_context = check_capacity(server, len(prompts)).max_context
-    longest = max(prompt.length for prompt in prompts)
-    if longest > max_context:
-        raise InvalidRequest(
-            f"an input with its longest label has {longest} tokens; the base model's context is {max_context}",
-            param="input" if body.messages is None else "messages",
-            code="context_length_exceeded",
-        )
-    versions = await run_in_threadpool(
-        resolve_composition,
-        server.registry,
-        owner,
-        body.model,
-        body.interventions,
-        base=server.base.name,
-        limit=server.settings.max_interventions,
-    )
+async def classify(body: ClassifyRequest, request: Request, inference: Inference, owner: Owner) -> Classification:
+    """Say how likely each label is as the answer to each input, by the base or an intervention of it."""
+    prompts = await run_in_threadpool(_encode, inference.base, body)
+    context = await inference.open(owner, body, num_sequences=len(prompts))
     request_id = f"classify-{uuid.uuid4().hex}"
-    submits = [
-        Submit(
-            request_id=f"{request_id}-{index}",
-            prompt_ids=prompt.prompt_ids,
-            sampling=SamplingParams(max_tokens=0),
-            interventions=intervention_refs(versions),
-            cache_salt=salted(owner, body.cache_salt),
-            priority=body.priority or 0,
-            timeout_s=body.timeout,
-            continuations=prompt.label_ids,
-        )
-        for index, prompt in enumerate(prompts)
-    ]
-    with pinned(server.registry, versions):
-        outputs = await unless_disconnected(request, answers(server.engine, submits))
+    scoring = inference.score(
+        context, request_id, prompts, prompt_field="input" if body.messages is None else "messages"
+    )
+    scores = await unless_disconnected(request, scoring)
     return Classification(
         id=request_id,
         created=int(time.time()),
         model=body.model,
-        data=[_classified(body, index, output.continuation_logprobs) for index, output in enumerate(outputs)],
-        usage=_usage(prompts, outputs),
+        data=[_classified(body, index, score.logprobs) for index, score in enumerate(scores)],
+        usage=_usage(prompts, scores),
     )
 
 
-def _encode(server: Services, body: ClassifyRequest) -> list[LabelledPrompt]:
+def _encode(base: Base, body: ClassifyRequest) -> list[LabelledPrompt]:
     if (body.input is None) == (body.messages is None):
         raise InvalidRequest("give either input or messages", param="input")
     twice = next((label for label in body.labels if body.labels.count(label) > 1), None)
     if twice is not None:
         raise InvalidRequest(f"label {twice!r} is given twice", param="labels")
-    tokenizer = server.base.tokenizer
+    tokenizer = base.tokenizer
     if body.messages is None:
         texts = [body.input] if isinstance(body.input, str) else body.input or []
         _check_count(len(texts), len(body.labels), "input")
@@ -126,12 +96,12 @@ def _classified(body: ClassifyRequest, index: int, logprobs: list[list[float]]) 
     )
 
 
-def _usage(prompts: list[LabelledPrompt], outputs: list[TokenOutput]) -> Usage:
+def _usage(prompts: list[LabelledPrompt], scores: list[ScoredPrompt]) -> Usage:
     prompt_tokens = sum(len(prompt.prompt_ids) for prompt in prompts)
     label_tokens = sum(len(ids) for prompt in prompts for ids in prompt.label_ids)
     return Usage(
         prompt_tokens=prompt_tokens,
         completion_tokens=label_tokens,
         total_tokens=prompt_tokens + label_tokens,
-        prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(output.cached_tokens for output in outputs)),
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(score.cached_tokens for score in scores)),
     )

@@ -1,20 +1,37 @@
-"""What routers reach for: the server's services and the owner of the request."""
+"""What a router may ask for, by parameter type: single services, and the owner of the request."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any
 
 from fastapi import Depends, Request
 
+from reftserve.server import settings
 from reftserve.server.api.auth import owner
-from reftserve.server.services import Services
+from reftserve.server.base.folder import Base
+from reftserve.server.datasets.file_store import FileStore
+from reftserve.server.evaluation.eval_service import EvalService
+from reftserve.server.inference import metrics, service
+from reftserve.server.registry.intervention_registry import InterventionRegistry
+from reftserve.server.storage import database
+from reftserve.server.training.job_service import JobService
 
 
-def services(request: Request) -> Services:
-    """The services that the application was made with."""
-    found: Services = request.app.state.services
-    return found
+def _service(name: str) -> Callable[[Request], Awaitable[Any]]:
+    async def get(request: Request) -> Any:  # async: FastAPI would call a plain function in a thread
+        return getattr(request.app.state.services, name)
+
+    return get
 
 
-Server = Annotated[Services, Depends(services)]
+BaseModel = Annotated[Base, Depends(_service("base"))]
+Database = Annotated[database.Database, Depends(_service("database"))]
+Evals = Annotated[EvalService, Depends(_service("evals"))]
+Files = Annotated[FileStore, Depends(_service("files"))]
+Inference = Annotated[service.InferenceService, Depends(_service("inference"))]
+Jobs = Annotated[JobService, Depends(_service("jobs"))]
+Metrics = Annotated[metrics.Metrics, Depends(_service("metrics"))]
+Registry = Annotated[InterventionRegistry, Depends(_service("registry"))]
+Settings = Annotated[settings.Settings, Depends(_service("settings"))]
 Owner = Annotated[str, Depends(owner)]

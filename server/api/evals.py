@@ -18,7 +18,7 @@ from reftserve.client.schemas import (
     Page,
     TestingCriterion,
 )
-from reftserve.server.api.dependencies import Owner, Server
+from reftserve.server.api.dependencies import Evals, Owner
 from reftserve.server.errors import InvalidRequest
 from reftserve.server.evaluation.eval_service import criteria_of
 from reftserve.server.evaluation.tally import Tally
@@ -29,64 +29,64 @@ router = APIRouter(prefix="/v1/evals", tags=["evals"])
 
 
 @router.post("")
-def create_eval(request: EvalCreate, server: Server, owner: Owner) -> Eval:
+def create_eval(request: EvalCreate, evals: Evals, owner: Owner) -> Eval:
     """A data set with criteria; runs over it are compared."""
-    return _eval(server.evals.create(owner, request))
+    return _eval(evals.create(owner, request))
 
 
 @router.get("")
 def list_evals(
-    server: Server, owner: Owner, after: str | None = None, limit: int = Query(20, ge=1, le=100)
+    evals: Evals, owner: Owner, after: str | None = None, limit: int = Query(20, ge=1, le=100)
 ) -> Page[Eval]:
     """Evals, newest first."""
-    rows, more = server.evals.list_page(owner, after=after, limit=limit)
+    rows, more = evals.list_page(owner, after=after, limit=limit)
     return Page(data=[_eval(row) for row in rows], has_more=more)
 
 
 @router.get("/{eval_id}")
-def get_eval(eval_id: str, server: Server, owner: Owner) -> Eval:
+def get_eval(eval_id: str, evals: Evals, owner: Owner) -> Eval:
     """One eval, with the scores of all its runs."""
-    return _eval(server.evals.get(owner, eval_id))
+    return _eval(evals.get(owner, eval_id))
 
 
 @router.delete("/{eval_id}")
-def delete_eval(eval_id: str, server: Server, owner: Owner) -> Deleted:
+def delete_eval(eval_id: str, evals: Evals, owner: Owner) -> Deleted:
     """Delete an eval and its runs."""
-    server.evals.delete(owner, eval_id)
+    evals.delete(owner, eval_id)
     return Deleted(id=eval_id, object="eval.deleted")
 
 
 @router.post("/{eval_id}/runs")
-def create_run(eval_id: str, request: EvalRunCreate, server: Server, owner: Owner) -> EvalRun:
+def create_run(eval_id: str, request: EvalRunCreate, evals: Evals, owner: Owner) -> EvalRun:
     """Score the base, an intervention or a composition; it goes on in the background."""
-    run = server.evals.create_run(owner, eval_id, request)
-    return _run(run, criteria_of(server.evals.get(owner, eval_id)))
+    run = evals.create_run(owner, eval_id, request)
+    return _run(run, criteria_of(evals.get(owner, eval_id)))
 
 
 @router.get("/{eval_id}/runs")
-def list_runs(eval_id: str, server: Server, owner: Owner) -> Page[EvalRun]:
+def list_runs(eval_id: str, evals: Evals, owner: Owner) -> Page[EvalRun]:
     """All runs of an eval, oldest first."""
-    return Page(data=_eval(server.evals.get(owner, eval_id)).runs)
+    return Page(data=_eval(evals.get(owner, eval_id)).runs)
 
 
 @router.get("/{eval_id}/runs/{run_id}")
-def get_run(eval_id: str, run_id: str, server: Server, owner: Owner) -> EvalRun:
+def get_run(eval_id: str, run_id: str, evals: Evals, owner: Owner) -> EvalRun:
     """One run, with its scores so far."""
-    run = server.evals.get_run(owner, eval_id, run_id)
-    return _run(run, criteria_of(server.evals.get(owner, eval_id)))
+    run = evals.get_run(owner, eval_id, run_id)
+    return _run(run, criteria_of(evals.get(owner, eval_id)))
 
 
 @router.post("/{eval_id}/runs/{run_id}/cancel")
-def cancel_run(eval_id: str, run_id: str, server: Server, owner: Owner) -> EvalRun:
+def cancel_run(eval_id: str, run_id: str, evals: Evals, owner: Owner) -> EvalRun:
     """Stop a run; items that are at the engine are not kept."""
-    run = server.evals.cancel_run(owner, eval_id, run_id)
-    return _run(run, criteria_of(server.evals.get(owner, eval_id)))
+    run = evals.cancel_run(owner, eval_id, run_id)
+    return _run(run, criteria_of(evals.get(owner, eval_id)))
 
 
 @router.delete("/{eval_id}/runs/{run_id}")
-def delete_run(eval_id: str, run_id: str, server: Server, owner: Owner) -> Deleted:
+def delete_run(eval_id: str, run_id: str, evals: Evals, owner: Owner) -> Deleted:
     """Delete a run and its items."""
-    server.evals.delete_run(owner, eval_id, run_id)
+    evals.delete_run(owner, eval_id, run_id)
     return Deleted(id=run_id, object="eval.run.deleted")
 
 
@@ -94,7 +94,7 @@ def delete_run(eval_id: str, run_id: str, server: Server, owner: Owner) -> Delet
 def list_output_items(
     eval_id: str,
     run_id: str,
-    server: Server,
+    evals: Evals,
     owner: Owner,
     after: str | None = None,
     status: Literal["pass", "fail", "error"] | None = None,
@@ -102,7 +102,7 @@ def list_output_items(
 ) -> Page[EvalOutputItem]:
     """What became of each item, in the order of the data set."""
     number = -1 if after is None else _number(after, run_id)
-    rows, more = server.evals.items(owner, eval_id, run_id, after=number, status=status, limit=limit)
+    rows, more = evals.items(owner, eval_id, run_id, after=number, status=status, limit=limit)
     items = [_item(eval_id, row) for row in rows]
     first, last = (items[0].id, items[-1].id) if items else (None, None)
     return Page(data=items, has_more=more, first_id=first, last_id=last)

@@ -7,44 +7,44 @@ from fastapi import File as FormFile
 from fastapi.responses import FileResponse
 
 from reftserve.client.schemas import Deleted, FileObject, Page
-from reftserve.server.api.dependencies import Owner, Server
+from reftserve.server.api.dependencies import Files, Owner
 from reftserve.server.storage.tables import File
 
 router = APIRouter(prefix="/v1/files", tags=["files"])
 
 
 @router.post("")
-def upload_file(server: Server, owner: Owner, purpose: str = Form(), file: UploadFile = FormFile()) -> FileObject:
+def upload_file(files: Files, owner: Owner, purpose: str = Form(), file: UploadFile = FormFile()) -> FileObject:
     """Upload a data set, in JSON Lines, a JSON array, CSV or Parquet.
 
     Rows have chat `messages`, or `prompt` and `completion`, or `instruction`, `input` and `output`.
     """
-    return _file(server.files.upload(owner, file.filename or "upload", purpose, file.file))
+    return _file(files.upload(owner, file.filename or "upload", purpose, file.file))
 
 
 @router.get("")
-def list_files(server: Server, owner: Owner, purpose: str | None = None) -> Page[FileObject]:
+def list_files(files: Files, owner: Owner, purpose: str | None = None) -> Page[FileObject]:
     """All files, newest first."""
-    return Page(data=[_file(row) for row in server.files.list_all(owner, purpose=purpose)])
+    return Page(data=[_file(row) for row in files.list_all(owner, purpose=purpose)])
 
 
 @router.get("/{file_id}")
-def get_file(file_id: str, server: Server, owner: Owner) -> FileObject:
+def get_file(file_id: str, files: Files, owner: Owner) -> FileObject:
     """One file."""
-    return _file(server.files.get(owner, file_id))
+    return _file(files.get(owner, file_id))
 
 
 @router.get("/{file_id}/content", response_class=FileResponse)
-def get_content(file_id: str, server: Server, owner: Owner) -> FileResponse:
+def get_content(file_id: str, files: Files, owner: Owner) -> FileResponse:
     """A file's bytes."""
-    row = server.files.get(owner, file_id)
-    return FileResponse(server.files.path(row), filename=row.filename, media_type="application/octet-stream")
+    row = files.get(owner, file_id)
+    return FileResponse(files.path(row), filename=row.filename, media_type="application/octet-stream")
 
 
 @router.delete("/{file_id}")
-def delete_file(file_id: str, server: Server, owner: Owner) -> Deleted:
+def delete_file(file_id: str, files: Files, owner: Owner) -> Deleted:
     """Delete a file."""
-    server.files.delete(owner, file_id)
+    files.delete(owner, file_id)
     return Deleted(id=file_id, object="file")
 
 

@@ -1,4 +1,4 @@
-"""/v1/fine_tuning/jobs in OpenAI's shape."""
+"""/v1/fine_tuning/jobs in OpenAI's shape, and /v1/fine_tuning/validate: a job's checks without the job."""
 
 from __future__ import annotations
 
@@ -9,69 +9,76 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Query, Response
 
 from reftserve.client.schemas import (
+    DataReport,
     FineTuningCheckpoint,
     FineTuningEvent,
     FineTuningJob,
     FineTuningJobCreate,
     Page,
 )
-from reftserve.server.api.dependencies import Owner, Server
+from reftserve.server.api.dependencies import Jobs, Owner
 from reftserve.server.api.sse import event_stream
 from reftserve.server.storage.tables import Job, JobCheckpoint, JobEvent
 from reftserve.server.training.job_service import event_id
 
-router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
+router = APIRouter(prefix="/v1/fine_tuning", tags=["fine-tuning"])
 
 
-@router.post("")
-def create_job(request: FineTuningJobCreate, server: Server, owner: Owner) -> FineTuningJob:
+@router.post("/validate")
+def validate(request: FineTuningJobCreate, jobs: Jobs, owner: Owner) -> DataReport:
+    """Check what creating this job would check, and report on its data; nothing is queued."""
+    return jobs.validate(owner, request)
+
+
+@router.post("/jobs")
+def create_job(request: FineTuningJobCreate, jobs: Jobs, owner: Owner) -> FineTuningJob:
     """Queue a training run; its result is an intervention named by `suffix`."""
-    return _job(server.jobs.create(owner, request))
+    return _job(jobs.create(owner, request))
 
 
-@router.get("")
+@router.get("/jobs")
 def list_jobs(
-    server: Server, owner: Owner, after: str | None = None, limit: int = Query(20, ge=1, le=1000)
+    jobs: Jobs, owner: Owner, after: str | None = None, limit: int = Query(20, ge=1, le=1000)
 ) -> Page[FineTuningJob]:
     """Jobs, newest first."""
-    jobs, more = server.jobs.list_page(owner, after=after, limit=limit)
-    return Page(data=[_job(job) for job in jobs], has_more=more)
+    rows, more = jobs.list_page(owner, after=after, limit=limit)
+    return Page(data=[_job(row) for row in rows], has_more=more)
 
 
-@router.get("/{job_id}")
-def get_job(job_id: str, server: Server, owner: Owner) -> FineTuningJob:
+@router.get("/jobs/{job_id}")
+def get_job(job_id: str, jobs: Jobs, owner: Owner) -> FineTuningJob:
     """One job."""
-    return _job(server.jobs.get(owner, job_id))
+    return _job(jobs.get(owner, job_id))
 
 
-@router.post("/{job_id}/cancel")
-def cancel_job(job_id: str, server: Server, owner: Owner) -> FineTuningJob:
+@router.post("/jobs/{job_id}/cancel")
+def cancel_job(job_id: str, jobs: Jobs, owner: Owner) -> FineTuningJob:
     """End a job at once; it can be retried."""
-    return _job(server.jobs.cancel(owner, job_id))
+    return _job(jobs.cancel(owner, job_id))
 
 
-@router.post("/{job_id}/pause")
-def pause_job(job_id: str, server: Server, owner: Owner) -> FineTuningJob:
+@router.post("/jobs/{job_id}/pause")
+def pause_job(job_id: str, jobs: Jobs, owner: Owner) -> FineTuningJob:
     """Let a job rest after its current optimizer step."""
-    return _job(server.jobs.pause(owner, job_id))
+    return _job(jobs.pause(owner, job_id))
 
 
-@router.post("/{job_id}/resume")
-def resume_job(job_id: str, server: Server, owner: Owner) -> FineTuningJob:
+@router.post("/jobs/{job_id}/resume")
+def resume_job(job_id: str, jobs: Jobs, owner: Owner) -> FineTuningJob:
     """Let a paused job go on where it stands."""
-    return _job(server.jobs.resume(owner, job_id))
+    return _job(jobs.resume(owner, job_id))
 
 
-@router.post("/{job_id}/retry")
-def retry_job(job_id: str, server: Server, owner: Owner) -> FineTuningJob:
+@router.post("/jobs/{job_id}/retry")
+def retry_job(job_id: str, jobs: Jobs, owner: Owner) -> FineTuningJob:
     """Try a failed or cancelled job again, from its last checkpoint if that is still kept."""
-    return _job(server.jobs.retry(owner, job_id))
+    return _job(jobs.retry(owner, job_id))
 
 
-@router.get("/{job_id}/events", response_model=Page[FineTuningEvent])
+@router.get("/jobs/{job_id}/events", response_model=Page[FineTuningEvent])
 def list_events(
     job_id: str,
-    server: Server,
+    jobs: Jobs,
     owner: Owner,
     after: str | None = None,
     limit: int = Query(20, ge=1, le=1000),
@@ -85,16 +92,16 @@ def list_events(
     written, until the job has ended; `Last-Event-ID`, or `after`, is the last event that was seen.
     """
     if stream if stream is not None else "text/event-stream" in (accept or ""):
-        events = server.jobs.follow(owner, job_id, after=last_event_id or after)
+        events = jobs.follow(owner, job_id, after=last_event_id or after)
         return event_stream(_streamed(events), id_of=lambda event: event.id)
-    page, more = server.jobs.events(owner, job_id, after=after, limit=limit)
+    page, more = jobs.events(owner, job_id, after=after, limit=limit)
     return Page(data=[_event(event) for event in page], has_more=more)
 
 
-@router.get("/{job_id}/checkpoints")
-def list_checkpoints(job_id: str, server: Server, owner: Owner) -> Page[FineTuningCheckpoint]:
+@router.get("/jobs/{job_id}/checkpoints")
+def list_checkpoints(job_id: str, jobs: Jobs, owner: Owner) -> Page[FineTuningCheckpoint]:
     """Durable steps, newest first."""
-    return Page(data=[_checkpoint(row) for row in server.jobs.checkpoints(owner, job_id)])
+    return Page(data=[_checkpoint(row) for row in jobs.checkpoints(owner, job_id)])
 
 
 def _job(job: Job) -> FineTuningJob:

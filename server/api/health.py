@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 from fastapi import APIRouter, Response
 
 from reftserve.client.schemas import Readiness
-from reftserve.server.api.dependencies import Server
-from reftserve.server.services import Services
-from reftserve.server.training.worker import HEARTBEAT_FILE, HEARTBEAT_S
+from reftserve.server.api.dependencies import Database, Inference, Metrics, Settings
+from reftserve.server.settings import HEARTBEAT_S
 
 router = APIRouter(tags=["health"])
 HEARTBEATS_MISSED = 10
@@ -17,27 +17,33 @@ HEARTBEATS_MISSED = 10
 
 @router.get("/health")
 def health() -> dict[str, str]:
-    """The process answers."""
+    """Answer that the process is there."""
     return {"status": "ok"}
 
 
 @router.get("/ready", responses={503: {"model": Readiness}})
-def ready(server: Server, response: Response) -> Readiness:
-    """Model loaded, worker and database there; 503 while something is missing."""
-    found = _readiness(server)
+def ready(inference: Inference, database: Database, settings: Settings, response: Response) -> Readiness:
+    """Say whether model, worker and database are there; 503 while one is missing."""
+    found = _readiness(inference, database, settings)
     response.status_code = 200 if found.ready else 503
     return found
 
 
 @router.get("/metrics", response_class=Response)
-def metrics(server: Server) -> Response:
+def metrics(metrics: Metrics, inference: Inference, database: Database, settings: Settings) -> Response:
     """Prometheus' text format."""
-    server.metrics.ready.set(_readiness(server).ready)
-    return Response(server.metrics.render(), media_type="text/plain; version=0.0.4")
+    metrics.ready.set(_readiness(inference, database, settings).ready)
+    return Response(metrics.render(), media_type="text/plain; version=0.0.4")
 
 
-def _readiness(server: Services) -> Readiness:
-    heartbeat = server.settings.data / HEARTBEAT_FILE
-    alive = heartbeat.exists() and time.time() - heartbeat.stat().st_mtime < HEARTBEATS_MISSED * HEARTBEAT_S
-    model, database = server.engine.is_alive, server.database.is_reachable()
-    return Readiness(ready=model and alive and database, model=model, worker=alive, database=database)
+def _readiness(inference: Inference, database: Database, settings: Settings) -> Readiness:
+    worker, is_reachable = _beats(settings.heartbeat_file), database.is_reachable()
+    model = inference.is_ready
+    return Readiness(ready=model and worker and is_reachable, model=model, worker=worker, database=is_reachable)
+
+
+def _beats(heartbeat: Path) -> bool:
+    try:
+        return time.time() - heartbeat.stat().st_mtime < HEARTBEATS_MISSED * HEARTBEAT_S
+    except FileNotFoundError:
+        return False

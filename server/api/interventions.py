@@ -12,7 +12,7 @@ from reftserve.client.schemas import (
     InterventionVersion,
     Page,
 )
-from reftserve.server.api.dependencies import Owner, Server
+from reftserve.server.api.dependencies import Owner, Registry, Settings
 from reftserve.server.errors import PayloadTooLarge
 from reftserve.server.registry.intervention_registry import PublishedVersion
 from reftserve.server.registry.names import LATEST, Reference
@@ -22,75 +22,75 @@ router = APIRouter(prefix="/v1/interventions", tags=["interventions"])
 
 
 @router.get("")
-def list_interventions(server: Server, owner: Owner) -> Page[InterventionInfo]:
+def list_interventions(registry: Registry, owner: Owner) -> Page[InterventionInfo]:
     """All interventions, by name."""
-    return Page(data=[_info(row) for row in server.registry.list_all(owner)])
+    return Page(data=[_info(row) for row in registry.list_all(owner)])
 
 
 @router.post("", status_code=201)
 def upload_intervention(
-    server: Server, owner: Owner, name: str = Form(), file: UploadFile = File()
+    registry: Registry, settings: Settings, owner: Owner, name: str = Form(), file: UploadFile = File()
 ) -> InterventionVersion:
     """Publish a zipped artifact as the next version of `name`."""
-    limit = server.settings.max_artifact_bytes
+    limit = settings.max_artifact_bytes
     data = file.file.read(limit + 1)
     if len(data) > limit:
         raise PayloadTooLarge(f"the artifact has more than {limit} bytes, which is the limit", param="file")
-    return _version(server.registry.upload(owner, name, data))
+    return _version(registry.upload(owner, name, data))
 
 
 @router.get("/{name}")
-def get_intervention(name: str, server: Server, owner: Owner) -> InterventionInfo:
+def get_intervention(name: str, registry: Registry, owner: Owner) -> InterventionInfo:
     """One intervention with its versions and aliases."""
-    return _info(server.registry.get(owner, name))
+    return _info(registry.get(owner, name))
 
 
 @router.delete("/{name}")
-def delete_intervention(name: str, server: Server, owner: Owner, force: bool = Query(False)) -> Deleted:
+def delete_intervention(name: str, registry: Registry, owner: Owner, force: bool = Query(False)) -> Deleted:
     """Delete all versions of a name."""
-    server.registry.delete(owner, name, force=force)
+    registry.delete(owner, name, force=force)
     return Deleted(id=name, object="intervention")
 
 
 @router.get("/{name}/versions/{version}")
-def get_version(name: str, version: str, server: Server, owner: Owner) -> InterventionVersion:
+def get_version(name: str, version: str, registry: Registry, owner: Owner) -> InterventionVersion:
     """One version, by number or alias, with its manifest."""
-    return _version(server.registry.resolve(owner, Reference.parse(f"{name}@{version}")))
+    return _version(registry.resolve(owner, Reference.parse(f"{name}@{version}")))
 
 
 @router.get("/{name}/versions/{version}/content", response_class=Response)
-def download_version(name: str, version: str, server: Server, owner: Owner) -> Response:
+def download_version(name: str, version: str, registry: Registry, owner: Owner) -> Response:
     """The artifact as a zip of its files."""
-    content = server.registry.download(owner, Reference.parse(f"{name}@{version}"))
+    content = registry.download(owner, Reference.parse(f"{name}@{version}"))
     disposition = f'attachment; filename="{name}-{version}.zip"'
     return Response(content, media_type="application/zip", headers={"Content-Disposition": disposition})
 
 
 @router.get("/{name}/versions/{version}/history")
-def get_history(name: str, version: str, server: Server, owner: Owner) -> InterventionHistory:
+def get_history(name: str, version: str, registry: Registry, owner: Owner) -> InterventionHistory:
     """How a version was trained, step by step, in columns."""
-    published, history = server.registry.history(owner, Reference.parse(f"{name}@{version}"))
+    published, history = registry.history(owner, Reference.parse(f"{name}@{version}"))
     return InterventionHistory(id=published.id, **history.model_dump())
 
 
 @router.delete("/{name}/versions/{version}")
-def delete_version(name: str, version: str, server: Server, owner: Owner, force: bool = Query(False)) -> Deleted:
+def delete_version(name: str, version: str, registry: Registry, owner: Owner, force: bool = Query(False)) -> Deleted:
     """Delete one version."""
     reference = Reference.parse(f"{name}@{version}")
-    deleted = server.registry.delete(owner, name, reference.version, force=force)
+    deleted = registry.delete(owner, name, reference.version, force=force)
     return Deleted(id=deleted[0], object="intervention.version")
 
 
 @router.put("/{name}/aliases/{alias}")
-def set_alias(name: str, alias: str, update: AliasUpdate, server: Server, owner: Owner) -> InterventionInfo:
+def set_alias(name: str, alias: str, update: AliasUpdate, registry: Registry, owner: Owner) -> InterventionInfo:
     """Point an alias at a version."""
-    return _info(server.registry.set_alias(owner, name, alias, update.version))
+    return _info(registry.set_alias(owner, name, alias, update.version))
 
 
 @router.delete("/{name}/aliases/{alias}")
-def delete_alias(name: str, alias: str, server: Server, owner: Owner) -> InterventionInfo:
+def delete_alias(name: str, alias: str, registry: Registry, owner: Owner) -> InterventionInfo:
     """Remove an alias."""
-    return _info(server.registry.delete_alias(owner, name, alias))
+    return _info(registry.delete_alias(owner, name, alias))
 
 
 def _info(row: Intervention) -> InterventionInfo:

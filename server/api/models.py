@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from reftserve.client.schemas import Deleted, Model, Page
-from reftserve.server.api.dependencies import Owner, Server
+from reftserve.server.api.dependencies import BaseModel, Owner, Registry
 from reftserve.server.base.folder import Base
 from reftserve.server.errors import InvalidRequest, NotFound
 from reftserve.server.registry.names import Reference, suggestion
@@ -14,36 +14,35 @@ router = APIRouter(prefix="/v1/models", tags=["models"])
 
 
 @router.get("")
-def list_models(server: Server, owner: Owner) -> Page[Model]:
+def list_models(base: BaseModel, registry: Registry, owner: Owner) -> Page[Model]:
     """What `model` can name."""
-    base = server.base
     interventions = [
         Model(id=row.name, created=row.created_at, owned_by=row.owner, parent=base.name)
-        for row in server.registry.list_all(owner)
+        for row in registry.list_all(owner)
     ]
     return Page(data=[_base_model(base), *interventions])
 
 
 @router.get("/{model:path}")
-def get_model(model: str, server: Server, owner: Owner) -> Model:
+def get_model(model: str, base: BaseModel, registry: Registry, owner: Owner) -> Model:
     """The base, or an intervention as `name`, `name@version` or `name@alias`."""
-    if model == server.base.name:
-        return _base_model(server.base)
+    if model == base.name:
+        return _base_model(base)
     try:
-        version = server.registry.resolve(owner, Reference.parse(model))
+        version = registry.resolve(owner, Reference.parse(model))
     except NotFound as cause:
-        near = "" if "Did you mean" in cause.message else suggestion(model, [server.base.name])
+        near = "" if "Did you mean" in cause.message else suggestion(model, [base.name])
         raise NotFound(cause.message + near, param="model", code="model_not_found") from cause
-    return Model(id=model, created=version.row.created_at, owned_by=version.row.owner, parent=server.base.name)
+    return Model(id=model, created=version.row.created_at, owned_by=version.row.owner, parent=base.name)
 
 
 @router.delete("/{model:path}")
-def delete_model(model: str, server: Server, owner: Owner) -> Deleted:
+def delete_model(model: str, base: BaseModel, registry: Registry, owner: Owner) -> Deleted:
     """Delete an intervention, or with `name@version` one version of it."""
-    if model == server.base.name:
+    if model == base.name:
         raise InvalidRequest("the base model cannot be deleted", param="model")
     reference = Reference.parse(model)
-    server.registry.delete(owner, reference.name, reference.version if "@" in model else None)
+    registry.delete(owner, reference.name, reference.version if "@" in model else None)
     return Deleted(id=model, object="model")
 
 

@@ -26,7 +26,7 @@ from reftserve.client.schemas import (
 from reftserve.client.schemas.classify import MAX_LABELS
 from reftserve.server.errors import InvalidRequest
 from reftserve.server.evaluation import text_metrics as metrics
-from reftserve.server.evaluation.label_scoring import probabilities
+from reftserve.server.inference.labels import probabilities
 
 LARGEST_LOSS = 700.0  # its exponential is still a float
 

@@ -17,15 +17,13 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt
 
 from reftserve.client.schemas import EvalError
 from reftserve.client.schemas.evals import CompletionsDataSource
-from reftserve.server.base.folder import Base
 from reftserve.server.datasets import Example, read_examples
 from reftserve.server.errors import ServerError, StorageFull, Unavailable
 from reftserve.server.evaluation.eval_service import EvalService, criteria_of
-from reftserve.server.evaluation.items import ItemOutcome, RunTarget, evaluate
+from reftserve.server.evaluation.items import PRIORITY, ItemOutcome, RunTarget, evaluate
 from reftserve.server.evaluation.run_repository import RunRepository
-from reftserve.server.inference.answers import intervention_refs, salted
-from reftserve.server.inference.engine_client import EngineClient
-from reftserve.server.registry.composition import Composition, pinned
+from reftserve.server.inference.generation import RequestContext
+from reftserve.server.inference.service import InferenceService, cache_salt
 from reftserve.server.registry.names import Reference
 from reftserve.server.registry.store import Store
 from reftserve.server.storage.database import DATABASE_ERRORS
@@ -47,13 +45,12 @@ class Evaluator:
     lease_s: seconds without a sign of life after which another server goes on with a run.
     """
 
-    def __init__(self, store: Store, evals: EvalService, base: Base, engine: EngineClient, *, lease_s: float) -> None:
+    def __init__(self, store: Store, evals: EvalService, inference: InferenceService, *, lease_s: float) -> None:
         self._store = store
         self._evals = evals
         self._log = RunRepository(store.database, lease_s=lease_s)
         self._lease_s = lease_s
-        self._base = base
-        self._engine = engine
+        self._inference = inference
 
     async def run_forever(self) -> None:
         """Take runs as they come; when this is cancelled, the one in hand is free at once for another server."""
@@ -65,7 +62,7 @@ class Evaluator:
     async def _take_runs(self) -> None:
         while True:
             try:
-                run = await asyncio.to_thread(self._log.next_run) if self._engine.is_alive else None
+                run = await asyncio.to_thread(self._log.next_run) if self._inference.is_ready else None
                 if run is not None:
                     with self._beating():
                         await self._run(run)
@@ -112,9 +109,9 @@ class Evaluator:
 
         Raises ServerError when file, interventions or base are not there any more, or engines die again and again.
         """
-        examples, target, versions = await asyncio.to_thread(self._open, run)
+        examples, target = await asyncio.to_thread(self._open, run)
         done = await asyncio.to_thread(self._log.done, run.id)
-        with pinned(self._store.interventions, versions):
+        with self._inference.pinned(target.context):
             for chunk in _chunks([item for item in enumerate(examples) if item[0] not in done]):
                 outcomes = await self._evaluate_chunk(target, chunk)
                 if not await asyncio.to_thread(self._log.add, run.id, target.criteria, outcomes):
@@ -123,9 +120,9 @@ class Evaluator:
 
     async def _evaluate_chunk(self, target: RunTarget, chunk: Sequence[Numbered]) -> list[ItemOutcome]:
         async def once() -> list[ItemOutcome]:
-            while not self._engine.is_alive:
+            while not self._inference.is_ready:
                 await asyncio.sleep(POLL_S)
-            tasks = [evaluate(self._engine, self._base, target, number, example) for number, example in chunk]
+            tasks = [evaluate(self._inference, target, number, example) for number, example in chunk]
             outcomes = await asyncio.gather(*tasks, return_exceptions=True)
             for outcome in outcomes:
                 if isinstance(outcome, BaseException):
@@ -137,7 +134,7 @@ class Evaluator:
         )
         return await retrying(once)
 
-    def _open(self, run: EvalRun) -> tuple[list[Example], RunTarget, Composition]:
+    def _open(self, run: EvalRun) -> tuple[list[Example], RunTarget]:
         self._evals.require_served(run)
         row = self._evals.get(run.owner, run.eval_id)
         file = self._store.files.get(run.owner, row.file_id)
@@ -149,11 +146,10 @@ class Evaluator:
         target = RunTarget(
             run_id=run.id,
             criteria=criteria_of(row),
-            interventions=intervention_refs(versions),
-            cache_salt=salted(run.owner),
+            context=RequestContext(versions, cache_salt(run.owner), PRIORITY),
             max_tokens=source.sampling_params.max_completion_tokens,
         )
-        return read_examples(self._store.files.path(file)), target, versions
+        return read_examples(self._store.files.path(file)), target
 
 
 def _chunks(items: list[Numbered]) -> Iterator[tuple[Numbered, ...]]:

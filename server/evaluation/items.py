@@ -1,14 +1,14 @@
-"""One example, evaluated: what the engine is asked, and what the criteria make of its answers."""
+"""One example, evaluated: which texts are scored and generated for it, and what the criteria make of them."""
 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from reftserve.client.schemas import EvalError, TestingCriterion
 from reftserve.server.base.folder import Base
 from reftserve.server.datasets import Example, encode
-from reftserve.server.engine.messages import InterventionRef, SamplingParams, Submit
 from reftserve.server.errors import InvalidRequest
 from reftserve.server.evaluation.criteria import (
     ItemAnswer,
@@ -18,28 +18,26 @@ from reftserve.server.evaluation.criteria import (
     needs_output,
     needs_reference_logprobs,
 )
-from reftserve.server.evaluation.examples import label_example
-from reftserve.server.inference.answers import answers
-from reftserve.server.inference.detokenizer import Detokenizer
-from reftserve.server.inference.engine_client import EngineClient
+from reftserve.server.inference.generation import RequestContext
+from reftserve.server.inference.labels import LabelledPrompt
+from reftserve.server.inference.service import InferenceService
 
 PRIORITY = 6  # behind every request of the next minute
 
 
 @dataclass(frozen=True)
 class RunTarget:
-    """Who is evaluated, for whom, and how: what all items of a run share. max_tokens: of a greedy answer."""
+    """What all items of a run share: its criteria, the edits that it runs. max_tokens: of a greedy answer."""
 
     run_id: str
     criteria: list[TestingCriterion]
-    interventions: tuple[InterventionRef, ...]
-    cache_salt: str
+    context: RequestContext
     max_tokens: int
 
 
 @dataclass(frozen=True)
 class ItemOutcome:
-    """What became of an item: what its criteria measured by name, or why they could not. output: the greedy answer."""
+    """An item's scores by the names of its criteria, or the error that prevented them. output: the greedy answer."""
 
     number: int
     measured: dict[str, Score] | EvalError
@@ -48,91 +46,65 @@ class ItemOutcome:
 
 @dataclass(frozen=True)
 class _Question:
-    """What the engine is asked: how likely texts after the prompt are, and the greedy answer, where it matters.
+    """An example as the engine is asked about it.
 
-    reference: which of the texts is the data's answer; labels: which each label is, by the criterion's name.
+    scored: the prompt with the distinct texts to score. reference: the index of the data's answer among them, when a
+    criterion needs it. labels: the indices of each criterion's labels, by the criterion's name.
     """
 
-    submits: list[Submit]
+    scored: LabelledPrompt
     reference: int | None
     labels: dict[str, list[int]]
 
 
-async def evaluate(engine: EngineClient, base: Base, target: RunTarget, number: int, example: Example) -> ItemOutcome:
-    """An example's outcome; where the example itself is at fault, that is one too.
+async def evaluate(inference: InferenceService, target: RunTarget, number: int, example: Example) -> ItemOutcome:
+    """Evaluate one example; an error of the example itself is an outcome too.
 
     Raises Unavailable when the engine dies.
     """
+    request_id = f"{target.run_id}-{number}"
+    output: str | None = None
+    logprobs: list[list[float]] = []
     try:
-        question = await asyncio.to_thread(_question, base, target, number, example)
-        outputs = await answers(engine, question.submits)
+        question = await asyncio.to_thread(_question, inference.base, target.criteria, example)
+        if question.scored.label_ids:
+            [score] = await inference.score(
+                target.context, f"{request_id}-scored", [question.scored], prompt_field="prompt"
+            )
+            logprobs = score.logprobs
+        if needs_output(target.criteria):
+            # Comes second, so that it finds its prompt in the prefix cache.
+            output = await inference.complete(
+                target.context, f"{request_id}-answered", question.scored.prompt_ids, max_tokens=target.max_tokens
+            )
     except InvalidRequest as cause:
         return ItemOutcome(number, EvalError(code=cause.code, message=cause.message))
-    logprobs: list[list[float]] = []
-    output: str | None = None
-    for submit, became in zip(question.submits, outputs, strict=True):
-        if submit.continuations:
-            logprobs = became.continuation_logprobs
-        else:
-            output = _text(base, became.token_ids)
-    answered = ItemAnswer(
+    answer = ItemAnswer(
         reference=example.target,
         output=output or "",
         reference_logprobs=[] if question.reference is None else logprobs[question.reference],
-        label_logprobs={name: [logprobs[place] for place in places] for name, places in question.labels.items()},
+        label_logprobs={name: [logprobs[index] for index in indices] for name, indices in question.labels.items()},
     )
-    return ItemOutcome(number, {str(c.name): measure(c, answered) for c in target.criteria}, output)
+    return ItemOutcome(number, {str(c.name): measure(c, answer) for c in target.criteria}, output)
 
 
-def _question(base: Base, target: RunTarget, number: int, example: Example) -> _Question:
+def label_example(base: Base, example: Example, labels: Sequence[str]) -> LabelledPrompt:
+    """Encode the example's prompt with each label as its answer."""
+    encoded = [encode(base.tokenizer, replace(example, target=label)) for label in labels]
+    return LabelledPrompt(list(encoded[0].prompt_ids), [list(each.completion_ids) for each in encoded])
+
+
+def _question(base: Base, criteria: list[TestingCriterion], example: Example) -> _Question:
     encoded = encode(base.tokenizer, example)
-    prompt = list(encoded.prompt_ids)
-    # Texts that several criteria ask for are scored once.
-    places: dict[tuple[int, ...], int] = {}
+    # Criteria may share texts; each text is scored once.
+    texts: dict[tuple[int, ...], int] = {}
 
-    def place(token_ids: tuple[int, ...]) -> int:
-        return places.setdefault(token_ids, len(places))
+    def index_of(token_ids: Sequence[int]) -> int:
+        return texts.setdefault(tuple(token_ids), len(texts))
 
-    scored = place(encoded.completion_ids) if needs_reference_logprobs(target.criteria) else None
+    reference = index_of(encoded.completion_ids) if needs_reference_logprobs(criteria) else None
     labels = {
-        name: [place(tuple(ids)) for ids in label_example(base.tokenizer, example, each).label_ids]
-        for name, each in label_sets(target.criteria).items()
+        name: [index_of(ids) for ids in label_example(base, example, each).label_ids]
+        for name, each in label_sets(criteria).items()
     }
-    _check_length(prompt, max(map(len, places), default=1), base.max_context)
-    submits = []
-    if places:
-        continuations = [list(ids) for ids in places]
-        submits.append(_submit(target, f"{number}-scored", prompt, SamplingParams(max_tokens=0), continuations))
-    if needs_output(target.criteria):
-        max_tokens = min(target.max_tokens, base.max_context - len(prompt))
-        greedy = SamplingParams(max_tokens=max_tokens, stop_token_ids=base.eos_token_ids)
-        submits.append(_submit(target, f"{number}-answered", prompt, greedy, []))
-    return _Question(submits, scored, labels)
-
-
-def _submit(
-    target: RunTarget, name: str, prompt: list[int], sampling: SamplingParams, continuations: list[list[int]]
-) -> Submit:
-    return Submit(
-        request_id=f"{target.run_id}-{name}",
-        prompt_ids=prompt,
-        sampling=sampling,
-        interventions=target.interventions,
-        cache_salt=target.cache_salt,
-        priority=PRIORITY,
-        continuations=continuations,
-    )
-
-
-def _check_length(prompt: list[int], longest: int, max_context: int) -> None:
-    if not prompt:
-        raise InvalidRequest("the prompt has no tokens", code="empty_prompt")
-    if len(prompt) + longest > max_context:
-        raise InvalidRequest(
-            f"prompt and answer have {len(prompt)} and {longest} tokens; the base model's context is {max_context}",
-            code="context_length_exceeded",
-        )
-
-
-def _text(base: Base, token_ids: list[int]) -> str:
-    return Detokenizer(base.tokenizer, [], hidden_token_ids=base.eos_token_ids).add(token_ids, last=True)
+    return _Question(LabelledPrompt(list(encoded.prompt_ids), [list(ids) for ids in texts]), reference, labels)

@@ -1,1 +1,9 @@
-"""One door to the engine: prepare a request, stream its answers, score texts."""
+"""The one door to the engine: every request for tokens or scores goes through `InferenceService`.
+
+service.py             prepare a request, stream its answers, score texts
+generation.py          the values: a prepared request, a piece of an answer, token counts
+engine.py              what the door needs of an engine;  engine_client.py: our engine, in its own process
+sampling.py            request fields -> sampling parameters;  structured_outputs.py: request fields -> grammar
+detokenizer.py         tokens -> text, piece by piece;  labels.py: label sets and their probabilities
+metrics.py             what operators scrape
+"""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -21,7 +23,7 @@ class Metrics:
     def __init__(self, engine_stats: Callable[[], EngineStats | None]) -> None:
         self._registry = CollectorRegistry()
         self.requests = Counter(
-            "reftserve_requests", "Generation requests by outcome", ["outcome"], registry=self._registry
+            "reftserve_requests", "Requests for tokens or scores, by outcome", ["outcome"], registry=self._registry
         )
         self.first_token_s = Histogram(
             "reftserve_time_to_first_token_seconds",
@@ -33,9 +35,38 @@ class Metrics:
         self.ready = Gauge("reftserve_ready", "1 when model, worker and database are there", registry=self._registry)
         self._registry.register(_EngineCollector(engine_stats))
 
+    @contextmanager
+    def request(self) -> Iterator[FirstTokenTimer]:
+        """Count one request by its outcome: finished, error, or cancelled when the client goes away."""
+        outcome = "finished"
+        try:
+            yield FirstTokenTimer(self.first_token_s)
+        except Exception:
+            outcome = "error"
+            raise
+        except BaseException:  # a closed generator, a cancelled task
+            outcome = "cancelled"
+            raise
+        finally:
+            self.requests.labels(outcome).inc()
+
     def render(self) -> bytes:
         """The text format."""
         return generate_latest(self._registry)
+
+
+class FirstTokenTimer:
+    """Observes once how long a request waited for its first token."""
+
+    def __init__(self, histogram: Histogram) -> None:
+        self._histogram: Histogram | None = histogram
+        self._began = time.monotonic()
+
+    def first_token(self) -> None:
+        """Note that a token is there; only the first call counts."""
+        if self._histogram is not None:
+            self._histogram.observe(time.monotonic() - self._began)
+            self._histogram = None
 
 
 class _EngineCollector(Collector):

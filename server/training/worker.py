@@ -28,7 +28,7 @@ from reftserve.server.base.model import resolve_device, resolve_dtype
 from reftserve.server.base.weights import load_base
 from reftserve.server.errors import StorageFull
 from reftserve.server.registry.store import Store, open_store
-from reftserve.server.settings import LOG_FORMAT, Settings
+from reftserve.server.settings import HEARTBEAT_S, LOG_FORMAT, Settings
 from reftserve.server.storage.database import DATABASE_ERRORS
 from reftserve.server.storage.leases import Leases, worker_id
 from reftserve.server.training.job_files import JobFiles
@@ -39,8 +39,6 @@ from reftserve.server.training.varlen import VarlenModel
 
 logger = logging.getLogger(__name__)
 POLL_S = 0.2
-HEARTBEAT_S = 1.0
-HEARTBEAT_FILE = "worker.heartbeat"
 RENEWALS_PER_LEASE = 4
 SWEEP_S = 60.0
 LOST_S = 5.0
@@ -148,7 +146,7 @@ def work(runs: JobRunner, files: JobFiles, leases: Leases) -> NoReturn:
 
 
 def _beat(settings: Settings, leases: Leases) -> NoReturn:
-    file: Path = settings.data / HEARTBEAT_FILE
+    file: Path = settings.heartbeat_file
     pause_s = min(HEARTBEAT_S, settings.lease_s / RENEWALS_PER_LEASE)
     while True:
         try:

@@ -6,17 +6,18 @@ import asyncio
 import io
 from collections.abc import AsyncGenerator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from api_data import chat_lines
 
 from reftserve.client.schemas import EvalCreate, EvalRunCreate
 from reftserve.server.base.folder import open_base
-from reftserve.server.engine.messages import Submit, TokenOutput
+from reftserve.server.engine.messages import Ready, Submit, TokenOutput
 from reftserve.server.evaluation.eval_service import EvalService
 from reftserve.server.evaluation.evaluator import Evaluator
 from reftserve.server.evaluation.serving_fingerprint import ServingFingerprint, serving_fingerprint
-from reftserve.server.inference.engine_client import EngineClient
+from reftserve.server.inference.metrics import Metrics
+from reftserve.server.inference.service import InferenceLimits, InferenceService
 from reftserve.server.registry.store import open_store
 from reftserve.server.settings import Settings
 from reftserve.server.storage.tables import EvalItem, EvalRun
@@ -28,6 +29,9 @@ class StubEngine:
     """Answers soon; `asked` are the ids of its requests."""
 
     is_alive = True
+    ready = Ready(max_context=512, device="cpu", dtype="float32")
+    stats = None
+    num_requests = 0
 
     def __init__(self) -> None:
         self.asked: list[str] = []
@@ -82,7 +86,10 @@ class EvalPlace:
     def evaluator(self, served: ServingFingerprint | None = None) -> Evaluator:
         """A server's evaluator. served: by another server than that of `evals`."""
         evals = self.evals if served is None else self.service(served)
-        return Evaluator(self.store, evals, self.base, cast("EngineClient", self.engine), lease_s=60)
+        limits = InferenceLimits(max_queue=1024, max_interventions=8, max_stop_strings=16)
+        metrics = Metrics(lambda: None)
+        inference = InferenceService(self.engine, self.base, self.store.interventions, metrics, limits)
+        return Evaluator(self.store, evals, inference, lease_s=60)
 
     def execute(self, run: EvalRun, *evaluators: Evaluator) -> EvalRun:
         """Let evaluators work until the run has ended."""

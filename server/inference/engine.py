@@ -1,0 +1,35 @@
+"""What the door needs of an engine. `engine_client.py` is our engine in a process of its own."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import Protocol
+
+from reftserve.server.engine.messages import EngineStats, Ready, Submit, TokenOutput
+
+
+class InferenceEngine(Protocol):
+    """An engine that answers requests made of token ids.
+
+    ready: the engine's sizes; None while it cannot take requests. stats: its latest figures.
+    """
+
+    ready: Ready | None
+    stats: EngineStats | None
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the engine runs and its model is loaded."""
+        ...
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that wait or run."""
+        ...
+
+    def generate(self, request: Submit) -> AsyncGenerator[TokenOutput]:
+        """Yield a request's tokens as they come; the last output has a finish reason. Closing the iterator cancels.
+
+        Raises EngineDied when the engine is not there or dies meanwhile.
+        """
+        ...

@@ -1,0 +1,345 @@
+"""The door to the engine: check and prepare a request, stream its answers, score texts.
+
+    prepare   capacity, sampling, grammar, interventions, prompt -> Generation
+    stream    pin versions -> submit n sequences -> detokenise -> pieces;   collect: the same, whole
+    score     pin versions -> submit prompts with continuations -> log-probabilities
+
+Every prompt's token ids and length are checked here, once, for every endpoint and for evaluations.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+import uuid
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from starlette.concurrency import run_in_threadpool
+
+from reftserve.client.schemas import (
+    ChatMessage,
+    ClassifyRequest,
+    FinishReason,
+    GenerationFields,
+    Usage,
+)
+from reftserve.server.base.folder import Base
+from reftserve.server.base.prompts import encode_rendered, render_chat
+from reftserve.server.engine.engine_errors import EngineDied
+from reftserve.server.engine.messages import InterventionRef, Ready, SamplingParams, Submit, TokenOutput
+from reftserve.server.errors import DeadlineExceeded, InvalidRequest, Overloaded, Unavailable
+from reftserve.server.inference.answer_queue import AnswerQueue
+from reftserve.server.inference.detokenizer import Detokenizer
+from reftserve.server.inference.engine import InferenceEngine
+from reftserve.server.inference.generation import (
+    Generation,
+    Piece,
+    RequestContext,
+    ScoredPrompt,
+    UsageMeter,
+    join_pieces,
+)
+from reftserve.server.inference.labels import LabelledPrompt
+from reftserve.server.inference.metrics import Metrics
+from reftserve.server.inference.sampling import check_sampling, sampling_params
+from reftserve.server.inference.structured_outputs import grammar_of
+from reftserve.server.registry.composition import pinned, resolve_composition
+from reftserve.server.registry.intervention_registry import InterventionRegistry
+
+RETRY_AFTER_S = 1.0
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class InferenceLimits:
+    """max_queue: requests that wait or run at once. The other two are limits of one request."""
+
+    max_queue: int
+    max_interventions: int
+    max_stop_strings: int
+
+
+class InferenceService:
+    """Serves one base model through one engine."""
+
+    def __init__(
+        self,
+        engine: InferenceEngine,
+        base: Base,
+        registry: InterventionRegistry,
+        metrics: Metrics,
+        limits: InferenceLimits,
+    ) -> None:
+        self.base = base
+        self._engine = engine
+        self._registry = registry
+        self._metrics = metrics
+        self._limits = limits
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the engine takes requests."""
+        return self._engine.is_alive
+
+    async def chat_prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
+        """Render a conversation with the base's chat template and encode it.
+
+        Raises InvalidRequest when the base has no template or the template refuses the messages.
+        """
+
+        def encode() -> list[int]:
+            return encode_rendered(self.base.tokenizer, render_chat(self.base.tokenizer, messages))
+
+        return await run_in_threadpool(encode)
+
+    async def open(
+        self, owner: str, request: GenerationFields | ClassifyRequest, *, num_sequences: int
+    ) -> RequestContext:
+        """Check that the engine has room, and resolve the request's interventions to immutable versions.
+
+        Raises Unavailable, Overloaded, NotFound or InvalidRequest.
+        """
+        self._require_room(num_sequences)
+        versions = await run_in_threadpool(
+            resolve_composition,
+            self._registry,
+            owner,
+            request.model,
+            request.interventions,
+            base=self.base.name,
+            limit=self._limits.max_interventions,
+        )
+        salt = cache_salt(owner, request.cache_salt)
+        return RequestContext(versions, salt, request.priority or 0, request.timeout)
+
+    async def prepare(
+        self,
+        owner: str,
+        request: GenerationFields,
+        prompts: list[list[int]],
+        *,
+        id_prefix: str,
+        prompt_field: str,
+        max_tokens: int | None,
+    ) -> Generation:
+        """Check a generation request against the server as it is now.
+
+        max_tokens: None fills the context. prompt_field: the field that errors about the prompt name.
+        Raises NotFound, InvalidRequest, Overloaded or Unavailable.
+        """
+        n = request.n or 1
+        context = await self.open(owner, request, num_sequences=n * len(prompts))
+        check_sampling(request, self.base, self._limits.max_stop_strings)
+        grammar = await run_in_threadpool(grammar_of, request)
+        params = []
+        for prompt in prompts:
+            self._check_tokens(prompt, prompt_field)
+            room = self._check_length(prompt, 1 if max_tokens is None else max_tokens, prompt_field, "max_tokens")
+            budget = room if max_tokens is None else max_tokens
+            params += [
+                sampling_params(request, self.base.eos_token_ids, max_tokens=budget, answer=answer, grammar=grammar)
+                for answer in range(n)
+            ]
+        return Generation(
+            id=f"{id_prefix}-{uuid.uuid4().hex}",
+            created=int(time.time()),
+            context=context,
+            prompts=prompts,
+            n=n,
+            stops=request.stops,
+            params=params,
+        )
+
+    async def stream(self, generation: Generation) -> AsyncGenerator[Piece]:
+        """Yield pieces of all answers as they come. Closing the iterator cancels the answers that still run.
+
+        Raises Unavailable when the engine dies, InvalidRequest when it refuses the request, DeadlineExceeded.
+        """
+        with self.pinned(generation.context), self._metrics.request() as metered:
+            queue = AnswerQueue(len(generation.params), lambda index: self._answer(generation, index))
+            try:
+                async for piece in queue.pieces():
+                    metered.first_token()
+                    yield piece
+            finally:
+                await queue.close()
+
+    async def collect(self, generation: Generation) -> tuple[list[Piece], Usage]:
+        """Return each answer as one piece, and the tokens that they cost. Raises as `stream` does."""
+        meter = UsageMeter(generation)
+        answers: list[list[Piece]] = [[] for _ in generation.params]
+        async with contextlib.aclosing(self.stream(generation)) as pieces:
+            async for piece in pieces:
+                meter.add(piece)
+                answers[piece.index].append(piece)
+        return [join_pieces(pieces) for pieces in answers], meter.usage
+
+    async def score(
+        self, context: RequestContext, request_id: str, prompts: Sequence[LabelledPrompt], *, prompt_field: str
+    ) -> list[ScoredPrompt]:
+        """Return how likely each continuation of each prompt is; a prompt is computed once.
+
+        Raises Unavailable when the engine dies, InvalidRequest for a prompt that cannot run, DeadlineExceeded.
+        """
+        for prompt in prompts:
+            for token_ids in (prompt.prompt_ids, *prompt.label_ids):
+                self._check_tokens(token_ids, prompt_field)
+            self._check_length(prompt.prompt_ids, max(map(len, prompt.label_ids)), prompt_field)
+        submits = [
+            self._submit(
+                context, f"{request_id}-{index}", prompt.prompt_ids, SamplingParams(max_tokens=0), prompt.label_ids
+            )
+            for index, prompt in enumerate(prompts)
+        ]
+        with self.pinned(context), self._metrics.request():
+            outputs = await _together(self._last_output(submit) for submit in submits)
+        return [ScoredPrompt(output.continuation_logprobs, output.cached_tokens) for output in outputs]
+
+    async def complete(self, context: RequestContext, request_id: str, prompt: list[int], *, max_tokens: int) -> str:
+        """Return the greedy answer to one prompt, at most `max_tokens` long or what the context holds.
+
+        Raises as `score` does.
+        """
+        self._check_tokens(prompt, "prompt")
+        room = self._check_length(prompt, 1, "prompt")
+        sampling = SamplingParams(max_tokens=min(max_tokens, room), stop_token_ids=self.base.eos_token_ids)
+        generation = Generation(request_id, int(time.time()), context, [prompt], 1, [], [sampling])
+        [answer], _ = await self.collect(generation)
+        return answer.text
+
+    def pinned(self, context: RequestContext) -> AbstractContextManager[None]:
+        """Keep the versions' files while inside.
+
+        Raises NotFound when a version has been deleted since it was resolved.
+        """
+        return pinned(self._registry, context.versions)
+
+    def _require_room(self, num_sequences: int) -> None:
+        self._ready()
+        waiting, limit = self._engine.num_requests, self._limits.max_queue
+        if waiting + num_sequences > limit:
+            raise Overloaded(f"{waiting} requests are waiting, {limit} is the limit", retry_after_s=RETRY_AFTER_S)
+
+    def _ready(self) -> Ready:
+        if self._engine.ready is None:
+            raise Unavailable("the engine is not ready", retry_after_s=RETRY_AFTER_S)
+        return self._engine.ready
+
+    def _check_tokens(self, token_ids: list[int], field: str) -> None:
+        """Raise InvalidRequest for an empty text or a token id that the base does not have."""
+        if not token_ids:
+            raise InvalidRequest(f"the {field} has no tokens", param=field, code="empty_prompt")
+        vocabulary = self.base.fingerprint.vocab_size
+        if min(token_ids) < 0 or max(token_ids) >= vocabulary:
+            wrong = next(token for token in token_ids if not 0 <= token < vocabulary)
+            raise InvalidRequest(f"token id {wrong}; the base model has 0 to {vocabulary - 1}", param=field)
+
+    def _check_length(self, prompt: list[int], wanted: int, field: str, answer_field: str | None = None) -> int:
+        """Return how many tokens may follow the prompt.
+
+        wanted: tokens that are to follow. answer_field: the request's field that sets `wanted`, where there is one.
+        Raises InvalidRequest when they do not fit.
+        """
+        max_context = self._ready().max_context
+        room = max_context - len(prompt)
+        if room < wanted:
+            raise InvalidRequest(
+                f"the prompt has {len(prompt)} tokens and {wanted} are to follow; together they may have at most "
+                f"{max_context}, the base model's context or, if that is less, what the KV cache holds",
+                param=answer_field if answer_field and room > 0 else field,
+                code="context_length_exceeded",
+            )
+        return room
+
+    def _submit(
+        self,
+        context: RequestContext,
+        request_id: str,
+        prompt: list[int],
+        sampling: SamplingParams,
+        continuations: list[list[int]] | None = None,
+    ) -> Submit:
+        refs = tuple(InterventionRef(str(v.folder), v.row.content_hash, scale) for v, scale in context.versions)
+        return Submit(
+            request_id=request_id,
+            prompt_ids=prompt,
+            sampling=sampling,
+            interventions=refs,
+            cache_salt=context.cache_salt,
+            priority=context.priority,
+            timeout_s=context.timeout_s,
+            continuations=continuations or [],
+        )
+
+    async def _outputs(self, submit: Submit) -> AsyncGenerator[TokenOutput]:
+        """Yield the engine's outputs, its failures as the server's errors."""
+        try:
+            async with contextlib.aclosing(self._engine.generate(submit)) as outputs:
+                async for output in outputs:
+                    if output.finish_reason == "timeout":
+                        raise DeadlineExceeded(
+                            f"{output.error}; give a longer timeout, or fewer max_tokens", param="timeout"
+                        )
+                    if output.error is not None:
+                        raise InvalidRequest(output.error, code="request_refused")
+                    yield output
+        except EngineDied as cause:
+            raise Unavailable(str(cause), code="engine_died", retry_after_s=RETRY_AFTER_S) from cause
+
+    async def _last_output(self, submit: Submit) -> TokenOutput:
+        async with contextlib.aclosing(self._outputs(submit)) as outputs:
+            return [output async for output in outputs][-1]
+
+    async def _answer(self, generation: Generation, index: int) -> AsyncGenerator[Piece]:
+        """Yield one answer's pieces; the last one has a finish reason."""
+        params = generation.params[index]
+        prompt = generation.prompt_of(index)
+        submit = self._submit(generation.context, f"{generation.id}-{index}", prompt, params)
+        # The token that ends the turn is counted, never shown.
+        detokenizer = Detokenizer(
+            self.base.tokenizer,
+            generation.stops,
+            prompt_ids=prompt,
+            hidden_token_ids=params.stop_token_ids,
+            min_tokens=params.min_tokens,
+        )
+        async with contextlib.aclosing(self._outputs(submit)) as outputs:
+            async for output in outputs:
+                text = detokenizer.add(output.token_ids, last=output.finish_reason is not None)
+                reason: FinishReason | None = None
+                if detokenizer.stopped:
+                    reason = "stop"
+                elif output.finish_reason is not None:
+                    reason = "stop" if output.finish_reason == "stop" else "length"
+                if text or reason or output.token_ids:
+                    yield Piece(
+                        index=index,
+                        text=text,
+                        tokens=len(output.token_ids),
+                        finish_reason=reason,
+                        cached_tokens=output.cached_tokens,
+                        logprobs=[entry for entry in output.logprobs if entry.token_id not in params.stop_token_ids],
+                        prompt_logprobs=output.prompt_logprobs,
+                    )
+                if reason:
+                    return
+
+
+def cache_salt(owner: str, wanted: str | None = None) -> str:
+    """Salt an owner's cached prefixes. Owners never share them: timing must not reveal what another owner asked."""
+    return f"{owner}\0{wanted or ''}"
+
+
+async def _together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Run all at once; when one fails, cancel the others."""
+    tasks = [asyncio.create_task(each) for each in work]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
