@@ -16,11 +16,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from reftserve.client import cli_evals, cli_files, cli_interventions, cli_jobs
-from reftserve.client.calls import GenerationOptions
+from reftserve.client._sync.client import Client
+from reftserve.client._sync.streams import TextStream
+from reftserve.client.calls.generation import GenerationOptions
 from reftserve.client.cli_output import Session, parse_use, session
-from reftserve.client.client import Client
 from reftserve.client.exceptions import ReftServeError
-from reftserve.client.streams import TextStream
 from reftserve.client.transport import DEFAULT_URL
 
 SERVER_COMMANDS = ("serve", "worker", "doctor")

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from reftserve.client._sync.evals import POLL_S, Run
 from reftserve.client.cli_output import parse_use, session
-from reftserve.client.evals import POLL_S, Run
 from reftserve.client.schemas import Eval
 
 ARGUMENTS = {"accuracy": "labels", "exact_match": "normalize", "contains": "text", "regex": "pattern"}

@@ -11,10 +11,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from reftserve.client._sync.jobs import Job
 from reftserve.client.cli_output import session
 from reftserve.client.exceptions import JobEnded
 from reftserve.client.figures import event_line
-from reftserve.client.jobs import Job
 from reftserve.client.watch import watch as watch_live
 
 app = typer.Typer(no_args_is_help=True, help="Training runs.")

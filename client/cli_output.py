@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from reftserve.client.client import Client
+from reftserve.client._sync.client import Client
 
 PIPED_WIDTH = 10_000
 

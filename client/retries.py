@@ -8,7 +8,7 @@ import httpx
 from tenacity import RetryCallState, retry_if_exception, stop_after_attempt, stop_after_delay, wait_exponential_jitter
 from tenacity.wait import wait_base
 
-from reftserve.client.calls import Call
+from reftserve.client.calls.call import Call
 from reftserve.client.exceptions import ConnectionFailed, Overloaded, ServerFault, Unavailable
 
 FIRST_WAIT_S = 0.2

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-from reftserve.client.calls import Call
+from reftserve.client.calls.call import Call
 from reftserve.client.exceptions import ConnectionFailed, response_error
 
 DEFAULT_URL = "http://127.0.0.1:8000"

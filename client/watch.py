@@ -8,9 +8,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from reftserve.client._sync.jobs import Job
 from reftserve.client.curve import MARK, draw
 from reftserve.client.figures import TrainingFigures, pace, scores
-from reftserve.client.jobs import Job
 from reftserve.client.schemas import FineTuningEvent
 
 CURVE_HEIGHT = 14
