@@ -11,6 +11,7 @@ import sys
 from importlib.metadata import entry_points
 from typing import Annotated
 
+import httpx
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -25,6 +26,17 @@ from reftserve.client.transport import DEFAULT_URL
 
 SERVER_COMMANDS = ("serve", "worker", "doctor")
 INSTALL_HINT = "this command needs the server: pip install 'reftserve[server]'"
+
+# One line says what to do about these; a traceback would not add to it.
+FAILURES = (
+    ReftServeError,
+    httpx.InvalidURL,
+    FileNotFoundError,
+    IsADirectoryError,
+    NotADirectoryError,
+    PermissionError,
+    TimeoutError,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -164,6 +176,12 @@ def main() -> None:
     _add_server_commands()
     try:
         app()
-    except (ReftServeError, FileNotFoundError) as cause:
-        Console(stderr=True).print("[red]error:[/]", escape(str(cause)), highlight=False, soft_wrap=True)
+    except FAILURES as cause:
+        Console(stderr=True).print("[red]error:[/]", escape(_line(cause)), highlight=False, soft_wrap=True)
         sys.exit(1)
+
+
+def _line(failure: Exception) -> str:
+    if isinstance(failure, OSError) and failure.filename is not None:
+        return f"{failure.filename}: {failure.strerror}"
+    return str(failure)

@@ -19,6 +19,11 @@ CONNECT_TIMEOUT_S = 5.0
 TIMEOUT = httpx.Timeout(600.0, connect=CONNECT_TIMEOUT_S)
 
 
+def base_url(url: str) -> str:
+    """Return a server's URL without the `/v1` that OpenAI's clients want at its end."""
+    return url.rstrip("/").removesuffix("/v1")
+
+
 def headers(api_key: str | None) -> dict[str, str]:
     """What every request carries."""
     return {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
@@ -41,12 +46,14 @@ def opened(call: Call[Any]) -> Iterator[dict[str, Any]]:
 
 
 @contextmanager
-def answered() -> Iterator[None]:
-    """Raises ConnectionFailed when no answer comes."""
+def answered(url: httpx.URL) -> Iterator[None]:
+    """Raises ConnectionFailed when no answer comes from `url`."""
     try:
         yield
     except httpx.TransportError as cause:
-        raise ConnectionFailed(f"no answer from the server: {type(cause).__name__}: {cause}") from cause
+        # Nothing listens there, or the name is unknown.
+        hint = "; is a server running there? `reftserve serve` starts one" * isinstance(cause, httpx.ConnectError)
+        raise ConnectionFailed(f"no answer from the server at {url}: {type(cause).__name__}: {cause}{hint}") from cause
 
 
 def checked(response: httpx.Response) -> httpx.Response:

@@ -31,8 +31,8 @@ T = TypeVar("T")
 class AsyncClient:
     """A connection to a ReftServe server, and a context manager that closes it.
 
-    url: without `/v1`. api_key: sent as a bearer token. max_retries: after 429 and 503, and after a broken connection
-    if the call is idempotent. Methods raise the exceptions that `reftserve.client.exceptions` draws.
+    url: with or without `/v1`. api_key: sent as a bearer token. max_retries: after 429 and 503, and after a broken
+    connection if the call is idempotent. Methods raise the exceptions that `reftserve.client.exceptions` draws.
     """
 
     def __init__(
@@ -65,7 +65,8 @@ class AsyncClient:
         messages: Messages | None = None,
         **options: Unpack[GenerationOptions],
     ) -> AsyncTextStream:
-        """Return the text of `generate(prompt)` or `chat(messages)` piece by piece."""
+        """Return the text of `generate(prompt)` or `chat(messages)` piece by piece. Raises ValueError for n > 1."""
+        generation.refuse_several_answers(options)
         call = generation.stream(await self._model(options), prompt, messages, options)
         return AsyncTextStream(await self._connection.open(call))
 
@@ -96,7 +97,8 @@ class AsyncClient:
     ) -> AsyncJob:
         """Train an intervention and publish it as the next version of `name`; see the job's `wait`.
 
-        Files: a path, which is uploaded; the result of `files.upload`; or its id (`file-...`).
+        Files: a path, which is uploaded; the result of `files.upload`; or its id, `file-` and hexadecimal digits.
+        An existing path wins over an id.
         """
         call = create_job(
             model or await self.models.base(),

@@ -10,7 +10,7 @@ from tenacity import AsyncRetrying
 from reftserve.client.calls.call import Call
 from reftserve.client.event_reader import EventReader
 from reftserve.client.retries import reconnect_policy, retry_policy
-from reftserve.client.transport import answered, checked, headers, opened
+from reftserve.client.transport import answered, base_url, checked, headers, opened
 
 T = TypeVar("T")
 
@@ -22,7 +22,7 @@ class AsyncConnection:
     """
 
     def __init__(self, url: str, api_key: str | None, timeout: httpx.Timeout | float, max_retries: int) -> None:
-        self._http = httpx.AsyncClient(base_url=url, headers=headers(api_key), timeout=timeout)
+        self._http = httpx.AsyncClient(base_url=base_url(url), headers=headers(api_key), timeout=timeout)
         self._max_retries = max_retries
 
     async def send(self, call: Call[T]) -> T:
@@ -32,7 +32,7 @@ class AsyncConnection:
 
     async def send_once(self, call: Call[T]) -> T:
         """Return the answer to a call, without retries."""
-        with opened(call) as arguments, answered():
+        with opened(call) as arguments, answered(self._http.base_url):
             response = await self._http.request(call.method, call.path, **arguments)
         return call.read(checked(response))
 
@@ -49,7 +49,7 @@ class AsyncConnection:
         await self._http.aclose()
 
     async def _open_once(self, call: Call[None]) -> httpx.Response:
-        with opened(call) as arguments, answered():
+        with opened(call) as arguments, answered(self._http.base_url):
             request = self._http.build_request(call.method, call.path, **arguments)
             response = await self._http.send(request, stream=True)
             if response.is_error:

@@ -22,7 +22,7 @@ class AsyncTextStream(StreamedText):
                 if piece := self.take(event.data):
                     yield piece
         except httpx.TransportError as cause:
-            raise ConnectionFailed(f"the stream broke off: {cause}") from cause
+            raise ConnectionFailed(f"the stream from {self.response.url} broke off: {cause}") from cause
         finally:
             await self.close()
 

@@ -32,8 +32,8 @@ T = TypeVar("T")
 class Client:
     """A connection to a ReftServe server, and a context manager that closes it.
 
-    url: without `/v1`. api_key: sent as a bearer token. max_retries: after 429 and 503, and after a broken connection
-    if the call is idempotent. Methods raise the exceptions that `reftserve.client.exceptions` draws.
+    url: with or without `/v1`. api_key: sent as a bearer token. max_retries: after 429 and 503, and after a broken
+    connection if the call is idempotent. Methods raise the exceptions that `reftserve.client.exceptions` draws.
     """
 
     def __init__(
@@ -66,7 +66,8 @@ class Client:
         messages: Messages | None = None,
         **options: Unpack[GenerationOptions],
     ) -> TextStream:
-        """Return the text of `generate(prompt)` or `chat(messages)` piece by piece."""
+        """Return the text of `generate(prompt)` or `chat(messages)` piece by piece. Raises ValueError for n > 1."""
+        generation.refuse_several_answers(options)
         call = generation.stream(self._model(options), prompt, messages, options)
         return TextStream(self._connection.open(call))
 
@@ -97,7 +98,8 @@ class Client:
     ) -> Job:
         """Train an intervention and publish it as the next version of `name`; see the job's `wait`.
 
-        Files: a path, which is uploaded; the result of `files.upload`; or its id (`file-...`).
+        Files: a path, which is uploaded; the result of `files.upload`; or its id, `file-` and hexadecimal digits.
+        An existing path wins over an id.
         """
         call = create_job(
             model or self.models.base(),

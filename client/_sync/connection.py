@@ -11,7 +11,7 @@ from tenacity import Retrying
 from reftserve.client.calls.call import Call
 from reftserve.client.event_reader import EventReader
 from reftserve.client.retries import reconnect_policy, retry_policy
-from reftserve.client.transport import answered, checked, headers, opened
+from reftserve.client.transport import answered, base_url, checked, headers, opened
 
 T = TypeVar("T")
 
@@ -23,7 +23,7 @@ class Connection:
     """
 
     def __init__(self, url: str, api_key: str | None, timeout: httpx.Timeout | float, max_retries: int) -> None:
-        self._http = httpx.Client(base_url=url, headers=headers(api_key), timeout=timeout)
+        self._http = httpx.Client(base_url=base_url(url), headers=headers(api_key), timeout=timeout)
         self._max_retries = max_retries
 
     def send(self, call: Call[T]) -> T:
@@ -33,7 +33,7 @@ class Connection:
 
     def send_once(self, call: Call[T]) -> T:
         """Return the answer to a call, without retries."""
-        with opened(call) as arguments, answered():
+        with opened(call) as arguments, answered(self._http.base_url):
             response = self._http.request(call.method, call.path, **arguments)
         return call.read(checked(response))
 
@@ -50,7 +50,7 @@ class Connection:
         self._http.close()
 
     def _open_once(self, call: Call[None]) -> httpx.Response:
-        with opened(call) as arguments, answered():
+        with opened(call) as arguments, answered(self._http.base_url):
             request = self._http.build_request(call.method, call.path, **arguments)
             response = self._http.send(request, stream=True)
             if response.is_error:

@@ -23,7 +23,7 @@ class TextStream(StreamedText):
                 if piece := self.take(event.data):
                     yield piece
         except httpx.TransportError as cause:
-            raise ConnectionFailed(f"the stream broke off: {cause}") from cause
+            raise ConnectionFailed(f"the stream from {self.response.url} broke off: {cause}") from cause
         finally:
             self.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TypeGuard
 
@@ -10,11 +11,12 @@ from reftserve.client.schemas import Deleted, FileObject, Page
 
 # A local path, an uploaded file, or the id of one.
 DataFile = str | Path | FileObject
+_FILE_ID = re.compile("file-[0-9a-f]+")
 
 
 def is_file_id(file: str | Path) -> TypeGuard[str]:
-    """Return whether `file` is the id of an uploaded file, not a path."""
-    return isinstance(file, str) and file.startswith("file-")
+    """Return whether `file` is the id of an uploaded file, not a path. An existing local file wins."""
+    return isinstance(file, str) and _FILE_ID.fullmatch(file) is not None and not Path(file).is_file()
 
 
 def upload_file(file: str | Path | bytes, purpose: str, filename: str | None) -> Call[FileObject]:

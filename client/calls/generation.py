@@ -92,6 +92,15 @@ def stream(
     return Call(whole.method, whole.path, lambda _: None, json=body)
 
 
+def refuse_several_answers(options: GenerationOptions) -> None:
+    """Raise ValueError when the options ask for more answers than one stream of text can hold."""
+    n = options.get("n")
+    if n is not None and n > 1:
+        raise ValueError(
+            f"n is {n}, but a stream holds the text of one answer; leave n out, or use generate() or chat()"
+        )
+
+
 def classify(
     model: str,
     text: str | Sequence[str] | None,
