@@ -1,4 +1,4 @@
-"""What both clients do around httpx: defaults, opening files for a call, naming failures."""
+"""Code around httpx that both clients share: defaults, the arguments of a request, and the names of failures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from reftserve.client.exceptions import ConnectionFailed, response_error
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 MAX_RETRIES = 3
-# Long answers keep a connection silent until their first byte.
+# A long answer is silent until its first byte.
 CONNECT_TIMEOUT_S = 5.0
 TIMEOUT = httpx.Timeout(600.0, connect=CONNECT_TIMEOUT_S)
 
@@ -25,13 +25,13 @@ def base_url(url: str) -> str:
 
 
 def headers(api_key: str | None) -> dict[str, str]:
-    """What every request carries."""
+    """Return the headers of every request."""
     return {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
 
 
 @contextmanager
 def opened(call: Call[Any]) -> Iterator[dict[str, Any]]:
-    """Httpx's arguments for a call, with the file that it uploads open."""
+    """Yield httpx's arguments for a call; its upload is open meanwhile."""
     with ExitStack() as stack:
         arguments: dict[str, Any] = {"params": dict(call.params), "headers": dict(call.headers)}
         if call.read_timeout_s is not None:
@@ -47,7 +47,7 @@ def opened(call: Call[Any]) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def answered(url: httpx.URL) -> Iterator[None]:
-    """Raises ConnectionFailed when no answer comes from `url`."""
+    """Raise ConnectionFailed when no answer comes from `url`."""
     try:
         yield
     except httpx.TransportError as cause:
@@ -57,7 +57,7 @@ def answered(url: httpx.URL) -> Iterator[None]:
 
 
 def checked(response: httpx.Response) -> httpx.Response:
-    """The answer when it is a success, otherwise raises its ResponseError."""
+    """Return a successful answer. Raises the ResponseError of any other."""
     if response.is_error:
         raise response_error(response)
     return response
