@@ -13,9 +13,9 @@ from reftserve.client.curve import MARK, draw
 from reftserve.client.figures import TrainingFigures, pace, scores
 from reftserve.client.schemas import FineTuningEvent
 
-CURVE_HEIGHT = 14
+CURVE_HEIGHT = 15
 # Lines of the view besides the curve, and one spare line so that the terminal does not scroll.
-OTHER_LINES = 9
+OTHER_LINES = 8
 
 
 def watch(job: Job, console: Console) -> None:
@@ -58,7 +58,7 @@ class JobView:
 
     def _curve(self, width: int, height: int) -> RenderResult:
         # Copies: the other thread may add a step during the drawing.
-        lines = draw(dict(self._figures.losses), dict(self._figures.held_out_losses), width, max(1, height))
+        lines = draw(dict(self._figures.losses), dict(self._figures.held_out_losses), width, height)
         for line in lines:
             curve = Text(line, no_wrap=True)
             curve.highlight_regex(MARK, "yellow")
