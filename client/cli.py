@@ -1,7 +1,7 @@
-"""The command line, `reftserve`: a client of a running server, and the way to start one.
+"""The command line, `reftserve`: a client of a running server, and the commands that start one.
 
-Results go to standard output, everything else to standard error; the exit code is 1 when something failed. `serve`,
-`worker` and `doctor` come from the entry-point group `reftserve.commands`, which the server extra fills.
+Results go to standard output, messages to standard error. The exit code is 1 after a failure. The entry-point group
+`reftserve.commands` adds `serve`, `worker` and `doctor` when the server extra is installed.
 """
 
 from __future__ import annotations
@@ -11,20 +11,32 @@ import sys
 from importlib.metadata import entry_points
 from typing import Annotated
 
+import httpx
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from reftserve.client import cli_evals, cli_files, cli_interventions, cli_jobs
-from reftserve.client.calls import GenerationOptions
+from reftserve.client._sync.client import Client
+from reftserve.client._sync.streams import TextStream
+from reftserve.client.calls.generation import GenerationOptions
 from reftserve.client.cli_output import Session, parse_use, session
-from reftserve.client.client import Client
 from reftserve.client.exceptions import ReftServeError
-from reftserve.client.streams import TextStream
 from reftserve.client.transport import DEFAULT_URL
 
 SERVER_COMMANDS = ("serve", "worker", "doctor")
 INSTALL_HINT = "this command needs the server: pip install 'reftserve[server]'"
+
+# One line says what to do about these; a traceback would not add to it.
+FAILURES = (
+    ReftServeError,
+    httpx.InvalidURL,
+    FileNotFoundError,
+    IsADirectoryError,
+    NotADirectoryError,
+    PermissionError,
+    TimeoutError,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -37,7 +49,7 @@ app.add_typer(cli_interventions.app, name="interventions")
 app.command("train")(cli_jobs.train)
 app.command("eval")(cli_evals.evaluate)
 
-Model = Annotated[str | None, typer.Option(help="Base id, or name, name@version, name@alias; the base when absent")]
+Model = Annotated[str | None, typer.Option(help="Base id, name, name@version or name@alias; default: the base")]
 Use = Annotated[list[str] | None, typer.Option("--intervention", help="Compose name[@version][*scale]; repeatable")]
 MaxTokens = Annotated[int | None, typer.Option(min=1)]
 Temperature = Annotated[float | None, typer.Option(min=0)]
@@ -53,7 +65,7 @@ def connection(
     api_key: Annotated[str | None, typer.Option(envvar="REFTSERVE_API_KEY", show_envvar=False)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print results as JSON")] = False,
 ) -> None:
-    """Options of every command."""
+    """Set the options of every command."""
     client = Client(url, api_key=api_key)
     context.obj = Session(client, as_json)
     context.call_on_close(client.close)
@@ -62,7 +74,7 @@ def connection(
 @app.command()
 def generate(
     context: typer.Context,
-    prompt: Annotated[str, typer.Argument(help="Text to go on with; - reads standard input")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads standard input")],
     model: Model = None,
     intervention: Use = None,
     max_tokens: MaxTokens = 128,
@@ -71,7 +83,7 @@ def generate(
     seed: Seed = None,
     stop: Stop = None,
 ) -> None:
-    """Stream how a text goes on."""
+    """Continue a text; print it as it is generated."""
     options = _options(model, intervention, max_tokens, temperature, top_p, seed, stop)
     text = sys.stdin.read() if prompt == "-" else prompt
     with session(context).client.stream(text, **options) as pieces:
@@ -81,7 +93,7 @@ def generate(
 @app.command()
 def chat(
     context: typer.Context,
-    message: Annotated[str | None, typer.Argument(help="One message; without it, a conversation")] = None,
+    message: Annotated[str | None, typer.Argument(help="One message; default: a conversation")] = None,
     system: Annotated[str | None, typer.Option(help="System message")] = None,
     model: Model = None,
     intervention: Use = None,
@@ -91,7 +103,7 @@ def chat(
     seed: Seed = None,
     stop: Stop = None,
 ) -> None:
-    """Talk to the base model or an intervention; an empty line or end of input ends a conversation."""
+    """Chat with the base model or an intervention. An empty line or the end of input ends the conversation."""
     options = _options(model, intervention, max_tokens, temperature, top_p, seed, stop)
     history = [] if system is None else [{"role": "system", "content": system}]
     turn = message if message is not None else _ask()
@@ -142,7 +154,7 @@ def _print(pieces: TextStream, *, as_json: bool) -> None:
 
 
 def _add_server_commands() -> None:
-    """The server's commands where its extra is installed, else ones that say how to install it."""
+    """Add the server's commands, or ones that print how to install the server extra."""
     try:
         for entry_point in entry_points(group="reftserve.commands"):
             app.registered_commands += entry_point.load().registered_commands
@@ -160,10 +172,16 @@ def _explain(message: str) -> None:
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Run the command line; the entry point of the console script."""
     _add_server_commands()
     try:
         app()
-    except (ReftServeError, FileNotFoundError) as cause:
-        Console(stderr=True).print("[red]error:[/]", escape(str(cause)), highlight=False, soft_wrap=True)
+    except FAILURES as cause:
+        Console(stderr=True).print("[red]error:[/]", escape(_line(cause)), highlight=False, soft_wrap=True)
         sys.exit(1)
+
+
+def _line(failure: Exception) -> str:
+    if isinstance(failure, OSError) and failure.filename is not None:
+        return f"{failure.filename}: {failure.strerror}"
+    return str(failure)

@@ -1,4 +1,4 @@
-"""`reftserve eval`: the base and interventions side by side on a data set."""
+"""`reftserve eval`: compare the base and interventions on a data set."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from reftserve.client._sync.evals import POLL_S, Run
 from reftserve.client.cli_output import parse_use, session
-from reftserve.client.evals import POLL_S, Run
 from reftserve.client.schemas import Eval
 
 ARGUMENTS = {"accuracy": "labels", "exact_match": "normalize", "contains": "text", "regex": "pattern"}
@@ -18,22 +18,22 @@ ARGUMENTS = {"accuracy": "labels", "exact_match": "normalize", "contains": "text
 
 def evaluate(
     context: typer.Context,
-    file: Annotated[str, typer.Argument(help="Data set, or the id of an uploaded one")],
+    file: Annotated[str, typer.Argument(help="Data set, or the id of an uploaded file")],
     criterion: Annotated[
         list[str] | None,
         typer.Option(
             help="loss, perplexity, exact_match[=squad], f1, accuracy[=label,label...], contains[=text] or "
-            "regex=pattern; repeatable, loss and exact_match when absent"
+            "regex=pattern; repeatable; default: loss and exact_match"
         ),
     ] = None,
     intervention: Annotated[
         list[str] | None,
-        typer.Option(help="name[@version][*scale], joined by + to compose several; repeatable, each is a run"),
+        typer.Option(help="name[@version][*scale]; + composes several; repeatable, one run each"),
     ] = None,
     name: Annotated[str | None, typer.Option(help="The eval's name")] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Of a generated answer")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Limit of a generated answer")] = None,
 ) -> None:
-    """Score the base and each intervention on a data set, and compare them; exits with 1 when a run fails."""
+    """Score the base and each intervention on a data set, and compare them. Exits with 1 when a run fails."""
     here = session(context)
     criteria = [_criterion(text) for text in criterion or ["loss", "exact_match"]]
     compositions = [[], *([parse_use(part) for part in text.split("+")] for text in intervention or [])]
@@ -52,7 +52,7 @@ def evaluate(
 
 
 def _criterion(text: str) -> dict[str, Any]:
-    """`type`, or `type=argument`."""
+    """Return the criterion that `type` or `type=argument` names."""
     kind, given, argument = text.partition("=")
     if not given:
         return {"type": kind}
@@ -72,7 +72,7 @@ def _wait(runs: list[Run]) -> None:
 
 
 def _comparison(compared: Eval) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows: a run a row, a criterion a column."""
+    """Return headings and rows: one row per run, one column per criterion."""
     names = [str(criterion["name"]) for criterion in compared.testing_criteria]
     rows = []
     for run in compared.runs:

@@ -1,4 +1,4 @@
-"""`reftserve interventions`: versions, aliases, artifacts."""
+"""`reftserve interventions`: list, show, upload, download and delete them; set aliases."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Reference = Annotated[str, typer.Argument(help="name, name@version or name@alias
 
 @app.command("list")
 def list_interventions(context: typer.Context) -> None:
-    """All interventions."""
+    """List all interventions."""
     session(context).show_all(session(context).client.interventions.list(), COLUMNS)
 
 
 @app.command("show")
 def show(context: typer.Context, reference: Reference) -> None:
-    """An intervention, or with `@` one version of it with its manifest."""
+    """Show an intervention; with `@`, one version with its manifest."""
     interventions = session(context).client.interventions
     name, at, version = reference.partition("@")
     session(context).show(interventions.version(name, version) if at else interventions.get(name))
@@ -38,7 +38,7 @@ def upload(
 
 @app.command("download")
 def download(context: typer.Context, reference: Reference, folder: Path) -> None:
-    """Write a version's files into a folder."""
+    """Write a version's artifact into a folder."""
     name, _, version = reference.partition("@")
     print(session(context).client.interventions.download(name, folder, version=version or "latest"))
 
@@ -47,9 +47,9 @@ def download(context: typer.Context, reference: Reference, folder: Path) -> None
 def delete(
     context: typer.Context,
     reference: Reference,
-    force: Annotated[bool, typer.Option("--force", help="Even while running requests hold it")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Even while running requests use it")] = False,
 ) -> None:
-    """Delete an intervention, or with `@` one version of it."""
+    """Delete an intervention; with `@`, one version of it."""
     name, _, version = reference.partition("@")
     session(context).show(session(context).client.interventions.delete(name, version or None, force=force))
 

@@ -1,4 +1,4 @@
-"""`reftserve train` and `reftserve jobs`."""
+"""`reftserve train` and `reftserve jobs`: start, follow and control training jobs."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from reftserve.client._sync.jobs import Job
 from reftserve.client.cli_output import session
 from reftserve.client.exceptions import JobEnded
 from reftserve.client.figures import event_line
-from reftserve.client.jobs import Job
 from reftserve.client.watch import watch as watch_live
 
 app = typer.Typer(no_args_is_help=True, help="Training runs.")
@@ -26,11 +26,11 @@ INTERRUPTED = 130
 def train(
     context: typer.Context,
     training_file: Annotated[
-        str, typer.Argument(help="A data set (JSON Lines, JSON, CSV, Parquet), or the id of an uploaded one")
+        str, typer.Argument(help="Data set (JSON Lines, JSON, CSV, Parquet), or the id of an uploaded file")
     ],
     name: Annotated[str, typer.Option(help="The intervention's name")],
     validation_file: Annotated[
-        str | None, typer.Option(help="Held-out examples; a tenth and a tenth when absent")
+        str | None, typer.Option(help="Held-out examples; default: a tenth for validation, a tenth for the test")
     ] = None,
     family: Annotated[str | None, typer.Option(help="loreft, noreft, direft, consreft, lobireft or nodireft")] = None,
     layers: Annotated[str | None, typer.Option(help="'all', or indices as in 3,9,15")] = None,
@@ -42,15 +42,15 @@ def train(
     batch_size: Annotated[int | None, typer.Option()] = None,
     learning_rate: Annotated[float | None, typer.Option()] = None,
     early_stopping: Annotated[
-        int | None, typer.Option(help="End after so many epochs without a better validation loss")
+        int | None, typer.Option(help="Epochs without a better validation loss before the job ends")
     ] = None,
     seed: Annotated[int | None, typer.Option()] = None,
-    detach: Annotated[bool, typer.Option("--detach", help="Do not wait")] = False,
+    detach: Annotated[bool, typer.Option("--detach", help="Return at once")] = False,
 ) -> None:
-    """Train an intervention on the server and wait for it; what is absent the recipe decides.
+    """Train an intervention on the server and wait for it. The recipe decides options that are absent.
 
-    With --epochs, --batch-size, --learning-rate or --early-stopping there is one run; without them, candidates for what
-    is open are tried side by side.
+    With --epochs, --batch-size, --learning-rate or --early-stopping the job is one run. Without them it compares
+    candidates for the open options.
     """
     here = session(context)
     job = here.client.train(
@@ -86,19 +86,19 @@ def _layers(text: str | None) -> list[int] | str | None:
 
 @app.command("list")
 def list_jobs(context: typer.Context, limit: Annotated[int, typer.Option(min=1)] = 20) -> None:
-    """Jobs, newest first."""
+    """List jobs, newest first."""
     session(context).show_all(session(context).client.jobs.list(limit=limit), COLUMNS)
 
 
 @app.command("show")
 def show(context: typer.Context, job_id: Id) -> None:
-    """One job."""
+    """Show one job."""
     session(context).show(session(context).client.jobs.get(job_id).data)
 
 
 @app.command("watch")
 def watch(context: typer.Context, job_id: Id) -> None:
-    """Follow a job to its end, live in a terminal, else in a line for each event; exits with 1 unless it succeeds."""
+    """Follow a job to its end: a live view in a terminal, else one line per event. Exits with 1 unless it succeeds."""
     here = session(context)
     job = here.client.jobs.get(job_id)
     console = Console(highlight=False)
@@ -114,7 +114,7 @@ def watch(context: typer.Context, job_id: Id) -> None:
 
 @app.command("events")
 def events(context: typer.Context, job_id: Id) -> None:
-    """Print every event as it comes, until the job has ended."""
+    """Print each event until the job has ended."""
     here = session(context)
     job = here.client.jobs.get(job_id)
     with _left_running_by_ctrl_c(job):
@@ -137,23 +137,23 @@ def _left_running_by_ctrl_c(job: Job) -> Iterator[None]:
 
 @app.command("cancel")
 def cancel(context: typer.Context, job_id: Id) -> None:
-    """End a job at once; `retry` takes it up again."""
+    """End a job at once. `retry` restarts it."""
     session(context).show(session(context).client.jobs.get(job_id).cancel().data)
 
 
 @app.command("pause")
 def pause(context: typer.Context, job_id: Id) -> None:
-    """Let a job rest after its current optimizer step, with a checkpoint."""
+    """Pause a job after its current optimizer step, with a checkpoint."""
     session(context).show(session(context).client.jobs.get(job_id).pause().data)
 
 
 @app.command("resume")
 def resume(context: typer.Context, job_id: Id) -> None:
-    """Let a paused job go on where it stands."""
+    """Continue a paused job."""
     session(context).show(session(context).client.jobs.get(job_id).resume().data)
 
 
 @app.command("retry")
 def retry(context: typer.Context, job_id: Id) -> None:
-    """Try a failed or cancelled job again, from its last checkpoint if that is still kept."""
+    """Run a failed or cancelled job again, from its last checkpoint if that still exists."""
     session(context).show(session(context).client.jobs.get(job_id).retry().data)

@@ -1,4 +1,4 @@
-"""How commands reach the server and show what it says."""
+"""The session of a command: its client, and the format of its output."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from reftserve.client.client import Client
+from reftserve.client._sync.client import Client
 
 PIPED_WIDTH = 10_000
 
 _console = Console(highlight=False)
 if not _console.is_terminal:
-    _console.width = PIPED_WIDTH  # nothing that a script reads is cut off
+    _console.width = PIPED_WIDTH  # scripts read whole lines
 
 
 @dataclass(frozen=True)
 class Session:
-    """What the options of every command amount to."""
+    """The client and the output format that the global options choose."""
 
     client: Client
     as_json: bool
 
     def show(self, thing: BaseModel) -> None:
-        """One object, a line for each field that is set."""
+        """Print one object, one line per field that is set."""
         row = thing.model_dump(mode="json")
         if self.as_json:
             print(json.dumps(row))
@@ -43,7 +43,7 @@ class Session:
         _console.print(table)
 
     def show_table(self, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A table of text."""
+        """Print a table of text."""
         table = Table(box=None, pad_edge=False)
         for heading in headings:
             table.add_column(heading, overflow="fold")
@@ -52,7 +52,7 @@ class Session:
         _console.print(table)
 
     def show_all(self, things: Sequence[BaseModel], columns: Mapping[str, str]) -> None:
-        """A table; columns: heading of each field."""
+        """Print objects as a table. columns: field to heading."""
         rows = [thing.model_dump(mode="json") for thing in things]
         if self.as_json:
             print(json.dumps(rows))
@@ -61,7 +61,7 @@ class Session:
 
 
 def session(context: typer.Context) -> Session:
-    """The session of a running command."""
+    """Return the session of the running command."""
     found = context.obj
     if not isinstance(found, Session):
         raise TypeError("the command runs outside the reftserve application")
@@ -69,7 +69,7 @@ def session(context: typer.Context) -> Session:
 
 
 def parse_use(text: str) -> dict[str, str | float]:
-    """An intervention in a composition, `name[@version][*scale]`."""
+    """Return the intervention that `name[@version][*scale]` names, as JSON."""
     reference, star, scale = text.partition("*")
     name, at, version = reference.partition("@")
     try:

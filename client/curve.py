@@ -1,68 +1,45 @@
-"""A curve in text: a line of braille dots, two wide and four high in each character, with marks upon it."""
+"""A curve in text: a line of braille dots with marks on it, in axes. plotext draws it."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from itertools import pairwise
+from collections.abc import Mapping
 from statistics import fmean
 
 MARK = "●"
-_LABEL_WIDTH = 8
-_DOTS_WIDE, _DOTS_HIGH = 2, 4
-# The bit of each dot in the code point of a braille character, by column and row.
-_BITS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
-_EMPTY = 0x2800
+# The frame and the ticks take three lines. The labels and the frame take at most eleven columns.
+MIN_HEIGHT, MIN_WIDTH = 4, 16
+DOTS_PER_COLUMN = 2
 
 
 def draw(line: Mapping[int, float], marks: Mapping[int, float], width: int, height: int) -> list[str]:
-    """`height` lines of at most `width` characters, and one with the first and the last x; none without a value.
+    """Return `height` lines of `width` characters; none without a value, or without room for the axes.
 
     line, marks: finite y by x. Where several values of the line share a column of dots, it shows their mean.
     """
-    values = [*line.values(), *marks.values()]
-    if not values:
+    xs, ys = [*line, *marks], [*line.values(), *marks.values()]
+    if not ys or height < MIN_HEIGHT or width < MIN_WIDTH:
         return []
-    plot = _Plot([*line, *marks], values, max(1, width - _LABEL_WIDTH - 1), height)
-    cells = [[_EMPTY] * plot.width for _ in range(height)]
-    for column, row in plot.dots(line):
-        cells[row // _DOTS_HIGH][column // _DOTS_WIDE] |= _BITS[column % _DOTS_WIDE][row % _DOTS_HIGH]
-    drawn = [[chr(cell) for cell in row] for row in cells]
-    for x, y in marks.items():
-        drawn[plot.row(y) // _DOTS_HIGH][plot.column(x) // _DOTS_WIDE] = MARK
-    labels = {0: f"{plot.top:.3g}", height - 1: f"{plot.bottom:.3g}"}
-    lines = [f"{labels.get(index, ''):>{_LABEL_WIDTH}} {''.join(row)}" for index, row in enumerate(drawn)]
-    first, last = str(plot.left), str(plot.right)
-    return [*lines, f"{'':{_LABEL_WIDTH}} {first}{last:>{max(len(last) + 1, plot.width - len(first))}}"]
+    # The import takes 0.2 s of processor time, which only a watched job pays.
+    from plotext import figure
+
+    figure.clear()
+    figure.plot_size(width, height)
+    for points, marker in ((_means(line, min(xs), max(xs), width * DOTS_PER_COLUMN), "braille"), (marks, MARK)):
+        if points:
+            signal = figure.signal(list(points), list(points.values()), marker=marker)
+            if points is not marks:
+                signal.lines()
+            figure.draw(signal)
+    for axis, values, form in (("x", xs, "d"), ("y", ys, ".3g")):
+        ends = sorted({min(values), max(values)})
+        figure.ruler(axis).ticks(ends, [format(end, form) for end in ends])
+    return str(figure.build().string(colorless=True)).splitlines()
 
 
-class _Plot:
-    """Where values lie in a grid of dots; rows count from the top."""
-
-    def __init__(self, xs: list[int], ys: list[float], width: int, height: int) -> None:
-        self.width = width
-        self.left, self.right = min(xs), max(xs)
-        self.bottom, self.top = min(ys), max(ys)
-        self._columns, self._rows = width * _DOTS_WIDE, height * _DOTS_HIGH
-
-    def column(self, x: int) -> int:
-        return round((x - self.left) / ((self.right - self.left) or 1) * (self._columns - 1))
-
-    def row(self, y: float) -> int:
-        return round((self.top - y) / ((self.top - self.bottom) or 1) * (self._rows - 1))
-
-    def dots(self, line: Mapping[int, float]) -> Iterator[tuple[int, int]]:
-        """Column and row of each dot of a line that joins the means of the columns."""
-        by_column: dict[int, list[float]] = defaultdict(list)
-        for x, y in line.items():
-            by_column[self.column(x)].append(y)
-        rows = [(column, self.row(fmean(ys))) for column, ys in sorted(by_column.items())]
-        yield from rows[:1]
-        for (start, high), (end, low) in pairwise(rows):
-            reached = high
-            for column in range(start + 1, end + 1):
-                row = high + round((low - high) * (column - start) / (end - start))
-                yield column, row
-                # Steep parts stay joined.
-                yield from ((column, between) for between in range(min(reached, row) + 1, max(reached, row)))
-                reached = row
+def _means(line: Mapping[int, float], left: int, right: int, dots: int) -> dict[float, float]:
+    """Return the mean point of each of `dots` equal parts of the x axis that has values."""
+    parts: dict[int, list[int]] = defaultdict(list)
+    for x in line:
+        parts[round((x - left) / ((right - left) or 1) * (dots - 1))].append(x)
+    return {fmean(part): fmean(line[x] for x in part) for part in parts.values()}

@@ -1,10 +1,8 @@
-"""How far the events of a job have been read, and how to go on when their stream breaks off.
+"""The position of a reader in a job's events. Both clients share it; each opens and reads the connection itself.
 
-The blocking and the asynchronous job share it; what differs, opening and reading a connection, is theirs:
-
-    until the server has said [DONE]:
-        open the stream behind the last event seen; a server that is away is asked again (`retries.reconnect_policy`)
-        read events until it says [DONE], breaks off, or is silent for too long
+until the server has sent [DONE]:
+    open the stream after the last event seen; ask again while the server is away (`retries.reconnect_policy`)
+    read events until [DONE], a broken connection, or too long a silence
 """
 
 from __future__ import annotations
@@ -14,21 +12,21 @@ import time
 import httpx
 from httpx_sse import ServerSentEvent
 
-from reftserve.client import calls
-from reftserve.client.calls import Call
+from reftserve.client.calls.call import Call
+from reftserve.client.calls.jobs import stream_events
 from reftserve.client.exceptions import StreamFailed
 from reftserve.client.schemas import ErrorDetail, FineTuningEvent
-from reftserve.client.streams import END, raise_if_error
+from reftserve.client.text_chunks import END, raise_if_error
 
 PAUSE_S = 0.2
-# Servers send a comment every 15 seconds, so one that says nothing for so long has gone without a word.
+# Servers send a comment every 15 seconds, so a server that is silent for a minute is gone.
 SILENCE_S = 60.0
-# Nobody looks at the clock during a read, so with a time limit silent streams are left and opened again.
+# A blocked read does not see the deadline, so with a time limit the reader reopens silent streams more often.
 SILENCE_BEFORE_DEADLINE_S = 5.0
 
 
 class EventReader:
-    """Where a reader of a job's events stands. timeout_s: from now on; None: as long as the job takes."""
+    """A position in a job's events. timeout_s: counted from now; None: no limit."""
 
     def __init__(self, job_id: str, timeout_s: float | None) -> None:
         self.ended = False
@@ -38,30 +36,27 @@ class EventReader:
         self._last: str | None = None
 
     def next_call(self) -> Call[None]:
-        """Opens the stream behind the last event seen.
-
-        Raises TimeoutError when the time is up.
-        """
-        self._check_clock()
+        """Return the call that opens the stream after the last event seen. Raises TimeoutError after the deadline."""
+        self._check_deadline()
         silence_s = SILENCE_S if self._timeout_s is None else min(SILENCE_BEFORE_DEADLINE_S, self._remaining_s)
-        return calls.stream_events(self._job_id, self._last, silence_s)
+        return stream_events(self._job_id, self._last, silence_s)
 
     def check(self, response: httpx.Response) -> None:
-        """Raises StreamFailed when the answer is no stream: it would be asked for again and again."""
+        """Raise StreamFailed when the answer is no event stream, which asking again would not change."""
         found = response.headers.get("Content-Type", "")
         if not found.startswith("text/event-stream"):
             message = f"the events of job {self._job_id} came as {found!r}; expected text/event-stream"
             raise StreamFailed(ErrorDetail(message=message, type="http_error"))
 
     def take(self, message: ServerSentEvent) -> FineTuningEvent | None:
-        """The event in a message; None when there is none in it.
+        """Return the event in a message, or None when it has none.
 
-        Raises StreamFailed when the server says so, TimeoutError when the time is up.
+        Raises StreamFailed when the message is an error, TimeoutError after the deadline.
         """
-        self._check_clock()
+        self._check_deadline()
         if message.data == END:
             self.ended = True
-        if message.data in ("", END):  # httpx-sse makes empty messages of comments
+        if message.data in ("", END):  # httpx-sse turns comments into empty messages
             return None
         raise_if_error(message.data)
         event = FineTuningEvent.model_validate_json(message.data)
@@ -72,6 +67,6 @@ class EventReader:
     def _remaining_s(self) -> float:
         return max(0.0, self._deadline - time.monotonic())
 
-    def _check_clock(self) -> None:
+    def _check_deadline(self) -> None:
         if self._remaining_s == 0:
             raise TimeoutError(f"job {self._job_id} has not ended after {self._timeout_s} seconds; it goes on")

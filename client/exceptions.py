@@ -1,17 +1,17 @@
-"""Everything that a call can raise, as one tree.
+"""The exceptions of the client, as one tree.
 
 ReftServeError
-├── ConnectionFailed             no answer came: refused, reset, timed out
+├── ConnectionFailed             no answer: refused, reset, timed out
 ├── ResponseError                the server answered with an error object
-│   ├── BadRequest       4xx     what was sent is wrong; `param` names the field
+│   ├── BadRequest       4xx     the request is wrong; `param` names the field
 │   ├── NotFound         404     no such model, intervention, file or job
-│   ├── Conflict         409     the state of the thing forbids it
+│   ├── Conflict         409     the state of the resource forbids it
 │   ├── Overloaded       429     the queue is full, after all retries
-│   ├── Unavailable      503     a part of the server is not there, after all retries
-│   └── ServerFault      5xx     the server's fault
+│   ├── Unavailable      503     a part of the server is down, after all retries
+│   └── ServerFault      5xx     the server failed; its log has the cause
 ├── StreamFailed                 the server ended a stream with an error
-├── JobEnded                     a job that was waited for failed or was cancelled
-└── EvalRunEnded                 a run that was waited for failed or was canceled
+├── JobEnded                     the awaited job failed or was cancelled
+└── EvalRunEnded                 the awaited run failed or was canceled
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from reftserve.client.schemas import ErrorBody, ErrorDetail, EvalRun, FineTuning
 
 
 class ReftServeError(Exception):
-    """Base of all errors of this client."""
+    """Base of all exceptions of the client."""
 
 
 class ConnectionFailed(ReftServeError):
@@ -31,9 +31,9 @@ class ConnectionFailed(ReftServeError):
 
 
 class ResponseError(ReftServeError):
-    """An answer with a status of 400 or above.
+    """An answer with status 400 or above.
 
-    status: HTTP's. type, param, code: OpenAI's error object. retry_after_s: from the header, else None.
+    status: of HTTP. type, param, code: of OpenAI's error object. retry_after_s: from the header, else None.
     """
 
     def __init__(self, status: int, detail: ErrorDetail, retry_after_s: float | None = None) -> None:
@@ -47,15 +47,15 @@ class ResponseError(ReftServeError):
 
 
 class BadRequest(ResponseError):
-    """What was sent is wrong."""
+    """The request is wrong."""
 
 
 class NotFound(ResponseError):
-    """No such thing; the message offers near names."""
+    """The named resource does not exist; the message offers similar names."""
 
 
 class Conflict(ResponseError):
-    """The state of the thing forbids what was asked."""
+    """The state of the resource forbids the request."""
 
 
 class Overloaded(ResponseError):
@@ -63,15 +63,15 @@ class Overloaded(ResponseError):
 
 
 class Unavailable(ResponseError):
-    """A part of the server was not there at any attempt."""
+    """A part of the server was down at every attempt."""
 
 
 class ServerFault(ResponseError):
-    """The server failed; its log says more."""
+    """The server failed; its log has the cause."""
 
 
 class StreamFailed(ReftServeError):
-    """A stream that had begun ended with an error; what came before is valid."""
+    """A stream ended with an error. The pieces before it are valid."""
 
     def __init__(self, detail: ErrorDetail) -> None:
         super().__init__(detail.message)
@@ -80,7 +80,7 @@ class StreamFailed(ReftServeError):
 
 
 class JobEnded(ReftServeError):
-    """A job ended without an intervention; `job` is its last state."""
+    """A job ended without an intervention. `job` is its last state."""
 
     def __init__(self, job: FineTuningJob) -> None:
         reason = job.error.message if job.error is not None else f"job {job.id} was {job.status}"
@@ -89,7 +89,7 @@ class JobEnded(ReftServeError):
 
 
 class EvalRunEnded(ReftServeError):
-    """A run of an eval ended before it was complete; `run` is its last state."""
+    """A run of an eval ended before it was complete. `run` is its last state."""
 
     def __init__(self, run: EvalRun) -> None:
         super().__init__(run.error.message if run.error is not None else f"run {run.id} was {run.status}")
@@ -100,11 +100,11 @@ _BY_STATUS: dict[int, type[ResponseError]] = {404: NotFound, 409: Conflict, 429:
 
 
 def response_error(response: httpx.Response) -> ResponseError:
-    """The exception for an answer whose body has been read."""
+    """Return the exception for an answer whose body has been read."""
     try:
         detail = ErrorBody.model_validate_json(response.content).error
     except ValidationError:
-        # A proxy's page, or another server altogether.
+        # The page of a proxy or of another server.
         detail = ErrorDetail(message=f"HTTP {response.status_code}: {response.text[:200]}", type="http_error")
     status = response.status_code
     kind = _BY_STATUS.get(status) or (ServerFault if status >= 500 else BadRequest)
@@ -112,5 +112,5 @@ def response_error(response: httpx.Response) -> ResponseError:
 
 
 def _retry_after_s(header: str | None) -> float | None:
-    """Seconds to wait; the header's other form, a date, is left to the backoff."""
+    """Return the seconds to wait, or None for the header's other form, a date."""
     return float(header) if header is not None and header.isdecimal() else None

@@ -1,4 +1,4 @@
-"""What the metrics events of a job say of its training: figures of the newest step, and losses of all steps so far."""
+"""The figures of a training job, gathered from its metrics events, and their form in one line of text."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ HELD_OUT, STANDARD_ERROR = "valid_", "_stderr"
 
 
 class TrainingFigures:
-    """Gathered event by event.
+    """The figures so far.
 
-    newest: data of the newest step, and the newest held-out scores. losses, held_out_losses: by step; what a resumed
-    job does again replaces what it did before.
+    newest: data of the newest step, and the newest held-out scores. losses, held_out_losses: by step; a step that a
+    resumed job repeats replaces the earlier one.
     """
 
     def __init__(self) -> None:
@@ -25,7 +25,7 @@ class TrainingFigures:
         self.held_out_losses: dict[int, float] = {}
 
     def add(self, event: FineTuningEvent) -> bool:
-        """Take an event in; whether it was of a training step."""
+        """Add an event; return whether it reports a training step."""
         data = event.data or {}
         if "step" not in data:
             return False
@@ -37,7 +37,7 @@ class TrainingFigures:
 
 
 def event_line(event: FineTuningEvent) -> str:
-    """An event in one line; for a step, its figures."""
+    """Return an event as one line; for a step, its figures."""
     data = event.data or {}
     if "step" not in data:
         return event.message
@@ -45,7 +45,7 @@ def event_line(event: FineTuningEvent) -> str:
 
 
 def scores(data: Mapping[str, Any]) -> list[str]:
-    """The loss, and whatever was measured on the held-out part, with its standard error where that is known."""
+    """Return the loss and the held-out scores, each with its standard error if known."""
     names = [name for name in data if name.startswith(HELD_OUT) and not name.endswith(STANDARD_ERROR)]
     return [
         f"{name.replace(HELD_OUT, 'held-out ').replace('train_', '')} {_number(data[name])}{_error(data, name)}"
@@ -54,7 +54,7 @@ def scores(data: Mapping[str, Any]) -> list[str]:
 
 
 def _number(value: float | None) -> str:
-    # A loss that is no number any more comes as null.
+    # The server sends NaN as null.
     return "nan" if value is None else f"{value:.4g}"
 
 
@@ -64,7 +64,7 @@ def _error(data: Mapping[str, Any], name: str) -> str:
 
 
 def pace(data: Mapping[str, Any]) -> list[str]:
-    """Learning rate, speed, and the time to go."""
+    """Return learning rate, speed and remaining time."""
     return [
         f"learning rate {data['learning_rate']:.2e}",
         f"{data['tokens_per_second']:,.0f} tokens/s",

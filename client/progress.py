@@ -1,4 +1,4 @@
-"""A progress bar in the terminal, fed by a job's events."""
+"""A progress bar for a job's events."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from reftserve.client.schemas import FineTuningEvent
 
 
 class JobProgress:
-    """Steps done of all steps, with the loss, held-out loss, speed and time to go; on standard error.
+    """Show steps, loss, held-out loss, speed and remaining time on standard error.
 
-    Without a terminal, one line for each event that is no step, and for every held-out score.
+    Without a terminal, print one line per message and per held-out score.
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -31,12 +31,12 @@ class JobProgress:
         self._figures = TrainingFigures()
 
     def update(self, event: FineTuningEvent) -> None:
-        """Show an event."""
+        """Add an event to the bar."""
         if not self._figures.add(event):
             self._progress.console.print(event.message)
             return
         newest = self._figures.newest
-        # Loss and held-out loss, speed and time: the bar has one line.
+        # The bar has one line: room for two scores, speed and time.
         figures = ", ".join([*scores(newest)[:2], *pace(newest)[1:]])
         self._progress.update(self._task, completed=newest["step"], total=newest["total_steps"], figures=figures)
         if not self._console.is_terminal and any(name.startswith(HELD_OUT) for name in event.data or {}):

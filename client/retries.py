@@ -1,4 +1,4 @@
-"""Which failures are tried again, and how long is waited in between."""
+"""Retry policies: the failures that are tried again, and the waits between attempts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import httpx
 from tenacity import RetryCallState, retry_if_exception, stop_after_attempt, stop_after_delay, wait_exponential_jitter
 from tenacity.wait import wait_base
 
-from reftserve.client.calls import Call
+from reftserve.client.calls.call import Call
 from reftserve.client.exceptions import ConnectionFailed, Overloaded, ServerFault, Unavailable
 
 FIRST_WAIT_S = 0.2
@@ -18,10 +18,10 @@ LONGEST_RECONNECT_WAIT_S = 2.0
 
 
 def retry_policy(call: Call[Any], max_retries: int) -> dict[str, Any]:
-    """Arguments of tenacity's Retrying and AsyncRetrying.
+    """Return the arguments of tenacity's Retrying and AsyncRetrying for a call.
 
-    429 and 503 say that nothing was begun. A broken connection may hide that the call was carried out, so only
-    idempotent calls are tried again then, and any call whose connection was never made.
+    After 429 and 503 the server has begun nothing, so every call is tried again. After a broken connection it may have
+    carried out the call, so only idempotent calls are tried again. A refused connection is safe for all.
     """
 
     def is_transient(failure: BaseException) -> bool:
@@ -38,10 +38,10 @@ def retry_policy(call: Call[Any], max_retries: int) -> dict[str, Any]:
 
 
 def reconnect_policy() -> dict[str, Any]:
-    """The same for the stream of a job's events, which has to outlive restarts of the server."""
+    """Return the arguments for the stream of a job's events, which outlives restarts of the server."""
 
     def is_restarting(failure: BaseException) -> bool:
-        # A proxy in front of a server that is away answers 502 or 504.
+        # A proxy answers 502 or 504 while the server behind it is away.
         is_proxy = isinstance(failure, ServerFault) and failure.status in (502, 504)
         return is_proxy or isinstance(failure, (ConnectionFailed, Overloaded, Unavailable))
 
@@ -54,7 +54,7 @@ def reconnect_policy() -> dict[str, Any]:
 
 
 class _BackoffOrRetryAfter(wait_base):
-    """What the server asks for, else exponential backoff with jitter; at most `longest_s`."""
+    """Wait as long as Retry-After says, else exponential backoff with jitter; at most `longest_s`."""
 
     def __init__(self, longest_s: float) -> None:
         self._longest_s = longest_s

@@ -1,4 +1,4 @@
-"""What both clients do around httpx: defaults, opening files for a call, naming failures."""
+"""Code around httpx that both clients share: defaults, the arguments of a request, and the names of failures."""
 
 from __future__ import annotations
 
@@ -9,24 +9,29 @@ from typing import Any
 
 import httpx
 
-from reftserve.client.calls import Call
+from reftserve.client.calls.call import Call
 from reftserve.client.exceptions import ConnectionFailed, response_error
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 MAX_RETRIES = 3
-# Long answers keep a connection silent until their first byte.
+# A long answer is silent until its first byte.
 CONNECT_TIMEOUT_S = 5.0
 TIMEOUT = httpx.Timeout(600.0, connect=CONNECT_TIMEOUT_S)
 
 
+def base_url(url: str) -> str:
+    """Return a server's URL without the `/v1` that OpenAI's clients want at its end."""
+    return url.rstrip("/").removesuffix("/v1")
+
+
 def headers(api_key: str | None) -> dict[str, str]:
-    """What every request carries."""
+    """Return the headers of every request."""
     return {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
 
 
 @contextmanager
 def opened(call: Call[Any]) -> Iterator[dict[str, Any]]:
-    """Httpx's arguments for a call, with the file that it uploads open."""
+    """Yield httpx's arguments for a call; its upload is open meanwhile."""
     with ExitStack() as stack:
         arguments: dict[str, Any] = {"params": dict(call.params), "headers": dict(call.headers)}
         if call.read_timeout_s is not None:
@@ -41,16 +46,18 @@ def opened(call: Call[Any]) -> Iterator[dict[str, Any]]:
 
 
 @contextmanager
-def answered() -> Iterator[None]:
-    """Raises ConnectionFailed when no answer comes."""
+def answered(url: httpx.URL) -> Iterator[None]:
+    """Raise ConnectionFailed when no answer comes from `url`."""
     try:
         yield
     except httpx.TransportError as cause:
-        raise ConnectionFailed(f"no answer from the server: {type(cause).__name__}: {cause}") from cause
+        # Nothing listens there, or the name is unknown.
+        hint = "; is a server running there? `reftserve serve` starts one" * isinstance(cause, httpx.ConnectError)
+        raise ConnectionFailed(f"no answer from the server at {url}: {type(cause).__name__}: {cause}{hint}") from cause
 
 
 def checked(response: httpx.Response) -> httpx.Response:
-    """The answer when it is a success, otherwise raises its ResponseError."""
+    """Return a successful answer. Raises the ResponseError of any other."""
     if response.is_error:
         raise response_error(response)
     return response

@@ -1,4 +1,4 @@
-"""A job watched in the terminal: where it stands, its figures, and the curve of its losses, redrawn as events come."""
+"""A live view of a job in the terminal: status, figures, and the curve of its losses."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from reftserve.client._sync.jobs import Job
 from reftserve.client.curve import MARK, draw
 from reftserve.client.figures import TrainingFigures, pace, scores
-from reftserve.client.jobs import Job
 from reftserve.client.schemas import FineTuningEvent
 
-CURVE_HEIGHT = 14
-# Lines of the view that are not the curve, and one that keeps it from scrolling.
-OTHER_LINES = 9
+CURVE_HEIGHT = 15
+# Lines of the view besides the curve, and one spare line so that the terminal does not scroll.
+OTHER_LINES = 8
 
 
 def watch(job: Job, console: Console) -> None:
-    """Show a job until it has ended; for a console that is a terminal."""
+    """Show a job until it has ended. console: a terminal."""
     view = JobView(job)
     with Live(view, console=console):
         for event in job.events():
             view.add(event)
             if event.type == "message" and not job.has_ended:
-                job.refresh()  # what is worth a message mostly changes the status
+                job.refresh()  # most messages come with a new status
 
 
 class JobView:
-    """The picture of a job; rich draws it at its own pace, from another thread."""
+    """The view of a job. rich draws it from another thread."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
@@ -37,7 +37,7 @@ class JobView:
         self._message = ""
 
     def add(self, event: FineTuningEvent) -> None:
-        """Take an event into the picture."""
+        """Add an event to the view."""
         if not self._figures.add(event):
             self._message = event.message
 
@@ -57,8 +57,8 @@ class JobView:
         yield Text(self._message, "dim", no_wrap=True, overflow="ellipsis")
 
     def _curve(self, width: int, height: int) -> RenderResult:
-        # Copies: the other thread may add a step meanwhile.
-        lines = draw(dict(self._figures.losses), dict(self._figures.held_out_losses), width, max(1, height))
+        # Copies: the other thread may add a step during the drawing.
+        lines = draw(dict(self._figures.losses), dict(self._figures.held_out_losses), width, height)
         for line in lines:
             curve = Text(line, no_wrap=True)
             curve.highlight_regex(MARK, "yellow")

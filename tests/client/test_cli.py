@@ -12,6 +12,8 @@ import pytest
 from api_data import chat_lines
 from running_server import RunningServer
 
+from reftserve.client import Client, cli
+
 REFTSERVE = Path(sys.executable).parent / "reftserve"
 
 
@@ -79,6 +81,44 @@ def test_errors_are_one_line_and_the_exit_code_says_so(run, tmp_path: Path) -> N
     assert "no answer from the server" in run("files", "list", code=1, REFTSERVE_URL="http://127.0.0.1:9")
     assert "absent.jsonl" in run("files", "upload", str(tmp_path / "absent.jsonl"), code=1)
     assert "is no number" in run("chat", "hi", "--intervention", "a*b", code=2)
+
+
+@pytest.mark.parametrize(
+    ("words", "url", "expected"),
+    [
+        (["files", "upload", "."], "http://127.0.0.1:9", "error: .: Is a directory"),
+        (["files", "list"], "http://127.0.0.1:notaport", "error: Invalid port"),
+        (["files", "list"], "http://127.0.0.1:9", "error: no answer from the server at http://127.0.0.1:9"),
+    ],
+)
+def test_a_wrong_path_or_url_is_one_line(words: list[str], url: str, expected: str, tmp_path: Path) -> None:
+    environment = {**os.environ, "REFTSERVE_URL": url}
+    done = subprocess.run(
+        [str(REFTSERVE), *words], capture_output=True, text=True, env=environment, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(expected)
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("cause", "expected"),
+    [
+        (PermissionError(13, "Permission denied", "set.jsonl"), "error: set.jsonl: Permission denied\n"),
+        (TimeoutError("run r is still queued after 3 seconds"), "error: run r is still queued after 3 seconds\n"),
+    ],
+)
+def test_a_failure_of_the_system_is_one_line(
+    cause: OSError, expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise cause
+
+    monkeypatch.setattr(type(Client().files), "list", fail)
+    monkeypatch.setattr(sys, "argv", ["reftserve", "files", "list"])
+    with pytest.raises(SystemExit, match="1"):
+        cli.main()
+    assert capsys.readouterr().err == expected
 
 
 def test_doctor_names_what_is_in_the_way(run, tiny_llama_folder: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

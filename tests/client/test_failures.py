@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import uvicorn
@@ -24,23 +25,25 @@ class Misbehaving:
     def __init__(self, *answers: Response) -> None:
         self.answers = list(answers)
         self.requests: list[str] = []
+        self.paths: list[str] = []
         self.app = FastAPI()
         self.app.add_api_route("/{path:path}", self.answer, methods=["GET", "POST", "DELETE", "PUT"])
 
     async def answer(self, path: str, request: Request) -> Response:
         self.requests.append(request.method)
+        self.paths.append(f"/{path}")
         return self.answers[min(len(self.requests), len(self.answers)) - 1]
 
 
 @contextmanager
-def serving(misbehaving: Misbehaving, **options: int) -> Iterator[Client]:
+def serving(misbehaving: Misbehaving, path: str = "", **options: int) -> Iterator[Client]:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(misbehaving.app, log_level="critical"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
-            with Client(f"http://127.0.0.1:{listener.getsockname()[1]}", **options) as client:
+            with Client(f"http://127.0.0.1:{listener.getsockname()[1]}{path}", **options) as client:
                 yield client
         finally:
             server.should_exit = True
@@ -51,6 +54,7 @@ def error(status: int, message: str = "busy", **headers: str) -> Response:
     return JSONResponse({"error": {"message": message, "type": "t", "param": None, "code": "c"}}, status, headers)
 
 
+UPLOADED = JSONResponse({"id": "file-ab12", "bytes": 1, "created_at": 0, "filename": "f", "purpose": "fine-tune"})
 MODELS = JSONResponse({"object": "list", "data": [{"id": "base", "created": 0, "owned_by": "x"}]})
 
 
@@ -119,6 +123,55 @@ def test_a_stream_that_fails_on_the_way_keeps_what_came_before() -> None:
             with pytest.raises(expected):
                 list(pieces)
             assert pieces.text == "one"
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_a_stream_of_several_answers_is_refused_before_anything_is_sent(n: int) -> None:
+    server = Misbehaving(MODELS)
+    with serving(server) as client:
+        for prompt in ({"prompt": "p"}, {"messages": "p"}):
+            with pytest.raises(ValueError, match=f"n is {n}.*one answer"):
+                client.stream(**prompt, n=n)  # type: ignore[arg-type]
+    assert server.requests == []
+
+
+def test_a_failed_connection_names_the_url_and_how_to_start_a_server() -> None:
+    refused = pytest.raises(ConnectionFailed, match=r"http://127\.0\.0\.1:9.*reftserve serve")
+    with Client("http://127.0.0.1:9", max_retries=0) as client, refused:
+        client.models.list()
+    with Client("127.0.0.1:9", max_retries=0) as client, pytest.raises(ConnectionFailed, match="'http://'") as found:
+        client.models.list()
+    assert "127.0.0.1:9" in str(found.value)
+    broke_off = pytest.raises(ConnectionFailed, match=r"http://127\.0\.0\.1:\d+/v1/completions")
+    with serving(Misbehaving(broken(chunk("one")))) as client, client.stream("p", model="m") as pieces, broke_off:
+        list(pieces)
+
+
+@pytest.mark.parametrize("suffix", ["", "/", "/v1", "/v1/"])
+@pytest.mark.parametrize("prefix", ["", "/behind/a/proxy"])
+def test_a_url_may_end_in_v1_as_openai_clients_write_it(prefix: str, suffix: str) -> None:
+    server = Misbehaving(MODELS)
+    with serving(server, prefix + suffix) as client:
+        client.models.list()
+    assert server.paths == [f"{prefix}/v1/models"]
+
+
+def test_a_local_file_wins_over_an_id_and_only_hexadecimal_is_an_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("file-reviews.jsonl", "file-ab12"):
+        (tmp_path / name).write_text("{}")
+        server = Misbehaving(UPLOADED)
+        with serving(server) as client:
+            assert client.files.id_of(name) == "file-ab12"
+        assert server.requests == ["POST"], name
+    server = Misbehaving(UPLOADED)
+    with serving(server) as client:
+        assert client.files.id_of("file-0123456789abcdef") == "file-0123456789abcdef"
+        with pytest.raises(FileNotFoundError, match=r"file-absent\.jsonl"):
+            client.files.id_of("file-absent.jsonl")
+    assert server.requests == []
 
 
 def test_an_answer_that_is_no_error_object_is_still_told() -> None:

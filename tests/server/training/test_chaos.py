@@ -17,9 +17,8 @@ from published import make_artifact
 from sqlalchemy import func, select
 from victims import Victim, free_port, serve, wait_for_answer, work
 
-from reftserve.client import Client
+from reftserve.client import Client, Job
 from reftserve.client.exceptions import Conflict, ConnectionFailed
-from reftserve.client.jobs import Job
 from reftserve.interventions import load_artifact
 from reftserve.server.base.folder import open_base
 from reftserve.server.settings import Settings

@@ -1,0 +1,60 @@
+"""A connection to a server: sends calls, tries them again, and opens streams."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import httpx
+from tenacity import AsyncRetrying
+
+from reftserve.client.calls.call import Call
+from reftserve.client.event_reader import EventReader
+from reftserve.client.retries import reconnect_policy, retry_policy
+from reftserve.client.transport import answered, base_url, checked, headers, opened
+
+T = TypeVar("T")
+
+
+class AsyncConnection:
+    """A pool of HTTP connections, with one retry policy for all calls.
+
+    Methods raise the exceptions that `reftserve.client.exceptions` draws.
+    """
+
+    def __init__(self, url: str, api_key: str | None, timeout: httpx.Timeout | float, max_retries: int) -> None:
+        self._http = httpx.AsyncClient(base_url=base_url(url), headers=headers(api_key), timeout=timeout)
+        self._max_retries = max_retries
+
+    async def send(self, call: Call[T]) -> T:
+        """Return the answer to a call, after retries where they are safe."""
+        answer: T = await AsyncRetrying(**retry_policy(call, self._max_retries))(self.send_once, call)
+        return answer
+
+    async def send_once(self, call: Call[T]) -> T:
+        """Return the answer to a call, without retries."""
+        with opened(call) as arguments, answered(self._http.base_url):
+            response = await self._http.request(call.method, call.path, **arguments)
+        return call.read(checked(response))
+
+    async def open(self, call: Call[None]) -> httpx.Response:
+        """Return the open stream of an answer, after retries where they are safe."""
+        return await AsyncRetrying(**retry_policy(call, self._max_retries))(self._open_once, call)
+
+    async def open_events(self, reader: EventReader) -> httpx.Response:
+        """Return the open stream of a job's next events. Waits while the server is away."""
+        return await AsyncRetrying(**reconnect_policy())(self._open_events_once, reader)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+    async def _open_once(self, call: Call[None]) -> httpx.Response:
+        with opened(call) as arguments, answered(self._http.base_url):
+            request = self._http.build_request(call.method, call.path, **arguments)
+            response = await self._http.send(request, stream=True)
+            if response.is_error:
+                await response.aread()
+        return checked(response)
+
+    async def _open_events_once(self, reader: EventReader) -> httpx.Response:
+        return await self._open_once(reader.next_call())

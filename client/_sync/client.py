@@ -1,0 +1,164 @@
+# Generated from client/_async/client.py by `make generate`. Change that file instead.
+"""The client: one method for each task of a user, and the resources as attributes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar, Unpack
+
+import httpx
+
+from reftserve.client._sync.connection import Connection
+from reftserve.client._sync.evals import Evals
+from reftserve.client._sync.files import Files
+from reftserve.client._sync.interventions import Interventions
+from reftserve.client._sync.jobs import Job, Jobs
+from reftserve.client._sync.models import Models
+from reftserve.client._sync.streams import TextStream
+from reftserve.client.calls import generation
+from reftserve.client.calls.call import Call
+from reftserve.client.calls.files import DataFile
+from reftserve.client.calls.generation import ClassifyOptions, GenerationOptions, Messages
+from reftserve.client.calls.jobs import TrainingOptions, check_data, create_job
+from reftserve.client.calls.models import readiness
+from reftserve.client.concurrency import plain_property
+from reftserve.client.exceptions import ConnectionFailed, Unavailable
+from reftserve.client.schemas import ChatCompletion, Classification, Completion, DataReport
+from reftserve.client.transport import DEFAULT_URL, MAX_RETRIES, TIMEOUT
+
+T = TypeVar("T")
+
+
+class Client:
+    """A connection to a ReftServe server, and a context manager that closes it.
+
+    url: with or without `/v1`. api_key: sent as a bearer token. max_retries: after 429 and 503, and after a broken
+    connection if the call is idempotent. Methods raise the exceptions that `reftserve.client.exceptions` draws.
+    """
+
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        *,
+        api_key: str | None = None,
+        timeout: httpx.Timeout | float = TIMEOUT,
+        max_retries: int = MAX_RETRIES,
+    ) -> None:
+        self._connection = Connection(url, api_key, timeout, max_retries)
+        self.files = Files(self._connection)
+        self.jobs = Jobs(self._connection)
+        self.models = Models(self._connection)
+        self.interventions = Interventions(self._connection)
+        self.evals = Evals(self._connection, self.files, self.models)
+
+    def generate(self, prompt: str | Sequence[int], **options: Unpack[GenerationOptions]) -> Completion:
+        """Continue a text, or token ids."""
+        return self.send(generation.generate(self._model(options), prompt, options))
+
+    def chat(self, messages: Messages, **options: Unpack[GenerationOptions]) -> ChatCompletion:
+        """Answer a conversation. A string is one user message."""
+        return self.send(generation.chat(self._model(options), messages, options))
+
+    def stream(
+        self,
+        prompt: str | Sequence[int] | None = None,
+        *,
+        messages: Messages | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> TextStream:
+        """Return the text of `generate(prompt)` or `chat(messages)` piece by piece. Raises ValueError for n > 1."""
+        generation.refuse_several_answers(options)
+        call = generation.stream(self._model(options), prompt, messages, options)
+        return TextStream(self._connection.open(call))
+
+    def classify(
+        self,
+        text: str | Sequence[str] | None = None,
+        *,
+        labels: Sequence[str],
+        messages: Sequence[Any] | None = None,
+        **options: Unpack[ClassifyOptions],
+    ) -> Classification:
+        """Return the probability of each label as the answer to a text or a conversation, or to several.
+
+        labels: whole answers of the assistant for messages; whole continuations, leading space included, for texts.
+        """
+        return self.send(generation.classify(self._model(options), text, messages, labels, options))
+
+    def train(
+        self,
+        training_file: DataFile,
+        *,
+        name: str,
+        validation_file: DataFile | None = None,
+        model: str | None = None,
+        seed: int | None = None,
+        metadata: Mapping[str, str] | None = None,
+        **options: Unpack[TrainingOptions],
+    ) -> Job:
+        """Train an intervention and publish it as the next version of `name`; see the job's `wait`.
+
+        Files: a path, which is uploaded; the result of `files.upload`; or its id, `file-` and hexadecimal digits.
+        An existing path wins over an id.
+        """
+        call = create_job(
+            model or self.models.base(),
+            self.files.id_of(training_file),
+            options,
+            name=name,
+            validation_file=None if validation_file is None else self.files.id_of(validation_file),
+            seed=seed,
+            metadata=metadata,
+        )
+        return Job(self._connection, self.send(call))
+
+    def check_data(
+        self,
+        training_file: DataFile,
+        *,
+        validation_file: DataFile | None = None,
+        model: str | None = None,
+        seed: int | None = None,
+        **options: Unpack[TrainingOptions],
+    ) -> DataReport:
+        """Return a report on the data that `train` would use, with warnings. Trains nothing.
+
+        Files: as for `train`. Uploaded files stay on the server.
+        """
+        call = check_data(
+            model or self.models.base(),
+            self.files.id_of(training_file),
+            options,
+            validation_file=None if validation_file is None else self.files.id_of(validation_file),
+            seed=seed,
+        )
+        return self.send(call)
+
+    @plain_property
+    def base_model(self) -> str:
+        """The base model's id."""
+        return self.models.base()
+
+    def is_ready(self) -> bool:
+        """Return whether a server answers and its model, worker and database are ready. Does not retry."""
+        try:
+            return (self._connection.send_once(readiness())).ready
+        except (ConnectionFailed, Unavailable):
+            return False
+
+    def send(self, call: Call[T]) -> T:
+        """Return the answer to a call, after retries where they are safe."""
+        return self._connection.send(call)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._connection.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _model(self, options: GenerationOptions | ClassifyOptions) -> str:
+        return options.get("model") or self.models.base()

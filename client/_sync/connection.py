@@ -1,0 +1,61 @@
+# Generated from client/_async/connection.py by `make generate`. Change that file instead.
+"""A connection to a server: sends calls, tries them again, and opens streams."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import httpx
+from tenacity import Retrying
+
+from reftserve.client.calls.call import Call
+from reftserve.client.event_reader import EventReader
+from reftserve.client.retries import reconnect_policy, retry_policy
+from reftserve.client.transport import answered, base_url, checked, headers, opened
+
+T = TypeVar("T")
+
+
+class Connection:
+    """A pool of HTTP connections, with one retry policy for all calls.
+
+    Methods raise the exceptions that `reftserve.client.exceptions` draws.
+    """
+
+    def __init__(self, url: str, api_key: str | None, timeout: httpx.Timeout | float, max_retries: int) -> None:
+        self._http = httpx.Client(base_url=base_url(url), headers=headers(api_key), timeout=timeout)
+        self._max_retries = max_retries
+
+    def send(self, call: Call[T]) -> T:
+        """Return the answer to a call, after retries where they are safe."""
+        answer: T = Retrying(**retry_policy(call, self._max_retries))(self.send_once, call)
+        return answer
+
+    def send_once(self, call: Call[T]) -> T:
+        """Return the answer to a call, without retries."""
+        with opened(call) as arguments, answered(self._http.base_url):
+            response = self._http.request(call.method, call.path, **arguments)
+        return call.read(checked(response))
+
+    def open(self, call: Call[None]) -> httpx.Response:
+        """Return the open stream of an answer, after retries where they are safe."""
+        return Retrying(**retry_policy(call, self._max_retries))(self._open_once, call)
+
+    def open_events(self, reader: EventReader) -> httpx.Response:
+        """Return the open stream of a job's next events. Waits while the server is away."""
+        return Retrying(**reconnect_policy())(self._open_events_once, reader)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def _open_once(self, call: Call[None]) -> httpx.Response:
+        with opened(call) as arguments, answered(self._http.base_url):
+            request = self._http.build_request(call.method, call.path, **arguments)
+            response = self._http.send(request, stream=True)
+            if response.is_error:
+                response.read()
+        return checked(response)
+
+    def _open_events_once(self, reader: EventReader) -> httpx.Response:
+        return self._open_once(reader.next_call())

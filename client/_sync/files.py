@@ -1,0 +1,46 @@
+# Generated from client/_async/files.py by `make generate`. Change that file instead.
+"""Files: data sets and results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from reftserve.client._sync.connection import Connection
+from reftserve.client.calls import files as calls
+from reftserve.client.calls.files import DataFile
+from reftserve.client.schemas import Deleted, FileObject
+
+
+class Files:
+    """`client.files`."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def upload(
+        self, file: str | Path | bytes, *, purpose: str = "fine-tune", filename: str | None = None
+    ) -> FileObject:
+        """Upload a path or bytes. The server validates each row of a data set."""
+        return self._connection.send(calls.upload_file(file, purpose, filename))
+
+    def list(self, *, purpose: str | None = None) -> list[FileObject]:
+        """Return all files, newest first."""
+        return self._connection.send(calls.list_files(purpose))
+
+    def get(self, file_id: str) -> FileObject:
+        """Return one file's description."""
+        return self._connection.send(calls.get_file(file_id))
+
+    def content(self, file_id: str) -> bytes:
+        """Return a file's bytes."""
+        return self._connection.send(calls.file_content(file_id))
+
+    def delete(self, file_id: str) -> Deleted:
+        """Delete a file."""
+        return self._connection.send(calls.delete_file(file_id))
+
+    def id_of(self, file: DataFile) -> str:
+        """Return the id of a data set; uploads it first if `file` is a path."""
+        if isinstance(file, FileObject):
+            return file.id
+        return file if calls.is_file_id(file) else (self.upload(file)).id

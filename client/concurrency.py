@@ -1,0 +1,34 @@
+"""The differences between asyncio and blocking code that are more than `async` and `await`.
+
+`_async/` uses the first form of each pair. `.ci/generate_sync_client.py` puts the second in its place.
+
+    async_sleep        sleep
+    coroutine_method   plain_property
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Coroutine[Any, Any, Any]])
+
+
+async def async_sleep(seconds: float) -> None:
+    """Let other tasks run for `seconds`."""
+    await asyncio.sleep(seconds)
+
+
+def sleep(seconds: float) -> None:
+    """Block the thread for `seconds`."""
+    time.sleep(seconds)
+
+
+def coroutine_method(method: F) -> F:
+    """Return the method: asyncio's form of a property that asks the server."""
+    return method
+
+
+plain_property = property
