@@ -47,8 +47,7 @@ def open_services(settings: Settings) -> Services:
     """
     base = open_base(settings)
     store = open_store(settings, base.fingerprint)
-    store.interventions.sweep()
-    store.files.sweep()
+    store.sweep()
     engine = EngineClient(_engine_config(settings, base))
     evals = EvalService(store, base, serving_fingerprint(settings, base), max_interventions=settings.max_interventions)
     return Services(

@@ -127,11 +127,11 @@ class FileStore:
             session.delete(session.get_one(File, file_id))
         self._blobs.delete(file.blob_key)
 
-    def sweep(self) -> list[str]:
-        """Remove bytes that a crash left without a row; for start-up."""
+    def sweep(self, *, since: float = 0.0) -> list[str]:
+        """Remove bytes that a crash left without a row since then (Unix seconds); returns their keys."""
         with self._database.reading() as session:
             known = set(session.scalars(select(File.blob_key)))
-        return self._blobs.sweep(BLOBS, known)
+        return self._blobs.sweep(BLOBS, known, since=since)
 
     def _receive(self, stream: BinaryIO, target: Path) -> None:
         received = 0
