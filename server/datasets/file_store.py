@@ -13,6 +13,7 @@ from typing import BinaryIO
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from reftserve.client.schemas.unicode import half_pair
 from reftserve.server.datasets.reading import count_examples
 from reftserve.server.errors import InvalidRequest, NotFound, PayloadTooLarge, QuotaExceeded
 from reftserve.server.storage.blobs import BlobStore, map_enospc
@@ -48,6 +49,10 @@ class FileStore:
 
         Raises InvalidRequest, PayloadTooLarge, QuotaExceeded or StorageFull.
         """
+        if "\0" in filename or half_pair(filename) is not None:
+            raise InvalidRequest(
+                f"the file's name is {filename!a}; expected text without NUL and half surrogate pairs", param="file"
+            )
         if purpose != TRAINING:
             raise InvalidRequest(
                 f"purpose is {purpose!r}; files can be uploaded for {TRAINING!r}",
