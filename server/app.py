@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from fastapi_offline import FastAPIOffline
 
 from reftserve.server.api import (
@@ -22,6 +22,7 @@ from reftserve.server.api import (
     models,
 )
 from reftserve.server.api.body_limit import BodyLimit
+from reftserve.server.api.dependencies import check_parameters
 from reftserve.server.api.error_responses import install_error_handlers
 from reftserve.server.base.folder import Base, open_base
 from reftserve.server.engine.config import EngineConfig
@@ -47,8 +48,7 @@ def open_services(settings: Settings) -> Services:
     """
     base = open_base(settings)
     store = open_store(settings, base.fingerprint)
-    store.interventions.sweep()
-    store.files.sweep()
+    store.sweep()
     engine = EngineClient(_engine_config(settings, base))
     metrics = Metrics(lambda: engine.stats)
     limits = InferenceLimits(
@@ -92,7 +92,9 @@ def create_app(services: Services, on_engine_failure: Callable[[str], None]) -> 
         services.database.close()
 
     # The pages of /docs come with the package: servers often stand where no content network can be reached.
-    app: FastAPI = FastAPIOffline(title="ReftServe", version=version("reftserve"), lifespan=lifespan)
+    app: FastAPI = FastAPIOffline(
+        title="ReftServe", version=version("reftserve"), lifespan=lifespan, dependencies=[Depends(check_parameters)]
+    )
     app.state.services = services
     settings = services.settings
     uploads = {"/v1/files": settings.max_file_bytes, "/v1/interventions": settings.max_artifact_bytes}

@@ -6,12 +6,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from reftserve.client.schemas.base import Request, Response
-from reftserve.client.schemas.generation import ChatMessage, InterventionUse, Text, Usage, WholeCharacters
+from reftserve.client.schemas.base import Identifier, Request, Response
+from reftserve.client.schemas.generation import ChatMessage, InterventionUse, Usage
 
 MAX_LABELS = 1000
 
-Label = Annotated[str, Field(min_length=1), WholeCharacters]
+Label = Annotated[str, Field(min_length=1)]
 Labels = Annotated[list[Label], Field(min_length=2, max_length=MAX_LABELS)]
 Chat = Annotated[list[ChatMessage], Field(min_length=1)]
 
@@ -23,9 +23,9 @@ class ClassifyRequest(Request):
     normalize: `tokens` compares labels by their mean log-probability a token.
     """
 
-    model: str
+    model: Identifier
     interventions: list[InterventionUse] | None = None
-    input: Text | list[Text] | None = None
+    input: str | list[str] | None = None
     messages: Chat | list[Chat] | None = None
     labels: Labels
     normalize: Literal["none", "tokens"] = "none"

@@ -6,11 +6,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from reftserve.client.schemas.base import Request, Response
+from reftserve.client.schemas.base import Identifier, Printable, Request, Response
 from reftserve.client.schemas.classify import Label, Labels
-from reftserve.client.schemas.generation import InterventionUse, WholeCharacters
+from reftserve.client.schemas.generation import InterventionUse
 
-Name = Annotated[str, Field(min_length=1, max_length=64), WholeCharacters]
+Name = Annotated[str, Field(min_length=1, max_length=64), Printable]
 
 
 class Criterion(Request):
@@ -61,7 +61,7 @@ class RegexCriterion(Criterion):
     """How often a pattern, in the syntax of Rust's regex crate, is found in the greedy answer."""
 
     type: Literal["regex"]
-    pattern: Annotated[str, Field(min_length=1, max_length=4096), WholeCharacters]
+    pattern: str = Field(min_length=1, max_length=4096)
 
 
 TestingCriterion = Annotated[
@@ -79,7 +79,7 @@ class FileDataSource(Request):
     """An uploaded data set."""
 
     type: Literal["file"] = "file"
-    file_id: str
+    file_id: Identifier
 
 
 class EvalCreate(Request):
@@ -101,7 +101,7 @@ class CompletionsDataSource(Request):
     """What a run evaluates: the base, an intervention of it, or a composition, named as in completions."""
 
     type: Literal["completions"] = "completions"
-    model: str
+    model: Identifier
     interventions: list[InterventionUse] | None = None
     sampling_params: EvalSampling = EvalSampling()
 

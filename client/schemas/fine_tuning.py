@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from reftserve.client.schemas.base import Request, Response
+from reftserve.client.schemas.base import Identifier, Request, Response
 from reftserve.client.schemas.data_report import DataReport
 
 Auto = Literal["auto"]
@@ -94,9 +94,9 @@ class Method(Request):
 class FineTuningJobCreate(Request):
     """POST /v1/fine_tuning/jobs. suffix: the intervention's name."""
 
-    model: str
-    training_file: str
-    validation_file: str | None = None
+    model: Identifier
+    training_file: Identifier
+    validation_file: Identifier | None = None
     suffix: str | None = None
     seed: int | None = Field(None, ge=0, lt=2**31)
     method: Method | None = None

@@ -4,25 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import Field, model_validator
 
-from reftserve.client.schemas.base import Request, Response
+from reftserve.client.schemas.base import Identifier, Request, Response
 
 
 def _is_none(value: object) -> bool:
     return value is None
 
 
-def _whole_characters(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as cause:
-        raise ValueError(f"half a surrogate pair at character {cause.start}: not valid Unicode") from cause
-    return text
-
-
-WholeCharacters = AfterValidator(_whole_characters)
-Text = Annotated[str, WholeCharacters]
 MAX_LOGPROBS = 20  # OpenAI's
 
 
@@ -30,15 +20,22 @@ class TextPart(Request):
     """A part of a message's content."""
 
     type: Literal["text"]
-    text: Text
+    text: str
 
 
 class ChatMessage(Request):
-    """One turn of a chat."""
+    """One turn of a chat. An assistant's turn whose content is null or absent has said nothing: its text is empty."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | list[TextPart]
+    content: str | list[TextPart]
     name: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_content(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("role") == "assistant" and data.get("content") is None:
+            return {**data, "content": ""}
+        return data
 
     @property
     def text(self) -> str:
@@ -49,7 +46,7 @@ class ChatMessage(Request):
 class InterventionUse(Request):
     """An intervention in a composition. version: number or alias, `latest` when absent."""
 
-    name: str
+    name: Identifier
     version: int | str | None = None
     scale: float = Field(1.0, ge=-100, le=100, allow_inf_nan=False)
 
@@ -88,10 +85,10 @@ ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Fie
 class StructuredOutputs(Request):
     """What the answer must be, as one of these. grammar: in Lark's notation. choice: one of these strings."""
 
-    json_schema: dict[str, Any] | Text | None = Field(None, alias="json")
-    regex: Text | None = None
-    choice: list[Text] | None = Field(None, min_length=1)
-    grammar: Text | None = None
+    json_schema: dict[str, Any] | str | None = Field(None, alias="json")
+    regex: str | None = None
+    choice: list[str] | None = Field(None, min_length=1)
+    grammar: str | None = None
 
 
 class StreamOptions(Request):
@@ -107,18 +104,18 @@ class GenerationFields(Request):
     The last block is accepted because OpenAI's clients send it and no answer depends on it.
     """
 
-    model: str
+    model: Identifier
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=10, allow_inf_nan=False)
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0)
+    top_k: int | None = Field(None, ge=0, lt=2**31)
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=10, allow_inf_nan=False)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=1024)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: Text | list[Text] | None = None
+    stop: str | list[str] | None = None
     n: int | None = Field(None, ge=1, le=128)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -159,7 +156,7 @@ class CompletionRequest(GenerationFields):
     max_tokens 0, with `echo`, only reads the prompt.
     """
 
-    prompt: Text | list[Text] | list[int] | list[list[int]]
+    prompt: str | list[str] | list[int] | list[list[int]]
     max_tokens: int | None = Field(None, ge=0)
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)

@@ -1,4 +1,4 @@
-"""What a router may ask for, by parameter type: single services, and the owner of the request."""
+"""What a router may ask for, by parameter type: single services and the owner; and the check of all parameters."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import Annotated, Any
 
 from fastapi import Depends, Request
 
+from reftserve.client.schemas.unicode import half_pair
 from reftserve.server import settings
 from reftserve.server.api.auth import owner
 from reftserve.server.base.folder import Base
 from reftserve.server.datasets.file_store import FileStore
+from reftserve.server.errors import InvalidRequest
 from reftserve.server.evaluation.eval_service import EvalService
 from reftserve.server.inference import metrics, service
 from reftserve.server.registry.intervention_registry import InterventionRegistry
@@ -23,6 +25,20 @@ def _service(name: str) -> Callable[[Request], Awaitable[Any]]:
         return getattr(request.app.state.services, name)
 
     return get
+
+
+async def check_parameters(request: Request) -> None:
+    """Refuse path and query parameters that no database can look up; a dependency of the whole application.
+
+    Raises InvalidRequest that names the parameter.
+    """
+    for name, value in [*request.path_params.items(), *request.query_params.multi_items()]:
+        if isinstance(value, str) and ("\0" in value or half_pair(value) is not None):
+            raise InvalidRequest(
+                f"parameter {name!r} is {value!a}; expected text without NUL and half surrogate pairs",
+                param=name,
+                code="invalid_value",
+            )
 
 
 BaseModel = Annotated[Base, Depends(_service("base"))]

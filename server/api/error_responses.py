@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from reftserve.client.schemas import ErrorBody, ErrorDetail
+from reftserve.client.schemas.unicode import whole_text
 from reftserve.server.errors import ServerError, field_path
 
 logger = logging.getLogger(__name__)
@@ -18,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 def error_body(error: ServerError) -> ErrorBody:
     """OpenAI's error object."""
-    return ErrorBody(error=ErrorDetail(message=error.message, type=error.type, param=error.param, code=error.code))
+    return _body(error.message, error.type, error.param, error.code)
 
 
 def install_error_handlers(app: FastAPI) -> None:
@@ -47,6 +48,8 @@ async def _validation_error(request: Request, error: Exception) -> JSONResponse:
     if first["type"] == "json_invalid":
         message, code = f"the body is not JSON: {first['ctx']['error']} at byte {location[-1]}", "invalid_json"
         param = None
+    elif first["type"] == "string_unicode" and not location:
+        message, code = "a field's name holds half a surrogate pair, which is no character", "invalid_value"
     elif source == "body" and not location:
         message, code = "the body must be a JSON object, sent with Content-Type: application/json", "invalid_json"
     elif first["type"] == "extra_forbidden":
@@ -72,5 +75,10 @@ async def _unexpected_error(request: Request, error: Exception) -> JSONResponse:
 
 
 def _answer(status: int, message: str, kind: str, param: str | None, code: str) -> JSONResponse:
-    body = ErrorBody(error=ErrorDetail(message=message, type=kind, param=param, code=code))
-    return JSONResponse(body.model_dump(), status)
+    return JSONResponse(_body(message, kind, param, code).model_dump(), status)
+
+
+def _body(message: str, kind: str, param: str | None, code: str) -> ErrorBody:
+    """Write OpenAI's error object; what it quotes from a request need not be encodable."""
+    param = None if param is None else whole_text(param)
+    return ErrorBody(error=ErrorDetail(message=whole_text(message), type=kind, param=param, code=code))

@@ -16,7 +16,6 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from reftserve.client.schemas import ChatMessage, Request
-from reftserve.client.schemas.generation import Text
 from reftserve.server.datasets.json_rows import parse_json
 from reftserve.server.datasets.source_location import SourceLocation
 from reftserve.server.errors import field_path
@@ -74,8 +73,8 @@ class ChatRow(Request):
 class CompletionRow(Request):
     """A text and how it goes on. Leading spaces of the completion belong to it."""
 
-    prompt: Text = Field(min_length=1)
-    completion: Text
+    prompt: str = Field(min_length=1)
+    completion: str
 
     def examples(self, place: SourceLocation) -> list[Example]:
         """Raises InvalidRequest when the completion is empty."""
@@ -85,9 +84,9 @@ class CompletionRow(Request):
 class InstructionRow(Request):
     """Something to do, on something to do it with, and the answer."""
 
-    instruction: Text = Field(min_length=1)
-    input: Text | None = None
-    output: Text
+    instruction: str = Field(min_length=1)
+    input: str | None = None
+    output: str
 
     def examples(self, place: SourceLocation) -> list[Example]:
         """Raises InvalidRequest when the output is empty."""

@@ -13,6 +13,7 @@ from typing import BinaryIO
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from reftserve.client.schemas.unicode import half_pair
 from reftserve.server.datasets.reading import count_examples
 from reftserve.server.errors import InvalidRequest, NotFound, PayloadTooLarge, QuotaExceeded
 from reftserve.server.storage.blobs import BlobStore, map_enospc
@@ -48,6 +49,10 @@ class FileStore:
 
         Raises InvalidRequest, PayloadTooLarge, QuotaExceeded or StorageFull.
         """
+        if "\0" in filename or half_pair(filename) is not None:
+            raise InvalidRequest(
+                f"the file's name is {filename!a}; expected text without NUL and half surrogate pairs", param="file"
+            )
         if purpose != TRAINING:
             raise InvalidRequest(
                 f"purpose is {purpose!r}; files can be uploaded for {TRAINING!r}",
@@ -127,11 +132,11 @@ class FileStore:
             session.delete(session.get_one(File, file_id))
         self._blobs.delete(file.blob_key)
 
-    def sweep(self) -> list[str]:
-        """Remove bytes that a crash left without a row; for start-up."""
+    def sweep(self, *, since: float = 0.0) -> list[str]:
+        """Remove bytes that a crash left without a row since then (Unix seconds); returns their keys."""
         with self._database.reading() as session:
             known = set(session.scalars(select(File.blob_key)))
-        return self._blobs.sweep(BLOBS, known)
+        return self._blobs.sweep(BLOBS, known, since=since)
 
     def _receive(self, stream: BinaryIO, target: Path) -> None:
         received = 0

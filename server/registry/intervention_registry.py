@@ -250,11 +250,11 @@ class InterventionRegistry:
             session.delete(found)
         return self.get(owner, name)
 
-    def sweep(self) -> list[str]:
-        """Remove artifacts that a crash left without a row; for start-up."""
+    def sweep(self, *, since: float = 0.0) -> list[str]:
+        """Remove artifacts that a crash left without a row since then (Unix seconds); returns their keys."""
         with self._database.reading() as session:
             known = set(session.scalars(select(Version.blob_key)))
-        return self._blobs.sweep(BLOBS, known)
+        return self._blobs.sweep(BLOBS, known, since=since)
 
     def _commit(self, owner: str, name: str, version: Version, alongside: Callable[[Session, str], object]) -> Version:
         """Give the version its number and commit it; what the job has published already, if it has."""

@@ -11,6 +11,7 @@ from rapidfuzz import process, utils
 from reftserve.server.errors import InvalidRequest
 
 LATEST = "latest"
+MAX_DIGITS = 18  # of a version's number: what every database takes for an integer
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -27,7 +28,8 @@ class Reference:
         name, at, version = text.partition("@")
         if not at:
             return cls(name)
-        return cls(name, int(version) if version.isdecimal() else version)
+        is_number = version.isascii() and version.isdecimal() and len(version) <= MAX_DIGITS
+        return cls(name, int(version) if is_number else version)
 
     def __str__(self) -> str:
         return f"{self.name}@{self.version}"

@@ -106,14 +106,15 @@ class BlobStore:
             self.delete(key)
             raise
 
-    def sweep(self, prefix: str, keep: set[str], *, older_than_s: float = 3600) -> list[str]:
+    def sweep(self, prefix: str, keep: set[str], *, since: float = 0.0, older_than_s: float = 3600) -> list[str]:
         """Remove what no row knows: blobs directly below `prefix` that are not in `keep` and old enough.
 
-        Young ones may belong to a row that another process is about to commit. Returns the keys removed.
+        Young ones may belong to a row that another process is about to commit. since: Unix seconds; blobs written
+        before stay. Returns the keys removed.
         """
         swept = []
         for key in self.children(prefix):
-            if key not in keep and time.time() - self._modified(self._path(key)) > older_than_s:
+            if key not in keep and since <= self._modified(self._path(key)) < time.time() - older_than_s:
                 self.delete(key)
                 swept.append(key)
         return swept

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
 from sqlalchemy.exc import DatabaseError, InterfaceError, OperationalError
 from sqlalchemy.orm import Session
 
+from reftserve.client.schemas.unicode import whole
 from reftserve.server.errors import StorageFull
 
 BUSY_TIMEOUT_MS = 30_000
@@ -27,7 +29,7 @@ class Database:
 
     def __init__(self, url: str) -> None:
         self.url = make_url(url)
-        self.engine: Engine = create_engine(url, pool_pre_ping=True)
+        self.engine: Engine = create_engine(url, pool_pre_ping=True, json_deserializer=_read_json)
         if self.url.get_backend_name() == "sqlite":
             event.listen(self.engine, "connect", _configure_sqlite)
             event.listen(self.engine, "begin", _begin)
@@ -98,6 +100,13 @@ class Database:
                     yield
                 finally:
                     connection.execute(text("SELECT pg_advisory_unlock(7263)"))
+
+
+def _read_json(stored: str | bytes) -> Any:
+    # Rows from before requests were checked may hold half a surrogate pair, which no answer can carry.
+    text = stored if isinstance(stored, str) else stored.decode()
+    value = json.loads(text)
+    return whole(value) if "\\ud" in text.lower() else value
 
 
 def _configure_sqlite(connection: sqlite3.Connection, record: Any) -> None:

@@ -83,7 +83,7 @@ def test_the_same_intervention_twice_is_an_error(http: httpx.Client, trained: st
         ({"structured_outputs": {"choice": ["a"], "regex": "a"}}, "structured_outputs", "invalid_request"),
         ({"structured_outputs": {"regex": "a"}, "min_tokens": 1}, "min_tokens", "invalid_request"),
         ({"structured_outputs": {"regex": "a" * 70000}}, "structured_outputs.regex", "invalid_request"),
-        ({"tools": []}, "tools", "unknown_field"),
+        ({"tools": [{"type": "function"}]}, "tools", "unknown_field"),
         ({"max_completion_tokens": 3}, "max_tokens", "invalid_request"),
         ({"interventions": [{"name": "a"}] * 9}, "interventions", "invalid_request"),
         ({"seed": 2**70}, "seed", "invalid_value"),

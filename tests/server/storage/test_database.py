@@ -111,3 +111,15 @@ def test_a_transaction_that_fails_leaves_nothing(url: str) -> None:
 
 def test_a_database_that_is_not_there_is_not_reachable(tmp_path: Path) -> None:
     assert not Database(f"sqlite:///{tmp_path / 'no' / 'folder' / 'test.db'}").is_reachable()
+
+
+def test_json_that_holds_half_a_surrogate_pair_or_nul_can_be_read(database_url: str) -> None:
+    database = Database(database_url)
+    database.migrate()
+    metadata = {"a\ud800": "\udc00b", "NUL": "\0", "pair": "\U0001f600", "plain": "\\ud800"}
+    with database.session() as session:
+        session.add(Eval(id="e", owner="o", name="n", file_id="f", criteria=[], eval_metadata=metadata, created_at=0))
+    with database.reading() as session:
+        read = session.get_one(Eval, "e").eval_metadata
+    assert read == {"a\ufffd": "\ufffdb", "NUL": "\0", "pair": "\U0001f600", "plain": "\\ud800"}
+    database.close()

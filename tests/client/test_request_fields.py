@@ -1,0 +1,180 @@
+"""What every request model keeps to: null is "not given", and no string holds half a surrogate pair."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from reftserve.client import schemas
+from reftserve.client.schemas import (
+    AssistantMessage,
+    ChatMessage,
+    Request,
+    evals,
+    fine_tuning,
+    generation,
+    interventions,
+)
+
+HALF = "\ud800"
+HELLO = {"role": "user", "content": "hello"}
+FORMAT: dict[str, Any] = {"schema": {"type": "object"}}
+
+# The least that each model takes. A model that is missing here fails the first test.
+LEAST: dict[type[Request], dict[str, Any]] = {
+    generation.TextPart: {"type": "text", "text": "a"},
+    generation.ChatMessage: HELLO,
+    generation.InterventionUse: {"name": "a"},
+    generation.TextFormat: {"type": "text"},
+    generation.JsonObjectFormat: {"type": "json_object"},
+    generation.NamedSchema: FORMAT,
+    generation.JsonSchemaFormat: {"type": "json_schema", "json_schema": FORMAT},
+    generation.StructuredOutputs: {},
+    generation.StreamOptions: {},
+    generation.GenerationFields: {"model": "a"},
+    generation.ChatCompletionRequest: {"model": "a", "messages": [HELLO]},
+    generation.CompletionRequest: {"model": "a", "prompt": "b"},
+    schemas.ClassifyRequest: {"model": "a", "labels": ["b", "c"]},
+    evals.Criterion: {},
+    evals.LikelihoodCriterion: {"type": "loss"},
+    evals.AccuracyCriterion: {"type": "accuracy"},
+    evals.ExactMatchCriterion: {"type": "exact_match"},
+    evals.OverlapCriterion: {"type": "f1"},
+    evals.ContainsCriterion: {"type": "contains"},
+    evals.RegexCriterion: {"type": "regex", "pattern": "a"},
+    evals.FileDataSource: {"file_id": "a"},
+    evals.EvalCreate: {"data_source_config": {"file_id": "a"}, "testing_criteria": [{"type": "loss"}]},
+    evals.EvalSampling: {},
+    evals.CompletionsDataSource: {"model": "a"},
+    evals.EvalRunCreate: {"data_source": {"model": "a"}},
+    fine_tuning.SupervisedHyperparameters: {},
+    fine_tuning.SupervisedMethod: {},
+    fine_tuning.ReftHyperparameters: {},
+    fine_tuning.Range: {"low": 1, "high": 2},
+    fine_tuning.ReftSweep: {},
+    fine_tuning.ReftMethod: {},
+    fine_tuning.Method: {"type": "reft"},
+    fine_tuning.FineTuningJobCreate: {"model": "a", "training_file": "b"},
+    interventions.AliasUpdate: {"version": 1},
+}
+
+
+def subclasses(kind: type[Request]) -> Iterator[type[Request]]:
+    for child in kind.__subclasses__():
+        if child.__module__.startswith("reftserve.client"):
+            yield child
+            yield from subclasses(child)
+
+
+def schema_of(kind: type[Request]) -> dict[str, Any]:
+    return kind.model_json_schema()
+
+
+def optional_fields() -> list[Any]:
+    return [
+        pytest.param(kind, field, id=f"{kind.__name__}-{field}")
+        for kind in LEAST
+        for field in schema_of(kind)["properties"]
+        if field not in schema_of(kind).get("required", [])
+    ]
+
+
+def broken_fields() -> list[Any]:
+    """Each field that takes strings, lists of strings or free objects, with half a surrogate pair in it."""
+    found = []
+    for kind in LEAST:
+        for field, schema in schema_of(kind)["properties"].items():
+            name = f"{kind.__name__}-{field}"
+            found += [
+                pytest.param(kind, field, value, id=f"{name}-{type(value).__name__}") for value in broken_values(schema)
+            ]
+    return found
+
+
+def broken_values(schema: dict[str, Any]) -> Iterator[Any]:
+    for form in schema.get("anyOf", [schema]):
+        if form.get("type") == "string" and not {"const", "enum"} & form.keys():
+            yield HALF
+        elif form.get("type") == "array":
+            yield from ([value, "b"] for value in broken_values(form["items"]))
+        elif form.get("type") == "object" and form["additionalProperties"] in (True, {"type": "string"}):
+            yield {HALF: "a"}
+            yield {"a": HALF}
+            if form["additionalProperties"] is True:
+                yield {"a": [{"b": [1, HALF]}]}
+
+
+def test_every_request_model_has_an_example() -> None:
+    assert set(subclasses(Request)) == LEAST.keys()
+
+
+@pytest.mark.parametrize(("kind", "field"), optional_fields())
+def test_null_is_the_default(kind: type[Request], field: str) -> None:
+    least = {name: value for name, value in LEAST[kind].items() if name != field}
+    assert kind.model_validate({**least, field: None}) == kind.model_validate(least)
+
+
+@pytest.mark.parametrize("kind", LEAST, ids=lambda kind: kind.__name__)
+def test_a_required_field_that_is_null_is_missing(kind: type[Request]) -> None:
+    for field in schema_of(kind).get("required", []):
+        with pytest.raises(ValidationError) as refused:
+            kind.model_validate({**LEAST[kind], field: None})
+        assert [(error["loc"], error["type"]) for error in refused.value.errors()] == [((field,), "missing")]
+
+
+@pytest.mark.parametrize("kind", LEAST, ids=lambda kind: kind.__name__)
+def test_an_unknown_field_is_ignored_when_it_says_nothing_and_refused_by_its_name_when_it_does(
+    kind: type[Request],
+) -> None:
+    for nothing in (None, [], {}):
+        assert kind.model_validate({**LEAST[kind], "refusal": nothing}) == kind.model_validate(LEAST[kind])
+    for something in (False, 0, "", [None], {"a": None}):
+        with pytest.raises(ValidationError) as refused:
+            kind.model_validate({**LEAST[kind], "refusal": something})
+        assert [(error["loc"], error["type"]) for error in refused.value.errors()] == [
+            (("refusal",), "extra_forbidden")
+        ]
+
+
+@pytest.mark.parametrize(("kind", "field", "value"), broken_fields())
+def test_half_a_surrogate_pair_is_refused_by_its_field(kind: type[Request], field: str, value: Any) -> None:
+    with pytest.raises(ValidationError) as refused:
+        kind.model_validate({**LEAST[kind], field: value})
+    error = refused.value.errors()[0]
+    assert error["loc"][0] == field
+    assert error["type"] in ("half_surrogate_pair", "string_unicode")
+
+
+def test_a_value_deeper_than_calls_can_go_is_looked_through() -> None:
+    deep: Any = [HALF]
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(ValidationError, match="surrogate"):
+        schemas.ChatCompletionRequest(model="a", messages=[ChatMessage(**HELLO)], metadata={"a": deep})
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"role": "assistant", "content": None},
+        {"role": "assistant"},
+        {"role": "assistant", "content": None, "refusal": None, "annotations": [], "audio": None, "tool_calls": []},
+    ],
+)
+def test_an_assistant_that_said_nothing_has_an_empty_text(turn: dict[str, Any]) -> None:
+    assert ChatMessage.model_validate(turn).text == ""
+
+
+@pytest.mark.parametrize("role", ["system", "developer", "user", "tool"])
+def test_nobody_else_may_leave_the_content_out(role: str) -> None:
+    with pytest.raises(ValidationError, match="content"):
+        ChatMessage.model_validate({"role": role, "content": None})
+
+
+def test_our_own_answer_goes_back_in_unchanged() -> None:
+    for text in ("", "hi"):
+        turn = AssistantMessage(content=text).model_dump()
+        assert ChatMessage.model_validate(turn) == ChatMessage(role="assistant", content=text)
