@@ -10,7 +10,11 @@ import torch
 from engine_oracle import Run, make_engine, request, run_until_done, save_edits, save_random
 
 from reftserve.interventions import LowRankEdit, PlacedEdit, Positions, model_checksum
+from reftserve.server.engine import runner
+from reftserve.server.engine.bank import Bank
+from reftserve.server.engine.edit_plan import LayerEdits, plan_edits
 from reftserve.server.engine.messages import InterventionRef, SamplingParams, Submit
+from reftserve.server.engine.scheduler import Chunk
 
 PROMPT = list(range(5, 45))
 
@@ -146,16 +150,33 @@ def test_a_stop_token_ends_the_answer_and_is_reported(tiny_llama_folder: Path) -
     engine.close()
 
 
-def test_steps_without_edited_rows_plan_nothing(tiny_llama_folder: Path, artifacts: list[Path]) -> None:
+@pytest.mark.parametrize(
+    ("artifact", "prefill_layers", "decode_layers"),
+    [(0, [1], []), (1, [0, 1, 2, 3], []), (3, [2], []), (4, [], [1]), (5, [0, 3], [0, 3])],
+    ids=["l1", "f7+l7", "prompt", "generated", "all"],
+)
+def test_a_decode_step_edits_only_where_generated_tokens_are_edited(
+    tiny_llama_folder: Path,
+    artifacts: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+    artifact: int,
+    prefill_layers: list[int],
+    decode_layers: list[int],
+) -> None:
     """A decode step of a prompt-only intervention is the base model's own."""
-    from reftserve.server.engine.edit_plan import plan_edits
+    planned: list[tuple[bool, list[int]]] = []
 
+    def recorded(chunks: list[Chunk], bank: Bank, device: torch.device) -> dict[int, LayerEdits]:
+        plan = plan_edits(chunks, bank, device)
+        planned.append((all(chunk.is_decode for chunk in chunks), sorted(plan)))
+        return plan
+
+    monkeypatch.setattr(runner, "plan_edits", recorded)
     engine = make_engine(tiny_llama_folder)
-    engine.submit(request("l1", PROMPT, uses=[(artifacts[0], 1.0)], max_tokens=4))
+    engine.submit(request("one", PROMPT, uses=[(artifacts[artifact], 1.0)], max_tokens=4))
     run_until_done(engine)
-    runner = engine.runner
-    plans = [plan_edits(batch.chunks, runner.bank, torch.device("cpu")) for batch in runner.batches]  # type: ignore[attr-defined]
-    assert all(not plan for plan, batch in zip(plans, runner.batches, strict=True) if batch.decodes)  # type: ignore[attr-defined]
+    assert planned[0] == (False, prefill_layers)
+    assert planned[1:] == [(True, decode_layers)] * 3
     engine.close()
 
 

@@ -74,10 +74,28 @@ def test_answers_follow_their_grammars_beside_free_ones(
         each.close()
 
 
+class CollectsTogether(GrammarCompiler):
+    """Reports its grammars when all are compiled, so that their sequences start in one step."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__(tokenizer, (2,), len(tokenizer))
+        self._compiled: list[Compiled] = []
+
+    def collect(self) -> list[Compiled]:
+        self._compiled += super().collect()
+        if self.pending:
+            return []
+        done, self._compiled = self._compiled, []
+        return done
+
+
 def test_a_preempted_answer_still_follows_its_grammar(
     tiny_llama_folder: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     engine = make_engine(tiny_llama_folder, blocks=16)
+    assert engine.grammars is not None
+    engine.grammars.close()
+    engine.grammars = CollectsTogether(tokenizer)
     grammar = LLMatcher.grammar_from_regex("[a-z]{40}")
     run = run_all(engine, *(structured(str(seed), grammar, seed) for seed in range(4)))
     assert engine.stats().preemptions > 0
