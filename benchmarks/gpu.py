@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from reftserve.interventions import BaseFingerprint, InterventionConfig, TrainableIntervention, load_artifact
 from reftserve.interventions import save_artifact as save
+from reftserve.server.base.kernel_choice import NoKernels
 from reftserve.server.engine.engine import Engine
 from reftserve.server.engine.messages import InterventionRef, SamplingParams, Submit
 from reftserve.server.engine.runner import Runner
@@ -70,7 +71,7 @@ def make_engine(
         kv_cache_bytes=token_bytes * BLOCK_SIZE * sequences * (tokens // BLOCK_SIZE + 2),
         block_size=BLOCK_SIZE,
         bank_bytes=2 << 30 if device.type == "cuda" else 1 << 24,
-        cpu_kernels=False,
+        kernels=NoKernels(),
         recorded_rows=sequences if graphs else 0,
         in_place=in_place,
     )

@@ -22,6 +22,7 @@ from reftserve.interventions import (
     load_artifact,
     save_artifact,
 )
+from reftserve.server.base.kernel_choice import KernelChoice
 from reftserve.server.base.memory import freeze_gc
 from reftserve.server.engine.config import EngineConfig
 from reftserve.server.engine.engine import Engine
@@ -42,9 +43,9 @@ def prompts(count: int, low: int, high: int, seed: int = 0, model: Path = MODEL)
     return [ids[start : start + draw.randint(low, high)] for start in starts]
 
 
-def make_engine(**fields: Any) -> Engine:
-    """The engine as its process builds it."""
-    engine, _ = build(EngineConfig(str(MODEL), threads=2, **fields))
+def make_engine(kernels: KernelChoice | None = None, **fields: Any) -> Engine:
+    """The engine as its process builds it. kernels: which ones run; None: as the fields say."""
+    engine, _ = build(EngineConfig(str(MODEL), threads=2, **fields), kernels)
     freeze_gc()
     return engine
 

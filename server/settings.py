@@ -45,9 +45,11 @@ class Settings(BaseSettings):
     quantization: Literal["none", "int8"] = Field(
         "none", description="int8: linear layers in 8 bits, on the CPU; faster, a little less exact"
     )
-    cpu_kernels: bool = Field(
-        True,
-        description="On the CPU, in float32: use kernels that a C++ compiler makes once; slower without",
+    cpu_kernels: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="On the CPU, in float32: kernels that a C++ compiler makes once. auto: each kernel that is faster "
+        "than torch's operations, measured at the first start; without a compiler torch's alone, and a warning. "
+        "always: all of them. never: torch's alone. int8 needs them",
     )
     cuda_graphs: bool = Field(
         True, description="On CUDA: record decode steps once and replay them; without, small models wait for Python"

@@ -1,7 +1,8 @@
 """Modules of the frozen base that the CPU kernels compute in fewer passes: RMS norms, gated MLPs, attention.
 
 A module is taken for one by its parts, and replaced only when the kernel's output equals its own on a probe: what looks
-like one of them and is something else stays as it is.
+like one of them and is something else stays as it is. So does a module whose kernel is slower than torch's operations
+(`kernel_choice.py`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 
 from reftserve.server.base.fused_attention import fused_attention
 from reftserve.server.base.int8 import Int8Weight
-from reftserve.server.base.panels import PanelLinear, is_linear
+from reftserve.server.base.kernel_choice import ALL_KERNELS, ROWS, KernelChoice, Trial
+from reftserve.server.base.panels import is_linear, joined
 from reftserve.server.base.replacement import equal, random_rows, replace_modules
 
 # The numbers of cpu_kernels/activation.h, by what `torch.nn.functional` computes for them.
@@ -69,33 +71,39 @@ class Int8FusedMLP(nn.Module):
 
 
 @torch.no_grad()  # not inference mode: what is made under it cannot be kept for a way back
-def fuse_modules(model: nn.Module, *, int8: bool) -> None:
-    """Replace a float32 model's modules by their fused forms. Its linear layers are plain, or packed.
+def fuse_modules(model: nn.Module, *, int8: bool, kernels: KernelChoice = ALL_KERNELS) -> None:
+    """Replace a float32 model's modules by their fused forms, where their kernels run. Linear layers keep their form.
 
     Attention modules are replaced where the model's attention is ours (`attention.ATTENTION`).
     """
     # Norms first: attention may hold some.
     for form in (_norm, partial(_mlp, int8=int8), partial(fused_attention, int8=int8)):
-        replace_modules(model, form)
+        replace_modules(model, partial(form, kernels=kernels))
 
 
-def _norm(module: nn.Module) -> FusedRMSNorm | None:
+def _norm(module: nn.Module, *, kernels: KernelChoice) -> FusedRMSNorm | None:
     if "RMSNorm" not in type(module).__name__ or [name for name, _ in module.named_parameters()] != ["weight"]:
         return None
     weight: Any = module.weight
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(epsilon, float) or weight.dim() != 1:
         return None
-    probe = random_rows(weight.shape[0])
+    size = weight.shape[0]
+    probe = random_rows(size)
     # Gemma's weights are what is added to 1.
     for candidate in (weight.detach().clone(), 1.0 + weight.detach()):
         fused = FusedRMSNorm(candidate, epsilon)
         if equal(fused(probe), module(probe)):
-            return fused
+            return fused if kernels.takes("rms_norm", f"{size}", partial(_norm_trials, fused, module)) else None
     return None
 
 
-def _mlp(module: nn.Module, *, int8: bool) -> nn.Module | None:
+def _norm_trials(fused: FusedRMSNorm, module: nn.Module) -> list[Trial]:
+    inputs = [random_rows(len(fused.weight), rows) for rows in ROWS]
+    return [Trial(partial(fused, x), partial(module, x)) for x in inputs]
+
+
+def _mlp(module: nn.Module, *, int8: bool, kernels: KernelChoice) -> nn.Module | None:
     parts = dict(module.named_children())
     layers = [parts.get(f"{name}_proj") for name in ("gate", "up", "down")]
     linears = [layer for layer in layers if is_linear(layer)]
@@ -108,5 +116,23 @@ def _mlp(module: nn.Module, *, int8: bool) -> nn.Module | None:
         if equal(down(activation(gate(probe)) * up(probe)), expected):
             if int8:
                 return Int8FusedMLP(Int8Weight([gate, up]), Int8Weight([down]), number)
-            return FusedMLP(PanelLinear([gate, up]), PanelLinear([down]), number)
+            trials = partial(_activation_trials, gate.out_features, number)
+            if kernels.takes("gated_activation", f"{gate.out_features}", trials):
+                return FusedMLP(joined([gate, up]), down, number)
+            return None
     return None
+
+
+def _activation_trials(size: int, number: int) -> list[Trial]:
+    activation = ACTIVATIONS[number]
+    trials = []
+    for rows in ROWS:
+        gate_up = random_rows(2 * size, rows)
+        gate, up = (part.contiguous() for part in gate_up.chunk(2, dim=-1))
+        trials.append(
+            Trial(
+                partial(torch.ops.reftserve.gated_activation, gate_up, number),
+                lambda gate=gate, up=up: activation(gate) * up,  # type: ignore[misc]
+            )
+        )
+    return trials

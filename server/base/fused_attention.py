@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 
 from reftserve.server.base.attention import attention_step, current_step
 from reftserve.server.base.int8 import Int8Linear
-from reftserve.server.base.panels import PanelLinear, is_linear
+from reftserve.server.base.kernel_choice import ROWS, KernelChoice, Trial
+from reftserve.server.base.panels import JoinedLinear, PanelLinear, is_linear, joined
 from reftserve.server.base.replacement import equal, random_rows
 
 ROTATION = "position_embeddings"  # the argument of transformers' attention modules that brings cosines and sines
@@ -28,7 +30,7 @@ class FusedAttention(nn.Module):
 
     def __init__(
         self,
-        qkv: PanelLinear | Int8Linear,
+        qkv: PanelLinear | JoinedLinear | Int8Linear,
         o_proj: nn.Module,
         norms: tuple[nn.Module, nn.Module] | None,
         *,
@@ -70,7 +72,7 @@ class FusedAttention(nn.Module):
         return self.o_proj(attended.flatten(1)).unsqueeze(0), None
 
 
-def fused_attention(module: nn.Module, *, int8: bool) -> FusedAttention | None:
+def fused_attention(module: nn.Module, *, int8: bool, kernels: KernelChoice) -> FusedAttention | None:
     """The fused form of an attention module, by its parts: four projections, and perhaps norms of queries and keys."""
     parts = dict(module.named_children())
     q, k, v, o = (parts.pop(f"{name}_proj", None) for name in "qkvo")
@@ -84,8 +86,11 @@ def fused_attention(module: nn.Module, *, int8: bool) -> FusedAttention | None:
     if expected is None or _probed(module, x, rotates=False):  # some layers of a model may be given no rotation
         return None
     call = expected.call
+    shape = f"{call.query.shape[0]}+{call.key.shape[0]}x{call.query.shape[-1]}"
+    if not kernels.takes("rotate", shape, lambda: _rotation_trials(call)):
+        return None
     fused = FusedAttention(
-        PanelLinear([q, k, v]),
+        joined([q, k, v]),
         o,
         norms,
         layer=call.layer,
@@ -153,6 +158,28 @@ def _probed(module: nn.Module, x: Tensor, *, rotates: bool) -> _Probed | None:
         except Exception:  # whatever a module says to a probe, it only keeps its own form
             return None
     return _Probed(recorder.calls[0], output) if len(recorder.calls) == 1 else None
+
+
+def _rotation_trials(call: _Call) -> list[Trial]:
+    """Rotations of queries and keys like those of `call`: in place, and as transformers' code has them."""
+    dim = call.query.shape[-1]
+
+    def rotated(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+        low, high = heads.chunk(2, dim=-1)
+        return heads * cosines + torch.cat((-high, low), dim=-1) * sines
+
+    trials = []
+    for rows in ROWS:
+        query, key = (random_rows(len(heads) * dim, rows)[0] for heads in (call.query, call.key))
+        cosines, sines = random_rows(dim, 2 * rows)[0].chunk(2)
+        by_head = [_heads(heads, dim).clone() for heads in (query, key)]
+        trials.append(
+            Trial(
+                partial(torch.ops.reftserve.rotate, query, key, cosines, sines, dim),
+                lambda both=by_head, c=cosines, s=sines: [rotated(heads, c, s) for heads in both],  # type: ignore[misc]
+            )
+        )
+    return trials
 
 
 def _heads(rows: Tensor, size: int) -> Tensor:

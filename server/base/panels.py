@@ -1,4 +1,4 @@
-"""Linear layers of the frozen base in float32, packed for the CPU's kernel (cpu_kernels/linear.cpp).
+"""Linear layers of the frozen base in float32, packed for the CPU's kernel (cpu_kernels/linear.cpp) where it is faster.
 
 Weights lie in panels of output channels, which the kernel streams from memory once, for y = x W^T and for the y W of a
 gradient. torch's own `linear` goes to MKL and brings the weight into its kernel's layout at every call. Panels replace
@@ -8,14 +8,17 @@ the embedding are read from the head's panels. `benchmarks/linears.py` measures 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from reftserve.server.base.replacement import replace_modules
+from reftserve.server.base.kernel_choice import ROWS, KernelChoice, Trial
+from reftserve.server.base.replacement import random_rows, replace_modules
 
 
 class PanelLinear(nn.Module):
@@ -61,6 +64,7 @@ class PanelEmbedding(nn.Module):
 
 
 Linear = nn.Linear | PanelLinear
+TRIAL_WEIGHTS = 1 << 20
 
 
 def is_linear(module: nn.Module | None) -> TypeGuard[Linear]:
@@ -68,9 +72,59 @@ def is_linear(module: nn.Module | None) -> TypeGuard[Linear]:
     return type(module) in (nn.Linear, PanelLinear)
 
 
+class JoinedLinear(nn.Module):
+    """y = x W^T + b for several plain layers that read one tensor, by torch. weight: W of all, [out of all, in]."""
+
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        super().__init__()
+        weights = [layer.weight.detach() for layer in layers]
+        self.weight = nn.Parameter(_side_by_side(weights), requires_grad=False)
+        bias = joined_bias(layers)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.sizes = [layer.out_features for layer in layers]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., in] -> [..., out of all layers]."""
+        return nn.functional.linear(x, self.weight, self.bias)
+
+    def parts(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x: [..., in] -> [..., out] for each layer, views of one tensor."""
+        return torch.split(self.forward(x), self.sizes, dim=-1)
+
+
+def joined(layers: Sequence[Linear]) -> PanelLinear | JoinedLinear:
+    """Return layers that read one tensor as one layer, in the form that they have: in panels, or all plain."""
+    plain = [layer for layer in layers if isinstance(layer, nn.Linear)]
+    return JoinedLinear(plain) if len(plain) == len(layers) else PanelLinear(layers)
+
+
 def takes_kernels(model: nn.Module) -> bool:
     """Whether the CPU's kernels can compute a model: all of it is float32, on the CPU."""
     return {(p.dtype, p.device.type) for p in model.parameters()} == {(torch.float32, "cpu")}
+
+
+def pack_linears(model: nn.Module, kernels: KernelChoice) -> None:
+    """Bring a model's linear layers into panels if our product is the faster one for the shape with most weights."""
+    plain = [module for module in model.modules() if type(module) is nn.Linear]
+    if not plain:
+        return
+    weights: Counter[tuple[int, int]] = Counter()
+    for layer in plain:
+        weights[layer.out_features, layer.in_features] += layer.weight.numel()
+    (out_features, in_features), _ = weights.most_common(1)[0]
+    layer = next(n for n in plain if (n.out_features, n.in_features) == (out_features, in_features))
+    if kernels.takes("linear", f"{in_features}x{out_features}", lambda: _linear_trials(layer)):
+        use_panels(model)
+
+
+def _linear_trials(layer: nn.Linear) -> list[Trial]:
+    """A layer, or as many of its outputs as are measured quickly."""
+    out_features = min(layer.out_features, max(1, TRIAL_WEIGHTS // layer.in_features))
+    plain = nn.Linear(layer.in_features, out_features, bias=False, device="meta")
+    plain.weight = nn.Parameter(layer.weight.detach()[:out_features], requires_grad=False)
+    packed = PanelLinear([plain])
+    inputs = [random_rows(layer.in_features, rows)[0] for rows in ROWS]
+    return [Trial(partial(packed, x), partial(plain, x)) for x in inputs]
 
 
 def use_panels(model: nn.Module) -> None:
@@ -110,13 +164,13 @@ def _panels(layer: Linear) -> Tensor:
     return panels
 
 
-def _side_by_side(panels: Sequence[Tensor]) -> Tensor:
-    """Several layers' panels as one tensor: no copy where they lie so already, in the file that processes share."""
-    first = panels[0]
+def _side_by_side(weights: Sequence[Tensor]) -> Tensor:
+    """Several layers' weights as one tensor: no copy where they lie so already, in the file that processes share."""
+    first = weights[0]
     if all(
         one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
         and one.data_ptr() + one.nbytes == other.data_ptr()
-        for one, other in pairwise(panels)
+        for one, other in pairwise(weights)
     ):
-        return first.as_strided((sum(map(len, panels)), *first.shape[1:]), first.stride())
-    return torch.cat(list(panels))
+        return first.as_strided((sum(map(len, weights)), *first.shape[1:]), first.stride())
+    return torch.cat(list(weights))

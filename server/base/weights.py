@@ -5,8 +5,8 @@ for those in the file, which is named by their hash and made by whoever comes fi
 what is damaged, cut off or somebody else's is never used, but made anew. Mapped pages are the page cache's: they are in
 memory once, whoever reads them. On a GPU the engine lends its own to the worker (`cuda_weights.py`).
 
-    <hash>.weights   the panels in the order of `named_parameters`, then what else there is, each from a multiple of
-                     64 bytes on
+    <hash>.weights   the panels in the order of `named_parameters`, then plain weights, then biases and norms, each
+                     from a multiple of 64 bytes on
 """
 
 from __future__ import annotations
@@ -23,14 +23,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from reftserve.interventions import model_checksum
-from reftserve.server.base.cpu_kernels import load_kernels
 from reftserve.server.base.cuda_weights import open_lent
+from reftserve.server.base.kernel_choice import KernelChoice
 from reftserve.server.base.lent_tensor import LentTensor
 from reftserve.server.base.model import load_model
-from reftserve.server.base.panels import takes_kernels, use_panels
+from reftserve.server.base.panels import pack_linears, takes_kernels
 
 logger = logging.getLogger(__name__)
-PANEL_DIMENSIONS = 3
 ALIGNMENT = 64  # a cache line, and the widest vector
 
 
@@ -39,24 +38,23 @@ def load_base(
     dtype: torch.dtype,
     device: torch.device,
     *,
-    cpu_kernels: bool,
+    kernels: KernelChoice,
     shared: Path | None,
     lent: Sequence[LentTensor] = (),
 ) -> PreTrainedModel:
-    """The frozen base, packed for the CPU's kernels where they compute it.
+    """The frozen base, its linear layers packed for the CPU's kernels where `kernels` takes them.
 
     shared: the folder of the file for all processes, if the device is the CPU; None leaves the weights private.
     lent: the weights of the engine, if the device is a GPU; none makes a copy there.
-    Raises KernelsUnavailable when the kernels cannot be compiled, and what `load_model` raises.
+    Raises KernelsUnavailable when `kernels` demands kernels that cannot be compiled, and what `load_model` raises.
     """
     if lent and device.type == "cuda":
         model = load_model(folder, dtype, torch.device("cpu"))
         borrow_weights(model, lent)
         return model.to(device)  # what is not borrowed
     model = load_model(folder, dtype, device)
-    if cpu_kernels and takes_kernels(model):
-        load_kernels()
-        use_panels(model)
+    if takes_kernels(model) and kernels.load():
+        pack_linears(model, kernels)
     if shared is not None and device.type == "cpu":
         share_weights(model, shared)
     return model
@@ -68,8 +66,8 @@ def share_weights(model: nn.Module, folder: Path) -> None:
     Other files of weights go when one is made: the base of the day alone is worth its room. Where it cannot be made,
     the model keeps its private weights, and the log says so.
     """
-    # Panels first, so that those of layers that are computed as one lie side by side, with biases or without.
-    parameters = sorted(model.parameters(), key=lambda parameter: parameter.dim() < PANEL_DIMENSIONS)
+    # Panels, then plain weights, then biases: weights of layers that are computed as one lie side by side.
+    parameters = sorted(model.parameters(), key=lambda parameter: -parameter.dim())
     file = folder / f"{model_checksum(model)}.weights"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -26,5 +26,5 @@ class EngineConfig(msgspec.Struct, frozen=True):
     host_bytes: int = 1 << 30
     prefix_cache: bool = True
     quantization: Literal["none", "int8"] = "none"
-    cpu_kernels: bool = True
+    cpu_kernels: Literal["auto", "always", "never"] = "auto"
     cuda_graphs: bool = True

@@ -22,6 +22,7 @@ import zmq
 from reftserve.interventions import InterventionError
 from reftserve.server.base.cuda_weights import lend_weights
 from reftserve.server.base.folder import eos_token_ids, load_tokenizer
+from reftserve.server.base.kernel_choice import KernelChoice, kernel_choice
 from reftserve.server.base.memory import freeze_gc
 from reftserve.server.base.model import resolve_device, resolve_dtype
 from reftserve.server.base.model_errors import BaseModelError
@@ -34,6 +35,7 @@ from reftserve.server.engine.messages import Cancel, Fatal, FromEngine, Ready, S
 from reftserve.server.engine.runner import Runner
 from reftserve.server.settings import LOG_FORMAT
 
+logger = logging.getLogger(__name__)
 LOADING_POLL_MS = 1
 
 
@@ -42,7 +44,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser()
     arguments.add_argument("--socket", required=True)
     address = arguments.parse_args().socket
-    logging.basicConfig(format=LOG_FORMAT)
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which ends this process
     config = msgspec.json.decode(sys.stdin.readline(), type=EngineConfig)
     threading.Thread(target=_exit_with_parent, name="parent-watch", daemon=True).start()
@@ -73,8 +75,8 @@ def main() -> None:
             send(output)
 
 
-def build(config: EngineConfig) -> tuple[Engine, Ready]:
-    """Load the model and make the engine.
+def build(config: EngineConfig, kernels: KernelChoice | None = None) -> tuple[Engine, Ready]:
+    """Load the model and make the engine. kernels: which ones run; None: as the config says.
 
     Raises UnsupportedModel, or what transformers raises for a folder that it cannot load.
     """
@@ -82,12 +84,14 @@ def build(config: EngineConfig) -> tuple[Engine, Ready]:
         torch.set_num_threads(config.threads)
     device = resolve_device(config.device)
     folder = Path(config.model_folder)
+    shared = None if config.weights_folder is None else Path(config.weights_folder)
+    kernels = kernels or kernel_choice(config.cpu_kernels, shared)
     model = load_base(
         folder,
         resolve_dtype(config.dtype, device),
         device,
-        cpu_kernels=config.cpu_kernels,
-        shared=None if config.weights_folder is None else Path(config.weights_folder),
+        kernels=kernels,
+        shared=shared,
     )
     lent = lend_weights(model)
     tokenizer = load_tokenizer(folder)
@@ -97,9 +101,11 @@ def build(config: EngineConfig) -> tuple[Engine, Ready]:
         block_size=config.block_size,
         bank_bytes=config.bank_bytes,
         int8=config.quantization == "int8",
-        cpu_kernels=config.cpu_kernels,
+        kernels=kernels,
         recorded_rows=config.max_sequences if config.cuda_graphs else 0,
     )
+    if device.type == "cpu":
+        logger.info(kernels.describe())
     engine = Engine(
         runner,
         max_batch_tokens=config.max_batch_tokens,

@@ -18,14 +18,15 @@ from transformers import PreTrainedModel
 
 from reftserve.interventions import decoder_layers
 from reftserve.server.base.attention import ATTENTION, AttentionStep, LayerShape, ShapeProbe, attention_step
-from reftserve.server.base.cpu_kernels import load_kernels
 from reftserve.server.base.fused import fuse_modules
 from reftserve.server.base.int8 import found_siblings, round_linears
+from reftserve.server.base.kernel_choice import ALL_KERNELS, KernelChoice
 from reftserve.server.base.model_errors import UnsupportedModel
-from reftserve.server.base.panels import takes_kernels, use_panels
+from reftserve.server.base.panels import pack_linears, takes_kernels
 from reftserve.server.engine.bank import Bank
 from reftserve.server.engine.decode_graphs import Compute, DecodeGraphs, record_cuda_graph
 from reftserve.server.engine.edit_plan import DecodeEdits, LayerEdits, plan_edits
+from reftserve.server.engine.engine_kernels import takes_edit_rows, takes_paged_attention
 from reftserve.server.engine.kv_cache import make_cache
 from reftserve.server.engine.kv_cache.cuda import CudaCache
 from reftserve.server.engine.scheduler import Batch
@@ -48,8 +49,8 @@ class Logits(NamedTuple):
 class Runner:
     """The base model with its cache and bank. Takes the model over: some of its modules get other forms for speed.
 
-    int8: weights and activations of linear layers are rounded to 8 bits. cpu_kernels: compute float32 on the CPU by
-    the kernels of native/, which a compiler must make first; int8 needs them. recorded_rows: decode steps of up to so
+    int8: weights and activations of linear layers are rounded to 8 bits, which needs the CPU's kernels. kernels: which
+    of these compute, on the CPU in float32; torch computes the rest. recorded_rows: decode steps of up to so
     many sequences are recorded as CUDA graphs, when attention reads the cache in place; 0 records none. in_place: see
     `make_cache`.
     """
@@ -62,21 +63,19 @@ class Runner:
         block_size: int,
         bank_bytes: int,
         int8: bool = False,
-        cpu_kernels: bool = True,
+        kernels: KernelChoice = ALL_KERNELS,
         recorded_rows: int = 0,
         in_place: bool = True,
     ) -> None:
         _check_supported(model)
-        has_kernels = cpu_kernels and takes_kernels(model)
+        has_kernels = takes_kernels(model) and kernels.load()
         if int8 and not has_kernels:
             raise UnsupportedModel(
-                "quantization int8 is served on the CPU, from float32 weights, with cpu_kernels; "
-                f"this model is {model.dtype} on {model.device}, cpu_kernels is {cpu_kernels}"
+                "quantization int8 is served on the CPU, from float32 weights, with its C++ kernels; "
+                f"this model is {model.dtype} on {model.device}. {kernels.missing}"
             )
-        if has_kernels:
-            load_kernels()
-            use_panels(model)
-        self._has_kernels = has_kernels
+        if has_kernels and not int8:
+            pack_linears(model, kernels)
         self.model = model
         self.device = model.device
         model.set_attn_implementation(ATTENTION)
@@ -85,7 +84,7 @@ class Runner:
         with found_siblings(model) as siblings:
             shapes = self._probe_shapes()
         if has_kernels:
-            fuse_modules(model, int8=int8)
+            fuse_modules(model, int8=int8, kernels=kernels)
         if int8:
             round_linears(model, siblings)
         self.cache = make_cache(
@@ -94,11 +93,12 @@ class Runner:
             max_bytes=kv_cache_bytes,
             dtype=model.dtype,
             device=self.device,
-            has_kernels=has_kernels,
+            has_kernel=has_kernels and takes_paged_attention(kernels, self.config, shapes[0], block_size),
             in_place=in_place,
         )
         self.max_context: int = min(self.config.max_position_embeddings, self.cache.num_blocks * self.cache.block_size)
         self.bank = Bank(self.config.hidden_size, max_bytes=bank_bytes, device=self.device)
+        self._edits_by_kernel = has_kernels and takes_edit_rows(kernels, self.config.hidden_size)
         for index, layer in enumerate(decoder_layers(model)):
             layer.register_forward_hook(self._edit_hook(index))
         self._graphs: DecodeGraphs | None = None
@@ -201,7 +201,7 @@ class Runner:
             if edits is not None:
                 hidden = output[0] if isinstance(output, tuple) else output
                 rows = hidden.view(-1, hidden.shape[-1])
-                if self._has_kernels and isinstance(edits, LayerEdits):
+                if self._edits_by_kernel and isinstance(edits, LayerEdits):
                     edits.apply_on_cpu(rows, self.bank)
                 else:
                     edits.apply(rows, self.bank)

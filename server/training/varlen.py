@@ -17,10 +17,11 @@ from transformers import PreTrainedModel
 
 from reftserve.interventions import decoder_layers
 from reftserve.server.base.attention import ATTENTION, AttentionStep, attention_step
-from reftserve.server.base.cpu_kernels import load_kernels
 from reftserve.server.base.fused import fuse_modules
-from reftserve.server.base.panels import takes_kernels, use_panels
+from reftserve.server.base.kernel_choice import ALL_KERNELS, KernelChoice
+from reftserve.server.base.panels import pack_linears, takes_kernels
 from reftserve.server.training.spans import VarlenRows
+from reftserve.server.training.training_kernels import takes_span_attention
 from reftserve.server.training.varlen_attention import Prefixes, Seen, SpanAttention, VarlenAttention
 
 
@@ -35,20 +36,20 @@ class RowEdit:
 class VarlenModel:
     """A frozen base whose forward passes run over packed rows. Takes the model over: its attention is replaced.
 
-    cpu_kernels: on the CPU in float32, compute with the engine's kernels, from the engine's panels.
+    kernels: which of the CPU's kernels compute, in float32; torch computes the rest.
     """
 
-    def __init__(self, model: PreTrainedModel, *, cpu_kernels: bool = True) -> None:
+    def __init__(self, model: PreTrainedModel, *, kernels: KernelChoice = ALL_KERNELS) -> None:
         self.model = model
         self.device = model.device
         self.hidden_size: int = model.config.get_text_config().hidden_size
         self.layers = decoder_layers(model)
         model.set_attn_implementation(ATTENTION)
-        self._has_kernels = cpu_kernels and takes_kernels(model)
-        if self._has_kernels:
-            load_kernels()
-            use_panels(model)
-            fuse_modules(model, int8=False)
+        self._attends_by_kernel = False
+        if takes_kernels(model) and kernels.load():
+            pack_linears(model, kernels)
+            fuse_modules(model, int8=False, kernels=kernels)
+            self._attends_by_kernel = takes_span_attention(kernels, model.config.get_text_config())
 
     def logits(
         self,
@@ -68,7 +69,7 @@ class VarlenModel:
                 handle = self.layers[number].register_forward_hook(_edit_hook(at_layer))
                 stack.callback(handle.remove)
             attention: AttentionStep
-            if self._has_kernels and prefixes is not None and not rows.parents:
+            if self._attends_by_kernel and prefixes is not None and not rows.parents:
                 attention = SpanAttention(rows, prefixes)
             else:
                 attention = VarlenAttention(rows, prefixes)

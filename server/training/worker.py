@@ -22,6 +22,7 @@ import torch
 from sqlalchemy.exc import SQLAlchemyError
 
 from reftserve.server.base.folder import Base, open_base
+from reftserve.server.base.kernel_choice import kernel_choice
 from reftserve.server.base.lent_tensor import LentTensor
 from reftserve.server.base.memory import trim_heap
 from reftserve.server.base.model import resolve_device, resolve_dtype
@@ -93,11 +94,12 @@ def open_job_runner(
 ) -> tuple[JobRunner, JobFiles]:
     """What a worker works with, the base's weights included."""
     device = resolve_device(settings.device)
+    kernels = kernel_choice(settings.cpu_kernels, settings.weights_folder)
     model = load_base(
         base.folder,
         resolve_dtype(settings.dtype, device),
         device,
-        cpu_kernels=settings.cpu_kernels,
+        kernels=kernels,
         shared=settings.weights_folder,
         lent=lent,
     )
@@ -108,7 +110,9 @@ def open_job_runner(
         max_bytes=settings.max_jobs_bytes,
         keep_s=settings.keep_jobs_s,
     )
-    packed = VarlenModel(model, cpu_kernels=settings.cpu_kernels)
+    packed = VarlenModel(model, kernels=kernels)
+    if device.type == "cpu":
+        logger.info(kernels.describe())
     if device.type == "cpu" and settings.worker_yields:
         Threads(torch.get_num_threads()).watch(model, packed.layers)
     runs = JobRunner(

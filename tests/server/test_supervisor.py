@@ -40,7 +40,7 @@ class Engine:
 
 @asynccontextmanager
 async def kept(engine: Engine, model: Path, data: Path) -> AsyncIterator[None]:
-    settings = Settings(model=str(model), data=data, device="cpu", cpu_kernels=False, worker_threads=1)
+    settings = Settings(model=str(model), data=data, device="cpu", cpu_kernels="never", worker_threads=1)
     keeper = asyncio.create_task(keep_worker(settings, cast("EngineClient", engine)))
     try:
         yield

@@ -17,6 +17,7 @@ import os
 import platform
 import sysconfig
 from pathlib import Path
+from subprocess import SubprocessError
 
 import torch
 from filelock import FileLock
@@ -35,18 +36,20 @@ SOURCES = (
     "autograd.cpp",
 )
 HEADERS = ("vector.h", "activation.h", "kernels.h")
-FLAGS = ["-O3", "-march=native", "-std=c++20", "-fopenmp", "-Wno-psabi", "-fno-math-errno"]
+FLAGS = ("-O3", "-std=c++20", "-fopenmp", "-Wno-psabi", "-fno-math-errno")
+NATIVE = "native"  # GCC's word for the processor that it runs on
 
 
 @functools.cache
-def load_kernels() -> None:
+def load_kernels(march: str = NATIVE) -> None:
     """Make `torch.ops.reftserve` available. The first time on a machine takes three quarters of a minute of compiling.
 
-    Raises KernelsUnavailable when there is no compiler that can.
+    march: GCC's name of the processor to compile for; a process can load the kernels for one of them.
+    Raises KernelsUnavailable when no compiler can make them.
     """
-    name = f"reftserve_kernels_{_identity()}"
+    name = f"reftserve_kernels_{identity(march)}"
     # ninja comes with this environment, whose scripts need not be on the path.
-    os.environ["PATH"] = os.pathsep.join([os.environ["PATH"], sysconfig.get_path("scripts")])
+    os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
     try:
         build = Path(cpp_extension._get_build_directory(name, verbose=False))
         with FileLock(build / "reftserve.lock"):
@@ -55,22 +58,29 @@ def load_kernels() -> None:
             cpp_extension.load(
                 name,
                 [str(FOLDER / source) for source in SOURCES],
-                extra_cflags=FLAGS,
+                extra_cflags=_flags(march),
                 extra_ldflags=["-fopenmp"],
                 build_directory=str(build),
                 is_python_module=False,
             )
-    except (RuntimeError, OSError) as cause:
+    except (RuntimeError, OSError, SubprocessError) as cause:
         raise KernelsUnavailable(
-            "the CPU kernels cannot be compiled: install g++ 11 or newer and ninja, or set cpu_kernels to false, "
-            f"which is slower and has no int8: {cause}"
+            f"the CPU kernels cannot be compiled, install g++ 11 or newer and ninja: {cause}"
         ) from cause
 
 
-def _identity() -> str:
-    """Names what is compiled, by what, for what: a cache of it is shared by all versions and may move with its disk."""
+def identity(march: str = NATIVE, *more: str) -> str:
+    """Return a hash of the sources, the flags, torch's version, the processor's features and `more`.
+
+    A cache of compiled kernels is shared by all versions and may move with its disk to another processor.
+    """
     cpuinfo = Path("/proc/cpuinfo")
     text = cpuinfo.read_text().split("\n\n")[0] if cpuinfo.is_file() else platform.processor()
-    features = [line for line in text.splitlines() if line.startswith(("flags", "Features", "model name"))]
-    parts = [torch.__version__, *FLAGS, *(features or [text]), *((FOLDER / f).read_text() for f in SOURCES + HEADERS)]
+    features = [line for line in text.splitlines() if line.startswith(("flags", "Features"))]
+    sources = ((FOLDER / name).read_text() for name in SOURCES + HEADERS)
+    parts = [torch.__version__, *_flags(march), *(features or [text]), *sources, *more]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _flags(march: str) -> list[str]:
+    return [f"-march={march}", *FLAGS]

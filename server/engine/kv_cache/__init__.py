@@ -25,16 +25,16 @@ def make_cache(
     max_bytes: int,
     dtype: torch.dtype,
     device: torch.device,
-    has_kernels: bool,
+    has_kernel: bool,
     in_place: bool = True,
 ) -> KVCache:
     """The cache whose attention is fastest for this device and dtype.
 
-    has_kernels: whether the CPU kernels are loaded. in_place: false gathers on CUDA too, for comparison.
+    has_kernel: whether the CPU's kernel of attention runs. in_place: false gathers on CUDA too, for comparison.
 
     Raises EngineError when not even one block fits into max_bytes.
     """
-    if has_kernels and device.type == "cpu" and dtype == torch.float32:
+    if has_kernel and device.type == "cpu" and dtype == torch.float32:
         return CpuCache(shapes, block_size=block_size, max_bytes=max_bytes)
     if in_place and device.type == "cuda" and find_spec("triton") is not None:
         # Not at the top: Triton compiles nothing without a GPU, and the CPU's installations have none.

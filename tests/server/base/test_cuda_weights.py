@@ -28,11 +28,12 @@ import sys
 from pathlib import Path
 import msgspec, torch
 from reftserve.interventions import model_checksum
+from reftserve.server.base.kernel_choice import ALL_KERNELS
 from reftserve.server.base.lent_tensor import LentTensor
 from reftserve.server.base.weights import load_base
 lent = msgspec.json.decode(sys.stdin.readline(), type=list[LentTensor])
 device = torch.device("cuda")
-model = load_base(Path(sys.argv[1]), torch.bfloat16, device, cpu_kernels=True, shared=None, lent=lent)
+model = load_base(Path(sys.argv[1]), torch.bfloat16, device, kernels=ALL_KERNELS, shared=None, lent=lent)
 logits = model(torch.tensor([[1, 2, 3]], device=device)).logits
 print(model_checksum(model), logits.float().sum().item(), flush=True)
 """

@@ -23,9 +23,11 @@ from transformers import PreTrainedModel
 
 from reftserve.interventions import Positions, model_checksum
 from reftserve.server.base.cpu_kernels import load_kernels
+from reftserve.server.base.kernel_choice import ALL_KERNELS, FasterKernels
 from reftserve.server.base.weights import load_base, share_weights
 from reftserve.server.datasets import Splits
 from reftserve.server.engine.engine import Engine
+from reftserve.server.engine.runner import Runner
 from reftserve.server.training.activation_cache import ActivationCache, Arena
 from reftserve.server.training.trainer import Trainer
 from reftserve.server.training.varlen import VarlenModel
@@ -36,11 +38,12 @@ import sys
 from pathlib import Path
 import torch
 from reftserve.interventions import model_checksum
+from reftserve.server.base.kernel_choice import ALL_KERNELS
 from reftserve.server.base.weights import load_base
 print("begins", flush=True)
 sys.stdin.readline()
 folder, shared = Path(sys.argv[1]), Path(sys.argv[2])
-model = load_base(folder, torch.float32, torch.device("cpu"), cpu_kernels=True, shared=shared)
+model = load_base(folder, torch.float32, torch.device("cpu"), kernels=ALL_KERNELS, shared=shared)
 model_checksum(model)  # reads every page
 print("maps", flush=True)
 if sys.stdin.readline() == "write\\n":
@@ -54,7 +57,7 @@ def kernels() -> None:
 
 
 def base(folder: Path, shared: Path | None) -> PreTrainedModel:
-    return load_base(folder, torch.float32, torch.device("cpu"), cpu_kernels=True, shared=shared)
+    return load_base(folder, torch.float32, torch.device("cpu"), kernels=ALL_KERNELS, shared=shared)
 
 
 def the_file(folder: Path) -> Path:
@@ -190,14 +193,18 @@ def test_any_dtype_is_shared(tmp_path: Path, dtype: torch.dtype) -> None:
     assert torch.equal(model(ids).logits, private(ids).logits)
 
 
+@pytest.mark.parametrize("packs", [False, True])
 @pytest.mark.parametrize("trains", [False, True])
 @pytest.mark.parametrize("name", ["llama", "qwen2"])  # without biases, and with
-def test_layers_that_are_computed_as_one_lie_side_by_side_in_the_file(name: str, trains: bool, tmp_path: Path) -> None:
+def test_layers_that_are_computed_as_one_lie_side_by_side_in_the_file(
+    name: str, trains: bool, packs: bool, tmp_path: Path
+) -> None:
+    kernels = FasterKernels(None, measure=lambda kernel, trials: 9.0 if kernel == "linear" and not packs else 0.5)
     tiny_model(name).save_pretrained(tmp_path / "model")
-    shared = load_base(tmp_path / "model", torch.float32, torch.device("cpu"), cpu_kernels=True, shared=tmp_path / "w")
+    shared = load_base(tmp_path / "model", torch.float32, torch.device("cpu"), kernels=kernels, shared=tmp_path / "w")
     file = shared.model.layers[0].self_attn.q_proj.weight.untyped_storage().data_ptr()
     sizes = {"kv_cache_bytes": 1 << 20, "block_size": 4, "bank_bytes": 1 << 14}
-    user = VarlenModel(shared) if trains else RecordingRunner(shared, **sizes)
+    user = VarlenModel(shared, kernels=kernels) if trains else Runner(shared, kernels=kernels, **sizes)
     layer = user.model.model.layers[0]
     for joined in (layer.self_attn.qkv, layer.mlp.gate_up):
         assert joined.weight.untyped_storage().data_ptr() == file, "a view, not a copy"

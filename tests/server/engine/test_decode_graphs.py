@@ -16,6 +16,7 @@ from recorded import PlainKernels, record, use_paged_cache
 from torch import Tensor
 
 from reftserve.server.base.attention import LayerShape
+from reftserve.server.base.kernel_choice import NoKernels
 from reftserve.server.engine.decode_graphs import DecodeGraphs
 from reftserve.server.engine.engine import Engine
 from reftserve.server.engine.kv_cache.cuda import CudaCache
@@ -110,7 +111,7 @@ def test_rows_that_pad_write_to_the_scratch_block_alone(tiny_llama_folder: Path)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture_can_be_recorded(name: str) -> None:
     model = tiny_model(name).requires_grad_(False)
-    runner = Runner(model, kv_cache_bytes=1 << 16, block_size=4, bank_bytes=1 << 14, cpu_kernels=False)
+    runner = Runner(model, kv_cache_bytes=1 << 16, block_size=4, bank_bytes=1 << 14, kernels=NoKernels())
     shapes = [LayerShape(keys.shape[1], keys.shape[3], values.shape[3]) for keys, values in stores(runner)]
     use_paged_cache(runner, shapes, blocks=8)
     runner.record_decodes(4, record)  # refuses what looks at numbers on the device

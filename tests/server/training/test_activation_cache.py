@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from reftserve.interventions import FAMILIES, Positions, TrainableIntervention
 from reftserve.server.base.fused import FusedMLP, FusedRMSNorm
 from reftserve.server.base.fused_attention import FusedAttention
+from reftserve.server.base.kernel_choice import ALL_KERNELS, KernelChoice, NoKernels
 from reftserve.server.datasets import EncodedExample, Splits
 from reftserve.server.training.activation_cache import ActivationCache, Arena
 from reftserve.server.training.plan import Plan
@@ -35,23 +36,23 @@ PLENTY = 1 << 30
 Models = dict[str, tuple[PreTrainedModel, VarlenModel]]  # of each architecture, one to compute plainly, and one packed
 
 
-def pairs(*, cpu_kernels: bool) -> Models:
+def pairs(kernels: KernelChoice) -> Models:
     found = {}
     for name in ARCHITECTURES:
         plain, packed = (tiny_model(name).requires_grad_(False) for _ in range(2))
-        found[name] = (plain, VarlenModel(packed, cpu_kernels=cpu_kernels))
+        found[name] = (plain, VarlenModel(packed, kernels=kernels))
     return found
 
 
 @pytest.fixture(scope="module")
 def models() -> Models:
-    return pairs(cpu_kernels=True)
+    return pairs(ALL_KERNELS)
 
 
 @pytest.fixture(scope="module")
 def models_without_kernels() -> Models:
     """As they are on a GPU."""
-    return pairs(cpu_kernels=False)
+    return pairs(NoKernels())
 
 
 def trunk_of(

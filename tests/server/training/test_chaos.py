@@ -110,7 +110,7 @@ def settings(tiny_llama_folder: Path, tmp_path: Path) -> Settings:
         worker=False,
         checkpoint_steps=CHECKPOINT_STEPS,
         lease_s=1,
-        cpu_kernels=False,
+        cpu_kernels="never",
         engine_threads=1,
         worker_threads=1,
     )
