@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from reftserve.interventions import decoder_layers
+from reftserve.interventions import decoder_layers, edit_layer
 from reftserve.server.base.attention import ATTENTION, AttentionStep, LayerShape, ShapeProbe, attention_step
 from reftserve.server.base.cpu_kernels import load_kernels
 from reftserve.server.base.fused import fuse_modules
@@ -100,7 +101,7 @@ class Runner:
         self.max_context: int = min(self.config.max_position_embeddings, self.cache.num_blocks * self.cache.block_size)
         self.bank = Bank(self.config.hidden_size, max_bytes=bank_bytes, device=self.device)
         for index, layer in enumerate(decoder_layers(model)):
-            layer.register_forward_hook(self._edit_hook(index))
+            edit_layer(layer, partial(self._edit, index))
         self._graphs: DecodeGraphs | None = None
         if recorded_rows and self.device.type == "cuda":
             self.record_decodes(recorded_rows, record_cuda_graph(self.device))
@@ -195,18 +196,15 @@ class Runner:
             )
         return [probe.shapes[layer] for layer in range(layers)]
 
-    def _edit_hook(self, layer: int) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            edits = self._edits.get(layer)
-            if edits is not None:
-                hidden = output[0] if isinstance(output, tuple) else output
-                rows = hidden.view(-1, hidden.shape[-1])
-                if self._has_kernels and isinstance(edits, LayerEdits):
-                    edits.apply_on_cpu(rows, self.bank)
-                else:
-                    edits.apply(rows, self.bank)
-
-        return hook
+    def _edit(self, layer: int, hidden: Tensor) -> None:
+        """Apply the step's edits at a layer to hidden [1, rows, hidden], in place."""
+        edits = self._edits.get(layer)
+        if edits is not None:
+            rows = hidden.view(-1, hidden.shape[-1])
+            if self._has_kernels and isinstance(edits, LayerEdits):
+                edits.apply_on_cpu(rows, self.bank)
+            else:
+                edits.apply(rows, self.bank)
 
 
 def _check_supported(model: PreTrainedModel) -> None:
