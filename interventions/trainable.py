@@ -23,13 +23,12 @@ class InterventionConfig:
     rank: int
     tied: bool = True
     dropout: float = 0.0
-    act: str = "linear"
 
 
 class TrainableIntervention(nn.Module):
     """Family modules in a fixed order: by layer, prefix before suffix where they are untied.
 
-    Raises ValueError for an unknown family or activation, PositionsError for positions.
+    Raises ValueError for an unknown family, PositionsError for positions.
     """
 
     def __init__(self, config: InterventionConfig, hidden_size: int, *, seed: int = 0) -> None:
@@ -43,8 +42,7 @@ class TrainableIntervention(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.families = nn.ModuleList(
-                FAMILIES[config.family](hidden_size, config.rank, dropout=config.dropout, act=config.act)
-                for _ in self.places
+                FAMILIES[config.family](hidden_size, config.rank, dropout=config.dropout) for _ in self.places
             )
 
     @property

@@ -7,29 +7,21 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from reftserve.interventions.edit import FUNCTIONS, Activation, LowRankEdit
+from reftserve.interventions.edit import Activation, LowRankEdit
 
 
 class Family(nn.Module, ABC):
     """A trainable parametrisation of an edit at one place.
 
     hidden_size, rank: sizes. dropout: probability, in training only, over the whole edited hidden state (as pyreft).
-    act: name of an `Activation`, lower-case. Computes in float32 whatever the model's dtype.
-
-    Raises ValueError for an activation that is unknown or that the family has no place for.
+    Computes in float32 whatever the model's dtype.
     """
 
-    has_activation = True
-
-    def __init__(self, hidden_size: int, rank: int, *, dropout: float = 0.0, act: str = "linear") -> None:
+    def __init__(self, hidden_size: int, rank: int, *, dropout: float = 0.0) -> None:
         super().__init__()
         self.hidden_size = hidden_size
         self.rank = rank
         self.dropout = nn.Dropout(dropout)
-        known = [a.name.lower() for a in Activation] if self.has_activation else ["linear"]
-        if act not in known:
-            raise ValueError(f"activation {act!r}; {type(self).__name__} can have {', '.join(known)}")
-        self.act = Activation[act.upper()]
 
     @abstractmethod
     def edited(self, h: Tensor) -> Tensor:
@@ -44,19 +36,15 @@ class Family(nn.Module, ABC):
         edited: Tensor = self.dropout(self.edited(hidden.float()))
         return edited.to(hidden.dtype)
 
-    def activation(self, y: Tensor) -> Tensor:
-        """The family's activation."""
-        return y if self.act is Activation.LINEAR else FUNCTIONS[self.act](y)
-
 
 @torch.no_grad()
-def columns(A: Tensor, b: Tensor, U: Tensor, act: Activation = Activation.LINEAR) -> LowRankEdit:
-    """An edit of scale 1 whose columns all have the same activation."""
+def columns(A: Tensor, b: Tensor, U: Tensor) -> LowRankEdit:
+    """Return the linear edit of scale 1 with these columns, detached from training."""
     rank = A.shape[0]
     return LowRankEdit(
         A=A.detach().float().contiguous().clone(),
         b=b.detach().float().clone(),
         U=U.detach().float().contiguous().clone(),
-        act=torch.full((rank,), act, dtype=torch.int8, device=A.device),
+        act=torch.full((rank,), Activation.LINEAR, dtype=torch.int8, device=A.device),
         scale=torch.ones(rank, device=A.device),
     )

@@ -11,12 +11,10 @@ from reftserve.interventions.families.orthonormal import orthonormal
 
 
 class LobiReFT(Family):
-    """h + R^T b, R with orthonormal rows. Has no activation."""
+    """h + R^T b, R with orthonormal rows."""
 
-    has_activation = False
-
-    def __init__(self, hidden_size: int, rank: int, *, dropout: float = 0.0, act: str = "linear") -> None:
-        super().__init__(hidden_size, rank, dropout=dropout, act=act)
+    def __init__(self, hidden_size: int, rank: int, *, dropout: float = 0.0) -> None:
+        super().__init__(hidden_size, rank, dropout=dropout)
         self.rotate = orthonormal(hidden_size, rank)
         self.learned_source = nn.Parameter(torch.rand(rank))
 

@@ -8,7 +8,7 @@ the same (`base/panels.py`, `fused.py`, `fused_attention.py`, `int8.py`); no cod
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ from reftserve.server.base.cpu_kernels import load_kernels
 from reftserve.server.base.fused import fuse_modules
 from reftserve.server.base.int8 import found_siblings, round_linears
 from reftserve.server.base.model_errors import UnsupportedModel
-from reftserve.server.base.panels import takes_kernels, use_panels
+from reftserve.server.base.panels import Linear, takes_kernels, use_panels
 from reftserve.server.engine.bank import Bank
 from reftserve.server.engine.decode_graphs import Compute, DecodeGraphs, record_cuda_graph
 from reftserve.server.engine.edit_plan import DecodeEdits, LayerEdits, plan_edits
@@ -83,7 +83,8 @@ class Runner:
         model.set_attn_implementation(ATTENTION)
         self.config = model.config.get_text_config()
         self._edits: Mapping[int, LayerEdits | DecodeEdits] = {}
-        with found_siblings(model) as siblings:
+        watch: AbstractContextManager[list[list[Linear]]] = found_siblings(model) if int8 else nullcontext([])
+        with watch as siblings:
             shapes = self._probe_shapes()
         if has_kernels:
             fuse_modules(model, int8=int8)

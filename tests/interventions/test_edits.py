@@ -103,15 +103,10 @@ def test_the_content_hash_is_equal_exactly_for_equal_edits() -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@given(rank=st.integers(1, 4), seed=seeds, act=st.sampled_from([a.name.lower() for a in Activation]))
-def test_every_family_lowers_to_an_edit_with_the_same_effect(name: str, rank: int, seed: int, act: str) -> None:
-    family = FAMILIES[name]
-    if not family.has_activation and act != "linear":
-        with pytest.raises(ValueError, match=act):
-            family(8, rank, act=act)
-        return
+@given(rank=st.integers(1, 4), seed=seeds)
+def test_every_family_lowers_to_an_edit_with_the_same_effect(name: str, rank: int, seed: int) -> None:
     torch.manual_seed(seed)
-    module = family(8, rank, act=act, dropout=0.3).eval()
+    module = FAMILIES[name](8, rank, dropout=0.3).eval()
     for name_, parameter in module.named_parameters():
         if "parametrizations" not in name_:  # torch keeps signs there, which are no numbers to add to
             parameter.data += 0.3 * torch.randn_like(parameter)
