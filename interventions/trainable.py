@@ -38,11 +38,11 @@ class TrainableIntervention(nn.Module):
         self.config = config
         positions = Positions.parse(config.positions)
         parts = [positions] if config.tied else positions.split()
-        self.places = [(layer, part) for layer in config.layers for part in parts]
+        self.sites = [(layer, part) for layer in config.layers for part in parts]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.families = nn.ModuleList(
-                FAMILIES[config.family](hidden_size, config.rank, dropout=config.dropout) for _ in self.places
+                FAMILIES[config.family](hidden_size, config.rank, dropout=config.dropout) for _ in self.sites
             )
 
     @property
@@ -54,7 +54,7 @@ class TrainableIntervention(nn.Module):
         """The modules with their layers and positions."""
         return [
             (layer, positions, family)
-            for (layer, positions), family in zip(self.places, self.families, strict=True)
+            for (layer, positions), family in zip(self.sites, self.families, strict=True)
             if isinstance(family, Family)
         ]
 

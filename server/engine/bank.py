@@ -155,10 +155,10 @@ def _uses(intervention: Intervention, rows: NDArray[np.int64]) -> tuple[EditSpan
     alike: defaultdict[tuple[Positions, int, int], list[tuple[int, int]]] = defaultdict(list)
     seen: defaultdict[EditSite, int] = defaultdict(int)
     start = 0
-    for place in intervention.places:
-        alike[place.positions, place.rank, seen[place]].append((place.layer, start))
-        seen[place] += 1
-        start += place.rank
+    for site in intervention.sites:
+        alike[site.positions, site.rank, seen[site]].append((site.layer, start))
+        seen[site] += 1
+        start += site.rank
     scales = intervention.columns.scale.numpy()
     uses = []
     for (positions, rank, _), places in alike.items():

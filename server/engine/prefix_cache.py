@@ -51,8 +51,8 @@ class BlockKeys:
         """What touches tokens [start, stop): nothing for most blocks."""
         parts = []
         for intervention, scale in self._interventions:
-            for number, place in enumerate(intervention.places):
-                offsets = place.positions.indices(self._n_prompt, start, stop) - start
+            for number, site in enumerate(intervention.sites):
+                offsets = site.positions.indices(self._n_prompt, start, stop) - start
                 if len(offsets):
                     edit = bytes.fromhex(intervention.content_hash) + struct.pack("<q", number)
                     parts.append(edit + struct.pack("<dq", scale, len(offsets)) + offsets.tobytes())
