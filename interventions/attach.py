@@ -24,15 +24,15 @@ Member = tuple[Positions, Callable[[Tensor], Tensor]]
 def attach(
     model: PreTrainedModel, edits: Sequence[PlacedEdit] | TrainableIntervention, n_prompt: int | Tensor
 ) -> Iterator[None]:
-    """While inside, forward passes and `generate` of `model` are edited.
+    """Edit forward passes and `generate` of `model` while the context is open.
 
-    edits: several at one place are summed in parallel, each reading the unedited hidden state.
-    n_prompt: prompt length, or [batch] of them. Rows are padded on the right; column t of a pass has position
-    t plus the length of the cache that the pass continues.
+    edits: edits of one layer and position add up, each computed from the unedited hidden state.
+    n_prompt: prompt length, or one for each row, [batch]. Rows are padded on the right. Column t of a pass has
+    position t plus the length of the cache that the pass continues.
     Raises ShapeError when an edit does not fit the model.
     """
     layers = block_list(model)
-    # Not `model.base_model`: some architectures (OPT) call the module that runs the blocks past it.
+    # Not `model.base_model`: OPT calls the decoder inside it directly, so hooks on it do not run.
     decoder = next(module for module in model.modules() if any(child is layers for child in module.children()))
     members: defaultdict[int, list[Member]] = defaultdict(list)
     for layer, positions, delta in _members(edits):
@@ -56,7 +56,7 @@ def attach(
 def _members(
     edits: Sequence[PlacedEdit] | TrainableIntervention,
 ) -> list[tuple[int, Positions, Callable[[Tensor], Tensor]]]:
-    """What each member adds to the rows that it touches."""
+    """Return each edit's layer, its positions and the function that computes the numbers to add."""
     if isinstance(edits, TrainableIntervention):
         return [(layer, positions, _family_delta(family)) for layer, positions, family in edits.placed()]
     return [(placed.layer, placed.positions, placed.edit.delta) for placed in edits]

@@ -1,4 +1,4 @@
-"""What every family has in common: a trainable module over hidden states that lowers to a canonical edit."""
+"""The base class of families: a trainable module over hidden states that lowers to a canonical edit."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from reftserve.interventions.edit import Activation, LowRankEdit
 
 
 class Family(nn.Module, ABC):
-    """A trainable parametrisation of an edit at one place.
+    """A trainable parametrisation of an edit at one layer and position. Computes in float32.
 
-    hidden_size, rank: sizes. dropout: probability, in training only, over the whole edited hidden state (as pyreft).
-    Computes in float32 whatever the model's dtype.
+    dropout: probability; applies in training to the whole edited hidden state, as in pyreft.
     """
 
     def __init__(self, hidden_size: int, rank: int, *, dropout: float = 0.0) -> None:
@@ -25,14 +24,14 @@ class Family(nn.Module, ABC):
 
     @abstractmethod
     def edited(self, h: Tensor) -> Tensor:
-        """The family's formula: hidden states [rows, hidden] in float32 to edited ones."""
+        """Return the edited hidden states [rows, hidden] by the family's formula, in float32."""
 
     @abstractmethod
     def lower(self) -> LowRankEdit:
-        """The canonical edit with the same effect, detached from training."""
+        """Return the canonical edit with the same effect, detached from training."""
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Edit hidden states [rows, hidden]; returned in hidden's dtype."""
+        """Return the edited hidden states [rows, hidden] in hidden's dtype."""
         edited: Tensor = self.dropout(self.edited(hidden.float()))
         return edited.to(hidden.dtype)
 

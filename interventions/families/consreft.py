@@ -1,4 +1,4 @@
-"""ConsReFT: LoReFT with a constant in place of the learned source."""
+"""ConsReFT: LoReFT with a constant instead of the learned source."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class ConsReFT(Family):
         self.learned_source = nn.Parameter(torch.rand(rank))
 
     def edited(self, h: Tensor) -> Tensor:
-        """The formula; R^T is `rotate.weight` [hidden, rank]."""
+        """Apply the formula; R^T is `rotate.weight` [hidden, rank]."""
         Rt: Tensor = self.rotate.weight  # type: ignore[assignment]
         return h + (self.learned_source - h @ Rt) @ Rt.T
 
     def lower(self) -> LowRankEdit:
-        """A = -R, b, U = R."""
+        """Return the edit with A = -R, b, U = R."""
         R: Tensor = self.rotate.weight.T  # type: ignore[assignment]
         return columns(-R, self.learned_source, R)

@@ -19,11 +19,11 @@ class LobiReFT(Family):
         self.learned_source = nn.Parameter(torch.rand(rank))
 
     def edited(self, h: Tensor) -> Tensor:
-        """The formula; R^T is `rotate.weight` [hidden, rank]."""
+        """Apply the formula; R^T is `rotate.weight` [hidden, rank]."""
         Rt: Tensor = self.rotate.weight  # type: ignore[assignment]
         return h + self.learned_source @ Rt.T
 
     def lower(self) -> LowRankEdit:
-        """A = 0, b, U = R."""
+        """Return the edit with A = 0, b, U = R."""
         R: Tensor = self.rotate.weight.T  # type: ignore[assignment]
         return columns(R * 0, self.learned_source, R)

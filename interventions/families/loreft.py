@@ -18,12 +18,12 @@ class LoReFT(Family):
         self.learned_source = nn.Linear(hidden_size, rank)
 
     def edited(self, h: Tensor) -> Tensor:
-        """The formula; R^T is `rotate.weight` [hidden, rank]."""
+        """Apply the formula; R^T is `rotate.weight` [hidden, rank]."""
         Rt: Tensor = self.rotate.weight  # type: ignore[assignment]
         delta: Tensor = (self.learned_source(h) - h @ Rt) @ Rt.T
         return h + delta
 
     def lower(self) -> LowRankEdit:
-        """A = W - R, U = R."""
+        """Return the edit with A = W - R, U = R."""
         R: Tensor = self.rotate.weight.T  # type: ignore[assignment]
         return columns(self.learned_source.weight - R, self.learned_source.bias, R)

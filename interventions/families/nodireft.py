@@ -17,11 +17,11 @@ class NodiReFT(Family):
         self.learned_source = nn.Linear(hidden_size, rank)
 
     def edited(self, h: Tensor) -> Tensor:
-        """The formula; W2 is `projection.weight` [rank, hidden]."""
+        """Apply the formula; W2 is `projection.weight` [rank, hidden]."""
         delta: Tensor = self.learned_source(h) @ self.projection.weight
         return h + delta
 
     def lower(self) -> LowRankEdit:
-        """A = W1, U = W2."""
+        """Return the edit with A = W1, U = W2."""
         source = self.learned_source
         return columns(source.weight, source.bias, self.projection.weight)

@@ -17,11 +17,11 @@ class NoReFT(Family):
         self.learned_source = nn.Linear(hidden_size, rank)
 
     def edited(self, h: Tensor) -> Tensor:
-        """The formula; W2 is `projection.weight` [rank, hidden]."""
+        """Apply the formula; W2 is `projection.weight` [rank, hidden]."""
         delta: Tensor = (self.learned_source(h) - self.projection(h)) @ self.projection.weight
         return h + delta
 
     def lower(self) -> LowRankEdit:
-        """A = W1 - W2, b = b1, U = W2."""
+        """Return the edit with A = W1 - W2, b = b1, U = W2."""
         source, W2 = self.learned_source, self.projection.weight
         return columns(source.weight - W2, source.bias, W2)

@@ -131,7 +131,7 @@ def with_shape(tensors: dict[str, torch.Tensor], name: str, shape: list[int]) ->
         (lambda t: save({k: v[:-1] for k, v in t.items()}), ShapeError, "holds 7 columns; by the manifest .* 8"),
         (lambda t: changed(t, "b", t["b"].double()), DtypeError, "float64"),
         (lambda t: save({k: v.half() if k != "act" else v for k, v in t.items()}), DtypeError, "float16"),
-        (lambda t: changed(t, "b", t["b"] * float("nan")), NonFiniteError, "b holds NaN"),
+        (lambda t: changed(t, "b", t["b"] * float("nan")), NonFiniteError, "b contains NaN"),
         (lambda t: changed(t, "b", t["b"] + 1e-6), HashMismatch, "content_hash is"),
         (lambda t: changed(t, "act", t["act"] + 6), DtypeError, "act holds"),
         (lambda t: changed(t, "b", t["b"].to(torch.float8_e8m0fnu)), ManifestError, "not a safetensors file"),

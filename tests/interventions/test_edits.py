@@ -148,7 +148,7 @@ def test_the_seed_alone_decides_the_initial_weights() -> None:
     config = InterventionConfig("loreft", (0, 1), "l1", rank=2)
     hashes = [[p.edit.content_hash for p in TrainableIntervention(config, 8, seed=seed).lower()] for seed in (0, 0, 1)]
     assert hashes[0] == hashes[1] != hashes[2]
-    with pytest.raises(ValueError, match="known are loreft"):
+    with pytest.raises(ValueError, match="expected one of loreft"):
         TrainableIntervention(InterventionConfig("lora", (0,), "l1", 2), 8)
     with pytest.raises(PositionsError):
         TrainableIntervention(InterventionConfig("loreft", (0,), "x9", 2), 8)
