@@ -2,9 +2,9 @@
 
     h  <-  h + sum_i scale_i * act_i(h · A_i + b_i) * U_i          i runs over the rank columns
 
-    A      [rank, hidden]    what a column reads
+    A      [rank, hidden]    read by a column
     b      [rank]
-    U      [rank, hidden]    what a column writes
+    U      [rank, hidden]    written by a column
     act    [rank] int8       an `Activation` a column
     scale  [rank]
 

@@ -1,8 +1,8 @@
 """Runs the base model over a batch: packs the tokens, applies the edits, returns the logits to sample from.
 
-The model is transformers' own: attention goes through the registered function, edits through one forward hook a decoder
-layer that returns at once when the step edits nothing there. On the CPU some modules stand in for others that compute
-the same (`base/panels.py`, `fused.py`, `fused_attention.py`, `int8.py`); no code of transformers is changed.
+The model is transformers' own. Attention goes through the registered function. Edits go through one forward hook at
+each decoder layer, which returns at once when the step edits nothing there. On the CPU faster modules replace some
+modules (`base/panels.py`, `fused.py`, `fused_attention.py`, `int8.py`); transformers' code stays unchanged.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from reftserve.server.engine.kv_cache.cuda import CudaCache
 from reftserve.server.engine.scheduler import Batch
 from reftserve.server.engine.transfers import to_device
 
-# These scale positions by the longest sequence of the whole batch, so one request would change another (I1).
+# These scale positions by the longest sequence of the batch, so one request would change another (I1).
 BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 
 class Logits(NamedTuple):
-    """What a step gives, in packed order, each [rows, vocabulary].
+    """A step's logits in packed order, each [rows, vocabulary].
 
-    sampling: of the chunks that sample. scoring: of the tokens that chunks score (`Chunk.scores`).
+    sampling: for chunks that sample a token. scoring: for tokens that chunks score (`Chunk.scores`).
     """
 
     sampling: Tensor
@@ -47,12 +47,11 @@ class Logits(NamedTuple):
 
 
 class Runner:
-    """The base model with its cache and bank. Takes the model over: some of its modules get other forms for speed.
+    """The base model with its cache and bank. It replaces some of the model's modules with faster ones.
 
-    int8: weights and activations of linear layers are rounded to 8 bits. cpu_kernels: compute float32 on the CPU by
-    the kernels of native/, which a compiler must make first; int8 needs them. recorded_rows: decode steps of up to so
-    many sequences are recorded as CUDA graphs, when attention reads the cache in place; 0 records none. in_place: see
-    `make_cache`.
+    int8: round weights and activations of linear layers to 8 bits. cpu_kernels: compute float32 on the CPU with
+    compiled kernels; int8 requires them. recorded_rows: record decode steps of at most this many sequences as CUDA
+    graphs, if attention reads the cache in place; 0 records none. in_place: see `make_cache`.
     """
 
     def __init__(
@@ -71,7 +70,7 @@ class Runner:
         has_kernels = cpu_kernels and takes_kernels(model)
         if int8 and not has_kernels:
             raise UnsupportedModel(
-                "quantization int8 is served on the CPU, from float32 weights, with cpu_kernels; "
+                "quantization int8 needs float32 weights on the CPU and cpu_kernels; "
                 f"this model is {model.dtype} on {model.device}, cpu_kernels is {cpu_kernels}"
             )
         if has_kernels:
@@ -109,7 +108,7 @@ class Runner:
 
     @torch.inference_mode()
     def record_decodes(self, max_rows: int, record: Callable[[Compute], Compute]) -> None:
-        """Replay decode steps of up to max_rows sequences from now on, where the cache allows it."""
+        """Record decode steps of up to max_rows sequences and replay them from now on, if the cache allows it."""
         if isinstance(self.cache, CudaCache):
             self._graphs = DecodeGraphs(
                 self._decode,
@@ -124,9 +123,9 @@ class Runner:
 
     @torch.inference_mode()
     def step(self, batch: Batch, token_ids: Tensor | None = None) -> Logits:
-        """Compute the batch's chunks. Advances no sequence.
+        """Compute the batch's chunks; sequences do not advance. The logits are valid until the next step.
 
-        token_ids: [rows], of all tokens, where only the device knows them. The logits are good until the next step.
+        token_ids: [rows], all tokens, if only the device knows them.
         """
         if batch.stale_blocks:
             self.cache.clear(batch.stale_blocks)
@@ -143,7 +142,7 @@ class Runner:
         positions = np.concatenate([np.arange(c.start, c.stop) for c in chunks])
         ends = np.cumsum([c.stop - c.start for c in chunks]) - 1
         sampling = ends[[c.samples for c in chunks]]
-        # Row of token i of a chunk that ends in row `end`: counted back from there.
+        # Packed row of a chunk's token, counted back from the chunk's last row.
         scoring = [
             np.arange(s.start, s.stop) - c.stop + 1 + end
             for c, end in zip(chunks, ends, strict=True)
@@ -174,7 +173,7 @@ class Runner:
             self._edits = {}
 
     def _forward(self, token_ids: Tensor, positions: Tensor, rows: Tensor | None, step: AttentionStep) -> Tensor:
-        """Logits of these rows, None is all; token_ids and positions: [rows]."""
+        """Return the logits of these rows; None is all rows. token_ids, positions: [rows]."""
         with attention_step(step):
             output = self.model(
                 input_ids=token_ids.unsqueeze(0),
@@ -211,9 +210,9 @@ class Runner:
 def _check_supported(model: PreTrainedModel) -> None:
     name = type(model).__name__
     if not getattr(model, "_supports_attention_backend", False):
-        raise UnsupportedModel(f"{name} does not go through transformers' AttentionInterface")
+        raise UnsupportedModel(f"{name} does not use transformers' AttentionInterface")
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    # Models with several kinds of layers have one set of parameters a kind.
+    # Models with several kinds of layers have one set of parameters for each.
     kinds = {str(value.get("rope_type")) for value in [rope, *rope.values()] if isinstance(value, dict)}
     wrong = sorted(kinds & BATCH_DEPENDENT_ROPE)
     if wrong:
