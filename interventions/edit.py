@@ -2,10 +2,10 @@
 
     h  <-  h + sum_i scale_i * act_i(h · A_i + b_i) * U_i          i runs over the rank columns
 
-    A      [rank, hidden]    read by a column
+    A      [rank, hidden]    input direction of each column
     b      [rank]
-    U      [rank, hidden]    written by a column
-    act    [rank] int8       an `Activation` a column
+    U      [rank, hidden]    output direction of each column
+    act    [rank] int8       the `Activation` of each column
     scale  [rank]
 
 The form act(hW^T + b)U - (hR^T + c)U is two sets of columns: one with `act`, and a linear one with A = -R and b = -c.

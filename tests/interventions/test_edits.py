@@ -85,7 +85,7 @@ def test_what_is_no_edit_is_refused_with_what_would_be() -> None:
         ("A", torch.zeros(2, 8, dtype=torch.int64), DtypeError, "int64"),
         ("U", torch.zeros(2, 8, dtype=torch.float64), DtypeError, "float64"),
         ("scale", torch.tensor([1.0, float("nan")]), NonFiniteError, "scale"),
-        ("b", torch.tensor([float("inf"), 0.0]), NonFiniteError, "b holds"),
+        ("b", torch.tensor([float("inf"), 0.0]), NonFiniteError, "b contains"),
     ]:
         with pytest.raises(error, match=words):
             LowRankEdit(**{**fields, name: wrong})
