@@ -11,7 +11,7 @@ from reftserve.interventions.artifact import (
     save_artifact,
     unpack,
 )
-from reftserve.interventions.attach import attach, decoder_layers
+from reftserve.interventions.attach import attach
 from reftserve.interventions.edit import Activation, LowRankEdit, PlacedEdit, activate, compose
 from reftserve.interventions.families import FAMILIES, Family
 from reftserve.interventions.fingerprint import fingerprint, model_checksum
@@ -26,6 +26,7 @@ from reftserve.interventions.intervention_errors import (
     PositionsError,
     ShapeError,
 )
+from reftserve.interventions.layers import decoder_layers, edit_layer
 from reftserve.interventions.manifest import BaseFingerprint, EditEntry, Manifest, Provenance
 from reftserve.interventions.positions import Positions
 from reftserve.interventions.trainable import InterventionConfig, TrainableIntervention
@@ -58,6 +59,7 @@ __all__ = [
     "attach",
     "compose",
     "decoder_layers",
+    "edit_layer",
     "fingerprint",
     "load_artifact",
     "load_history",

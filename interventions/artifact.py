@@ -52,7 +52,7 @@ UNREADABLE = (
 
 @dataclass(frozen=True)
 class EditSite:
-    """Where an edit works, and how many of the intervention's columns are its own."""
+    """The layer and positions of an edit, and the number of its columns."""
 
     layer: int
     positions: Positions
@@ -63,30 +63,30 @@ class EditSite:
 class Intervention:
     """A published intervention: its manifest, and the columns of all its edits as one edit.
 
-    places: of its edits, in the order in which their columns follow one another.
+    sites: of its edits, in the order of their columns.
     """
 
     manifest: Manifest
     columns: LowRankEdit
-    places: tuple[EditSite, ...]
+    sites: tuple[EditSite, ...]
 
     @property
     def content_hash(self) -> str:
-        """Identity of what it does; equal for equal edits at equal places."""
+        """Identity of what it does; equal for equal edits at equal sites."""
         return self.manifest.content_hash
 
     @cached_property
     def edits(self) -> tuple[PlacedEdit, ...]:
         """The edits one by one, views of `columns`."""
-        parts = zip(self.places, self.columns.split([place.rank for place in self.places]), strict=True)
-        return tuple(PlacedEdit(place.layer, place.positions, part) for place, part in parts)
+        parts = zip(self.sites, self.columns.split([site.rank for site in self.sites]), strict=True)
+        return tuple(PlacedEdit(site.layer, site.positions, part) for site, part in parts)
 
 
-def content_hash(places: Sequence[EditSite], columns: LowRankEdit) -> str:
-    """SHA-256 over places and numbers of the edits, in order."""
+def content_hash(sites: Sequence[EditSite], columns: LowRankEdit) -> str:
+    """SHA-256 over sites and numbers of the edits, in order."""
     digest = hashlib.sha256()
-    for place in places:
-        digest.update(f"{place.layer} {place.positions} {place.rank}\n".encode())
+    for site in sites:
+        digest.update(f"{site.layer} {site.positions} {site.rank}\n".encode())
     digest.update(columns.content_hash.encode())
     return digest.hexdigest()
 
@@ -105,18 +105,18 @@ def save_artifact(
     history: History | None = None,
 ) -> Manifest:
     """Write a new artifact folder; it must not exist. Raises OSError with nothing left behind."""
-    places = tuple(EditSite(placed.layer, placed.positions, placed.edit.rank) for placed in edits)
+    sites = tuple(EditSite(placed.layer, placed.positions, placed.edit.rank) for placed in edits)
     columns = compose([placed.edit for placed in edits])
     manifest = Manifest(
         family=family,
         positions=positions,
-        layers=sorted({place.layer for place in places}),
+        layers=sorted({site.layer for site in sites}),
         rank=rank,
         tied=tied,
         parameters=columns.A.numel() + columns.b.numel() if parameters is None else parameters,
-        edits=[EditEntry(layer=p.layer, positions=str(p.positions), rank=p.rank) for p in places],
+        edits=[EditEntry(layer=p.layer, positions=str(p.positions), rank=p.rank) for p in sites],
         base=base,
-        content_hash=content_hash(places, columns),
+        content_hash=content_hash(sites, columns),
         created_at=datetime.now(UTC),
         provenance=provenance or Provenance(),
     )
@@ -164,13 +164,13 @@ def parse_artifact(manifest_bytes: bytes, edits_bytes: bytes) -> Intervention:
         first = cause.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise ManifestError(f"{MANIFEST_FILE}: {where or 'document'}: {first['msg']}") from cause
-    places = tuple(EditSite(entry.layer, Positions.parse(entry.positions), entry.rank) for entry in manifest.edits)
+    sites = tuple(EditSite(entry.layer, Positions.parse(entry.positions), entry.rank) for entry in manifest.edits)
     columns = _columns(edits_bytes)
-    _check_fit(places, columns, manifest.base)
-    found = content_hash(places, columns)
+    _check_fit(sites, columns, manifest.base)
+    found = content_hash(sites, columns)
     if found != manifest.content_hash:
         raise HashMismatch(f"content_hash is {manifest.content_hash}; the edits' hash is {found}")
-    return Intervention(manifest, columns, places)
+    return Intervention(manifest, columns, sites)
 
 
 def pack(folder: Path) -> bytes:
@@ -217,13 +217,13 @@ def _columns(edits_bytes: bytes) -> LowRankEdit:
     return LowRankEdit(**tensors)
 
 
-def _check_fit(places: Sequence[EditSite], columns: LowRankEdit, base: BaseFingerprint) -> None:
-    rank = sum(place.rank for place in places)
+def _check_fit(sites: Sequence[EditSite], columns: LowRankEdit, base: BaseFingerprint) -> None:
+    rank = sum(site.rank for site in sites)
     if columns.rank != rank:
         raise ShapeError(f"{EDITS_FILE} holds {columns.rank} columns; by the manifest the edits have {rank}")
     if columns.hidden_size != base.hidden_size:
         raise ShapeError(f"edits have hidden size {columns.hidden_size}; the base has {base.hidden_size}")
-    highest = max(place.layer for place in places)
+    highest = max(site.layer for site in sites)
     if highest >= base.num_layers:
         raise ShapeError(f"an edit is at layer {highest}; the base has layers 0 to {base.num_layers - 1}")
 

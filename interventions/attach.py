@@ -1,10 +1,10 @@
-"""Forward hooks that apply edits to any Hugging Face decoder: used by training, and the oracle for the engine."""
+"""Edits on any Hugging Face decoder: the simplest form, and the oracle for the engine and for training."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -13,48 +13,26 @@ from transformers import PreTrainedModel
 
 from reftserve.interventions.edit import PlacedEdit
 from reftserve.interventions.intervention_errors import ShapeError
+from reftserve.interventions.layers import HiddenEdit, block_list, edit_layer
 from reftserve.interventions.positions import Positions
 from reftserve.interventions.trainable import TrainableIntervention
 
 Member = tuple[Positions, Callable[[Tensor], Tensor]]
 
 
-def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The decoder blocks in order, found by structure: the one list of `num_hidden_layers` modules of one class.
-
-    Raises ShapeError when the model has no such list, or several.
-    """
-    return list(_block_list(model))
-
-
-def _block_list(model: PreTrainedModel) -> nn.ModuleList:
-    count = model.config.get_text_config().num_hidden_layers
-    lists = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count and len({type(m) for m in module}) == 1
-    ]
-    # Lists inside a block (experts, say) may happen to have as many members.
-    inner = {id(m) for found in lists for block in found for m in block.modules() if m is not found}
-    outer = [found for found in lists if id(found) not in inner]
-    if len(outer) != 1:
-        raise ShapeError(f"{type(model).__name__} has {len(outer)} lists of {count} equal blocks; expected one")
-    return outer[0]
-
-
 @contextmanager
 def attach(
     model: PreTrainedModel, edits: Sequence[PlacedEdit] | TrainableIntervention, n_prompt: int | Tensor
 ) -> Iterator[None]:
-    """While inside, forward passes and `generate` of `model` are edited.
+    """Edit forward passes and `generate` of `model` while the context is open.
 
-    edits: several at one place are summed in parallel, each reading the unedited hidden state.
-    n_prompt: prompt length, or [batch] of them. Rows are padded on the right; column t of a pass has position
-    t plus the length of the cache that the pass continues.
+    edits: edits of one layer and position add up, each computed from the unedited hidden state.
+    n_prompt: prompt length, or one for each row, [batch]. Rows are padded on the right. Column t of a pass has
+    position t plus the length of the cache that the pass continues.
     Raises ShapeError when an edit does not fit the model.
     """
-    layers = _block_list(model)
-    # Not `model.base_model`: some architectures (OPT) call the module that runs the blocks past it.
+    layers = block_list(model)
+    # Not `model.base_model`: OPT calls the decoder inside it directly, so hooks on it do not run.
     decoder = next(module for module in model.modules() if any(child is layers for child in module.children()))
     members: defaultdict[int, list[Member]] = defaultdict(list)
     for layer, positions, delta in _members(edits):
@@ -68,20 +46,17 @@ def attach(
         cache = kwargs.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
 
-    handles = [decoder.register_forward_pre_hook(before, with_kwargs=True)]
-    try:
+    with ExitStack() as stack:
+        stack.enter_context(decoder.register_forward_pre_hook(before, with_kwargs=True))
         for layer, at_layer in members.items():
-            handles.append(layers[layer].register_forward_hook(_hook(at_layer, n_prompt, lambda: past)))
+            stack.enter_context(edit_layer(layers[layer], _edit(at_layer, n_prompt, lambda: past)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _members(
     edits: Sequence[PlacedEdit] | TrainableIntervention,
 ) -> list[tuple[int, Positions, Callable[[Tensor], Tensor]]]:
-    """What each member adds to the rows that it touches."""
+    """Return each edit's layer, its positions and the function that computes the numbers to add."""
     if isinstance(edits, TrainableIntervention):
         return [(layer, positions, _family_delta(family)) for layer, positions, family in edits.placed()]
     return [(placed.layer, placed.positions, placed.edit.delta) for placed in edits]
@@ -95,27 +70,23 @@ def _family_delta(family: nn.Module) -> Callable[[Tensor], Tensor]:
     return delta
 
 
-def _hook(members: list[Member], n_prompt: int | Tensor, past: Callable[[], int]) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        hidden: Tensor = output[0] if isinstance(output, tuple) else output
-        edited = _edit(hidden, members, n_prompt, past())
-        return (edited, *output[1:]) if isinstance(output, tuple) else edited
+def _edit(members: list[Member], n_prompt: int | Tensor, past: Callable[[], int]) -> HiddenEdit:
+    """Return a function that edits one layer's hidden states out of place; their first column has position `past`."""
 
-    return hook
+    def edit(hidden: Tensor) -> Tensor:
+        batch, tokens, _ = hidden.shape
+        start = past()
+        lengths = [n_prompt] * batch if isinstance(n_prompt, int) else n_prompt.tolist()
+        flat = hidden.flatten(0, 1)
+        edited = flat
+        for positions, delta in members:
+            rows = [
+                torch.from_numpy(positions.indices(length, start, start + tokens) - start) + row * tokens
+                for row, length in enumerate(lengths)
+            ]
+            index = torch.cat(rows).to(hidden.device)
+            if len(index):
+                edited = edited.index_add(0, index, delta(flat[index]).to(hidden.dtype))
+        return edited.view_as(hidden)
 
-
-def _edit(hidden: Tensor, members: list[Member], n_prompt: int | Tensor, past: int) -> Tensor:
-    """Edit hidden [batch, tokens, hidden] whose first column has position `past`; out of place."""
-    batch, tokens, _ = hidden.shape
-    lengths = [n_prompt] * batch if isinstance(n_prompt, int) else n_prompt.tolist()
-    flat = hidden.flatten(0, 1)
-    edited = flat
-    for positions, delta in members:
-        rows = [
-            torch.from_numpy(positions.indices(length, past, past + tokens) - past) + row * tokens
-            for row, length in enumerate(lengths)
-        ]
-        index = torch.cat(rows).to(hidden.device)
-        if len(index):
-            edited = edited.index_add(0, index, delta(flat[index]).to(hidden.dtype))
-    return edited.view_as(hidden)
+    return edit

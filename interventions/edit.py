@@ -2,15 +2,15 @@
 
     h  <-  h + sum_i scale_i * act_i(h · A_i + b_i) * U_i          i runs over the rank columns
 
-    A      [rank, hidden]    what a column reads
+    A      [rank, hidden]    input direction of each column
     b      [rank]
-    U      [rank, hidden]    what a column writes
-    act    [rank] int8       an `Activation` a column
+    U      [rank, hidden]    output direction of each column
+    act    [rank] int8       the `Activation` of each column
     scale  [rank]
 
-A family of the form act(hW^T + b)U - (hR^T + c)U needs no other shape: it is two sets of columns, one with `act`, one
-linear with A = -R and b = -c; where `act` is linear they fold into one (LoReFT: A = W - R, U = R). Activation and
-scale belong to columns, so a composition of edits is their concatenation.
+The form act(hW^T + b)U - (hR^T + c)U is two sets of columns: one with `act`, and a linear one with A = -R and b = -c.
+If `act` is linear they fold into one set (LoReFT: A = W - R, U = R). Each column has its own activation and scale, so
+edits are composed by concatenation.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from reftserve.interventions.positions import Positions
 
 
 class Activation(IntEnum):
-    """What a rank column applies to h · A + b. Names are those of transformers' ACT2FN."""
+    """The function that a rank column applies to h · A + b, by its name in transformers' ACT2FN."""
 
     LINEAR = 0
     RELU = 1
@@ -54,7 +54,7 @@ TENSORS = ("A", "b", "U", "act", "scale")
 
 
 def activate(y: Tensor, act: Tensor) -> Tensor:
-    """Apply to each column of y its own activation.
+    """Apply each column's activation to y.
 
     y: [..., rank]. act: int8, broadcastable to y.
     """
@@ -65,7 +65,7 @@ def activate(y: Tensor, act: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class LowRankEdit:
-    """One edit in canonical form; see the module's picture for shapes. Immutable; tensors are not copied.
+    """One edit in canonical form; the module's table has the shapes. Immutable; tensors are not copied.
 
     Raises ShapeError, DtypeError or NonFiniteError when the tensors do not form an edit.
     """
@@ -78,7 +78,7 @@ class LowRankEdit:
 
     def __post_init__(self) -> None:
         if self.A.ndim != 2 or 0 in self.A.shape:
-            raise ShapeError(f"A has shape {list(self.A.shape)}; expected [rank, hidden], neither 0")
+            raise ShapeError(f"A has shape {list(self.A.shape)}; expected [rank, hidden], both above 0")
         rank, hidden = self.A.shape
         expected = {"A": [rank, hidden], "b": [rank], "U": [rank, hidden], "act": [rank], "scale": [rank]}
         for name, shape in expected.items():
@@ -89,29 +89,29 @@ class LowRankEdit:
                 if tensor.dtype != torch.int8:
                     raise DtypeError(f"act is {tensor.dtype}; expected torch.int8")
                 if not ((tensor >= 0) & (tensor < len(Activation))).all():
-                    raise DtypeError(f"act holds {sorted(set(tensor.tolist()))}; known are 0 to {len(Activation) - 1}")
+                    raise DtypeError(f"act holds {sorted(set(tensor.tolist()))}; expected 0 to {len(Activation) - 1}")
             elif not tensor.is_floating_point() or tensor.dtype != self.A.dtype:
-                raise DtypeError(f"{name} is {tensor.dtype}; expected a floating-point type, the same for all of them")
+                raise DtypeError(f"{name} is {tensor.dtype}; A, b, U and scale need one floating-point type")
             elif not _is_finite(tensor):
-                raise NonFiniteError(f"{name} holds NaN or infinity; every number must be finite")
+                raise NonFiniteError(f"{name} contains NaN or infinity; all numbers must be finite")
 
     @property
     def rank(self) -> int:
-        """Number of columns."""
+        """Return the number of columns."""
         return self.A.shape[0]
 
     @property
     def hidden_size(self) -> int:
-        """Length of the hidden states that it reads and writes."""
+        """Return the length of the hidden states."""
         return self.A.shape[1]
 
     @property
     def nbytes(self) -> int:
-        """Memory that its numbers take, bytes."""
+        """Return the size of the tensors in bytes."""
         return sum(getattr(self, name).nbytes for name in TENSORS)
 
     def delta(self, hidden: Tensor) -> Tensor:
-        """What the edit adds to hidden states [rows, hidden_size]; in the edit's dtype.
+        """Return the numbers that the edit adds to hidden states [rows, hidden_size], in the edit's dtype.
 
         Raises ShapeError if hidden_size differs from the edit's.
         """
@@ -129,24 +129,24 @@ class LowRankEdit:
         return (hidden.to(self.A.dtype) + self.delta(hidden)).to(hidden.dtype)
 
     def scaled(self, scale: float) -> LowRankEdit:
-        """The same edit, `scale` times as strong; 0 changes nothing, negative turns it round."""
+        """Return the edit `scale` times as strong; 0 edits nothing, a negative scale reverses the direction."""
         return replace(self, scale=self.scale * scale)
 
     def to(self, device: torch.device) -> LowRankEdit:
-        """The same edit on a device."""
+        """Return the edit on a device."""
         return LowRankEdit(*(getattr(self, name).to(device) for name in TENSORS))
 
     def split(self, ranks: Sequence[int]) -> list[LowRankEdit]:
-        """Its columns as edits of these ranks, one after another: what `compose` made one, and views of it.
+        """Undo `compose`: return the columns as edits of these ranks, which are positive and sum to `rank`.
 
-        The ranks are positive and sum to `rank`.
+        The edits are views.
         """
         parts = zip(*(getattr(self, name).split(list(ranks)) for name in TENSORS), strict=True)
         return [LowRankEdit(*tensors) for tensors in parts]
 
     @cached_property
     def content_hash(self) -> str:
-        """SHA-256 over shapes, types and numbers: equal exactly when the edits are."""
+        """Return the SHA-256 over shapes, types and numbers: equal for equal edits only."""
         digest = hashlib.sha256()
         for name in TENSORS:
             tensor: Tensor = getattr(self, name).detach().cpu().contiguous()
@@ -156,16 +156,16 @@ class LowRankEdit:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    # On large tensors torch's own test starts threads, beside those of the engine's step when a loader's thread asks.
+    # torch's own test starts threads on large tensors. In the loader's thread they compete with the engine's step.
     if tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64):
         return bool(np.isfinite(tensor.detach().numpy()).all())
     return bool(tensor.isfinite().all())
 
 
 def compose(edits: Sequence[LowRankEdit]) -> LowRankEdit:
-    """The parallel sum of edits on equal rows: each reads the unedited h; their columns in the order given.
+    """Concatenate the columns of edits: their sum on the same rows, each computed from the unedited h.
 
-    Raises ShapeError when the hidden sizes differ or there is nothing to compose.
+    Raises ShapeError when the hidden sizes differ or `edits` is empty.
     """
     sizes = {edit.hidden_size for edit in edits}
     if len(sizes) != 1:
@@ -175,7 +175,7 @@ def compose(edits: Sequence[LowRankEdit]) -> LowRankEdit:
 
 @dataclass(frozen=True, eq=False)
 class PlacedEdit:
-    """An edit with its place: the output of decoder layer `layer` (0 is the first), at `positions`."""
+    """An edit at `positions` of the output of decoder layer `layer`; 0 is the first layer."""
 
     layer: int
     positions: Positions

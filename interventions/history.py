@@ -1,6 +1,6 @@
-"""How an intervention came to be, step by step: `history.json`, which an artifact may hold beside its two other files.
+"""The training curve of an intervention: `history.json`, an optional third file of an artifact.
 
-It is no part of what the intervention does: whoever serves it reads neither it nor a hash of it.
+It does not change the intervention, so the engine ignores it and the content hash leaves it out.
 """
 
 from __future__ import annotations
@@ -23,11 +23,10 @@ Column = list[float | None]
 
 
 class History(BaseModel):
-    """Columns of equal length, at most MAX_POINTS long; None where a number is unknown or was not finite.
+    """Columns of equal length, at most MAX_POINTS long; None for a number that is unknown or was not finite.
 
-    step: optimizer steps, rising. tokens_per_second: completion tokens learned from; empty where nobody measured.
-    valid: for each score of the held-out part (`loss`, `exact_match`, ...), its value after those steps that were
-    followed by a validation.
+    step: optimizer steps, rising. tokens_per_second: trained completion tokens; empty if not measured.
+    valid: each score of the held-out part (`loss`, `exact_match`, ...), after the steps with a validation.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -50,10 +49,9 @@ class History(BaseModel):
 
     @classmethod
     def of_steps(cls, steps: Sequence[Mapping[str, Any]]) -> History:
-        """From what was measured at each step: step, train_loss, learning_rate, tokens_per_second, and valid_... where
-        there are scores.
+        """Return the history of rows with step, train_loss, learning_rate, tokens_per_second and perhaps valid_... .
 
-        Of more than MAX_POINTS steps some are left out, evenly; half the room is kept for steps with scores.
+        More than MAX_POINTS steps are thinned evenly; half of the points are reserved for steps with scores.
         """
         scored = [row for row in steps if any(name.startswith(HELD_OUT) for name in row)]
         if len(steps) > MAX_POINTS:
@@ -70,10 +68,7 @@ class History(BaseModel):
 
     @classmethod
     def parse(cls, content: bytes) -> History:
-        """Read the file.
-
-        Raises ManifestError when it is not of this form.
-        """
+        """Parse the file's content. Raises ManifestError when it is not a history."""
         try:
             return cls.model_validate_json(content)
         except ValidationError as cause:
@@ -83,13 +78,13 @@ class History(BaseModel):
 
 
 def _column(steps: Sequence[Mapping[str, Any]], name: str) -> Column:
-    """Six digits: what float32 knows, and a third of the bytes."""
+    """Return a column rounded to six digits, float32's precision, in a third of the bytes."""
     found = (row.get(name) for row in steps)
     return [None if value is None or not math.isfinite(value) else float(f"{value:.6g}") for value in found]
 
 
 def _evenly(rows: Sequence[T], count: int) -> list[T]:
-    """At most `count` rows at equal distances, the first and the last among them."""
+    """Return at most `count` rows at equal distances, including the first and the last."""
     if len(rows) <= count:
         return list(rows)
     return [rows[round(index * (len(rows) - 1) / (count - 1))] for index in range(count)]

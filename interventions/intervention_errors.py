@@ -3,20 +3,20 @@
     InterventionError
     ├── ShapeError            a tensor's shape does not fit
     ├── DtypeError            a tensor's element type does not fit
-    ├── NonFiniteError        NaN or infinity where numbers must be
-    ├── PositionsError        positions that cannot be parsed
-    ├── ManifestError         a manifest or artifact that is not of the format
-    ├── HashMismatch          the content is not what its hash says
+    ├── NonFiniteError        a number is NaN or infinity
+    ├── PositionsError        positions cannot be parsed
+    ├── ManifestError         a manifest or artifact does not follow the format
+    ├── HashMismatch          the content does not have its hash
     └── FingerprintMismatch   made for another base model
 
-Each message has the offending value and what would be right.
+Each message names the offending value and the expected one.
 """
 
 from __future__ import annotations
 
 
 class InterventionError(ValueError):
-    """Anything wrong with an intervention."""
+    """An intervention is invalid."""
 
     code = "invalid_intervention"
 
@@ -34,30 +34,30 @@ class DtypeError(InterventionError):
 
 
 class NonFiniteError(InterventionError):
-    """NaN or infinity where numbers must be."""
+    """A number is NaN or infinity."""
 
     code = "non_finite"
 
 
 class PositionsError(InterventionError):
-    """Positions that cannot be parsed."""
+    """Positions cannot be parsed."""
 
     code = "invalid_positions"
 
 
 class ManifestError(InterventionError):
-    """A manifest or artifact that is not of the format."""
+    """A manifest or artifact does not follow the format."""
 
     code = "invalid_artifact"
 
 
 class HashMismatch(InterventionError):
-    """The content is not what its hash says."""
+    """The content does not have its hash."""
 
     code = "hash_mismatch"
 
 
 class FingerprintMismatch(InterventionError):
-    """Made for another base model."""
+    """The intervention was made for another base model."""
 
     code = "fingerprint_mismatch"

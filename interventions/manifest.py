@@ -1,4 +1,4 @@
-"""The manifest of a published intervention (`manifest.json`), and the fingerprint of the base it was made for."""
+"""The manifest of a published intervention (`manifest.json`) and the fingerprint of its base model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SCHEMA_VERSION = 2
 
 @dataclass(frozen=True)
 class Mismatch:
-    """A field in which two fingerprints differ; `fatal` when no override can lift it."""
+    """A field in which two fingerprints differ. fatal: the operator cannot override it."""
 
     field: str
     expected: object
@@ -27,7 +27,7 @@ class Mismatch:
 
 
 class BaseFingerprint(BaseModel):
-    """Identity of a base model. A hash of None is unknown (imported interventions have none)."""
+    """Identity of a base model. A hash of None is unknown: imported interventions have none."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -40,7 +40,7 @@ class BaseFingerprint(BaseModel):
     chat_template_hash: str | None = None
 
     def mismatches(self, found: BaseFingerprint) -> list[Mismatch]:
-        """Fields in which `found` differs from this base; differing or unknown hashes can be overridden."""
+        """Return the fields in which `found` differs from this base; hashes can be overridden."""
         hashes = {"weights_hash", "tokenizer_hash", "chat_template_hash"}
         return [
             Mismatch(name, getattr(self, name), getattr(found, name), fatal=name not in hashes)
@@ -49,14 +49,14 @@ class BaseFingerprint(BaseModel):
         ]
 
     def require(self, found: BaseFingerprint, *, override: bool = False) -> None:
-        """Raise FingerprintMismatch, naming every differing field, unless all can be and are overridden."""
+        """Raise FingerprintMismatch, naming every differing field; `override` allows differing hashes."""
         wrong = [m for m in self.mismatches(found) if m.fatal or not override]
         if wrong:
             raise FingerprintMismatch(f"made for another base model: {'; '.join(map(str, wrong))}")
 
 
 class EditEntry(BaseModel):
-    """One edit of the artifact: its columns follow those of the entry before it."""
+    """One edit of the artifact. Its columns follow those of the previous entry."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -66,7 +66,7 @@ class EditEntry(BaseModel):
 
 
 class Provenance(BaseModel):
-    """Where an intervention comes from; whatever is unknown is absent."""
+    """Where an intervention comes from; unknown fields are absent."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -81,7 +81,7 @@ class Provenance(BaseModel):
 
 
 class Manifest(BaseModel):
-    """Everything about an intervention but its numbers."""
+    """Everything about an intervention except its numbers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -102,5 +102,5 @@ class Manifest(BaseModel):
     @classmethod
     def _is_ours(cls, found: int) -> int:
         if found != SCHEMA_VERSION:
-            raise ValueError(f"is {found}; what is read is format {SCHEMA_VERSION}: publish the intervention again")
+            raise ValueError(f"is {found}; expected {SCHEMA_VERSION}: publish the intervention again")
         return found

@@ -1,13 +1,13 @@
 """Which tokens of a request an edit touches, in the notation of the LoReFT paper.
 
-    f7+l7       the first 7 and the last 7 prompt tokens          (f0+l1, f5, l1 are of the same kind)
+    f7+l7       the first 7 and the last 7 prompt tokens          (likewise f0+l1, f5, l1)
     prompt      every prompt token
     generated   every token after the prompt
     all         both
 
-Positions are indices into the final token ids, chat template and BOS included. Short prompts, as in pyreft: of a
-prompt of n tokens at most n // 2 are first and at most n // 2 are last, so prefix and suffix never overlap. One
-exception: of a one-token prompt the token is last, so that `l1` is index n - 1 for every prompt.
+Positions are indices into the final token ids, chat template and BOS included. As in pyreft, at most n // 2 of a
+prompt's n tokens are first and at most n // 2 are last, so prefix and suffix never overlap. One exception: the token
+of a one-token prompt is last, so that `l1` is index n - 1 for every prompt.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _PATTERN = re.compile(r"(?:f(?P<first>\d{1,6}))?(?:\+?l(?P<last>\d{1,6}))?")
 
 @dataclass(frozen=True)
 class Positions:
-    """Parsed positions; see the module's table."""
+    """Parsed positions; the module's table explains them."""
 
     first: int = 0
     last: int = 0
@@ -36,10 +36,7 @@ class Positions:
     @classmethod
     @lru_cache(maxsize=1024)  # an artifact names the same positions at each of its layers
     def parse(cls, text: str) -> Positions:
-        """Read the notation.
-
-        Raises PositionsError when the text is not of it, or names no token at all.
-        """
+        """Parse the notation. Raises PositionsError for any other text, and for positions without a token."""
         if text in ("prompt", "generated", "all"):
             return cls(prompt=text != "generated", generated=text != "prompt")
         match = _PATTERN.fullmatch(text)
@@ -47,7 +44,7 @@ class Positions:
             raise PositionsError(f"positions {text!r}; expected like 'f7+l7', 'l1', 'prompt', 'generated' or 'all'")
         parsed = cls(first=int(match["first"] or 0), last=int(match["last"] or 0))
         if parsed == cls():
-            raise PositionsError(f"positions {text!r} name no token; at least one of f and l must be above 0")
+            raise PositionsError(f"positions {text!r} select no token; f or l must be above 0")
         return parsed
 
     def __str__(self) -> str:
@@ -56,7 +53,7 @@ class Positions:
         return f"f{self.first}+l{self.last}"
 
     def indices(self, n_prompt: int, start: int, stop: int) -> NDArray[np.int64]:
-        """Indices of edited tokens within [start, stop), ascending, of a request with `n_prompt` prompt tokens."""
+        """Return the edited indices within [start, stop), ascending, of a request with `n_prompt` prompt tokens."""
         parts = [np.arange(max(start, low), min(stop, high)) for low, high in self._ranges(n_prompt, stop)]
         return np.concatenate(parts).astype(np.int64)
 
@@ -68,6 +65,6 @@ class Positions:
         return [(0, first), (n_prompt - last, n_prompt)]
 
     def split(self) -> list[Positions]:
-        """Prefix and suffix as positions of their own, for untied weights; the rest of the notation is one part."""
+        """Return prefix and suffix as separate positions, for untied weights; other positions stay whole."""
         parts = [Positions(first=self.first), Positions(last=self.last)]
         return [part for part in parts if part != Positions()] or [self]

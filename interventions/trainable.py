@@ -1,4 +1,4 @@
-"""A whole intervention while it is trained: family modules at layers and positions, lowered when it is published."""
+"""An intervention in training: family modules at layers and positions. Publishing lowers them to edits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from reftserve.interventions.positions import Positions
 
 @dataclass(frozen=True)
 class InterventionConfig:
-    """What an intervention is made of. tied: prefix and suffix positions share their weights."""
+    """The family, sites and sizes of an intervention. tied: prefix and suffix positions share their weights."""
 
     family: str
     layers: tuple[int, ...]
@@ -23,43 +23,41 @@ class InterventionConfig:
     rank: int
     tied: bool = True
     dropout: float = 0.0
-    act: str = "linear"
 
 
 class TrainableIntervention(nn.Module):
-    """Family modules in a fixed order: by layer, prefix before suffix where they are untied.
+    """Family modules ordered by layer; untied prefixes come before suffixes.
 
-    Raises ValueError for an unknown family or activation, PositionsError for positions.
+    Raises ValueError for an unknown family, PositionsError for invalid positions.
     """
 
     def __init__(self, config: InterventionConfig, hidden_size: int, *, seed: int = 0) -> None:
         super().__init__()
         if config.family not in FAMILIES:
-            raise ValueError(f"family {config.family!r}; known are {', '.join(FAMILIES)}")
+            raise ValueError(f"family {config.family!r}; expected one of {', '.join(FAMILIES)}")
         self.config = config
         positions = Positions.parse(config.positions)
         parts = [positions] if config.tied else positions.split()
-        self.places = [(layer, part) for layer in config.layers for part in parts]
+        self.sites = [(layer, part) for layer in config.layers for part in parts]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.families = nn.ModuleList(
-                FAMILIES[config.family](hidden_size, config.rank, dropout=config.dropout, act=config.act)
-                for _ in self.places
+                FAMILIES[config.family](hidden_size, config.rank, dropout=config.dropout) for _ in self.sites
             )
 
     @property
     def num_parameters(self) -> int:
-        """Numbers that training changes."""
+        """Return the number of trained numbers."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def placed(self) -> Sequence[tuple[int, Positions, Family]]:
-        """The modules with their layers and positions."""
+        """Return the modules with their layers and positions."""
         return [
             (layer, positions, family)
-            for (layer, positions), family in zip(self.places, self.families, strict=True)
+            for (layer, positions), family in zip(self.sites, self.families, strict=True)
             if isinstance(family, Family)
         ]
 
     def lower(self) -> tuple[PlacedEdit, ...]:
-        """The canonical edits with the same effect as the modules in evaluation mode."""
+        """Return the canonical edits with the effect of the modules in evaluation mode."""
         return tuple(PlacedEdit(layer, positions, family.lower()) for layer, positions, family in self.placed())

@@ -1,4 +1,4 @@
-"""One file a family: a trainable module that lowers to edits. A new family is one file and one line here."""
+"""The families, one file each: trainable modules that lower to edits. A new family adds a file and a line here."""
 
 from reftserve.interventions.families.base import Family
 from reftserve.interventions.families.consreft import ConsReFT

@@ -1,4 +1,4 @@
-"""What every family has in common: a trainable module over hidden states that lowers to a canonical edit."""
+"""The base class of families: a trainable module over hidden states that lowers to a canonical edit."""
 
 from __future__ import annotations
 
@@ -7,56 +7,43 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from reftserve.interventions.edit import FUNCTIONS, Activation, LowRankEdit
+from reftserve.interventions.edit import Activation, LowRankEdit
 
 
 class Family(nn.Module, ABC):
-    """A trainable parametrisation of an edit at one place.
+    """A trainable parametrisation of an edit at one layer and position. Computes in float32.
 
-    hidden_size, rank: sizes. dropout: probability, in training only, over the whole edited hidden state (as pyreft).
-    act: name of an `Activation`, lower-case. Computes in float32 whatever the model's dtype.
-
-    Raises ValueError for an activation that is unknown or that the family has no place for.
+    dropout: probability; applies in training to the whole edited hidden state, as in pyreft.
     """
 
-    has_activation = True
-
-    def __init__(self, hidden_size: int, rank: int, *, dropout: float = 0.0, act: str = "linear") -> None:
+    def __init__(self, hidden_size: int, rank: int, *, dropout: float = 0.0) -> None:
         super().__init__()
         self.hidden_size = hidden_size
         self.rank = rank
         self.dropout = nn.Dropout(dropout)
-        known = [a.name.lower() for a in Activation] if self.has_activation else ["linear"]
-        if act not in known:
-            raise ValueError(f"activation {act!r}; {type(self).__name__} can have {', '.join(known)}")
-        self.act = Activation[act.upper()]
 
     @abstractmethod
     def edited(self, h: Tensor) -> Tensor:
-        """The family's formula: hidden states [rows, hidden] in float32 to edited ones."""
+        """Return the edited hidden states [rows, hidden] by the family's formula, in float32."""
 
     @abstractmethod
     def lower(self) -> LowRankEdit:
-        """The canonical edit with the same effect, detached from training."""
+        """Return the canonical edit with the same effect, detached from training."""
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Edit hidden states [rows, hidden]; returned in hidden's dtype."""
+        """Return the edited hidden states [rows, hidden] in hidden's dtype."""
         edited: Tensor = self.dropout(self.edited(hidden.float()))
         return edited.to(hidden.dtype)
 
-    def activation(self, y: Tensor) -> Tensor:
-        """The family's activation."""
-        return y if self.act is Activation.LINEAR else FUNCTIONS[self.act](y)
-
 
 @torch.no_grad()
-def columns(A: Tensor, b: Tensor, U: Tensor, act: Activation = Activation.LINEAR) -> LowRankEdit:
-    """An edit of scale 1 whose columns all have the same activation."""
+def columns(A: Tensor, b: Tensor, U: Tensor) -> LowRankEdit:
+    """Return the linear edit of scale 1 with these columns, detached from training."""
     rank = A.shape[0]
     return LowRankEdit(
         A=A.detach().float().contiguous().clone(),
         b=b.detach().float().clone(),
         U=U.detach().float().contiguous().clone(),
-        act=torch.full((rank,), act, dtype=torch.int8, device=A.device),
+        act=torch.full((rank,), Activation.LINEAR, dtype=torch.int8, device=A.device),
         scale=torch.ones(rank, device=A.device),
     )

@@ -11,21 +11,19 @@ from reftserve.interventions.families.orthonormal import orthonormal
 
 
 class LobiReFT(Family):
-    """h + R^T b, R with orthonormal rows. Has no activation."""
+    """h + R^T b, R with orthonormal rows."""
 
-    has_activation = False
-
-    def __init__(self, hidden_size: int, rank: int, *, dropout: float = 0.0, act: str = "linear") -> None:
-        super().__init__(hidden_size, rank, dropout=dropout, act=act)
+    def __init__(self, hidden_size: int, rank: int, *, dropout: float = 0.0) -> None:
+        super().__init__(hidden_size, rank, dropout=dropout)
         self.rotate = orthonormal(hidden_size, rank)
         self.learned_source = nn.Parameter(torch.rand(rank))
 
     def edited(self, h: Tensor) -> Tensor:
-        """The formula; R^T is `rotate.weight` [hidden, rank]."""
+        """Apply the formula; R^T is `rotate.weight` [hidden, rank]."""
         Rt: Tensor = self.rotate.weight  # type: ignore[assignment]
         return h + self.learned_source @ Rt.T
 
     def lower(self) -> LowRankEdit:
-        """A = 0, b, U = R."""
+        """Return the edit with A = 0, b, U = R."""
         R: Tensor = self.rotate.weight.T  # type: ignore[assignment]
         return columns(R * 0, self.learned_source, R)

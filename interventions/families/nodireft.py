@@ -9,18 +9,19 @@ from reftserve.interventions.families.base import Family, columns
 
 
 class NodiReFT(Family):
-    """h + W2^T act(W1 h + b1)."""
+    """h + W2^T (W1 h + b1)."""
 
-    def __init__(self, hidden_size: int, rank: int, *, dropout: float = 0.0, act: str = "linear") -> None:
-        super().__init__(hidden_size, rank, dropout=dropout, act=act)
+    def __init__(self, hidden_size: int, rank: int, *, dropout: float = 0.0) -> None:
+        super().__init__(hidden_size, rank, dropout=dropout)
         self.projection = nn.Linear(hidden_size, rank, bias=False)
         self.learned_source = nn.Linear(hidden_size, rank)
 
     def edited(self, h: Tensor) -> Tensor:
-        """The formula; W2 is `projection.weight` [rank, hidden]."""
-        return h + self.activation(self.learned_source(h)) @ self.projection.weight
+        """Apply the formula; W2 is `projection.weight` [rank, hidden]."""
+        delta: Tensor = self.learned_source(h) @ self.projection.weight
+        return h + delta
 
     def lower(self) -> LowRankEdit:
-        """A = W1, U = W2."""
+        """Return the edit with A = W1, U = W2."""
         source = self.learned_source
-        return columns(source.weight, source.bias, self.projection.weight, self.act)
+        return columns(source.weight, source.bias, self.projection.weight)

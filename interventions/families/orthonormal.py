@@ -1,13 +1,13 @@
-"""Orthonormal matrices that stay so while they are trained: torch's parametrization in a small and cheaper form.
+"""Matrices that stay orthonormal in training: torch's parametrization in a smaller and cheaper form.
 
-`torch.nn.utils.parametrizations.orthogonal` multiplies a fixed matrix [hidden, hidden] by a product of Householder
-reflections H_1 ... H_rank of the parameter's columns, and differentiates it reflection by reflection: 1.9 ms for
-[576, 4]. Here the product is in its compact form (Schreiber and Van Loan 1989),
+`torch.nn.utils.parametrizations.orthogonal` multiplies a fixed matrix [hidden, hidden] by Householder reflections
+H_1 ... H_rank of the parameter's columns, and differentiates them one by one: 1.9 ms for [576, 4]. This module uses the
+compact form of the product (Schreiber and Van Loan 1989),
 
     H_1 ... H_rank = I - V T V^T,    T^-1 = striu(V^T V) + diag(V^T V) / 2       V [hidden, rank] unit lower triangular
 
-so a few small products give the value, and autograd the gradient; and the fixed matrix is such a product itself, which
-is all that a matrix needs that has given first columns. Parameters and buffers have torch's names.
+so the value takes a few small products, and autograd gives the gradient. Only the fixed matrix's first `rank` columns
+matter, so it is stored as a product of `rank` reflections too. Parameters and buffers have torch's names.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.nn.utils.parametrize import register_parametrization
 
 
 class Reflections:
-    """H_1 ... H_rank, of what stands below the diagonal of a matrix [hidden, rank]."""
+    """The product H_1 ... H_rank of the reflections below the diagonal of a matrix [hidden, rank]."""
 
     def __init__(self, columns: Tensor) -> None:
         self.eye = torch.eye(*columns.shape, dtype=columns.dtype, device=columns.device)
@@ -27,17 +27,17 @@ class Reflections:
         self._inverse = gram.triu(1) + torch.diag(gram.diagonal() / 2)
 
     def of(self, rows: Tensor) -> Tensor:
-        """Their product with rows [hidden, rank]."""
+        """Return the product times rows [hidden, rank]."""
         weights = torch.linalg.solve_triangular(self._inverse, self._V.T @ rows, upper=True)
         product: Tensor = rows - self._V @ weights
         return product
 
 
 class Householder(nn.Module):
-    """base @ H_1 ... H_rank: of a parameter [hidden, rank], rank < hidden, a matrix with orthonormal columns.
+    """Map a parameter [hidden, rank], rank < hidden, to base @ H_1 ... H_rank, a matrix with orthonormal columns.
 
-    Below the parameter's diagonal stand the reflections; on it, never changed, the columns' signs. base [hidden, rank]:
-    the reflections that make up the fixed matrix, below its diagonal too.
+    The parameter holds the reflections below its diagonal, and the columns' signs, which never change, on it.
+    base [hidden, rank]: the reflections of the fixed matrix, below its diagonal.
     """
 
     base: Tensor
@@ -48,20 +48,20 @@ class Householder(nn.Module):
         self._constant: tuple[Tensor, int, Reflections] | None = None
 
     def forward(self, parameter: Tensor) -> Tensor:
-        """[hidden, rank] -> [hidden, rank]."""
+        """Return the orthonormal matrix [hidden, rank] of a parameter [hidden, rank]."""
         base = self._base_reflections()
         return base.of(Reflections(parameter).of(base.eye) * parameter.detach().diagonal())
 
     @torch.no_grad()
     def right_inverse(self, matrix: Tensor) -> Tensor:
-        """The parameter of a matrix [hidden, rank] with orthonormal columns: the base's own, but for signs."""
+        """Return the parameter of an orthonormal matrix [hidden, rank]: signs only, since it becomes the base."""
         self.base = torch.geqrf(matrix)[0].tril(-1)
         base = Reflections(self.base)
-        # The parameter's own reflections, of nothing below its diagonal, turn the sign of each column.
+        # With zeros below the diagonal, each of the parameter's reflections flips the sign of its column.
         return -base.eye * (base.of(base.eye) * matrix).sum(dim=0).sgn()
 
     def _base_reflections(self) -> Reflections:
-        """The base's, made anew only when it is another tensor or was written to, as when a checkpoint is loaded."""
+        """Return the base's reflections, recomputed when a checkpoint replaces or overwrites the base."""
         base, version = self.base, self.base._version
         if self._constant is None or self._constant[0] is not base or self._constant[1] != version:
             self._constant = base, version, Reflections(base)
@@ -69,10 +69,10 @@ class Householder(nn.Module):
 
 
 def orthonormal(hidden_size: int, rank: int) -> nn.Module:
-    """R, with orthonormal rows, as the paper has it: `.weight` [hidden, rank] stays orthonormal while trained."""
+    """Return a module whose `.weight` [hidden, rank] is R^T, with orthonormal columns that training keeps."""
     rotate = nn.Linear(hidden_size, rank, bias=False)
     rotate.weight = nn.Parameter(nn.init.orthogonal_(torch.empty(hidden_size, rank)))
-    if rank == hidden_size:  # torch's form for square matrices is another
+    if rank == hidden_size:  # torch parametrises square matrices differently
         return nn.utils.parametrizations.orthogonal(rotate)
     register_parametrization(rotate, "weight", Householder(), unsafe=True)
     return rotate

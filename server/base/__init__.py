@@ -1,1 +1,1 @@
-"""The frozen base model as it is computed. The engine and training stand on it; it knows neither."""
+"""Computes the frozen base model. The engine and training use it; it imports neither."""

@@ -1,8 +1,8 @@
-"""The contract between transformers' attention and whoever computes a pass, registered with its AttentionInterface.
+"""The contract for the attention of a forward pass, registered with transformers' AttentionInterface.
 
-A pass packs the tokens of many sequences into one row. Whoever runs it provides an `AttentionStep`: for each layer the
-step receives the new keys and values and lets every token attend to those of its own sequence. The engine's steps read
-the paged KV cache (`engine/kv_cache/`); those of training read kept prefixes.
+A pass packs the tokens of many sequences into one row. Its caller provides an `AttentionStep`: for each layer the step
+receives the new keys and values, and lets every token attend to its own sequence. The engine's steps read the paged KV
+cache (`engine/kv_cache/`); training's steps read cached prefixes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ATTENTION = "reftserve_paged"
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Heads and sizes of one layer's keys and values, as its attention produces them."""
+    """The number of heads and the sizes of one layer's keys and values."""
 
     kv_heads: int
     key_dim: int
@@ -32,14 +32,14 @@ class LayerShape:
 
 
 class AttentionStep(Protocol):
-    """What attention does during one forward pass."""
+    """The attention of one forward pass."""
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
     ) -> Tensor:
         """Store keys and values, then attend: [heads, tokens, dim] -> [tokens, heads, value_dim].
 
-        scale: of the scores, None is dim^-1/2. window: a token sees itself and window - 1 before it; None is all.
+        scale: of the scores; None is dim^-1/2. window: a token sees itself and window - 1 earlier ones; None is all.
         """
         ...
 
@@ -49,7 +49,7 @@ _step: ContextVar[AttentionStep] = ContextVar("attention_step")
 
 @contextmanager
 def attention_step(step: AttentionStep) -> Iterator[None]:
-    """Forward passes inside use `step` for their attention."""
+    """Use `step` as the attention of forward passes while the context is open."""
     token = _step.set(step)
     try:
         yield
@@ -58,7 +58,7 @@ def attention_step(step: AttentionStep) -> Iterator[None]:
 
 
 def current_step() -> AttentionStep:
-    """What attention does in the forward pass under way."""
+    """Return the attention of the current forward pass."""
     return _step.get()
 
 
@@ -75,9 +75,9 @@ def _attention(
     s_aux: Tensor | None = None,
     **unused: Any,
 ) -> tuple[Tensor, None]:
-    """Transformers' attention signature: query [1, heads, tokens, dim] -> [1, tokens, heads, value_dim]."""
+    """Attend with transformers' signature: query [1, heads, tokens, dim] -> [1, tokens, heads, value_dim]."""
     if softcap is not None or s_aux is not None:
-        raise UnsupportedModel("attention with logit soft-capping or sinks is not served yet")
+        raise UnsupportedModel("attention with logit soft-capping or sinks is not supported")
     layer: int = module.layer_idx  # type: ignore[assignment]
     return current_step().attend(layer, query[0], key[0], value[0], scaling, sliding_window).unsqueeze(0), None
 
@@ -87,14 +87,14 @@ AttentionInterface.register(ATTENTION, _attention)
 
 @dataclass
 class ShapeProbe:
-    """A step that only learns the shapes of each layer's keys and values."""
+    """A step that records the shapes of each layer's keys and values."""
 
     shapes: dict[int, LayerShape] = field(default_factory=dict)
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
     ) -> Tensor:
-        """Record the shapes; answer with plain causal attention."""
+        """Record the shapes and compute causal attention."""
         self.shapes[layer] = LayerShape(key.shape[0], key.shape[-1], value.shape[-1])
         return sdpa(query, key, value, None, scale, is_causal=True).transpose(0, 1)
 
@@ -102,7 +102,7 @@ class ShapeProbe:
 def sdpa(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, *, is_causal: bool
 ) -> Tensor:
-    """Torch's attention of one sequence, [heads, tokens, dim], fewer key-value heads than query heads allowed."""
+    """Compute torch's attention of one sequence, [heads, tokens, dim]; keys may have fewer heads than queries."""
     out = scaled_dot_product_attention(
         query.unsqueeze(0),
         key.unsqueeze(0),

@@ -1,7 +1,7 @@
-"""The base's weights on a GPU, once for engine and worker: the engine lends its own through CUDA IPC.
+"""Shares one copy of the base's weights on a GPU: the engine lends its copy to the worker through CUDA IPC.
 
-What is lent is a handle of the engine's memory, plain data that any process of the machine can open. It holds as long
-as the engine lives; whoever has opened it must end with the engine (`supervisor.keep_worker` sees to that).
+A lent tensor is a handle of the engine's memory, plain data that any process of the machine can open. The handle is
+valid while the engine runs, so a process that opened it must end with the engine (`supervisor.keep_worker`).
 """
 
 from __future__ import annotations
@@ -18,22 +18,19 @@ logger = logging.getLogger(__name__)
 
 
 def lend_weights(model: nn.Module) -> list[LentTensor]:
-    """A model's parameters; none where it is not on a GPU, or memory cannot be shared, which the log says."""
+    """Return handles of a model's parameters; empty off the GPU, or, with a warning, if memory cannot be shared."""
     parameters = list(model.parameters())
     if any(parameter.device.type != "cuda" for parameter in parameters):
         return []
     try:
         return [_lend(parameter.detach()) for parameter in parameters]
     except RuntimeError as cause:
-        logger.warning("the worker will hold a copy of the base's weights of its own: %s", cause)
+        logger.warning("the worker will load its own copy of the base's weights: %s", cause)
         return []
 
 
 def open_lent(lent: LentTensor) -> Tensor:
-    """The tensor in the other process's memory.
-
-    Raises RuntimeError when it cannot be opened.
-    """
+    """Open a tensor in the other process's memory. Raises RuntimeError when it cannot be opened."""
     tensor: Tensor = rebuild_cuda_tensor(  # type: ignore[no-untyped-call]
         Tensor,
         torch.Size(lent.size),

@@ -1,7 +1,6 @@
-"""The base model on disk: where it is, its tokenizer, and loading it frozen.
+"""The base model on disk: its folder, tokenizer and fingerprint.
 
-Used by the server (tokenizer, fingerprint), the engine and the training worker (weights). A model named by its
-hub id is looked for in `<data>/models/<organisation>--<name>` first, then in the hub's cache, then in the hub.
+A model with a hub id is searched in `<data>/models/<organisation>--<name>`, then in the hub's cache, then in the hub.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def model_name(settings: Settings) -> str:
-    """The base model's id in the API: the configured one, the hub id, or the folder's name."""
+    """Return the base model's id in the API: the configured one, the hub id, or the folder's name."""
     if settings.served_model_name:
         return settings.served_model_name
     folder = Path(settings.model)
@@ -33,9 +32,9 @@ def model_name(settings: Settings) -> str:
 
 
 def resolve_model_folder(settings: Settings) -> Path:
-    """The folder that holds the base model's config, weights (safetensors) and tokenizer.
+    """Return the folder with the base model's config, weights (safetensors) and tokenizer.
 
-    Raises NotFound, saying where was looked and what to do, when there is none.
+    Raises NotFound, with the searched places and the remedy.
     """
     as_folder = Path(settings.model)
     kept = settings.data / "models" / settings.model.replace("/", "--")
@@ -43,7 +42,7 @@ def resolve_model_folder(settings: Settings) -> Path:
         if (folder / "config.json").is_file():
             return folder.resolve()
     if as_folder.is_dir():
-        raise NotFound(f"{as_folder} holds no config.json: not a Hugging Face model folder", code="model_not_found")
+        raise NotFound(f"{as_folder} has no config.json: not a Hugging Face model folder", code="model_not_found")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -52,14 +51,14 @@ def resolve_model_folder(settings: Settings) -> Path:
         return Path(snapshot_download(settings.model, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as cause:
         raise NotFound(
-            f"model {settings.model!r} is neither a folder, nor in {kept}, nor could it be had from the hub ({cause}). "
+            f"model {settings.model!r} is not a folder or in {kept}, and cannot be fetched from the hub ({cause}). "
             "Give --model a folder with config.json, *.safetensors and a tokenizer, or a hub id while online.",
             code="model_not_found",
         ) from cause
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The base's tokenizer with its chat template; runs no code from the folder."""
+    """Load the base's tokenizer with its chat template, without running code from the folder."""
     from transformers import AutoTokenizer
 
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -68,9 +67,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 @dataclass(frozen=True)
 class Base:
-    """What everyone but the engine and the trainer needs to know of the base model; no weights.
+    """The base model without its weights, for all rooms but the engine and the trainer.
 
-    eos_token_ids: tokens that end an answer. max_context: tokens that prompt and answer may have together.
+    eos_token_ids: tokens that end an answer. max_context: largest number of tokens of prompt and answer together.
     """
 
     name: str
@@ -82,7 +81,7 @@ class Base:
     created_at: int
 
     def token_bytes(self, token_id: int) -> bytes:
-        """A token's own bytes, which need not be whole characters; a special token's are those of its name."""
+        """Return a token's bytes, perhaps parts of characters; a special token gives the bytes of its name."""
         return self._vocabulary.decode_bytes([token_id])
 
     @cached_property
@@ -93,10 +92,9 @@ class Base:
 
 
 def open_base(settings: Settings) -> Base:
-    """Find the base model, load its tokenizer and identify it.
+    """Find the base model, load its tokenizer and compute its fingerprint.
 
-    The hash of the weights is kept in the data folder as long as the files do not change.
-    Raises NotFound when there is no such model.
+    The data folder caches the hash of the weights until the files change. Raises NotFound when there is no model.
     """
     folder = resolve_model_folder(settings)
     tokenizer = load_tokenizer(folder)
@@ -118,7 +116,7 @@ def _kept_fingerprint(folder: Path, cache: Path) -> BaseFingerprint:
     if key not in known:
         cache.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{cache}.lock"):
-            # Only the base of the day is worth keeping: the file stays small.
+            # Keep the current base only, so that the file stays small.
             known = {key: fingerprint(folder).model_dump()}
             scratch = cache.with_suffix(".partial")
             scratch.write_text(json.dumps(known))
@@ -134,7 +132,7 @@ def _max_context(folder: Path) -> int:
 
 
 def eos_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Tokens that end an answer: the tokenizer's, and those of the generation config."""
+    """Return the tokens that end an answer, from the tokenizer and the generation config."""
     ids: set[int] = set()
     if tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)

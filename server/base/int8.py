@@ -1,8 +1,8 @@
-"""Linear layers of the frozen base in int8 on the CPU (cpu_kernels/int8.cpp), when that is asked for.
+"""Optional int8 linear layers of the frozen base on the CPU (cpu_kernels/int8.cpp).
 
-Weights are scaled per output channel, activations per token, so that one request's scale never depends on another's.
-The products are exact integers, so a row's result does not depend on its batch at all. Layers that read the same tensor
-(query, key and value) are computed as one: rounding it takes as long as the product.
+Weights are scaled per output channel and activations per token, so that one request's scale never depends on another's.
+The products are exact integers, so a row's result does not depend on its batch. Layers that read the same tensor
+(query, key and value) are computed as one, because rounding the tensor takes as long as the product.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from reftserve.server.base.panels import Linear, PanelLinear, is_linear, joined_
 from reftserve.server.base.replacement import replace_modules
 
 INT8_MAX = 127
-TINY = 1e-12  # a channel of zeros has a scale too
+TINY = 1e-12  # a channel of zeros needs a scale above 0
 
 
 class Int8Weight(nn.Module):
-    """Weights of one layer, or of several that read one tensor: int8 [out, in], float32 scale [out], bias."""
+    """Weights of one or more layers with the same input: int8 [out, in], float32 scale [out], bias."""
 
     def __init__(self, layers: Sequence[Linear]) -> None:
         super().__init__()
@@ -34,10 +34,9 @@ class Int8Weight(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """y = x W^T + b in integers, by the kernel in cpu_kernels/int8.cpp.
+    """y = x W^T + b in integers, with the kernel in cpu_kernels/int8.cpp.
 
-    precise: what rounding the activations leaves over is rounded once more and multiplied too; then only the weights
-    are inexact.
+    precise: round and multiply the activations' rounding error too, so that only the weights are inexact.
     """
 
     def __init__(self, layers: Sequence[Linear], *, precise: bool = False) -> None:
@@ -47,11 +46,11 @@ class Int8Linear(nn.Module):
         self.precise = precise
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [..., in] -> [..., out], of a single layer."""
+        """Return [..., out] of a single layer for x [..., in]."""
         return self.parts(x)[0]
 
     def parts(self, x: Tensor) -> list[Tensor]:
-        """x: [..., in] -> [..., out] for each layer."""
+        """Return [..., out] of each layer for x [..., in]."""
         packed = self.packed
         outputs: list[Tensor] = torch.ops.reftserve.int8_linear(
             x, packed.weight, packed.scale, packed.bias, self.precise, self.sizes
@@ -60,7 +59,7 @@ class Int8Linear(nn.Module):
 
 
 class _Siblings:
-    """Layers that read the same tensor: the first that is called computes all, the others take their part."""
+    """Layers with the same input: the first call computes all of them, later calls take their part."""
 
     def __init__(self, layer: Int8Linear) -> None:
         self._layer = layer
@@ -68,17 +67,17 @@ class _Siblings:
         self._outputs: list[Tensor] = []
 
     def part(self, x: Tensor, index: int) -> Tensor:
-        """Output `index` for the input x."""
+        """Return output `index` for the input x."""
         if x is not self._input:
             self._input, self._outputs = x, self._layer.parts(x)
         output = self._outputs[index]
         if index == len(self._outputs) - 1:
-            self._input, self._outputs = None, []  # keeps nothing alive after the last
+            self._input, self._outputs = None, []  # free the tensors after the last part
         return output
 
 
 class SiblingLinear(nn.Module):
-    """One of several linear layers that read the same tensor. layer: all of them as one, shared."""
+    """One of several linear layers with the same input. layer: all of them as one, shared."""
 
     def __init__(self, layer: Int8Linear, siblings: _Siblings, index: int) -> None:
         super().__init__()
@@ -87,16 +86,16 @@ class SiblingLinear(nn.Module):
         self._index = index
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [..., in] -> [..., out of this one]."""
+        """Return [..., out] of this layer for x [..., in]."""
         return self._siblings.part(x, self._index)
 
 
 @contextmanager
 def found_siblings(model: nn.Module) -> Iterator[list[list[Linear]]]:
-    """Groups of linear layers of one parent that were given the very same tensor in a forward pass inside."""
+    """Yield groups of a parent's linear layers that read the same tensor; filled by a forward pass in the context."""
     groups: list[list[Linear]] = []
     readers: defaultdict[tuple[int, int], list[Linear]] = defaultdict(list)
-    kept: list[Tensor] = []  # so that no two inputs have one id
+    kept: list[Tensor] = []  # so that ids stay unique
     hooks = []
     for parent in model.modules():
         for child in parent.children():
@@ -116,11 +115,11 @@ def found_siblings(model: nn.Module) -> Iterator[list[list[Linear]]]:
 
 
 def round_linears(model: nn.Module, siblings: Sequence[Sequence[Linear]]) -> None:
-    """Bring a frozen float32 model's linear layers into int8. siblings: groups to compute as one."""
+    """Replace a frozen float32 model's linear layers with int8 ones. siblings: groups to compute as one."""
     head = getattr(model, "lm_head", None)
     forms: dict[nn.Module, nn.Module] = {}
-    there = set(model.modules())
-    for group in (group for group in siblings if there.issuperset(group)):  # others are fused
+    remaining = set(model.modules())
+    for group in (group for group in siblings if remaining.issuperset(group)):  # the rest is fused already
         layer = Int8Linear(group)
         shared = _Siblings(layer)
         forms.update({member: SiblingLinear(layer, shared, index) for index, member in enumerate(group)})
@@ -128,7 +127,7 @@ def round_linears(model: nn.Module, siblings: Sequence[Sequence[Linear]]) -> Non
     def form(child: nn.Module) -> nn.Module | None:
         if not is_linear(child):
             return None
-        # Attention's and the MLP's outputs go through no norm before they are projected: outliers are theirs.
+        # No norm precedes the output projections of attention and MLP, so their inputs have outliers.
         return forms.get(child) or Int8Linear([child], precise=child is not head)
 
     replace_modules(model, form)

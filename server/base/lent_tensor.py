@@ -1,4 +1,4 @@
-"""A GPU tensor that the engine lends to another process, as plain data: passing it on needs no torch."""
+"""A GPU tensor that the engine lends to another process, as plain data that needs no torch."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import msgspec
 
 
 class LentTensor(msgspec.Struct, frozen=True):
-    """A tensor in another process's GPU memory: what `torch.multiprocessing` would pickle, as plain data.
+    """A tensor in another process's GPU memory: the fields that `torch.multiprocessing` would pickle.
 
-    storage, counter, event: the IPC handle of the memory, of the shared count of its users, and of the moment from
-    which on it may be read.
+    storage, counter, event: IPC handles of the memory, of its reference count, and of the event after which it may be
+    read.
     """
 
     dtype: str

@@ -1,4 +1,4 @@
-"""The memory of a process: what it no longer uses, and what it keeps for good."""
+"""A process's memory: returning freed memory, and exempting permanent objects from garbage collection."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import gc
 
 
 def trim_heap() -> None:
-    """Return to the system what the process no longer uses, after it held much for a while.
+    """Return freed memory to the system.
 
-    glibc keeps the room of freed tensors up to 32 MB for itself: of a loaded base, or of a job, hundreds of megabytes.
+    glibc keeps the memory of freed tensors of up to 32 MB: hundreds of megabytes after loading a base or after a job.
     """
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:  # other C libraries have no such call
+    if trim is not None:  # other C libraries do not have it
         trim(0)
 
 
 def freeze_gc() -> None:
-    """To be called once, when a process has made what it keeps: Python's collector leaves that alone from now on.
+    """Exempt all current objects from garbage collection. Call it once, at the end of a process's start-up.
 
-    A full round over the objects of torch and transformers would take 0.2 s again and again, between two tokens.
+    A full collection over the objects of torch and transformers would repeatedly take 0.2 s between two tokens.
     """
     trim_heap()
     gc.freeze()

@@ -1,4 +1,4 @@
-"""Loading the base model frozen, on the device and in the dtype that the settings ask for."""
+"""Loads the base model frozen, on the configured device and in the configured dtype."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers.utils.logging import disable_progress_bar
 
 
 def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The base model in evaluation mode with every parameter frozen; only safetensors weights are read."""
+    """Load the base model in evaluation mode with frozen parameters, from safetensors weights only."""
     disable_progress_bar()
     model: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
@@ -21,14 +21,14 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTra
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is the first CUDA device when there is one, else the CPU."""
+    """Return the device; `auto` is the first CUDA device, or the CPU without one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 on CUDA and float32 elsewhere."""
+    """Return the dtype; `auto` is bfloat16 on CUDA and float32 elsewhere."""
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" else "float32"
     dtype: torch.dtype = getattr(torch, name)

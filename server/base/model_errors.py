@@ -1,15 +1,15 @@
 """Errors about the base model on this machine.
 
 BaseModelError
-├── UnsupportedModel     the base cannot be computed here; says which property is in the way
-└── KernelsUnavailable   the CPU kernels cannot be compiled; says what to install
+├── UnsupportedModel     the base cannot be computed here; names the unsupported property
+└── KernelsUnavailable   the CPU kernels cannot be compiled; names the missing package
 """
 
 from __future__ import annotations
 
 
 class BaseModelError(Exception):
-    """Anything that `server.base` raises on purpose."""
+    """Base class of the errors of `server.base`."""
 
 
 class UnsupportedModel(BaseModelError):

@@ -1,4 +1,4 @@
-"""From what a user writes to token ids: the one place where chats and texts are rendered, for serving and training."""
+"""Renders chats and texts to token ids, the same way for serving and training."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from transformers import PreTrainedTokenizerBase
 from reftserve.client.schemas import ChatMessage
 from reftserve.server.errors import InvalidRequest
 
-MARK = "7e1f0c5a"  # stands for an answer; no template takes it for anything else
+MARK = "7e1f0c5a"  # placeholder for an answer; no template interprets it
 
 
 def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[ChatMessage]) -> str:
-    """The prompt's text for the next assistant turn, through the base's chat template.
+    """Return the prompt's text for the next assistant turn, rendered by the base's chat template.
 
     Raises InvalidRequest when the base has no template or the template refuses the messages.
     """
@@ -24,33 +24,33 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[ChatMessa
 
 
 def render_answer(tokenizer: PreTrainedTokenizerBase, messages: Sequence[ChatMessage]) -> str:
-    """The text that the model should produce for the last message, an assistant's, end of turn included."""
+    """Return the text that the model should generate for the last message, an assistant's, with the end of turn."""
     prompt = render_chat(tokenizer, messages[:-1])
     whole = _apply_template(tokenizer, messages, add_generation_prompt=False)
     behind = _behind_an_answer(tokenizer, messages[:-1])
-    # Some templates rewrite earlier turns when there is a later one; then the content itself is the answer.
+    # Some templates rewrite earlier turns when a later one follows; then the answer is the content itself.
     answer = whole[len(prompt) :] if whole.startswith(prompt) else messages[-1].text + behind
-    # The turn ends with the first special token behind the content, which need not be the tokenizer's eos: Gemma's
-    # template goes on with a line break, and serving has stopped before.
+    # The turn ends with the first special token after the content, which may differ from the tokenizer's eos. Gemma's
+    # template adds a line break after it, but serving stops before.
     start = len(answer) - len(behind) if behind and answer.endswith(behind) else 0
     ends = [answer.find(token, start) + len(token) for token in _special_tokens(tokenizer) if token in answer[start:]]
     return answer[: min(ends)] if ends else answer + str(tokenizer.eos_token)
 
 
 def encode_rendered(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a text that a template has made: it has its special tokens already."""
+    """Return the token ids of a rendered text, which already contains its special tokens."""
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
 
 
 def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of how a plain prompt goes on and ends, end of turn included."""
+    """Return the token ids of a plain prompt's completion, with the end of turn."""
     ids = encode_rendered(tokenizer, text)
     return ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, int(tokenizer.eos_token_id)]
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a plain prompt, with what the tokenizer puts before one (BOS, where it does)."""
+    """Return the token ids of a plain prompt, with BOS if the tokenizer adds one."""
     ids: list[int] = tokenizer(text)["input_ids"]
     return ids
 
@@ -73,7 +73,7 @@ def _apply_template(
 
 
 def _behind_an_answer(tokenizer: PreTrainedTokenizerBase, messages: Sequence[ChatMessage]) -> str:
-    """What the template writes behind an assistant's text, whatever the text; empty when it rewrites every text."""
+    """Return the template's constant text after an assistant's answer; empty if the template rewrites answers."""
     answered = [*messages, ChatMessage(role="assistant", content=MARK)]
     _, mark, behind = _apply_template(tokenizer, answered, add_generation_prompt=False).rpartition(MARK)
     return behind if mark else ""
@@ -85,5 +85,5 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def _role(role: str) -> str:
-    # OpenAI's newer name for the same thing; templates know the older one.
+    # OpenAI renamed `system` to `developer`; templates know the old name.
     return "system" if role == "developer" else role

@@ -1,1 +1,1 @@
-"""Requests in, token streams out. Knows no HTTP and no database."""
+"""The engine: requests in, token streams out. It knows neither HTTP nor a database."""

@@ -1,12 +1,12 @@
 """The bank: one device-resident pool of rank rows, shared by all layers and all hot interventions.
 
     A, U   [rows, hidden]     b [rows]     act [rows]
-    row 0 is all zeros: where columns are padded to equal rank they point at it and add exactly nothing
+    row 0 is all zeros: columns padded to equal rank point at it and add exactly nothing
 
 A *slot* is the set of rows that one hot intervention holds. Rows are gathered by index, so a slot need not be
-contiguous: nothing fragments, and an intervention of high rank costs no other anything. Slots are pinned by the
-sequences that run on them; idle ones stay hot until their rows are needed (least recently used goes first). What is
-done for a slot costs the same with ten hot interventions as with ten thousand.
+contiguous: nothing fragments, and a high rank costs other interventions nothing. Running sequences pin their slots.
+Idle slots stay hot until their rows are needed; the least recently used goes first. Work on a slot costs the same with
+ten hot interventions as with ten thousand.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from reftserve.server.engine.transfers import Uploads
 
 @dataclass(frozen=True, eq=False)
 class EditSpan:
-    """Edits of one intervention, alike but for their layers, as one sequence uses them: most interventions are one.
+    """Edits of one intervention with equal positions and ranks at different layers, at one sequence's scale.
 
-    layers: each once. rows: [layers, rank] rows of the bank. scales: [layers, rank].
+    Most interventions are a single span. layers: distinct. rows: [layers, rank] rows of the bank.
+    scales: [layers, rank].
     """
 
     layers: tuple[int, ...]
@@ -37,22 +38,22 @@ class EditSpan:
     scales: NDArray[np.float32]
 
     @cached_property
-    def at(self) -> dict[int, int]:
-        """Where each layer stands in `rows` and `scales`."""
+    def index_of(self) -> dict[int, int]:
+        """Return each layer's index in `rows` and `scales`."""
         return {layer: index for index, layer in enumerate(self.layers)}
 
 
 @dataclass(eq=False)
 class Slot:
-    """The rows of one hot intervention, its uses at scale 1, and how many running sequences need them."""
+    """The rows of one hot intervention, its spans at scale 1, and the number of running sequences that pin it."""
 
     rows: NDArray[np.int64]
-    uses: tuple[EditSpan, ...]
+    spans: tuple[EditSpan, ...]
     pins: int = 0
 
 
 class Bank:
-    """Rows in, rows out; writes happen between steps, only ever to rows that nobody reads."""
+    """The pool and its slots. Writes happen between steps, only to rows that no running sequence reads."""
 
     def __init__(self, hidden_size: int, *, max_bytes: int, device: torch.device) -> None:
         bytes_per_row = 4 * (2 * hidden_size + 2)
@@ -62,22 +63,22 @@ class Bank:
         self.U = torch.zeros(self.num_rows, hidden_size, device=device)
         self.b = torch.zeros(self.num_rows, device=device)
         self.act = torch.zeros(self.num_rows, dtype=torch.int8, device=device)
-        # On the host too, so that planning a step needs no look at the device.
+        # On the host, so that planning a step does not read from the device.
         self.is_linear = np.ones(self.num_rows, dtype=bool)
-        self._free = np.arange(1, self.num_rows, dtype=np.int64)  # a stack: the first `_num_free` of it
+        self._free = np.arange(1, self.num_rows, dtype=np.int64)  # a stack of `_num_free` rows
         self._num_free = self.num_rows - 1
         self._slots: dict[str, Slot] = {}
-        self._idle: OrderedDict[str, Slot] = OrderedDict()  # those of `_slots` without pins, least recently used first
+        self._idle: OrderedDict[str, Slot] = OrderedDict()  # unpinned slots, least recently used first
         self._idle_rows = 0
         self._uploads = Uploads(device)
 
     @property
     def rows_used(self) -> int:
-        """Rows that hot interventions hold, running or not."""
+        """Return the number of rows that hot interventions hold."""
         return self.num_rows - 1 - self._num_free
 
     def check(self, interventions: tuple[tuple[Intervention, float], ...]) -> None:
-        """Raise RequestRefused when these can never be hot together."""
+        """Raise RequestRefused when the bank can never hold these together."""
         distinct = {i.content_hash: i.columns for i, _ in interventions}
         for columns in distinct.values():
             if columns.hidden_size != self.hidden_size:
@@ -87,8 +88,8 @@ class Bank:
             raise RequestRefused(f"interventions need {needed} rank rows; the bank has {self.num_rows - 1}")
 
     def acquire(self, interventions: tuple[tuple[Intervention, float], ...]) -> tuple[EditSpan, ...] | None:
-        """Make these hot and pin them; None, and nothing pinned, when running sequences leave no room."""
-        uses: list[EditSpan] = []
+        """Make interventions hot and pin them; return None and pin nothing when running sequences leave no room."""
+        spans: list[EditSpan] = []
         pinned: list[str] = []
         for intervention, scale in interventions:
             slot = self._hot(intervention)
@@ -97,8 +98,8 @@ class Bank:
                 return None
             self._pin(intervention.content_hash, slot)
             pinned.append(intervention.content_hash)
-            uses += slot.uses if scale == 1.0 else [_scaled(use, scale) for use in slot.uses]
-        return tuple(uses)
+            spans += slot.spans if scale == 1.0 else [_scaled(span, scale) for span in slot.spans]
+        return tuple(spans)
 
     def release(self, interventions: tuple[tuple[Intervention, float], ...]) -> None:
         """Undo one `acquire`; the slots stay hot."""
@@ -126,7 +127,7 @@ class Bank:
             self._num_free -= rank
             rows = self._free[self._num_free : self._num_free + rank].copy()
             self._write(rows, intervention)
-            slot = Slot(rows, _uses(intervention, rows))
+            slot = Slot(rows, _spans(intervention, rows))
             self._slots[intervention.content_hash] = slot
         return slot
 
@@ -143,29 +144,29 @@ class Bank:
 
     def _write(self, rows: NDArray[np.int64], intervention: Intervention) -> None:
         columns = intervention.columns
-        # The copies run beside the steps; the rows are written in the steps' own order, after those that read the old.
+        # The copies overlap with steps. The rows are written in stream order, after the steps that read the old ones.
         index, *new = self._uploads.upload(torch.from_numpy(rows), columns.A, columns.U, columns.b, columns.act)
         for pool, numbers in zip((self.A, self.U, self.b, self.act), new, strict=True):
             pool.index_copy_(0, index, numbers.to(pool.dtype))
         self.is_linear[rows] = columns.act.numpy() == Activation.LINEAR
 
 
-def _uses(intervention: Intervention, rows: NDArray[np.int64]) -> tuple[EditSpan, ...]:
-    # Of equal edits at one layer, the n-th goes with the n-th of other layers.
-    alike: defaultdict[tuple[Positions, int, int], list[tuple[int, int]]] = defaultdict(list)
+def _spans(intervention: Intervention, rows: NDArray[np.int64]) -> tuple[EditSpan, ...]:
+    # A layer may repeat a site; its n-th occurrence joins the span of the n-th occurrences at other layers.
+    members: defaultdict[tuple[Positions, int, int], list[tuple[int, int]]] = defaultdict(list)
     seen: defaultdict[EditSite, int] = defaultdict(int)
     start = 0
-    for place in intervention.places:
-        alike[place.positions, place.rank, seen[place]].append((place.layer, start))
-        seen[place] += 1
-        start += place.rank
+    for site in intervention.sites:
+        members[site.positions, site.rank, seen[site]].append((site.layer, start))
+        seen[site] += 1
+        start += site.rank
     scales = intervention.columns.scale.numpy()
-    uses = []
-    for (positions, rank, _), places in alike.items():
-        columns = np.array([start for _, start in places])[:, None] + np.arange(rank)
-        uses.append(EditSpan(tuple(layer for layer, _ in places), positions, rows[columns], scales[columns]))
-    return tuple(uses)
+    spans = []
+    for (positions, rank, _), edits in members.items():
+        columns = np.array([start for _, start in edits])[:, None] + np.arange(rank)
+        spans.append(EditSpan(tuple(layer for layer, _ in edits), positions, rows[columns], scales[columns]))
+    return tuple(spans)
 
 
-def _scaled(use: EditSpan, scale: float) -> EditSpan:
-    return replace(use, scales=use.scales * np.float32(scale))
+def _scaled(span: EditSpan, scale: float) -> EditSpan:
+    return replace(span, scales=span.scales * np.float32(scale))

@@ -1,6 +1,6 @@
-"""Hands out the blocks of the key-value cache, and finds those whose content is wanted again.
+"""Allocates the blocks of the key-value cache, and finds blocks by the key of their content.
 
-block_table: a sequence's blocks in order; its token i lies in block block_table[i // block_size] at i % block_size.
+block_table: a sequence's blocks in order. Token i is in block block_table[i // block_size] at i % block_size.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from collections import OrderedDict
 
 
 class BlockAllocator:
-    """Hands out blocks and takes them back, and finds blocks whose content is wanted again.
+    """Counts the holders of each block and keeps the free ones in order of reuse.
 
-    A block has any number of holders. One without holders is free, but keeps its content and key until it is handed
-    out anew: the one that was free longest goes first, blocks without a key before all others.
+    A block without holders is free, but keeps its content and key until it is allocated again. Blocks without a key are
+    reused first, then the block that has been free longest.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
@@ -27,15 +27,15 @@ class BlockAllocator:
 
     @property
     def num_free(self) -> int:
-        """Blocks that nobody holds."""
+        """Return the number of blocks without a holder."""
         return len(self._free)
 
     def blocks_for(self, tokens: int) -> int:
-        """Blocks that `tokens` tokens take."""
+        """Return the number of blocks for `tokens` tokens."""
         return -(-tokens // self.block_size)
 
     def find(self, keys: list[bytes]) -> list[int]:
-        """Blocks that have the first of these keys, as far as there are any; nothing is taken."""
+        """Return the blocks of the longest known prefix of these keys; holders do not change."""
         found = []
         for key in keys:
             block = self._block_of.get(key)
@@ -45,18 +45,18 @@ class BlockAllocator:
         return found
 
     def num_free_among(self, blocks: list[int]) -> int:
-        """How many of these blocks nobody holds."""
+        """Return how many of these blocks have no holder."""
         return sum(self._holders[block] == 0 for block in blocks)
 
     def share(self, block_table: list[int], blocks: list[int]) -> None:
-        """Hold these blocks, found by their keys, and put them into the table."""
+        """Append found blocks to the table and hold them."""
         for block in blocks:
             self._holders[block] += 1
             self._free.pop(block, None)
         block_table += blocks
 
     def extend(self, block_table: list[int], tokens: int) -> bool:
-        """Grow the table to hold `tokens` tokens; False, and nothing taken, when too few blocks are free."""
+        """Grow the table to `tokens` tokens; return False and take nothing when too few blocks are free."""
         missing = self.blocks_for(tokens) - len(block_table)
         if missing > len(self._free):
             return False
@@ -64,16 +64,16 @@ class BlockAllocator:
         return True
 
     def publish(self, block: int, key: bytes) -> None:
-        """The block's content is computed: it can be found by its key, unless another block can be already."""
+        """Let a computed block be found by its key, unless another block already has the key."""
         if key not in self._block_of and block not in self._key_of:
             self._block_of[key] = block
             self._key_of[block] = key
 
     def release(self, block_table: list[int], *, edited: bool) -> None:
-        """Take a table's blocks back and empty it. edited: whether edits may have written to them."""
+        """Release a table's blocks and empty it. edited: whether edits may have written to them."""
         if edited:
             self._edited.update(block_table)
-        # The end of a chain is of no use without its beginning: it goes first.
+        # The end of a chain is useless without its beginning, so it is reused first.
         for block in reversed(block_table):
             self._holders[block] -= 1
             if self._holders[block] == 0:
@@ -82,7 +82,7 @@ class BlockAllocator:
         block_table.clear()
 
     def take_stale(self) -> list[int]:
-        """Blocks handed out since the last call that edits may have written to before."""
+        """Return the blocks allocated since the last call that edits may have written to before."""
         stale, self._stale = self._stale, []
         return stale
 

@@ -1,4 +1,4 @@
-"""What the engine process needs to know to start: one line of JSON on its standard input."""
+"""The engine process's configuration: one line of JSON on its standard input."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import msgspec
 
 
 class EngineConfig(msgspec.Struct, frozen=True):
-    """Sizes and places of one engine. Every field comes from `Settings`, already resolved.
+    """Sizes and paths of one engine. Every field is a resolved one of `Settings`.
 
-    weights_folder: where the file of the base's weights is that all processes map on the CPU; None: they are private.
+    weights_folder: folder of the weights file that all processes map on the CPU; None for private weights.
     """
 
     model_folder: str

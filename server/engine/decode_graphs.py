@@ -1,17 +1,17 @@
-"""Decode steps recorded once and replayed: one launch where the model has hundreds.
+"""Decode steps recorded once and replayed: one launch instead of the model's hundreds.
 
-A recording reads and writes the same memory each time, so everything that differs between steps lies in buffers that
-are filled before it is replayed, for a number of rows that is rounded up:
+A recording reads and writes the same memory each time. So the inputs of a step are written to buffers before a replay,
+for a number of rows that is rounded up:
 
     rows     [4, size]             token ids, positions, slots, lengths
     tables   [size, blocks]        blocks of each row's sequence
-    columns  [layers, size, rank]  the bank's rows that edit each row, and
-    scale    [layers, size, rank]  how strongly; only read by recordings with edits
+    columns  [layers, size, rank]  the bank's rows that edit each row
+    scale    [layers, size, rank]  their scales; only recordings with edits read columns and scale
 
-Rows that pad store into the cache's scratch slot and attend to nothing, and their logits are dropped. There are
-recordings without edits, which are the base model's own, and with edits whose activations are all linear, or any.
+Padding rows write to the cache's scratch slot and attend to nothing, and their logits are dropped. There are recordings
+without edits (the base model's own steps), with linear edits, and with edits of any activation.
 
-How to record is a parameter: `record_cuda_graph` on the device; in tests something that keeps its rules on the CPU.
+The recorder is a parameter: `record_cuda_graph` on the device; tests use one with the same rules on the CPU.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from reftserve.server.engine.kv_cache.cuda import CudaCache, CudaStep, DecodeRow
 from reftserve.server.engine.scheduler import Chunk
 from reftserve.server.engine.transfers import copy_from_host, to_device
 
-MAX_RANK = 16  # columns of a row in a layer; a step that needs more is not recorded
+MAX_RANK = 16  # columns of a row in a layer; a step with more is not recorded
 SIZE_STEP = 8
 WARM_UP_RUNS = 2
 
 Compute = Callable[[], Tensor]
-# Logits [rows, vocabulary] of token ids [rows] at positions [rows]; edits by layer.
+# From token ids [rows], positions [rows] and edits by layer to logits [rows, vocabulary].
 Forward = Callable[[Tensor, Tensor, AttentionStep, dict[int, DecodeEdits]], Tensor]
 
 
 class Kind(Enum):
-    """What a recording computes besides the base model."""
+    """The edits that a recording computes."""
 
     NO_EDITS = auto()
     LINEAR_EDITS = auto()
@@ -48,7 +48,7 @@ class Kind(Enum):
 
 
 class DecodeGraphs:
-    """Recordings by size and kind. max_rows: sequences that a step has at most. record: see `record_cuda_graph`."""
+    """Recordings by size and kind. max_rows: largest number of sequences in a step. record: see `record_cuda_graph`."""
 
     def __init__(
         self,
@@ -68,22 +68,22 @@ class DecodeGraphs:
         self.sizes = [size for size in sizes if size < max_rows] + [min(s for s in sizes if s >= max_rows)]
         largest, device = self.sizes[-1], cache.device
         blocks = min(cache.num_blocks, -(-max_context // cache.block_size))
-        # Flat, so that what is filled for a size is dense, whichever size it is.
+        # Flat, so that the filled part is dense for every size.
         self._rows = torch.zeros(4 * largest, dtype=torch.int64, device=device)
         self._tables = torch.zeros(largest, blocks, dtype=torch.int32, device=device)
         self._columns = torch.zeros(num_layers * largest * MAX_RANK, dtype=torch.int32, device=device)
         self._scale = torch.zeros(num_layers * largest * MAX_RANK, device=device)
 
     def record_all(self) -> None:
-        """Record every size without edits, so that no request waits for it. Those with edits come when first used."""
-        for size in reversed(self.sizes):  # the largest first: the others find room in its memory
+        """Record every size without edits, so that no request waits for it. Others are recorded at first use."""
+        for size in reversed(self.sizes):  # the largest first: smaller ones reuse its memory
             self._fill_rows([], size, None)
             self._recording(size, Kind.NO_EDITS)
 
     def run(self, chunks: list[Chunk], token_ids: Tensor | None = None) -> Tensor | None:
-        """Logits [chunks, vocabulary] of decode tokens, until the next call; None when no recording computes these.
+        """Return logits [chunks, vocabulary], valid until the next call; None if no recording fits these chunks.
 
-        token_ids: [chunks], where only the device knows them.
+        token_ids: [chunks], if only the device knows them.
         """
         if len(chunks) > self.sizes[-1] or not all(chunk.samples and not chunk.scores for chunk in chunks):
             return None
@@ -105,7 +105,7 @@ class DecodeGraphs:
         return self._recordings[size, kind]
 
     def _compute(self, size: int, kind: Kind) -> Tensor:
-        """What is recorded: nothing in it may look at the host's memory, or at a number on the device."""
+        """Compute a recorded step. It must not read host memory or depend on a number on the device."""
         token_ids, positions, slots, lengths = self._rows[: 4 * size].view(4, size)
         edits = {}
         if kind is not Kind.NO_EDITS:
@@ -142,14 +142,14 @@ class DecodeGraphs:
 
 
 def record_cuda_graph(device: torch.device) -> Callable[[Compute], Compute]:
-    """A function that records a computation and gives back its replay. All share one pool of memory.
+    """Return a function that records a computation and returns its replay.
 
-    So what a replay returns is good until any other is replayed.
+    All recordings share one memory pool, so a replay's output is valid until the next replay of any of them.
     """
     pool = torch.cuda.graph_pool_handle()
 
     def record(compute: Compute) -> Compute:
-        # What happens only the first time must not be recorded: compiling kernels, finding workspaces.
+        # Warm up first: compiling kernels and allocating workspaces must not be recorded.
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
@@ -157,7 +157,7 @@ def record_cuda_graph(device: torch.device) -> Callable[[Compute], Compute]:
                 compute()
         torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        # What other threads do on the device must not end the recording.
+        # Other threads' work on the device must not abort the recording.
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             output = compute()
 

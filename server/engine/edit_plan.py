@@ -1,14 +1,14 @@
-"""From the chunks of a step to the index tensors that apply all its edits, layer by layer.
+"""Turns the chunks of a step into the index tensors that apply all its edits, layer by layer.
 
-Within a chunk, token rows that the same members touch form a group; a group is a small dense product of its own,
-so a layer costs one gather, one batched low-rank product and one write, whatever mixture of interventions runs:
+Rows of a chunk with the same edits form a group, and each group is a small dense product. So a layer costs one gather,
+one batched low-rank product and one write, whatever mixture of interventions runs:
 
     x = h[rows]                                   [groups, width, hidden]
     y = act(x A[columns]^T + b[columns]) * scale  [groups, width, rank]
     h[rows] = x + y U[columns]                    each row belongs to exactly one group: the write is deterministic
 
-Groups are cut to at most `GROUP_ROWS` rows, and padded to the widest; padded columns point at the bank's zero row.
-Where the CPU has its kernels, `edit_rows` (cpu_kernels/edits.cpp) does it row by row.
+Groups have at most `GROUP_ROWS` rows and are padded to the widest; padded columns point at the bank's zero row.
+With the CPU kernels, `edit_rows` (cpu_kernels/edits.cpp) computes the same row by row.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ GROUP_ROWS = 16
 
 @dataclass(frozen=True)
 class LayerEdits:
-    """Everything one layer needs: which packed rows, which columns of the bank, how strongly.
+    """One layer's edits.
 
     rows: [groups, width] packed token rows, padded with 0. columns: [groups, rank] rows of the bank, padded with 0.
-    scale: [groups, rank]. edited: [rows edited], what `rows` holds without its padding. valid: where in
-    [groups * width] these are; None when nothing is padded. owners: [rows edited], each one's group.
+    scale: [groups, rank]. edited: [edited rows], `rows` without padding. valid: their indices in [groups * width];
+    None without padding. owners: [edited rows], the group of each.
     """
 
     rows: Tensor
@@ -48,7 +48,7 @@ class LayerEdits:
     is_linear: bool
 
     def apply_on_cpu(self, hidden: Tensor, bank: Bank) -> None:
-        """`apply` by the CPU's kernel, for float32: a row's result depends on nothing that is edited beside it."""
+        """Do as `apply` with the CPU's float32 kernel; a row's result is independent of the other rows."""
         torch.ops.reftserve.edit_rows(
             hidden, self.edited, self.owners, self.columns, self.scale, bank.A, bank.b, bank.U, bank.act
         )
@@ -65,10 +65,10 @@ class LayerEdits:
 
 @dataclass(frozen=True)
 class _Part:
-    """Packed rows that the same members touch, by their place in the list of the chunk's uses."""
+    """Packed rows with the same edits. spans: indices into the chunk's list of spans."""
 
     rows: NDArray[np.int64]
-    members: tuple[int, ...]
+    spans: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -81,78 +81,79 @@ class _Group:
 
 
 @dataclass(frozen=True)
-class _Touch:
-    """A use in a step: which chunk's, whose first row is packed row `offset`."""
+class _ChunkSpan:
+    """A span that may edit a chunk. offset: packed row of the chunk's first token."""
 
     chunk: Chunk
     offset: int
-    use: EditSpan
+    span: EditSpan
 
 
 def plan_edits(chunks: list[Chunk], bank: Bank, device: torch.device) -> dict[int, LayerEdits]:
-    """The edits of a step by layer; empty when no row is edited, so that such a step is the base model's own.
+    """Return a step's edits by layer; empty when no row is edited, so that the step is the base model's own.
 
-    Layers that the same uses touch differ in nothing but columns and scales, and are planned as one: usually all.
+    Layers with the same spans differ only in columns and scales, so they are planned together. Usually all layers are.
     """
-    touches = _touches(chunks)
+    candidates = _chunk_spans(chunks)
     by_layer: defaultdict[int, list[int]] = defaultdict(list)
-    for number, touch in enumerate(touches):
-        for layer in touch.use.layers:
+    for number, candidate in enumerate(candidates):
+        for layer in candidate.span.layers:
             by_layer[layer].append(number)
-    alike: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
+    layers_of: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
     for layer, numbers in by_layer.items():
-        alike[tuple(numbers)].append(layer)
+        layers_of[tuple(numbers)].append(layer)
     plan: dict[int, LayerEdits] = {}
-    for members, layers in alike.items():
-        groups = _groups([touches[number] for number in members], layers)
+    for members, layers in layers_of.items():
+        groups = _groups([candidates[number] for number in members], layers)
         if groups:
             plan.update(zip(layers, _pack(groups, bank, device), strict=True))
     return plan
 
 
-def _touches(chunks: list[Chunk]) -> list[_Touch]:
-    touches: list[_Touch] = []
+def _chunk_spans(chunks: list[Chunk]) -> list[_ChunkSpan]:
+    found: list[_ChunkSpan] = []
     offset = 0
     for chunk in chunks:
         if chunk.start < chunk.sequence.n_prompt or chunk.sequence.edits_generated:
-            touches += [_Touch(chunk, offset, use) for use in chunk.sequence.edits]
+            found += [_ChunkSpan(chunk, offset, span) for span in chunk.sequence.edits]
         offset += chunk.stop - chunk.start
-    return touches
+    return found
 
 
-def _groups(touches: list[_Touch], layers: list[int]) -> list[_Group]:
-    """Groups of rows at layers that all these uses touch, chunk by chunk, members in the order of the composition."""
+def _groups(candidates: list[_ChunkSpan], layers: list[int]) -> list[_Group]:
+    """Return the groups of rows at layers that all these spans edit, chunk by chunk, in composition order."""
     groups = []
-    for _, same_chunk in itertools.groupby(touches, key=lambda touch: touch.offset):
+    for _, same_chunk in itertools.groupby(candidates, key=lambda candidate: candidate.offset):
         members = list(same_chunk)
-        places = [[touch.use.at[layer] for layer in layers] for touch in members]
-        rows = [touch.use.rows[place] for touch, place in zip(members, places, strict=True)]
-        scales = [touch.use.scales[place] for touch, place in zip(members, places, strict=True)]
-        for part in _parts(members[0].chunk, members[0].offset, [touch.use.positions for touch in members]):
-            columns = np.concatenate([rows[member] for member in part.members], axis=1)
-            strengths = np.concatenate([scales[member] for member in part.members], axis=1)
+        spans = [member.span for member in members]
+        indices = [[span.index_of[layer] for layer in layers] for span in spans]
+        rows = [span.rows[index] for span, index in zip(spans, indices, strict=True)]
+        scales = [span.scales[index] for span, index in zip(spans, indices, strict=True)]
+        for part in _parts(members[0].chunk, members[0].offset, [span.positions for span in spans]):
+            columns = np.concatenate([rows[span] for span in part.spans], axis=1)
+            strengths = np.concatenate([scales[span] for span in part.spans], axis=1)
             groups.append(_Group(part.rows, columns, strengths))
     return groups
 
 
 def _parts(chunk: Chunk, offset: int, positions: list[Positions]) -> list[_Part]:
-    """Rows of one chunk, grouped by the set of members that touch them."""
-    touched = np.zeros((chunk.stop - chunk.start, len(positions)), dtype=bool)
-    for member, touches in enumerate(positions):
-        touched[touches.indices(chunk.sequence.n_prompt, chunk.start, chunk.stop) - chunk.start, member] = True
-    edited = np.flatnonzero(touched.any(axis=1))
+    """Group a chunk's edited rows by the set of spans that edit them. positions: of each span."""
+    is_edited = np.zeros((chunk.stop - chunk.start, len(positions)), dtype=bool)
+    for span, at in enumerate(positions):
+        is_edited[at.indices(chunk.sequence.n_prompt, chunk.start, chunk.stop) - chunk.start, span] = True
+    edited = np.flatnonzero(is_edited.any(axis=1))
     if not len(edited):
         return []
     parts = []
-    for pattern in np.unique(touched[edited], axis=0) if len(positions) > 1 else np.ones((1, 1), dtype=bool):
-        rows = edited[(touched[edited] == pattern).all(axis=1)] + offset
-        members = tuple(np.flatnonzero(pattern).tolist())
-        parts += [_Part(rows[start : start + GROUP_ROWS], members) for start in range(0, len(rows), GROUP_ROWS)]
+    for pattern in np.unique(is_edited[edited], axis=0) if len(positions) > 1 else np.ones((1, 1), dtype=bool):
+        rows = edited[(is_edited[edited] == pattern).all(axis=1)] + offset
+        spans = tuple(np.flatnonzero(pattern).tolist())
+        parts += [_Part(rows[start : start + GROUP_ROWS], spans) for start in range(0, len(rows), GROUP_ROWS)]
     return parts
 
 
 def _pack(groups: list[_Group], bank: Bank, device: torch.device) -> list[LayerEdits]:
-    """The tensors of layers whose groups are these; one copy to the device serves them all."""
+    """Return the tensors of each layer of these groups; one copy to the device serves all layers."""
     layers = len(groups[0].columns)
     width = max(len(group.rows) for group in groups)
     rank = max(group.columns.shape[1] for group in groups)
@@ -206,22 +207,22 @@ class DecodePlan:
 
     @property
     def rank(self) -> int:
-        """Columns of the row and layer that has most; 0 when nothing is edited."""
+        """Return the largest number of columns of any row and layer; 0 when nothing is edited."""
         rank: int = self.columns.shape[2]
         return rank
 
 
 def plan_decode_edits(chunks: list[Chunk], bank: Bank, num_layers: int) -> DecodePlan:
-    """What edits each of these decode tokens, in each layer."""
-    # By layer and row: columns of the bank and their scales, in the order of the composition.
+    """Return the edits of decode tokens, one row for each chunk, in all layers."""
+    # By layer and row: columns of the bank and their scales, in composition order.
     placed: defaultdict[tuple[int, int], list[tuple[NDArray[np.int64], NDArray[np.float32]]]] = defaultdict(list)
     for row, chunk in enumerate(chunks):
         sequence = chunk.sequence
-        # The last prompt token can be a chunk of its own too.
+        # A chunk can also be the last prompt token alone.
         if sequence.edits and (chunk.start < sequence.n_prompt or sequence.edits_generated):
-            for use in sequence.edits:
-                if len(use.positions.indices(sequence.n_prompt, chunk.start, chunk.stop)):
-                    for layer, rows, scales in zip(use.layers, use.rows, use.scales, strict=True):
+            for span in sequence.edits:
+                if len(span.positions.indices(sequence.n_prompt, chunk.start, chunk.stop)):
+                    for layer, rows, scales in zip(span.layers, span.rows, span.scales, strict=True):
                         placed[layer, row].append((rows, scales))
     rank = max((sum(len(rows) for rows, _ in parts) for parts in placed.values()), default=0)
     columns = np.zeros((num_layers, len(chunks), rank), dtype=np.int32)

@@ -1,7 +1,7 @@
-"""The engine: requests in, tokens out, one step at a time. Single-threaded; the process around it does the talking.
+"""The engine: requests in, tokens out, one step at a time. It is single-threaded; process.py handles the messages.
 
-submit ─► (loader, grammar compiler) ─► scheduler.add    step():  collect loads, drop what is too late
-cancel ─► scheduler.finish                                        schedule ─► launch (the next too) ─► finish ─► outputs
+submit ─► (loader, grammar compiler) ─► scheduler.add    step():  collect loads, end expired requests
+cancel ─► scheduler.finish                                        schedule ─► launch (+ the next) ─► finish ─► outputs
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from reftserve.server.engine.transfers import ToHost, indices
 NOT_FINITE = "the logits are not finite: an edit overflows; lower its scale, or train it with a lower learning rate"
 
 
-NO_GRAMMARS = "this engine has no tokenizer, so it cannot hold answers to a grammar"
+NO_GRAMMARS = "this engine has no tokenizer, so it cannot follow a grammar"
 PRIORITY_STEP_S = 10.0
-# Of a step's time, what checking loaded interventions may add to it; and seconds at most, for a long step that let many
-# in at once would be followed by a longer one, with all their prompts.
+# Checking loaded interventions may take this share of the previous step's time, capped so that one long step cannot
+# admit many requests at once and cause a longer one.
 LOADING_SHARE, LONGEST_LOADING_S = 0.1, 0.01
-IDLE_LOADING_S = 0.05  # the same while nobody runs
+IDLE_LOADING_S = 0.05  # the limit while no sequence runs
 MANY_DEADLINES = 64
 
 
 @dataclass(frozen=True)
 class InFlightStep:
-    """A step between its launch and its end: the device computes, the host has not seen the tokens.
+    """A launched step whose tokens have not reached the host yet.
 
     sampling: sequences that get a token, in the order of `tokens`. tokens: [rows] on the device, -1 for no token.
-    arriving: the tokens on their way to the host. logprob_rows: rows whose request asks for log-probabilities.
-    logprobs: these log-probabilities on their way to the host.
+    arriving: their copy to the host. logprob_rows: rows whose request asks for log-probabilities; logprobs: their copy
+    to the host.
     """
 
     batch: Batch
@@ -58,9 +58,9 @@ class InFlightStep:
 class Engine:
     """Continuous batching of requests with any mixture of interventions over one frozen model.
 
-    grammars: compiles what structured output needs; without it such requests are refused. A request of priority p
-    stands in the queue as if it had come p * PRIORITY_STEP_S later, so that none waits for ever. overlap: while the
-    host waits for a step's tokens and hands them out, the device computes the next one already, where that can be.
+    grammars: compiles grammars; without it requests with structured output are refused. overlap: launch the next step
+    before the host processes this one's tokens, where possible. A request of priority p is queued as if it had arrived
+    p * PRIORITY_STEP_S later, so that no request waits for ever.
     """
 
     def __init__(
@@ -96,16 +96,16 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would do something now."""
+        """Whether a step has something to compute or report."""
         return bool(self.scheduler.running or self.scheduler.waiting or self._outputs)
 
     @property
     def is_loading(self) -> bool:
-        """Whether an intervention is on its way from disk, or a grammar in the making: a step may soon have work."""
+        """Whether an intervention is loading or a grammar is compiling, so that a step may soon have work."""
         return self.loader.pending or (self.grammars is not None and self.grammars.pending)
 
     def submit(self, submit: Submit) -> None:
-        """Take a request; what comes of it, an error too, is in the outputs of later steps."""
+        """Accept a request; later steps output its tokens or its error."""
         now = time.monotonic()
         sequence = Sequence.from_submit(submit, order=(now + PRIORITY_STEP_S * submit.priority, self._submitted))
         self._submitted += 1
@@ -128,13 +128,13 @@ class Engine:
             self._enqueue(sequence)
 
     def cancel(self, request_id: str) -> None:
-        """Drop a request and free what it holds; one that is unknown or over is no error."""
+        """End a request and free its blocks and slots; ignore an unknown or finished one."""
         sequence = self._sequences.get(request_id)
         if sequence is not None:
             self._end(sequence, TokenOutput(request_id, [], "cancelled"))
 
     def step(self) -> StepOutput:
-        """Collect loads, compute one batch, sample; everything that ended or got a token is in the output."""
+        """Collect loads, compute one batch and sample; return the new tokens and the ended requests."""
         self._collect_loads()
         began = time.perf_counter()
         self._collect_grammars()
@@ -152,7 +152,7 @@ class Engine:
         return StepOutput(outputs, self.stats())
 
     def stats(self) -> EngineStats:
-        """Gauges and counters."""
+        """Return gauges and counters."""
         scheduler = self.scheduler
         return EngineStats(
             running=len(scheduler.running),
@@ -169,13 +169,13 @@ class Engine:
         )
 
     def close(self) -> None:
-        """End the threads."""
+        """Stop the loader's and the grammar compiler's threads."""
         self.loader.close()
         if self.grammars is not None:
             self.grammars.close()
 
     def _launch(self, batch: Batch, token_ids: Tensor | None = None) -> InFlightStep:
-        """Hand a step to the device. token_ids: [rows], where only the device knows them."""
+        """Launch a step on the device. token_ids: [rows], if only the device knows them."""
         logits = self.runner.step(batch, token_ids)
         self._score(batch, logits)
         sampling = [chunk for chunk in batch.chunks if chunk.samples]
@@ -184,30 +184,30 @@ class Engine:
         sequences = [chunk.sequence for chunk in sampling]
         logprob_rows = [row for row, s in enumerate(sequences) if s.sampling.logprobs is not None]
         unadjusted = logits.sampling[indices(logprob_rows, logits.sampling.device)] if logprob_rows else None
-        # In bfloat16 a penalty would be lost: near 20 its numbers stand an eighth apart.
+        # bfloat16 would lose a penalty: near 20 its numbers are 1/8 apart.
         wanted = logits.sampling.float()
         adjust(wanted, sequences)
         tokens = sample(wanted, [s.sampling for s in sequences], [chunk.stop for chunk in sampling])
         logprobs = None
         if unadjusted is not None:
             counts = [sequences[row].sampling.logprobs or 0 for row in logprob_rows]
-            # A token that is not there, -1, ends its request; token 0 stands in its place until the host knows.
+            # -1 ends the request; token 0 replaces it until the host knows.
             chosen = tokens[indices(logprob_rows, tokens.device)].clamp(min=0)
             logprobs = ArrivingLogprobs(unadjusted, chosen, counts)
         return InFlightStep(batch, sequences, tokens, ToHost(tokens), logprob_rows, logprobs)
 
     def _run_ahead(self, step: InFlightStep) -> InFlightStep | None:
-        """Hand over the step that follows, if it depends on this one for nothing but the tokens themselves."""
+        """Launch the next step, if it depends on this one only for the token ids."""
         ahead = self.scheduler.run_ahead(step.batch)
         if ahead is None or step.tokens is None:
             return None
         batch, rows = ahead
-        going_on = step.tokens if len(rows) == len(step.tokens) else step.tokens[indices(rows, step.tokens.device)]
-        # A token that is not there, -1, ends its request, but only once the host knows.
-        return self._launch(batch, going_on.clamp(min=0))
+        continued = step.tokens if len(rows) == len(step.tokens) else step.tokens[indices(rows, step.tokens.device)]
+        # -1 ends the request, but the host does not know that yet.
+        return self._launch(batch, continued.clamp(min=0))
 
     def _finish(self, step: InFlightStep) -> None:
-        """Wait for a step's tokens; its sequences go on. Those that ended since it was launched stay as they are."""
+        """Wait for a step's tokens and advance its sequences, except those that ended since the launch."""
         tokens = present(step.arriving.tolist()) if step.arriving is not None else []
         read = []
         for chunk in step.batch.chunks:
@@ -219,13 +219,13 @@ class Engine:
                     read.append(sequence)
         self._take(step, tokens)
         for sequence in read:
-            # A fork may have ended with its request meanwhile.
+            # A fork may have ended with its request.
             if sequence.status is Status.RUNNING:
                 self._read(sequence)
         self._steps += 1
 
     def _read(self, sequence: Sequence) -> None:
-        """A sequence that samples nothing is computed to its end."""
+        """Handle a sequence that samples nothing and is now fully computed."""
         request = sequence.parent or sequence
         if not all(math.isfinite(entry.logprob) for entry in sequence.scores):
             self._end(request, TokenOutput(request.request_id, [], "error", NOT_FINITE))
@@ -243,7 +243,7 @@ class Engine:
             self._end(request, self._output(request, [], "length"))
 
     def _score(self, batch: Batch, logits: Logits) -> None:
-        """Keep how likely the step's tokens were, for those who want to know."""
+        """Store the log-probabilities of the step's tokens in the sequences that ask for them."""
         offset = 0
         for chunk in batch.chunks:
             scored = chunk.scores
@@ -346,12 +346,12 @@ class Engine:
 
     def _drop_late(self) -> None:
         now = time.monotonic()
-        if len(self._deadlines) > 2 * len(self._sequences) + MANY_DEADLINES:  # most are of requests that are over
+        if len(self._deadlines) > 2 * len(self._sequences) + MANY_DEADLINES:  # most belong to finished requests
             self._deadlines = [entry for entry in self._deadlines if entry[1] in self._sequences]
             heapq.heapify(self._deadlines)
         while self._deadlines and self._deadlines[0][0] <= now:
             _, request_id = heapq.heappop(self._deadlines)
             sequence = self._sequences.get(request_id)
             if sequence is not None:
-                error = f"not done in time; {sequence.n_generated} tokens were generated"
+                error = f"timed out; {sequence.n_generated} tokens were generated"
                 self._end(sequence, TokenOutput(request_id, [], "timeout", error))

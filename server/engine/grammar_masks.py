@@ -1,4 +1,4 @@
-"""Structured output through llguidance: grammars compiled off the step loop, and which tokens they let come next."""
+"""Structured output through llguidance: compiles grammars outside the step loop, and masks forbidden tokens."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-SILENT = 0  # llguidance would write what it thinks of a grammar to standard error
+SILENT = 0  # llguidance would otherwise write warnings about a grammar to standard error
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """A request's grammar at its beginning, or why there is none."""
+    """A request's matcher in its initial state, or an error."""
 
     request_id: str
     matcher: LLMatcher | None
@@ -29,15 +29,15 @@ class Compiled:
 
 
 class GrammarCompiler:
-    """Compiles grammars in a thread of its own; the engine collects them between steps.
+    """Compiles grammars in its own thread; the engine collects them between steps.
 
-    vocabulary: width of the model's logits, which may be more or less than the tokenizer has tokens.
+    vocabulary: width of the model's logits; it may differ from the tokenizer's number of tokens.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, eos_token_ids: tuple[int, ...], vocabulary: int) -> None:
         self._tokenizer = tokenizer
         self._eos_token_ids = eos_token_ids
-        self._vocabulary = max(vocabulary, len(tokenizer))  # Gemma 3's tokenizer knows a token that the model does not
+        self._vocabulary = max(vocabulary, len(tokenizer))  # Gemma 3's tokenizer has one token more than the model
         self._num_pending = 0
         self._grammars: queue.SimpleQueue[tuple[str, str] | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[Compiled] = queue.SimpleQueue()
@@ -46,16 +46,16 @@ class GrammarCompiler:
 
     @property
     def pending(self) -> bool:
-        """Whether a requested grammar has not been collected yet."""
+        """Whether a requested grammar is not collected yet."""
         return self._num_pending > 0
 
     def request(self, request_id: str, grammar: str) -> None:
-        """Ask for a matcher; `collect` will report it."""
+        """Request a matcher; `collect` will return it."""
         self._num_pending += 1
         self._grammars.put((request_id, grammar))
 
     def collect(self) -> list[Compiled]:
-        """What was compiled since the last call; never waits."""
+        """Return the grammars compiled since the last call, without waiting."""
         done = []
         while not self._results.empty():
             done.append(self._results.get())
@@ -63,7 +63,7 @@ class GrammarCompiler:
         return done
 
     def close(self) -> None:
-        """End the thread after the grammar under way."""
+        """Stop the thread after the current grammar."""
         self._grammars.put(None)
         self._thread.join()
 
@@ -78,16 +78,16 @@ class GrammarCompiler:
                 matcher = LLMatcher(self._vocabulary_trie, grammar, log_level=SILENT)
                 compiled = Compiled(request_id, matcher, matcher.get_error() or None)
             except Exception as cause:
-                # The thread must live on, and the request hear of it: whoever waits for a grammar would wait for ever.
+                # Without an error the request would wait for ever, and without the thread all later ones.
                 logger.exception("a grammar could not be compiled")
                 compiled = Compiled(request_id, None, f"{type(cause).__name__}: {cause}")
             self._results.put(compiled)
 
 
 def forbidden_tokens(matchers: list[LLMatcher], vocabulary: int) -> NDArray[np.bool_]:
-    """Which tokens cannot come next, [matchers, vocabulary] of booleans.
+    """Return a mask of the tokens that cannot come next, [matchers, vocabulary].
 
-    A matcher that gives up, because its grammar needs more than llguidance's limits, has an error afterwards.
+    A matcher whose grammar exceeds llguidance's limits has an error afterwards.
     """
     bits = allocate_token_bitmask(len(matchers), vocabulary)
     for row, matcher in enumerate(matchers):

@@ -1,10 +1,10 @@
 """Loads interventions from their folders into host memory.
 
-Files are read by a thread, so a running batch never waits for a disk. What was read is checked between steps: a thread
-that did it beside them would take a core from an operation that runs on all of them, and the others then wait for the
-slowest at the end of each. Only what is so large that it would hold up a step is checked in the thread too.
+A thread reads the files, so a running batch never waits for a disk. The engine checks their content between steps: a
+thread that checked during a step would take a core from an operation that runs on all cores and waits for the slowest.
+Only files so large that the check would delay a step are checked in the thread.
 
-Loaded interventions are kept, least recently used dropped first, up to a budget.
+Loaded interventions are kept up to a budget; the least recently used is dropped first.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LARGE_BYTES = 4 << 20  # about 10 ms of checking
 
 @dataclass(frozen=True)
 class Loaded:
-    """The outcome of one load: an intervention, or why there is none."""
+    """The outcome of one load: an intervention or an error."""
 
     content_hash: str
     intervention: Intervention | None
@@ -41,7 +41,7 @@ class _Files:
 
 
 class Loader:
-    """Host-memory tier of interventions, keyed by content hash."""
+    """Interventions in host memory, by content hash."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
@@ -55,24 +55,24 @@ class Loader:
 
     @property
     def pending(self) -> bool:
-        """Whether a requested intervention has not been collected yet."""
+        """Whether a requested intervention is not collected yet."""
         return bool(self._requested)
 
     def get(self, content_hash: str) -> Intervention | None:
-        """An intervention that is in host memory, or None."""
+        """Return the intervention if it is in host memory."""
         intervention = self._kept.get(content_hash)
         if intervention is not None:
             self._kept.move_to_end(content_hash)
         return intervention
 
     def request(self, ref: InterventionRef) -> None:
-        """Ask for a load; `collect` will report it. Asking again while it is under way does nothing."""
+        """Start a load that `collect` will report; do nothing if it is already under way."""
         if ref.content_hash not in self._requested:
             self._requested.add(ref.content_hash)
             self._folders.put(ref)
 
     def collect(self, budget_s: float) -> list[Loaded]:
-        """Loads that ended since the last call; never waits. What takes longer than the budget is left for the next."""
+        """Return finished loads without waiting. Loads beyond the budget are left for the next call."""
         done: list[Loaded] = []
         until = time.perf_counter() + budget_s
         while not self._results.empty() and (not done or time.perf_counter() < until):
@@ -85,7 +85,7 @@ class Loader:
         return done
 
     def close(self) -> None:
-        """End the thread after the load under way."""
+        """Stop the thread after the current load."""
         self._folders.put(None)
         self._thread.join()
 
@@ -118,7 +118,7 @@ def _check(files: _Files) -> Loaded:
     except InterventionError as cause:
         return _failed(ref, cause)
     if intervention.content_hash != ref.content_hash:
-        error = f"content hash is {intervention.content_hash}; {ref.content_hash} was asked for"
+        error = f"content hash is {intervention.content_hash}; expected {ref.content_hash}"
         return Loaded(ref.content_hash, None, error)
     return Loaded(ref.content_hash, intervention)
 

@@ -1,7 +1,7 @@
-"""What requests ask of their logits before a token is chosen, and how likely the model found a token.
+"""Adjusts logits before sampling, and computes log-probabilities of tokens.
 
-Every change is made in place and only to the rows that ask for it: a row's values depend on its own request alone, and
-a batch in which nobody asks costs nothing.
+Adjustments are in place and only on rows that ask for them. A row depends only on its own request, and a batch without
+such rows costs nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from reftserve.server.engine.transfers import ToHost, column, indices, to_device
 
 @torch.inference_mode()
 def adjust(logits: Tensor, sequences: list[Sequence]) -> None:
-    """Penalties, biases, forbidden tokens, in this order. logits: [rows, vocabulary], one row a sequence."""
+    """Apply penalties, biases and forbidden tokens, in this order. logits: [rows, vocabulary], a row per sequence."""
     penalised = [row for row, s in enumerate(sequences) if s.sampling.has_penalties]
     if penalised:
         _penalise(logits, penalised, [sequences[row] for row in penalised])
@@ -47,7 +47,7 @@ def adjust(logits: Tensor, sequences: list[Sequence]) -> None:
 
 
 class ArrivingLogprobs:
-    """How likely each row's token is, and its row's `count` likeliest, on their way to the host.
+    """Log-probabilities of each row's token and of its `count` likeliest tokens, being copied to the host.
 
     logits: [rows, vocabulary], unadjusted. tokens: [rows], on the device.
     """
@@ -64,7 +64,7 @@ class ArrivingLogprobs:
         )
 
     def get(self) -> list[TokenLogprobs]:
-        """Wait for them."""
+        """Wait for the copy and return a value for each row."""
         likeliest = zip(self._top_ids.tolist(), self._top_logprobs.tolist(), strict=True)
         rows = zip(self._tokens.tolist(), self._chosen.tolist(), likeliest, self._counts, strict=True)
         return [
@@ -75,7 +75,7 @@ class ArrivingLogprobs:
 
 @torch.inference_mode()
 def logprobs_of(logits: Tensor, token_ids: list[int]) -> list[TokenLogprobs]:
-    """How likely each of these tokens is in one place. logits: [vocabulary], unadjusted."""
+    """Return the log-probabilities of tokens at one position. logits: [vocabulary], unadjusted."""
     values = logits.float()
     logprobs = (values[indices(token_ids, logits.device)] - values.logsumexp(dim=-1)).tolist()
     return [TokenLogprobs(token, logprob, []) for token, logprob in zip(token_ids, logprobs, strict=True)]
@@ -95,7 +95,7 @@ def _penalise(logits: Tensor, rows: list[int], sequences: list[Sequence]) -> Non
 
 
 def _counts(token_ids: list[list[int]], like: Tensor) -> Tensor:
-    """How often each token of the vocabulary is in each list, [lists, vocabulary]."""
+    """Count each token of the vocabulary in each list, [lists, vocabulary]."""
     rows = np.repeat(np.arange(len(token_ids)), [len(ids) for ids in token_ids])
     tokens = np.fromiter(chain.from_iterable(token_ids), dtype=np.int64, count=len(rows))
     counts = torch.zeros_like(like)

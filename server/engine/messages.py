@@ -1,7 +1,7 @@
-"""What crosses the boundary between the HTTP process and the engine process: plain typed messages.
+"""The typed messages between the HTTP process and the engine process.
 
 Encoded as MessagePack by msgspec (nothing is ever unpickled). HTTP -> engine: `Submit`, `Cancel`. Engine -> HTTP:
-`Ready` once, then one `StepOutput` a step with the tokens of every request that got one, or `Fatal`.
+`Ready` once, then a `StepOutput` for each step with new tokens; or `Fatal`.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ class InterventionRef(msgspec.Struct, frozen=True):
 
 
 class SamplingParams(msgspec.Struct, frozen=True):
-    """How one request's tokens are chosen. temperature 0 is greedy; top_k 0 and top_p 1 leave all tokens in.
+    """How to sample one request's tokens. temperature 0 is greedy; top_k 0 and top_p 1 keep all tokens.
 
     Penalties: `repetition` divides or multiplies logits of tokens in prompt and answer (Keskar et al. 2019), `presence`
-    and `frequency` are OpenAI's, over the answer. logit_bias: (token id, what is added to its logit).
-    min_tokens: before so many tokens none of `stop_token_ids` is chosen. grammar: what the answer must be, in
-    llguidance's notation; "" is anything. logprobs: how many alternatives to report for each token, None no report;
-    prompt_logprobs: report on the prompt's tokens too. max_tokens 0 only reads the prompt.
+    and `frequency` are OpenAI's, over the answer. logit_bias: (token id, number to add to its logit).
+    min_tokens: `stop_token_ids` are forbidden before this many tokens. grammar: the answer's, in llguidance's notation;
+    "" allows any answer. logprobs: alternatives to report for each token, None for no report; prompt_logprobs: also
+    report the prompt's tokens. max_tokens 0 only reads the prompt.
     """
 
     max_tokens: int
@@ -47,17 +47,17 @@ class SamplingParams(msgspec.Struct, frozen=True):
 
     @property
     def has_penalties(self) -> bool:
-        """Whether tokens that were there before count for or against themselves."""
+        """Whether earlier tokens change the logits."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit"):
     """A generation request. `prompt_ids` are the final token ids, chat template and BOS included.
 
-    cache_salt: prefixes in the cache are shared only among requests with equal salts. priority: lower goes first.
-    timeout_s: after so long the request ends with an error, wherever it is. continuations: texts after the prompt, none
-    empty. With them nothing is generated and `sampling` plays no part: the answer says how likely each of them is, the
-    prompt computed once. Their tokens are `generated` ones for edits, not the prompt's.
+    cache_salt: only requests with equal salts share cached prefixes. priority: lower goes first. timeout_s: then the
+    request ends with an error, in any state. continuations: non-empty texts after the prompt. The answer then holds
+    their log-probabilities, with the prompt computed once; nothing is generated and `sampling` is ignored. For edits
+    their tokens count as `generated`.
     """
 
     request_id: str
@@ -71,7 +71,7 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
-    """The client went away, or a stop string was found: free everything the request holds."""
+    """End a request and free its blocks: the client disconnected, or a stop string was found."""
 
     request_id: str
 
@@ -79,8 +79,8 @@ class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
     """The model is loaded.
 
-    max_context: tokens that prompt and answer may have together: the model's context, or less if the cache holds less.
-    lent: the base's parameters in their order, on a GPU; for as long as the engine lives (`cuda_weights.py`).
+    max_context: tokens of prompt and answer together, limited by the model's context and the cache.
+    lent: on a GPU, the base's parameters in order, valid while the engine runs (`cuda_weights.py`).
     """
 
     max_context: int
@@ -90,9 +90,9 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True):
-    """How likely the model found a token, natural logarithm, before temperature and all else that the request asks.
+    """A token's log-probability (natural logarithm), before temperature and all adjustments.
 
-    top: the likeliest tokens in its place, best first, (token id, log-probability).
+    top: the likeliest tokens at its position, best first, as (token id, log-probability).
     """
 
     token_id: int
@@ -101,11 +101,11 @@ class TokenLogprobs(msgspec.Struct, frozen=True):
 
 
 class TokenOutput(msgspec.Struct, frozen=True, omit_defaults=True):
-    """New tokens of one request; `finish_reason` is "stop", "length", "cancelled", "timeout" or "error" on its last.
+    """New tokens of one request; the last has `finish_reason` "stop", "length", "cancelled", "timeout" or "error".
 
-    cached_tokens: prompt tokens found in the prefix cache; the same in all of a request's outputs.
-    logprobs: of the new tokens, when asked for. prompt_logprobs: of all prompt tokens but the first, once.
-    continuation_logprobs: of each token of each of the request's continuations.
+    cached_tokens: prompt tokens found in the prefix cache; the same in all outputs of a request.
+    logprobs: of the new tokens, if requested. prompt_logprobs: of all prompt tokens but the first, once.
+    continuation_logprobs: of each continuation's tokens.
     """
 
     request_id: str
@@ -119,7 +119,7 @@ class TokenOutput(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class EngineStats(msgspec.Struct, frozen=True):
-    """Gauges after a step."""
+    """Gauges and counters after a step."""
 
     running: int
     waiting: int
@@ -135,14 +135,14 @@ class EngineStats(msgspec.Struct, frozen=True):
 
 
 class StepOutput(msgspec.Struct, frozen=True, tag="step"):
-    """Everything one engine step produced."""
+    """The outputs of one engine step."""
 
     outputs: list[TokenOutput]
     stats: EngineStats
 
 
 class Fatal(msgspec.Struct, frozen=True, tag="fatal"):
-    """The engine cannot go on (model not loadable, out of memory at start-up)."""
+    """The engine cannot start: the model cannot be loaded, or memory is too small."""
 
     error: str
 

@@ -1,13 +1,12 @@
-"""What makes two blocks of the cache the same: a chain of keys over tokens and the edits on them.
+"""Keys of the cache's blocks: a hash chain over tokens and the edits on them. Blocks with equal keys are shared.
 
     key_i = H(key_{i-1}, token ids of block i, [(edit, scale, edited offsets), ...] in composition order)
     key_{-1} = H(salt)
-    edit  = the intervention's content hash, and which of its edits
+    edit  = the intervention's content hash and the edit's number in it
 
-The keys and values of a token depend on the tokens before it and the edits on them, and on nothing else. So an
-intervention that edits only the last prompt tokens has the base model's keys up to there, and shares its blocks with
-the base and with every other such intervention; an edited position forks the chain for everything after it. Model and
-dtype need no place in the root: a cache lives and dies with the one process that has them.
+A token's keys and values depend only on the tokens up to it and on their edits. So an intervention that edits only the
+last prompt tokens shares all earlier blocks with the base and with other interventions of this kind. An edited position
+forks the chain for all later blocks. The root leaves out model and dtype, because a cache never outlives its process.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ KEY_BYTES = 32
 
 
 class BlockKeys:
-    """The keys of one sequence's full blocks, computed as its tokens come.
+    """The keys of one sequence's full blocks, computed as its tokens arrive.
 
-    salt: separates tenants; blocks are shared only under equal salts.
+    salt: separates tenants; only requests with equal salts share blocks.
     """
 
     def __init__(
@@ -38,7 +37,7 @@ class BlockKeys:
         self._keys: list[bytes] = []
 
     def of(self, token_ids: list[int], count: int) -> list[bytes]:
-        """Keys of the first `count` blocks, all of them full. The tokens must be those of earlier calls, or more."""
+        """Return the keys of the first `count` blocks, which are full. token_ids: may only grow between calls."""
         size = self._block_size
         for index in range(len(self._keys), count):
             start, stop = index * size, (index + 1) * size
@@ -48,11 +47,11 @@ class BlockKeys:
         return self._keys[:count]
 
     def _edits(self, start: int, stop: int) -> bytes:
-        """What touches tokens [start, stop): nothing for most blocks."""
+        """Return the encoded edits of tokens [start, stop); empty for most blocks."""
         parts = []
         for intervention, scale in self._interventions:
-            for number, place in enumerate(intervention.places):
-                offsets = place.positions.indices(self._n_prompt, start, stop) - start
+            for number, site in enumerate(intervention.sites):
+                offsets = site.positions.indices(self._n_prompt, start, stop) - start
                 if len(offsets):
                     edit = bytes.fromhex(intervention.content_hash) + struct.pack("<q", number)
                     parts.append(edit + struct.pack("<dq", scale, len(offsets)) + offsets.tobytes())

@@ -1,8 +1,8 @@
 """The engine's own process: `python -m reftserve.server.engine.process --socket ipc://...`.
 
-The first line on standard input is the EngineConfig as JSON; when standard input ends, the parent has gone and so does
-this process. Messages (see messages.py) cross one ZeroMQ PAIR socket: the parent binds, the engine connects. ZeroMQ
-queues on both sides, so a slow reader never holds a step.
+The first line on standard input is the EngineConfig as JSON. When standard input closes, the parent has ended and this
+process exits. Messages (messages.py) cross one ZeroMQ PAIR socket: the parent binds, the engine connects. ZeroMQ queues
+on both sides, so a slow reader never delays a step.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ LOADING_POLL_MS = 1
 
 
 def main() -> None:
-    """Entry point of the process."""
+    """Run the engine's process."""
     arguments = argparse.ArgumentParser()
     arguments.add_argument("--socket", required=True)
     address = arguments.parse_args().socket
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which ends this process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends this process
     config = msgspec.json.decode(sys.stdin.readline(), type=EngineConfig)
     threading.Thread(target=_exit_with_parent, name="parent-watch", daemon=True).start()
     socket: zmq.Socket[bytes] = zmq.Context().socket(zmq.PAIR)
@@ -76,9 +76,9 @@ def main() -> None:
 
 
 def build(config: EngineConfig, kernels: KernelChoice | None = None) -> tuple[Engine, Ready]:
-    """Load the model and make the engine. kernels: which ones run; None: as the config says.
+    """Load the model and create the engine. kernels: the ones that run; None follows the config.
 
-    Raises UnsupportedModel, or what transformers raises for a folder that it cannot load.
+    Raises UnsupportedModel, or transformers' errors for a folder that it cannot load.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -135,7 +135,7 @@ def _take(engine: Engine, message: ToEngine) -> None:
 def _exit_with_parent() -> None:
     while sys.stdin.read(4096):
         pass
-    # Nothing here outlives a request, so there is nothing to save.
+    # The engine has no state to save.
     os._exit(0)
 
 

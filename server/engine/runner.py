@@ -1,28 +1,29 @@
 """Runs the base model over a batch: packs the tokens, applies the edits, returns the logits to sample from.
 
-The model is transformers' own: attention goes through the registered function, edits through one forward hook a decoder
-layer that returns at once when the step edits nothing there. On the CPU some modules stand in for others that compute
-the same (`base/panels.py`, `fused.py`, `fused_attention.py`, `int8.py`); no code of transformers is changed.
+The model is transformers' own. Attention goes through the registered function. Edits go through one forward hook at
+each decoder layer, which returns at once when the step edits nothing there. On the CPU faster modules replace some
+modules (`base/panels.py`, `fused.py`, `fused_attention.py`, `int8.py`); transformers' code stays unchanged.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from reftserve.interventions import decoder_layers
+from reftserve.interventions import decoder_layers, edit_layer
 from reftserve.server.base.attention import ATTENTION, AttentionStep, LayerShape, ShapeProbe, attention_step
 from reftserve.server.base.fused import fuse_modules
 from reftserve.server.base.int8 import found_siblings, round_linears
 from reftserve.server.base.kernel_choice import ALL_KERNELS, KernelChoice
 from reftserve.server.base.model_errors import UnsupportedModel
-from reftserve.server.base.panels import pack_linears, takes_kernels
+from reftserve.server.base.panels import Linear, pack_linears, takes_kernels
 from reftserve.server.engine.bank import Bank
 from reftserve.server.engine.decode_graphs import Compute, DecodeGraphs, record_cuda_graph
 from reftserve.server.engine.edit_plan import DecodeEdits, LayerEdits, plan_edits
@@ -32,14 +33,14 @@ from reftserve.server.engine.kv_cache.cuda import CudaCache
 from reftserve.server.engine.scheduler import Batch
 from reftserve.server.engine.transfers import to_device
 
-# These scale positions by the longest sequence of the whole batch, so one request would change another (I1).
+# These scale positions by the longest sequence of the batch, so one request would change another (I1).
 BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 
 class Logits(NamedTuple):
-    """What a step gives, in packed order, each [rows, vocabulary].
+    """A step's logits in packed order, each [rows, vocabulary].
 
-    sampling: of the chunks that sample. scoring: of the tokens that chunks score (`Chunk.scores`).
+    sampling: for chunks that sample a token. scoring: for tokens that chunks score (`Chunk.scores`).
     """
 
     sampling: Tensor
@@ -47,12 +48,11 @@ class Logits(NamedTuple):
 
 
 class Runner:
-    """The base model with its cache and bank. Takes the model over: some of its modules get other forms for speed.
+    """The base model with its cache and bank. It replaces some of the model's modules with faster ones.
 
-    int8: weights and activations of linear layers are rounded to 8 bits, which needs the CPU's kernels. kernels: which
-    of these compute, on the CPU in float32; torch computes the rest. recorded_rows: decode steps of up to so
-    many sequences are recorded as CUDA graphs, when attention reads the cache in place; 0 records none. in_place: see
-    `make_cache`.
+    int8: round weights and activations of linear layers to 8 bits; it needs the CPU kernels. kernels: the kernels that
+    compute float32 on the CPU; torch computes the rest. recorded_rows: record decode steps of at most this many
+    sequences as CUDA graphs, if attention reads the cache in place; 0 records none. in_place: see `make_cache`.
     """
 
     def __init__(
@@ -81,7 +81,8 @@ class Runner:
         model.set_attn_implementation(ATTENTION)
         self.config = model.config.get_text_config()
         self._edits: Mapping[int, LayerEdits | DecodeEdits] = {}
-        with found_siblings(model) as siblings:
+        watch: AbstractContextManager[list[list[Linear]]] = found_siblings(model) if int8 else nullcontext([])
+        with watch as siblings:
             shapes = self._probe_shapes()
         if has_kernels:
             fuse_modules(model, int8=int8, kernels=kernels)
@@ -100,14 +101,14 @@ class Runner:
         self.bank = Bank(self.config.hidden_size, max_bytes=bank_bytes, device=self.device)
         self._edits_by_kernel = has_kernels and takes_edit_rows(kernels, self.config.hidden_size)
         for index, layer in enumerate(decoder_layers(model)):
-            layer.register_forward_hook(self._edit_hook(index))
+            edit_layer(layer, partial(self._edit, index))
         self._graphs: DecodeGraphs | None = None
         if recorded_rows and self.device.type == "cuda":
             self.record_decodes(recorded_rows, record_cuda_graph(self.device))
 
     @torch.inference_mode()
     def record_decodes(self, max_rows: int, record: Callable[[Compute], Compute]) -> None:
-        """Replay decode steps of up to max_rows sequences from now on, where the cache allows it."""
+        """Record decode steps of up to max_rows sequences and replay them from now on, if the cache allows it."""
         if isinstance(self.cache, CudaCache):
             self._graphs = DecodeGraphs(
                 self._decode,
@@ -122,9 +123,9 @@ class Runner:
 
     @torch.inference_mode()
     def step(self, batch: Batch, token_ids: Tensor | None = None) -> Logits:
-        """Compute the batch's chunks. Advances no sequence.
+        """Compute the batch's chunks; sequences do not advance. The logits are valid until the next step.
 
-        token_ids: [rows], of all tokens, where only the device knows them. The logits are good until the next step.
+        token_ids: [rows], all tokens, if only the device knows them.
         """
         if batch.stale_blocks:
             self.cache.clear(batch.stale_blocks)
@@ -141,7 +142,7 @@ class Runner:
         positions = np.concatenate([np.arange(c.start, c.stop) for c in chunks])
         ends = np.cumsum([c.stop - c.start for c in chunks]) - 1
         sampling = ends[[c.samples for c in chunks]]
-        # Row of token i of a chunk that ends in row `end`: counted back from there.
+        # Packed row of a chunk's token, counted back from the chunk's last row.
         scoring = [
             np.arange(s.start, s.stop) - c.stop + 1 + end
             for c, end in zip(chunks, ends, strict=True)
@@ -172,7 +173,7 @@ class Runner:
             self._edits = {}
 
     def _forward(self, token_ids: Tensor, positions: Tensor, rows: Tensor | None, step: AttentionStep) -> Tensor:
-        """Logits of these rows, None is all; token_ids and positions: [rows]."""
+        """Return the logits of these rows; None is all rows. token_ids, positions: [rows]."""
         with attention_step(step):
             output = self.model(
                 input_ids=token_ids.unsqueeze(0),
@@ -195,26 +196,23 @@ class Runner:
             )
         return [probe.shapes[layer] for layer in range(layers)]
 
-    def _edit_hook(self, layer: int) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            edits = self._edits.get(layer)
-            if edits is not None:
-                hidden = output[0] if isinstance(output, tuple) else output
-                rows = hidden.view(-1, hidden.shape[-1])
-                if self._edits_by_kernel and isinstance(edits, LayerEdits):
-                    edits.apply_on_cpu(rows, self.bank)
-                else:
-                    edits.apply(rows, self.bank)
-
-        return hook
+    def _edit(self, layer: int, hidden: Tensor) -> None:
+        """Apply the step's edits at a layer to hidden [1, rows, hidden], in place."""
+        edits = self._edits.get(layer)
+        if edits is not None:
+            rows = hidden.view(-1, hidden.shape[-1])
+            if self._edits_by_kernel and isinstance(edits, LayerEdits):
+                edits.apply_on_cpu(rows, self.bank)
+            else:
+                edits.apply(rows, self.bank)
 
 
 def _check_supported(model: PreTrainedModel) -> None:
     name = type(model).__name__
     if not getattr(model, "_supports_attention_backend", False):
-        raise UnsupportedModel(f"{name} does not go through transformers' AttentionInterface")
+        raise UnsupportedModel(f"{name} does not use transformers' AttentionInterface")
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    # Models with several kinds of layers have one set of parameters a kind.
+    # Models with several kinds of layers have one set of parameters for each.
     kinds = {str(value.get("rope_type")) for value in [rope, *rope.values()] if isinstance(value, dict)}
     wrong = sorted(kinds & BATCH_DEPENDENT_ROPE)
     if wrong:

@@ -1,8 +1,7 @@
-"""From logits to tokens, vectorised over the batch, each row by its own request's parameters.
+"""Samples tokens from logits, vectorised over the batch; each row uses its request's parameters.
 
-A sampled token is a function of (logits, seed, position) alone: one uniform number is hashed from seed and position
-and looked up in the cumulative distribution. No generator state exists, so a seed gives the same tokens whatever the
-batch mates are, and after preemption.
+A token depends only on (logits, seed, position): a uniform number is hashed from seed and position and looked up in the
+cumulative distribution. There is no generator state, so a seed gives the same tokens in any batch and after preemption.
 """
 
 from __future__ import annotations
@@ -19,15 +18,14 @@ LOWEST_TEMPERATURE = 1e-6
 
 
 def present(tokens: list[int]) -> list[int | None]:
-    """What `sample` gave, on the host: None for -1."""
+    """Return tokens of `sample` with None for -1."""
     return [token if token >= 0 else None for token in tokens]
 
 
 def sample(logits: Tensor, params: list[SamplingParams], positions: list[int]) -> Tensor:
-    """One token a row, [rows]; -1 where the row's largest logit is not finite, which only an overflowing edit causes.
+    """Return one token for each row, [rows]; -1 if the row's largest logit is not finite: an edit overflowed.
 
-    logits: [rows, vocabulary]. positions: the index that each row's token will have in its sequence. Reads nothing
-    back from the device.
+    logits: [rows, vocabulary]. positions: index of each row's new token in its sequence. Does not wait for the device.
     """
     largest, tokens = logits.max(dim=-1)
     sampled = [row for row, p in enumerate(params) if p.temperature > 0]
@@ -38,7 +36,7 @@ def sample(logits: Tensor, params: list[SamplingParams], positions: list[int]) -
 
 
 def _sample_rows(logits: Tensor, params: list[SamplingParams], positions: list[int]) -> Tensor:
-    # The largest logit is taken off first: a tiny temperature must give certainty, neither infinity nor 0 / 0.
+    # Subtract the largest logit first, so that a tiny temperature gives neither infinity nor 0 / 0.
     logits = logits.float()
     shifted = logits - logits.amax(dim=-1, keepdim=True)
     temperature = column([max(p.temperature, LOWEST_TEMPERATURE) for p in params], shifted)
@@ -48,7 +46,7 @@ def _sample_rows(logits: Tensor, params: list[SamplingParams], positions: list[i
     top_k = column([p.top_k or ordered.shape[1] for p in params], shifted)
     ordered = ordered.masked_fill(rank >= top_k, 0.0)
     ordered /= ordered.sum(dim=-1, keepdim=True)
-    # Nucleus: the smallest set that reaches top_p; the first token that crosses it stays in.
+    # Nucleus: the smallest set that reaches top_p, including the token that crosses it.
     before = ordered.cumsum(dim=-1) - ordered
     ordered = ordered.masked_fill((before >= column([p.top_p for p in params], shifted)) & (rank > 0), 0.0)
     ordered = ordered.masked_fill(ordered < column([p.min_p for p in params], shifted) * ordered[:, :1], 0.0)
@@ -60,7 +58,7 @@ def _sample_rows(logits: Tensor, params: list[SamplingParams], positions: list[i
 
 
 def uniforms(seeds: list[int], positions: list[int]) -> NDArray[np.float64]:
-    """Numbers in [0, 1), one for each (seed, position): SplitMix64 (Steele, Lea and Flood 2014) in counter mode."""
+    """Return a number in [0, 1) for each (seed, position): SplitMix64 (Steele, Lea, Flood 2014) in counter mode."""
     with np.errstate(over="ignore"):
         seed = np.array([s % 2**64 for s in seeds], dtype=np.uint64)
         state = _mix(seed) + np.array(positions, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)

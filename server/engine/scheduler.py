@@ -1,14 +1,14 @@
-"""Decides what each step computes: which tokens of which sequences, under a token budget and a block budget.
+"""Chooses the tokens of each step, within a budget of tokens and blocks.
 
-A step is a `Batch` of chunks. A decoding sequence contributes its one uncomputed token; a sequence that is still
-reading its prompt contributes as many tokens as the budget leaves. Decodes go first, so a long prompt never holds
-running streams; then prompts. Who waits is admitted in the order of its key (time of arrival, moved by its priority);
-when blocks run out the running sequence with the last key is preempted: it gives its blocks back, keeps its place in
-the queue, and later recomputes its tokens, with edits at the same positions as before.
+A step is a `Batch` of chunks. A decoding sequence contributes its one uncomputed token; a sequence that still reads its
+prompt contributes as many tokens as the budget leaves. Decodes go first, so a long prompt never delays running streams.
+Waiting sequences are admitted by `order`: arrival time, shifted by priority. When blocks run out, the running sequence
+with the last order is preempted: it releases its blocks, keeps its place in the queue, and later recomputes its tokens
+with edits at the same positions.
 
-A sequence whose prompt others fork from is held: out of the running set, but with its blocks. A fork shares those that
-the prompt fills and gets a copy of the last one, so that it computes its own tokens only. Where blocks run out, what is
-prefix is let go first; its forks then find what the prefix cache still has, and compute the rest anew.
+A sequence with forks leaves the running set but keeps its blocks. A fork shares the blocks that the prompt fills and
+copies the partial last one, so it computes only its own tokens. When blocks run out, these prefixes are dropped first;
+the forks then reuse blocks still in the prefix cache and recompute the rest.
 """
 
 from __future__ import annotations
@@ -32,29 +32,29 @@ class Chunk:
 
     @property
     def is_decode(self) -> bool:
-        """One token that follows computed ones: attention reads the cache only."""
+        """Whether it is one token after computed ones, so that attention reads the cache only."""
         return self.stop - self.start == 1 and self.start > 0
 
     @property
     def samples(self) -> bool:
         """Whether the step's logits give this sequence its next token."""
-        # Beyond them when it was planned before its token was known (`Scheduler.run_ahead`).
+        # `run_ahead` plans a chunk before its token is known, so stop can exceed the length.
         return self.stop >= len(self.sequence.token_ids) and self.sequence.sampling.max_tokens > 0
 
     @property
     def scores(self) -> range:
-        """Tokens whose logits say how likely the token after them was, where that is asked and not known."""
+        """Return the tokens whose logits score the next token, if the request wants scores not known yet."""
         wanted, known = self.sequence.scored, len(self.sequence.scores)
         return range(max(self.start, wanted.start + known), min(self.stop, wanted.stop))
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step computes: prompt chunks first, then decode tokens, in the order of the packed row.
+    """One step's chunks in packed order: prompt chunks first, then decode tokens.
 
-    stale_blocks: to be zeroed before the step. Edits wrote to them for somebody else, and edits can overflow; a
-    sequence reads the rest of its last block too, at weight zero, where an infinity would survive.
-    copied_blocks: (from, to), after that.
+    stale_blocks: to zero before the step. Another request's edits may have overflowed in them, and a sequence reads
+    the unused rest of its last block with weight zero, which an infinity survives.
+    copied_blocks: (from, to), to copy after that.
     """
 
     prefills: list[Chunk]
@@ -64,12 +64,12 @@ class Batch:
 
     @property
     def chunks(self) -> list[Chunk]:
-        """All chunks in packed order."""
+        """Return all chunks in packed order."""
         return self.prefills + self.decodes
 
 
 class Scheduler:
-    """Owns the waiting queue, the running set and who holds which blocks and slots."""
+    """Owns the waiting queue, the running set, and the blocks and slots of each sequence."""
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class Scheduler:
         self.preemptions = 0
 
     def check(self, sequence: Sequence) -> None:
-        """Raise RequestRefused when the sequence could not run even alone."""
+        """Raise RequestRefused when the sequence cannot run even alone."""
         longest = sequence.longest
         capacity = self.allocator.num_blocks * self.allocator.block_size
         if longest > capacity:
@@ -104,7 +104,7 @@ class Scheduler:
         insort(self.waiting, sequence, key=_order)
 
     def schedule(self) -> Batch:
-        """The next step's batch; empty when nothing can run."""
+        """Return the next step's batch; empty when nothing can run."""
         budget = self.max_batch_tokens
         planned: list[Chunk] = []
         copied: list[tuple[int, int]] = []
@@ -116,7 +116,7 @@ class Scheduler:
             if sequence.status is Status.RUNNING and self._reserve(sequence, stop):
                 planned.append(Chunk(sequence, sequence.n_computed, stop))
                 budget -= stop - sequence.n_computed
-        # A sequence may have been preempted after its chunk was planned, to make room for one that comes before it.
+        # A later reservation may have preempted a sequence whose chunk is already planned.
         planned = [chunk for chunk in planned if chunk.sequence.status is Status.RUNNING]
         while self.waiting and budget > 0 and len(self.running) < self.max_sequences:
             sequence = self.waiting[0]
@@ -126,7 +126,7 @@ class Scheduler:
             planned.append(Chunk(sequence, sequence.n_computed, stop))
             budget -= stop - sequence.n_computed
         if not planned and self.waiting and self.forked:
-            # Who waits would wait for ever for the blocks that are held.
+            # Waiting sequences would otherwise wait for ever for the prefixes' blocks.
             while self.forked:
                 self._drop_prefix(self.forked[-1])
             return self.schedule()
@@ -138,34 +138,35 @@ class Scheduler:
         )
 
     def run_ahead(self, batch: Batch) -> tuple[Batch, list[int]] | None:
-        """The step that follows `batch` whatever tokens it gives, and which of its sampled rows go on.
+        """Return the step after `batch`, and the sampled rows of `batch` that continue in it.
 
-        None where tokens or newcomers would change it; while the batch is full, nobody can come. Sequences that `batch`
-        takes to their last token are left out; one that ends by what its token is takes part in vain.
+        Returns None if sampled tokens or newly admitted sequences could change that step; a full batch admits none.
+        Sequences that reach `max_tokens` in `batch` are left out. A sequence that ends by a stop token is computed in
+        vain.
         """
         chunks = batch.chunks
         running = [(row, c) for row, c in enumerate(chunks) if c.sequence.status is Status.RUNNING]
-        may_come = self.waiting and len(self.running) < self.max_sequences
-        if may_come or len(running) < len(self.running) or not all(c.samples for c in chunks):
+        may_admit = self.waiting and len(self.running) < self.max_sequences
+        if may_admit or len(running) < len(self.running) or not all(c.samples for c in chunks):
             return None
         if not all(c.sequence.can_run_ahead for _, c in running):
             return None
-        going_on = [
+        continued = [
             (row, Chunk(c.sequence, c.stop, c.stop + 1))
             for row, c in running
             if c.stop + 1 - c.sequence.n_prompt < c.sequence.sampling.max_tokens
         ]
-        if not going_on or not all(self.allocator.extend(c.sequence.block_table, c.stop) for _, c in going_on):
+        if not continued or not all(self.allocator.extend(c.sequence.block_table, c.stop) for _, c in continued):
             return None
-        ahead = Batch(prefills=[], decodes=[c for _, c in going_on], stale_blocks=self.allocator.take_stale())
-        return ahead, [row for row, _ in going_on]
+        ahead = Batch(prefills=[], decodes=[c for _, c in continued], stale_blocks=self.allocator.take_stale())
+        return ahead, [row for row, _ in continued]
 
     def advance(self, chunk: Chunk) -> None:
-        """A chunk is computed: its sequence goes on, and the blocks that it filled can be found by others."""
+        """Mark a chunk as computed, and publish the blocks that it filled to the prefix cache."""
         sequence, size = chunk.sequence, self.allocator.block_size
         sequence.n_computed = chunk.stop
         if sequence.edits and chunk.stop >= sequence.n_prompt and not sequence.edits_generated:
-            # Nothing will read these rows any more, so others may have them while this one decodes.
+            # Decoding does not read these bank rows, so other interventions may take them.
             self._unpin(sequence)
         first, full = chunk.start // size, chunk.stop // size
         if self.prefix_cache and full > first:
@@ -174,13 +175,13 @@ class Scheduler:
                 self.allocator.publish(sequence.block_table[index], keys[index])
 
     def keep_prefix(self, sequence: Sequence) -> None:
-        """Keep a running sequence's blocks for its forks, until it is finished or its blocks are needed."""
+        """Keep a running sequence's blocks for its forks, until it finishes or its blocks are needed."""
         self.running.remove(sequence)
         self.forked.append(sequence)
         sequence.status = Status.FORKED
 
     def finish(self, sequence: Sequence) -> None:
-        """Take a sequence out wherever it is, and free everything it holds."""
+        """Remove a sequence in any state, and free its blocks and slots."""
         if sequence.status is Status.RUNNING:
             self.running.remove(sequence)
             self._release(sequence)
@@ -191,12 +192,12 @@ class Scheduler:
         sequence.status = Status.FINISHED
 
     def _admit(self, sequence: Sequence, budget: int, copied: list[tuple[int, int]]) -> bool:
-        """Let the first of those who wait run, if there is room; what it begins with may have to be copied."""
+        """Start the first waiting sequence if there is room; append the blocks it must copy to `copied`."""
         parent, size = sequence.parent, self.allocator.block_size
         prefix = parent.block_table if parent is not None and parent.status is Status.FORKED else None
         known = self._cached_blocks(sequence) if prefix is None else prefix[: sequence.n_prompt // size]
-        # All of it has to fit, and a block for each running sequence to grow into: what is admitted too eagerly is
-        # preempted in the next step, and computed again and again.
+        # The whole sequence must fit, and one more block for each running sequence. A sequence admitted too early
+        # would be preempted in the next step, and recomputed again and again.
         taken = self.allocator.blocks_for(len(sequence.token_ids)) - len(known)
         needed = taken + self.allocator.num_free_among(known) + len(self.running)
         if needed > self.allocator.num_free:
@@ -218,14 +219,14 @@ class Scheduler:
         return True
 
     def _cached_blocks(self, sequence: Sequence) -> list[int]:
-        """Blocks in the cache that the sequence begins with, as far as its logits are not wanted."""
+        """Return the cached blocks of the sequence's prefix, up to the first token whose logits are needed."""
         if not self.prefix_cache:
             return []
         size = self.allocator.block_size
         return self.allocator.find(sequence.block_keys(size, sequence.first_wanted // size))
 
     def _reserve(self, sequence: Sequence, tokens: int) -> bool:
-        """Blocks for the sequence's first `tokens` tokens, preempting later ones for it; False if it went itself."""
+        """Allocate blocks up to `tokens` tokens, preempting later sequences; return False if it preempts itself."""
         while not self.allocator.extend(sequence.block_table, tokens):
             if self.forked:
                 self._drop_prefix(self.forked[-1])

@@ -1,8 +1,8 @@
-"""Between host and device without waiting for either.
+"""Copies between host and device that block neither.
 
-A copy out of ordinary memory stops the host until the device has come that far. Out of pinned memory it is queued like
-a kernel; torch's allocator of pinned memory hands a buffer out again only once its copy is done, so nobody keeps any.
-On the CPU nothing is copied that need not be.
+A copy from ordinary memory blocks the host until the device reaches it; a copy from pinned memory is queued like a
+kernel. torch's pinned allocator reuses a buffer only after its copy, so callers need not keep it. On the CPU most
+functions copy nothing.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ from torch import Tensor
 
 
 def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
-    """The array's numbers as a tensor. On the CPU it is the array itself: do not write to it afterwards."""
+    """Return the array as a tensor. On the CPU it shares the array's memory: do not write to it afterwards."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def copy_from_host(tensor: Tensor, array: NDArray[Any]) -> None:
-    """Overwrite a tensor by an array of its shape and dtype."""
+    """Overwrite a tensor with an array of its shape and dtype."""
     source = torch.from_numpy(array)
     tensor.copy_(source.pin_memory() if tensor.is_cuda else source, non_blocking=True)
 
 
 def indices(values: Sequence[int], device: torch.device) -> Tensor:
-    """Numbers of the host as int64."""
+    """Return numbers as an int64 tensor."""
     return to_device(np.array(values, dtype=np.int64), device)
 
 
 def column(values: Sequence[float], like: Tensor) -> Tensor:
-    """Numbers of the host, one a row, [rows, 1], of another tensor's dtype and device."""
+    """Return numbers as a column [rows, 1] with another tensor's dtype and device."""
     return to_device(np.array(values, dtype=np.float32), like.device).to(like.dtype).unsqueeze(1)
 
 
 class Uploads:
-    """Copies large things to the device on a stream of their own, while steps run.
+    """Copies large tensors to the device on a separate stream, while steps run.
 
-    Work queued after `upload` on the caller's stream waits for the copies; what was queued before does not.
+    Work queued on the caller's stream after `upload` waits for the copies; earlier work does not.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -51,7 +51,7 @@ class Uploads:
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def upload(self, *tensors: Tensor) -> list[Tensor]:
-        """The tensors on the device. On the CPU the tensors themselves."""
+        """Return the tensors on the device; on the CPU the same tensors."""
         if self._stream is None:
             return list(tensors)
         with torch.cuda.stream(self._stream):
@@ -59,12 +59,12 @@ class Uploads:
         current = torch.cuda.current_stream(self._device)
         current.wait_stream(self._stream)
         for copy in copies:
-            copy.record_stream(current)  # its memory is not handed out again before that stream has read it
+            copy.record_stream(current)  # its memory is not reused before that stream has read it
         return copies
 
 
 class ToHost:
-    """A tensor on its way to the host. Ask for its numbers late: that waits for it, and for nothing queued after it."""
+    """A tensor being copied to the host. `tolist` waits for the copy, but not for work queued after it."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._copy = tensor.to("cpu", non_blocking=True)
@@ -74,7 +74,7 @@ class ToHost:
             self._arrived.record()
 
     def tolist(self) -> list[Any]:
-        """Its numbers."""
+        """Wait for the copy and return the numbers."""
         if self._arrived is not None:
             self._arrived.synchronize()
         values: list[Any] = self._copy.tolist()

@@ -64,9 +64,9 @@ class Trainer:
         self.seed = seed
         packed = cache.packed
         self.intervention = TrainableIntervention(plan.intervention, packed.hidden_size, seed=seed).to(packed.device)
-        places = self.intervention.places
-        if not cache.is_valid_for([layer for layer, _ in places], [positions for _, positions in places]):
-            raise ValueError(f"edits at {places} change what the cache keeps from layer {cache.lowest} on")
+        sites = self.intervention.sites
+        if not cache.is_valid_for([layer for layer, _ in sites], [positions for _, positions in sites]):
+            raise ValueError(f"edits at {sites} change what the cache keeps from layer {cache.lowest} on")
         self.optimizer = torch.optim.AdamW(self._parameter_groups(), lr=plan.learning_rate, fused=True)
         self.steps_per_epoch = plan.steps_per_epoch(len(splits.train))
         self.total_steps = plan.n_epochs * self.steps_per_epoch

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from reftserve.interventions import decoder_layers
+from reftserve.interventions import decoder_layers, edit_layer
 from reftserve.server.base.attention import ATTENTION, AttentionStep, attention_step
 from reftserve.server.base.fused import fuse_modules
 from reftserve.server.base.kernel_choice import ALL_KERNELS, KernelChoice
@@ -66,8 +66,7 @@ class VarlenModel:
                 stack.enter_context(self._replaced(range(layer), lambda given: given))
                 stack.enter_context(self._replaced([layer], lambda _: hidden.unsqueeze(0)))
             for number, at_layer in edits.items():
-                handle = self.layers[number].register_forward_hook(_edit_hook(at_layer))
-                stack.callback(handle.remove)
+                stack.enter_context(edit_layer(self.layers[number], partial(_add, at_layer)))
             attention: AttentionStep
             if self._attends_by_kernel and prefixes is not None and not rows.parents:
                 attention = SpanAttention(rows, prefixes)
@@ -83,15 +82,15 @@ class VarlenModel:
         """
         found: list[Tensor] = []
 
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            found.append(_hidden(output)[0])
+        def record(hidden: Tensor) -> None:
+            found.append(hidden[0])
 
         def seen_above(number: int, key: Tensor, value: Tensor) -> None:
             if number > layer:
                 seen(number, key, value)
 
         with ExitStack() as stack:
-            stack.callback(self.layers[layer].register_forward_hook(hook).remove)
+            stack.enter_context(edit_layer(self.layers[layer], record))
             if not above:
                 stack.enter_context(self._replaced(range(layer + 1, len(self.layers)), lambda given: given))
             self._forward(rows, VarlenAttention(rows, None, seen_above), rows.target_rows[:1])
@@ -120,18 +119,9 @@ class VarlenModel:
                 del self.layers[number].forward
 
 
-def _edit_hook(edits: Sequence[RowEdit]) -> Callable[[nn.Module, Any, Any], Any]:
-    def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
-        hidden = _hidden(output)[0]
-        edited = hidden  # every edit reads the unedited rows
-        for edit in edits:
-            edited = edited.index_add(0, edit.rows, edit.delta(hidden[edit.rows]).to(hidden.dtype))
-        edited = edited.unsqueeze(0)
-        return (edited, *output[1:]) if isinstance(output, tuple) else edited
-
-    return hook
-
-
-def _hidden(output: Any) -> Tensor:
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output
-    return hidden
+def _add(edits: Sequence[RowEdit], hidden: Tensor) -> Tensor:
+    """Edit hidden [1, rows, hidden] out of place, so that gradients flow; every edit reads the unedited rows."""
+    rows = edited = hidden[0]
+    for edit in edits:
+        edited = edited.index_add(0, edit.rows, edit.delta(rows[edit.rows]).to(hidden.dtype))
+    return edited.unsqueeze(0)

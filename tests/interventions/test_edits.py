@@ -85,7 +85,7 @@ def test_what_is_no_edit_is_refused_with_what_would_be() -> None:
         ("A", torch.zeros(2, 8, dtype=torch.int64), DtypeError, "int64"),
         ("U", torch.zeros(2, 8, dtype=torch.float64), DtypeError, "float64"),
         ("scale", torch.tensor([1.0, float("nan")]), NonFiniteError, "scale"),
-        ("b", torch.tensor([float("inf"), 0.0]), NonFiniteError, "b holds"),
+        ("b", torch.tensor([float("inf"), 0.0]), NonFiniteError, "b contains"),
     ]:
         with pytest.raises(error, match=words):
             LowRankEdit(**{**fields, name: wrong})
@@ -103,15 +103,10 @@ def test_the_content_hash_is_equal_exactly_for_equal_edits() -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@given(rank=st.integers(1, 4), seed=seeds, act=st.sampled_from([a.name.lower() for a in Activation]))
-def test_every_family_lowers_to_an_edit_with_the_same_effect(name: str, rank: int, seed: int, act: str) -> None:
-    family = FAMILIES[name]
-    if not family.has_activation and act != "linear":
-        with pytest.raises(ValueError, match=act):
-            family(8, rank, act=act)
-        return
+@given(rank=st.integers(1, 4), seed=seeds)
+def test_every_family_lowers_to_an_edit_with_the_same_effect(name: str, rank: int, seed: int) -> None:
     torch.manual_seed(seed)
-    module = family(8, rank, act=act, dropout=0.3).eval()
+    module = FAMILIES[name](8, rank, dropout=0.3).eval()
     for name_, parameter in module.named_parameters():
         if "parametrizations" not in name_:  # torch keeps signs there, which are no numbers to add to
             parameter.data += 0.3 * torch.randn_like(parameter)
@@ -153,7 +148,7 @@ def test_the_seed_alone_decides_the_initial_weights() -> None:
     config = InterventionConfig("loreft", (0, 1), "l1", rank=2)
     hashes = [[p.edit.content_hash for p in TrainableIntervention(config, 8, seed=seed).lower()] for seed in (0, 0, 1)]
     assert hashes[0] == hashes[1] != hashes[2]
-    with pytest.raises(ValueError, match="known are loreft"):
+    with pytest.raises(ValueError, match="expected one of loreft"):
         TrainableIntervention(InterventionConfig("lora", (0,), "l1", 2), 8)
     with pytest.raises(PositionsError):
         TrainableIntervention(InterventionConfig("loreft", (0,), "x9", 2), 8)

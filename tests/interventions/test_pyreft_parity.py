@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from reftserve.interventions import FAMILIES, Family, LowRankEdit, PlacedEdit, Positions, attach
+from reftserve.interventions import FAMILIES, Activation, Family, LowRankEdit, PlacedEdit, Positions, attach, compose
 
 REFERENCES = Path(__file__).parents[1] / "references" / "pyreft"
 FAMILY_FILE = load_file(REFERENCES / "families.safetensors")
@@ -22,6 +22,7 @@ MODEL_FILE = load_file(REFERENCES / "models.safetensors")
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 OURS = {"rotate_layer": "rotate", "proj_layer": "projection"}
 CASES = sorted({tuple(key.split(".")[:2]) for key in FAMILY_FILE})
+SUBTRACTS_PROJECTION = {"loreft", "noreft"}
 
 
 def our_name(name: str) -> str:
@@ -34,16 +35,20 @@ def reference(family: str, activation: str) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): tensor for key, tensor in FAMILY_FILE.items() if key.startswith(prefix)}
 
 
-def loaded(family: str, activation: str, found: dict[str, Tensor]) -> Family:
-    hidden = found["hidden"].shape[1]
-    weights = {our_name(k.removeprefix("weight.")): t for k, t in found.items() if k.startswith("weight.")}
+def their_weights(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """pyreft's weights by our names. It gives NodiReFT a projection bias that the formula never reads."""
+    return {our_name(k.removeprefix("weight.")): t for k, t in found.items() if k.startswith("weight.")}
+
+
+def loaded(family: str, found: dict[str, Tensor]) -> Family:
+    weights = their_weights(found)
+    if family == "noreft":
+        # W1 h + b1 - (W2 h + b2): ours has one bias, b1 - b2, with the gradient of b1.
+        weights["learned_source.bias"] = weights["learned_source.bias"] - weights["projection.bias"]
     rank = next(t for name, t in weights.items() if name.startswith("learned_source")).shape[0]
-    options = {"add_bias": True} if family == "noreft" else {}
-    ours = FAMILIES[family](hidden, rank, act=activation, dropout=0.5, **options)
+    ours = FAMILIES[family](found["hidden"].shape[1], rank, dropout=0.5)
     known = dict(ours.named_parameters()) | dict(ours.named_buffers())
-    unused = set(weights) - set(known)
-    # pyreft gives NodiReFT a bias that its formula never reads.
-    assert unused == ({"projection.bias"} if family == "nodireft" else set())
+    assert set(weights) - set(known) == ({"projection.bias"} if family in ("noreft", "nodireft") else set())
     assert set(known) <= set(weights)
     with torch.no_grad():
         for name, tensor in known.items():
@@ -55,10 +60,10 @@ def test_the_references_cover_every_family() -> None:
     assert {family for family, _ in CASES} == set(FAMILIES)
 
 
-@pytest.mark.parametrize(("family", "activation"), CASES)
-def test_outputs_and_gradients_are_those_of_pyreft(family: str, activation: str) -> None:
-    found = reference(family, activation)
-    ours = loaded(family, activation, found)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_outputs_and_gradients_are_those_of_pyreft(family: str) -> None:
+    found = reference(family, "linear")
+    ours = loaded(family, found)
     hidden = found["hidden"].clone().requires_grad_()
     output = ours(hidden)
     torch.testing.assert_close(output, found["output"], **TOLERANCE)
@@ -72,6 +77,22 @@ def test_outputs_and_gradients_are_those_of_pyreft(family: str, activation: str)
     torch.testing.assert_close(ours.lower().apply(found["hidden"]), found["output"], **TOLERANCE)
 
 
+@pytest.mark.parametrize(("family", "activation"), [case for case in CASES if case[1] != "linear"])
+def test_an_edit_with_an_activation_gives_the_outputs_of_pyreft(family: str, activation: str) -> None:
+    # Families train linear columns only; an uploaded edit may have an activation at each of its columns.
+    found = reference(family, activation)
+    weights = their_weights(found)
+    W, b = weights["learned_source.weight"], weights["learned_source.bias"]
+    if "projection.weight" in weights:
+        U, b2 = weights["projection.weight"], weights["projection.bias"]
+    else:
+        U, b2 = loaded(family, found).lower().U, torch.zeros_like(b)
+    edit = edit_of(W, b, U, Activation[activation.upper()])
+    if family in SUBTRACTS_PROJECTION:
+        edit = compose([edit, edit_of(-U, -b2, U)])
+    torch.testing.assert_close(edit.apply(found["hidden"]), found["output"], **TOLERANCE)
+
+
 @pytest.mark.parametrize("row", json.loads((REFERENCES / "positions.json").read_text()), ids=str)
 def test_positions_are_those_of_pyreft(row: dict) -> None:  # type: ignore[type-arg]
     positions, n_prompt = Positions.parse(row["positions"]), row["n_prompt"]
@@ -83,14 +104,17 @@ def test_positions_are_those_of_pyreft(row: dict) -> None:  # type: ignore[type-
             assert part.indices(n_prompt, 0, n_prompt).tolist() == [index for index in theirs if index >= 0]
 
 
+def edit_of(A: Tensor, b: Tensor, U: Tensor, activation: Activation = Activation.LINEAR) -> LowRankEdit:
+    rank = A.shape[0]
+    return LowRankEdit(A, b, U, torch.full((rank,), activation, dtype=torch.int8), torch.ones(rank))
+
+
 def lowered(found: dict[str, Tensor], *, reads_projection: bool) -> LowRankEdit:
     """The canonical edit of pyreft's weights; reads_projection: the formula subtracts Rh, or W2 h + b2."""
     W, b = found["W"], found["b"]
     U = found["W2"] if "W2" in found else found["Rt"].T.contiguous()
     A = W - U if reads_projection else W
-    rank = W.shape[0]
-    offset = found["b2"] if "b2" in found else torch.zeros(rank)
-    return LowRankEdit(A, b - offset, U, torch.zeros(rank, dtype=torch.int8), torch.ones(rank))
+    return edit_of(A, b - found["b2"] if "b2" in found else b, U)
 
 
 def placed(case: str, positions: str, layers: list[int], *, tied: bool) -> list[PlacedEdit]:

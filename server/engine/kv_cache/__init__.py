@@ -1,6 +1,6 @@
-"""The paged cache of keys and values: the contract is interface.py, and each implementation is one file.
+"""The paged cache of keys and values: interface.py has the contract, and each implementation is one file.
 
-gathered.py  any device and dtype: blocks are gathered, then torch's attention runs over them
+gathered.py  any device and dtype: gathers blocks, then torch's attention runs over them
 cpu.py       float32 on the CPU: a C++ kernel reads the blocks in place
 cuda.py      CUDA with Triton: the kernels of triton.py read the blocks in place
 """
@@ -28,16 +28,15 @@ def make_cache(
     has_kernel: bool,
     in_place: bool = True,
 ) -> KVCache:
-    """The cache whose attention is fastest for this device and dtype.
+    """Return the cache with the fastest attention for this device and dtype.
 
-    has_kernel: whether the CPU's kernel of attention runs. in_place: false gathers on CUDA too, for comparison.
-
-    Raises EngineError when not even one block fits into max_bytes.
+    has_kernel: whether the CPU's attention kernel runs. in_place: False gathers on CUDA too, for comparison.
+    Raises EngineError when no block fits into max_bytes.
     """
     if has_kernel and device.type == "cpu" and dtype == torch.float32:
         return CpuCache(shapes, block_size=block_size, max_bytes=max_bytes)
     if in_place and device.type == "cuda" and find_spec("triton") is not None:
-        # Not at the top: Triton compiles nothing without a GPU, and the CPU's installations have none.
+        # Imported here because CPU installations have no Triton.
         from reftserve.server.engine.kv_cache.triton import TritonKernels
 
         return CudaCache(

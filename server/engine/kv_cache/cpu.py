@@ -1,9 +1,9 @@
-"""Attention in float32 on the CPU, by the kernel in cpu_kernels/attention.cpp: the cache is read where it lies.
+"""Attention in float32 on the CPU: the kernel in cpu_kernels/attention.cpp reads the cache in place.
 
-keys[layer]    [blocks, kv_heads, key_dim, block_size]   transposed, so that one instruction meets sixteen keys
+keys[layer]    [blocks, kv_heads, key_dim, block_size]   transposed, so that one instruction reads sixteen keys
 values[layer]  [blocks, kv_heads, block_size, value_dim]
 
-block_size and value_dim are padded to multiples of sixteen; the kernel looks at nothing beyond a sequence's own tokens.
+block_size and value_dim are padded to multiples of sixteen. The kernel reads only a sequence's own tokens.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ class CpuCache:
         size = _padded(block_size)
         per_block = sum(s.kv_heads * size * (s.key_dim + _padded(s.value_dim)) for s in shapes) * torch.float32.itemsize
         self.num_blocks = blocks_within(max_bytes, per_block, block_size)
-        # Zeros: what pads a value is multiplied by a weight too.
+        # Zeros, because a value's padding is multiplied by weights too.
         self.keys = [torch.zeros(self.num_blocks, s.kv_heads, s.key_dim, size) for s in shapes]
         self.values = [torch.zeros(self.num_blocks, s.kv_heads, size, _padded(s.value_dim)) for s in shapes]
 
     def step(self, batch: Batch) -> CpuStep:
-        """Attention for this batch."""
+        """Return the attention of this batch."""
         return CpuStep(batch, self)
 
     def clear(self, blocks: list[int]) -> None:
-        """Nothing to do: the kernel never reads a slot that the sequence has not written."""
+        """Do nothing: the kernel never reads a slot that the sequence has not written."""
 
     def copy(self, blocks: list[tuple[int, int]]) -> None:
         """Copy whole blocks in all layers."""

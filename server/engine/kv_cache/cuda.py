@@ -1,13 +1,13 @@
-"""Attention by kernels that read the cache where it lies: its tensors, and the block tables of each step.
+"""Attention by kernels that read the cache in place: the cache's tensors, and the block tables of each step.
 
 keys[layer]    [blocks + 1, block_size, kv_heads, key_dim]
 values[layer]  [blocks + 1, block_size, kv_heads, value_dim]
 
-Tokens lie outside heads, so that a token's keys are stored in one piece. The last block belongs to no sequence: rows
-that pad a recorded decode step (decode_graphs.py) write there.
+The token dimension comes before heads, so that a token's keys are contiguous. The last block belongs to no sequence:
+padding rows of a recorded decode step (decode_graphs.py) write there.
 
-The kernels look at nothing beyond a sequence's own tokens. They are a parameter, so that everything around them can be
-tested where they cannot run; triton.py has the real ones.
+The kernels read only a sequence's own tokens. They are a parameter, so that tests without a GPU can replace those of
+triton.py.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from reftserve.server.engine.transfers import to_device
 class PromptRows:
     """The prompt chunks of a step.
 
-    tables: [chunks, n] int32, blocks of each chunk's sequence, padded with any. lengths: [chunks] int32, tokens of the
-    sequence up to the chunk's end. first_rows: [chunks + 1] int32, packed row where each chunk begins, and their end.
-    counts: rows of each chunk, on the host.
+    tables: [chunks, n] int32, blocks of each chunk's sequence, with arbitrary padding. lengths: [chunks] int32, tokens
+    up to the chunk's end. first_rows: [chunks + 1] int32, first packed row of each chunk, and the end. counts: rows of
+    each chunk, on the host.
     """
 
     tables: Tensor
@@ -41,7 +41,7 @@ class PromptRows:
     counts: NDArray[np.int64]
 
     def tiles(self, width: int) -> Tensor:
-        """Chunks cut into tiles of at most `width` rows, int32 [2, tiles]: which chunk, and the tile's row in it."""
+        """Cut chunks into tiles of at most `width` rows; return chunk and first row of each, int32 [2, tiles]."""
         tiles = -(-self.counts // width)
         chunk = np.repeat(np.arange(len(tiles)), tiles)
         row = (np.arange(len(chunk)) - np.repeat(np.cumsum(tiles) - tiles, tiles)) * width
@@ -49,7 +49,7 @@ class PromptRows:
 
 
 class CudaKernels(Protocol):
-    """What runs on the device. keys, values: one layer's; query: [heads, rows, dim]; out: [rows, heads, value_dim]."""
+    """The device's kernels. keys, values: one layer's; query: [heads, rows, dim]; out: [rows, heads, value_dim]."""
 
     def store(self, keys: Tensor, values: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
         """Write key and value [kv_heads, rows, dim] to slots [rows] int64, `block * block_size + offset`."""
@@ -66,7 +66,7 @@ class CudaKernels(Protocol):
         window: int | None,
         out: Tensor,
     ) -> None:
-        """Each row attends to its sequence up to itself. tiles: `rows.tiles` by width, kept for the step's layers."""
+        """Let each row attend to its sequence up to itself. tiles: `rows.tiles` by width, cached for the step."""
         ...
 
     def decodes(
@@ -80,7 +80,7 @@ class CudaKernels(Protocol):
         window: int | None,
         out: Tensor,
     ) -> None:
-        """Row i attends to the first lengths[i] tokens in the blocks tables[i]; of length 0 it gives zeros."""
+        """Let row i attend to the first lengths[i] tokens in blocks tables[i]; length 0 gives zeros."""
         ...
 
 
@@ -109,11 +109,11 @@ class CudaCache:
 
     @property
     def scratch_slot(self) -> int:
-        """A slot that may be written and is never read."""
+        """Return a slot that may be written and is never read."""
         return self.num_blocks * self.block_size
 
     def step(self, batch: Batch) -> CudaStep:
-        """Attention for this batch."""
+        """Return the attention of this batch."""
         slots = to_device(np.concatenate([self.slots(chunk) for chunk in batch.chunks]), self.device)
         prompts = decodes = None
         if batch.prefills:
@@ -127,20 +127,20 @@ class CudaCache:
         return CudaStep(self, slots, prompts, decodes)
 
     def clear(self, blocks: list[int]) -> None:
-        """Nothing to do: the kernels never read a slot that the sequence has not written."""
+        """Do nothing: the kernels never read a slot that the sequence has not written."""
 
     def copy(self, blocks: list[tuple[int, int]]) -> None:
         """Copy whole blocks in all layers."""
         copy_blocks((*self.keys, *self.values), blocks)
 
     def slots(self, chunk: Chunk) -> NDArray[np.int64]:
-        """Slots of a chunk's tokens."""
+        """Return the slots of a chunk's tokens."""
         positions = np.arange(chunk.start, chunk.stop)
         blocks = np.asarray(chunk.sequence.block_table, dtype=np.int64)
         return blocks[positions // self.block_size] * self.block_size + positions % self.block_size
 
     def tables(self, chunks: list[Chunk]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """Blocks up to each chunk's end, [chunks, n] padded with 0, and the tokens up to there, [chunks]."""
+        """Return blocks up to each chunk's end, [chunks, n] padded with 0, and tokens up to it, [chunks]."""
         lengths = np.array([chunk.stop for chunk in chunks], dtype=np.int32)
         counts = -(-lengths // self.block_size)
         tables = np.zeros((len(chunks), counts.max()), dtype=np.int32)

@@ -1,13 +1,13 @@
-"""Attention for any device and dtype: the blocks of each sequence are gathered, then torch's attention runs over them.
+"""Attention for any device and dtype: gathers the blocks of each sequence, then runs torch's attention over them.
 
 keys[layer]    [blocks, kv_heads, block_size, head_dim]
 values[layer]  the same
 
-Heads lie outside the tokens of a block, so that what is gathered for a head is one dense matrix. Each prompt chunk
-attends by itself, all decode tokens at once, padded to the longest.
+The head dimension comes before a block's tokens, so that gathering a head's blocks gives one dense matrix. Prompt
+chunks attend one by one; decode tokens attend together, padded to the longest.
 
-On the CPU in float32 the decode rows' attention is two batched products around a softmax: for a query of a few rows
-that is faster than the fused kernel, which is made for long ones.
+On the CPU in float32 the decode rows use two batched products around a softmax. For queries of a few rows that is
+faster than the fused kernel, which is made for long queries.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from reftserve.server.engine.transfers import indices, to_device
 
 @dataclass(frozen=True)
 class _Prefill:
-    """A prompt chunk: its packed rows, its positions, and the blocks [1, n] of all tokens up to its end."""
+    """A prompt chunk: its packed rows, its positions, and the blocks [1, n] up to its end."""
 
     rows: slice
     start: int
@@ -38,7 +38,7 @@ class _Prefill:
 
 
 class GatheredCache:
-    """The tensors of all layers, and how blocks and slots of them are read and written."""
+    """The tensors of all layers, read by block and written by slot."""
 
     def __init__(
         self,
@@ -53,25 +53,25 @@ class GatheredCache:
         self.block_size = block_size
         self.num_blocks = blocks_within(max_bytes, per_block, block_size)
         self.device = device
-        # Zeros, not empty: rows read unwritten slots of their blocks, and a NaN there would survive its zero weight.
+        # Zeros, because rows read unwritten slots of their blocks with weight zero, which a NaN would survive.
         place: dict[str, Any] = {"dtype": dtype, "device": device}
         self.keys = [torch.zeros(self.num_blocks, s.kv_heads, block_size, s.key_dim, **place) for s in shapes]
         self.values = [torch.zeros(self.num_blocks, s.kv_heads, block_size, s.value_dim, **place) for s in shapes]
-        # What `gather` fills. Fresh memory for it in every layer of every step costs more than the copy itself.
+        # Output buffers of `gather`. Allocating them in every layer and step costs more than the copy.
         self._workspaces = [torch.empty(0, dtype=dtype, device=device) for _ in range(2)]
 
     def step(self, batch: Batch) -> GatheredStep:
-        """Attention for this batch."""
+        """Return the attention of this batch."""
         return GatheredStep(batch, self)
 
     def slots(self, block_table: list[int], start: int, stop: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-        """Slots of a sequence's tokens [start, stop), int64."""
+        """Return the slots of a sequence's tokens [start, stop), int64."""
         positions = np.arange(start, stop)
         blocks = np.asarray(block_table, dtype=np.int64)
         return blocks[positions // self.block_size] * self.block_size + positions % self.block_size
 
     def gather(self, layer: int, blocks: PerHead) -> tuple[Tensor, Tensor]:
-        """Keys and values of whole blocks [rows, n] as [rows, kv_heads, n * block_size, dim]; until the next call."""
+        """Return keys and values [rows, kv_heads, n * block_size, dim] of blocks [rows, n], until the next call."""
         heads = self.keys[layer].shape[1]
         keys, values = (
             self._gather(store[layer], blocks.of(heads), workspace).view(len(blocks), heads, -1, store[layer].shape[-1])
@@ -85,11 +85,11 @@ class GatheredCache:
             store.view(-1, store.shape[-1]).index_copy_(0, slots.of(len(new)), new.reshape(-1, new.shape[-1]))
 
     def blocks_per_head(self, blocks: Tensor) -> PerHead:
-        """What `gather` takes. blocks: [rows, n]."""
+        """Return blocks [rows, n] in the form that `gather` takes."""
         return PerHead(blocks, lambda heads: blocks.unsqueeze(1) * heads + _column(heads, blocks))
 
     def slots_per_head(self, slots: Tensor) -> PerHead:
-        """What `write` takes. slots: [tokens]."""
+        """Return slots [tokens] in the form that `write` takes."""
         blocks, offsets = slots // self.block_size, slots % self.block_size
         return PerHead(slots, lambda heads: (blocks * heads + _column(heads, slots)) * self.block_size + offsets)
 
@@ -157,7 +157,7 @@ class GatheredStep:
         heads, rows, dim = query.shape
         keys, values = self.cache.gather(layer, self.decode_blocks)
         kv_heads = keys.shape[1]
-        # Query heads that share a key-value head stand in the place of query tokens: no repeated keys.
+        # Query heads of one key-value head take the place of query tokens, so that keys are not repeated.
         grouped = query.transpose(0, 1).reshape(rows, kv_heads, heads // kv_heads, dim)
         if query.device.type == "cpu" and query.dtype == torch.float32:
             scores = torch.baddbmm(
@@ -173,7 +173,7 @@ class GatheredStep:
         return out.reshape(rows, heads, -1).transpose(0, 1)
 
     def _bias(self, kv_heads: int, window: int | None) -> Tensor:
-        """The decode rows' mask as what is added to scores, [rows * kv_heads, 1, width]."""
+        """Return the decode rows' mask as a bias on scores, [rows * kv_heads, 1, width]."""
         if (kv_heads, window) not in self._biases:
             mask = self._mask(len(self.prefills), window)
             assert mask is not None  # noqa: S101 - decode rows always have one
@@ -182,10 +182,10 @@ class GatheredStep:
         return self._biases[kv_heads, window]
 
     def _blocks(self, chunks: list[Chunk], device: torch.device) -> PerHead:
-        """The sequences' blocks up to the chunks' ends, [chunks, n].
+        """Return the sequences' blocks up to the chunks' ends, [chunks, n].
 
-        Rows are padded with a block of their own, which masks hide: what they hide is multiplied by zero all the same,
-        and a number in a strange block may not be finite.
+        A row is padded with one of its own blocks. Masked values are still multiplied by zero, and another sequence's
+        block may contain numbers that are not finite.
         """
         size = self.cache.block_size
         counts = [-(-chunk.stop // size) for chunk in chunks]
@@ -196,7 +196,7 @@ class GatheredStep:
         return self.cache.blocks_per_head(to_device(blocks, device))
 
     def _mask(self, index: int, window: int | None) -> Tensor | None:
-        """Who may look at whom in prefill `index` (the decode rows come last); None is plain causal."""
+        """Return the attention mask of prefill `index`, or of the decode rows, which come last; None is causal."""
         if (index, window) not in self._masks:
             self._masks[index, window] = self._build_mask(index, window)
         return self._masks[index, window]
@@ -222,7 +222,7 @@ class GatheredStep:
 
 
 class PerHead:
-    """Blocks or slots of a step, and where they lie for each key-value head: worked out once for all layers."""
+    """Blocks or slots of a step, with their indices for each key-value head, computed once for all layers."""
 
     def __init__(self, indices: Tensor, spread: Callable[[int], Tensor]) -> None:
         self._indices = indices
@@ -234,11 +234,11 @@ class PerHead:
 
     @property
     def indices(self) -> Tensor:
-        """Without heads."""
+        """Return the indices without heads."""
         return self._indices
 
     def of(self, heads: int) -> Tensor:
-        """With `heads` heads, flat."""
+        """Return the flat indices for `heads` heads."""
         if heads not in self._known:
             self._known[heads] = self._spread(heads).flatten()
         return self._known[heads]

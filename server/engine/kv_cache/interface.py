@@ -20,27 +20,27 @@ class KVCache(Protocol):
     block_size: int
 
     def step(self, batch: Batch) -> AttentionStep:
-        """Attention for this batch."""
+        """Return the attention of this batch."""
         ...
 
     def clear(self, blocks: list[int]) -> None:
-        """Make sure that what these blocks held can reach nobody (`Batch.stale_blocks`)."""
+        """Ensure that the old content of these blocks cannot reach a sequence (`Batch.stale_blocks`)."""
         ...
 
     def copy(self, blocks: list[tuple[int, int]]) -> None:
-        """Copy whole blocks, (from, to), in all layers; none is both."""
+        """Copy whole blocks, (from, to), in all layers; sources and targets are disjoint."""
         ...
 
 
 def copy_blocks(stores: Iterable[Tensor], blocks: list[tuple[int, int]]) -> None:
-    """`KVCache.copy` for tensors whose first dimension is blocks."""
+    """Copy blocks, (from, to), in tensors whose first dimension is blocks."""
     sources, targets = zip(*blocks, strict=True)
     for store in stores:
         store.index_copy_(0, indices(targets, store.device), store[indices(sources, store.device)])
 
 
 def blocks_within(max_bytes: int, bytes_per_block: int, block_size: int) -> int:
-    """How many blocks fit. Raises EngineError when none does."""
+    """Return how many blocks fit into max_bytes. Raises EngineError when none does."""
     if max_bytes < bytes_per_block:
         raise EngineError(f"kv_cache_bytes is {max_bytes}; one block of {block_size} tokens takes {bytes_per_block}")
     return max_bytes // bytes_per_block

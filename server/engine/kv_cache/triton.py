@@ -1,13 +1,13 @@
 """The kernels of the paged cache in Triton: storing keys and values, attention of prompts and of decode tokens.
 
-A program holds a tile of query rows, `tokens * heads of one group`, since query heads that share a key-value head share
-its keys; it walks over the keys `KEYS` at a time with a running softmax (Dao et al. 2022) and finds each in its block.
+A program holds a tile of query rows, `tokens * heads of one group`, because query heads of one key-value head share its
+keys. It walks over the keys `KEYS` at a time with a running softmax (Dao et al. 2022) and looks up each key's block.
 
-Decode tokens are too few to fill a device: where they are, several programs share a row's keys, and `_merge` weighs
-their parts (Dao et al. 2023). How many is decided by the number of rows, never by lengths, which only the device knows.
+If decode tokens are too few to fill the device, several programs share a row's keys, and `_merge` weighs their parts
+(Dao et al. 2023). The number of programs depends on the number of rows only, because the host does not know lengths.
 """
 
-# Triton has no types, and a kernel's parameters are none of Python's.
+# Triton has no types, and its kernels' parameters are not Python objects.
 # mypy: disable-error-code="untyped-decorator,no-untyped-def"
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from reftserve.server.engine.kv_cache.cuda import PromptRows
 
 LOG2_E = 1.4426950408889634
-SMALLEST_DOT = 16  # rows and columns below which tensor cores take no product
+SMALLEST_DOT = 16  # fewest rows and columns of a product on tensor cores
 TILE_ROWS = 64
 MAX_SPLITS = 16
 PROGRAMS_PER_SM = 2
@@ -52,7 +52,7 @@ def _attend(
     BLOCK_SIZE: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, TOKENS: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (tiles, kv_heads, splits). A chunk is a sequence; in DECODE each has one row, and is its own tile."""
+    """Attend. Grid: (tiles, kv_heads, splits). A chunk is a sequence; in DECODE it has one row and is its own tile."""
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
@@ -78,7 +78,7 @@ def _attend(
     place = row[:, None] * query_row + head[:, None] * query_head + d[None, :]
     q = tl.load(query + place, mask=real[:, None] & (d < DIM)[None, :], other=0.0)
 
-    # Keys that any row of the tile sees, and of these the split's share.
+    # The keys that any row of the tile sees, then the split's share of them.
     end = tl.minimum(length, length - count + start + TOKENS)
     begin = 0
     if WINDOW > 0:
@@ -102,7 +102,7 @@ def _attend(
             visible &= key_at[None, :] > position[:, None] - WINDOW
         scores = tl.where(visible, scores, float("-inf"))
         highest = tl.maximum(top, tl.max(scores, 1))
-        # A row that has seen nothing yet: -inf - -inf would be a NaN.
+        # For a row without keys so far, -inf - -inf would be NaN.
         base = tl.where(highest == float("-inf"), 0.0, highest)
         weights = tl.exp2(scores - base[:, None])
         faded = tl.exp2(top - base)
@@ -112,7 +112,7 @@ def _attend(
         sums = sums * faded[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         top = highest
 
-    # 0: the row saw no key, in this split or at all.
+    # 0 means that the row saw no key in this split.
     weight = tl.where(total == 0.0, 1.0, total)
     result = sums / weight[:, None]
     mask = real[:, None] & (dv < VALUE_DIM)[None, :]
@@ -130,7 +130,7 @@ def _merge(
     parts, part_sums, out, out_row, num_rows,
     SPLITS: tl.constexpr, HEADS: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (rows, heads). parts: [splits, rows, heads, value_dim]; part_sums: log2 of their weights."""
+    """Merge splits. Grid: (rows, heads). parts: [splits, rows, heads, value_dim]; part_sums: log2 of their weights."""
     row = tl.program_id(0)
     head = tl.program_id(1)
     dv = tl.arange(0, VALUE_WIDTH)
@@ -148,7 +148,7 @@ def _merge(
 
 
 class TritonKernels:
-    """CudaKernels on the device. splits: programs that share a decode row's keys, a power of two; None is by rows."""
+    """The kernels on the device. splits: programs that share a decode row's keys, a power of two; None: from rows."""
 
     def __init__(self, splits: int | None = None) -> None:
         self._splits = splits
@@ -174,7 +174,7 @@ class TritonKernels:
         window: int | None,
         out: Tensor,
     ) -> None:
-        """Each row attends to its sequence up to itself."""
+        """Let each row attend to its sequence up to itself."""
         tokens = max(1, TILE_ROWS // (query.shape[0] // keys.shape[2]))
         if tokens not in tiles:
             tiles[tokens] = rows.tiles(tokens)
@@ -198,7 +198,7 @@ class TritonKernels:
         window: int | None,
         out: Tensor,
     ) -> None:
-        """Row i attends to the first lengths[i] tokens in the blocks tables[i]."""
+        """Let row i attend to the first lengths[i] tokens in blocks tables[i]."""
         (heads, rows, _), kv_heads, value_dim = query.shape, keys.shape[2], values.shape[-1]
         splits = self._splits or _splits(query.device, rows * kv_heads)
         parts = part_sums = out
@@ -225,7 +225,7 @@ def _shape(query: Tensor, keys: Tensor, values: Tensor, tokens: int, window: int
     group = heads // kv_heads
     rows = max(SMALLEST_DOT, triton.next_power_of_2(tokens * group))
     width, value_width = (max(SMALLEST_DOT, triton.next_power_of_2(size)) for size in (dim, value_dim))
-    # What a program holds of keys and values at a time: 64 of bfloat16 and 128 numbers each, fewer of larger ones.
+    # Keys and values that a program holds at a time: 64 in bfloat16 with 128 numbers each, fewer larger ones.
     held = 64 * 128 * 2 // (max(width, value_width) * keys.element_size())
     return {
         "WINDOW": window or 0,
@@ -243,12 +243,12 @@ def _shape(query: Tensor, keys: Tensor, values: Tensor, tokens: int, window: int
 
 
 def _dense_rows(x: Tensor) -> Tensor:
-    """[heads, rows, dim] with its last dimension dense, as the kernels expect; nearly always x itself."""
+    """Return x [heads, rows, dim] with a dense last dimension; usually x itself."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _splits(device: torch.device, programs: int) -> int:
-    """Programs that share a row's keys, so that there are enough for every multiprocessor."""
+    """Return how many programs share a row's keys, so that every multiprocessor has enough."""
     splits = max(1, PROGRAMS_PER_SM * _multiprocessors(device) // programs)
     return min(MAX_SPLITS, 1 << (splits.bit_length() - 1))
 

@@ -117,7 +117,7 @@ def test_running_interventions_have_rows_of_their_own_that_hold_their_numbers(
     assert not bank.U[0].any()
 
 
-def test_edits_alike_at_many_layers_are_one_use_and_twins_at_one_layer_are_two(tmp_path: Path) -> None:
+def test_equal_sites_at_many_layers_are_one_span_and_twins_at_one_layer_are_two(tmp_path: Path) -> None:
     l1, f2 = Positions.parse("l1"), Positions.parse("f2")
     places = [(0, l1, 2), (0, l1, 2), (0, f2, 1), (1, l1, 2), (2, f2, 1), (2, l1, 3)]
     edits = [PlacedEdit(layer, p, random_edit(rank, HIDDEN, seed)) for seed, (layer, p, rank) in enumerate(places)]

@@ -30,8 +30,8 @@ def edits_at(submit: Submit, interventions: dict[str, Intervention], index: int)
     return [
         (ref.content_hash, number, ref.scale)
         for ref in submit.interventions
-        for number, place in enumerate(interventions[ref.content_hash].places)
-        if index in place.positions.indices(len(submit.prompt_ids), index, index + 1)
+        for number, site in enumerate(interventions[ref.content_hash].sites)
+        if index in site.positions.indices(len(submit.prompt_ids), index, index + 1)
     ]
 
 
