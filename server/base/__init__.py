@@ -1,1 +1,9 @@
-"""Computes the frozen base model. The engine and training use it; it imports neither."""
+"""The frozen base model as it is computed; the engine and training stand on it.
+
+folder.py             find and identify the model          model.py             load it frozen
+prompts.py            chats and texts to token ids         attention.py         the contract of a pass's attention
+weights.py            one copy for all processes (CPU)     cuda_weights.py      the same on a GPU
+panels.py, int8.py    linear layers in faster layouts      fused.py, fused_attention.py   faster modules
+kernel_choice.py      ours or torch's, by measured speed   cpu_kernels/         the C++ kernels
+replacement.py        put faster modules in place          memory.py            freeze the collector, trim the heap
+"""

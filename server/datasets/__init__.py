@@ -1,9 +1,9 @@
-"""Data sets: from an uploaded file to what a trainer takes, with a report of what is in it on the way.
+"""Data sets: from an uploaded file to what a trainer takes, with a report on the way.
 
-file     reading: which format, and from it rows (json_rows, tables)
-row      examples: what a row may say, and the Examples that it holds; labels: whether their targets are classes
-Example  encoding: its token ids, as serving renders them
-         splits: training, validation and test;  report: what is in all that, before a job is queued
+file     file_store.py keeps it; reading.py detects its format; json_rows.py and tables.py yield its rows
+row      examples.py: which rows there are, and the Examples in them; source_location.py says where a row stands
+Example  encoding.py: its token ids, as serving renders them
+set      splits.py: training, validation, test;  label_detection.py: whether targets are classes;  report.py
 """
 
 from reftserve.server.datasets.encoding import EncodedExample, encode

@@ -1,1 +1,13 @@
-"""The engine: requests in, token streams out. It knows neither HTTP nor a database."""
+"""The engine's process: token ids in, token ids out; no HTTP and no database.
+
+process.py -> engine.py (one step at a time) -> scheduler.py -> runner.py -> sampler.py -> messages.py
+
+messages.py, config.py     everything that crosses to and from the HTTP process
+engine.py                  requests, steps, outputs        sequence.py          one request's state
+scheduler.py               what the next step computes     block_allocator.py   who has which KV blocks
+prefix_cache.py            keys of KV blocks               kv_cache/            keys and values, attention over them
+loader.py                  artifacts from disk             bank.py              rank rows of hot interventions
+edit_plan.py               edited rows of a step           decode_graphs.py     recorded decode steps on CUDA
+logits.py, sampler.py      logits to tokens                grammar_masks.py     tokens that a grammar forbids
+transfers.py               copies between host and device
+"""

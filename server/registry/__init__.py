@@ -1,1 +1,5 @@
-"""The durable store of published interventions."""
+"""Published interventions: names, versions, aliases, artifacts.
+
+intervention_registry.py   publish, resolve, pin, delete     names.py    references such as `name@3`
+composition.py             a request's interventions         store.py    opens everything durable together
+"""
