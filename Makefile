@@ -36,6 +36,7 @@ check: install lint-links ## Lint, format check, generated client, types, import
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python .ci/generate_sync_client.py --check
+	$(BIN)/python docs/generate_rooms.py --check
 	MYPYPATH=.lint $(BIN)/mypy -p reftserve.interventions -p reftserve.client -p reftserve.server
 	PYTHONPATH=.lint $(BIN)/lint-imports
 

@@ -1,4 +1,4 @@
-"""Write the drawing of the rooms into docs/architecture.md, from the import contracts; with --check, compare instead."""
+"""Write the drawing of the rooms into docs/architecture.md, from the import contracts; --check compares instead."""
 
 from __future__ import annotations
 
