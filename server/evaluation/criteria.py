@@ -1,7 +1,7 @@
-"""What runs measure: criteria checked against their data set, measured on one item, and summed up.
+"""The criteria of an evaluation: check them against the data set, and score them on one item. `tally.py` sums up.
 
-A score is the weighted mean of what was measured; for the perplexity, its exponential. The loss weighs an item by its
-tokens, everything else by 1.
+A criterion's final score is the weighted mean over the items; for the perplexity it is the exponential of that mean.
+Loss and perplexity weigh an item by its tokens, every other criterion by 1.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from reftserve.server.errors import InvalidRequest
 from reftserve.server.evaluation import text_metrics as metrics
 from reftserve.server.inference.labels import probabilities
 
-LARGEST_LOSS = 700.0  # its exponential is still a float
+LARGEST_LOSS = 700.0  # exp(700) is still a finite float
 
 
 @dataclass(frozen=True)
 class ItemAnswer:
-    """What is known of an item. reference: the answer that the data holds; output: the greedy one, where one is needed.
+    """The answers of an item. reference: the data's; output: the greedy one, if a criterion needs it.
 
-    reference_logprobs: of the reference's tokens. label_logprobs: of each label's, by the criterion's name.
+    reference_logprobs: of each token of the reference. label_logprobs: by criterion, of each token of each label.
     """
 
     reference: str
@@ -46,7 +46,7 @@ class ItemAnswer:
 
 @dataclass(frozen=True)
 class Score:
-    """One criterion on one item."""
+    """The score of one criterion on one item."""
 
     value: float
     weight: float = 1.0
@@ -55,9 +55,9 @@ class Score:
 
 
 def check_criteria(criteria: Sequence[TestingCriterion], references: Iterable[str]) -> list[TestingCriterion]:
-    """The criteria with their names and labels filled in. references: the answers that the data holds.
+    """Return the criteria with names and labels filled in. references: the answers in the data.
 
-    Raises InvalidRequest for names that are not unique, patterns that are none, labels that do not fit the data.
+    Raises InvalidRequest for duplicate names, invalid patterns, and labels that do not fit the data.
     """
     answers = list(references) if any(isinstance(c, AccuracyCriterion) for c in criteria) else []
     checked: list[TestingCriterion] = []
@@ -69,30 +69,30 @@ def check_criteria(criteria: Sequence[TestingCriterion], references: Iterable[st
         if isinstance(criterion, RegexCriterion):
             _check_pattern(criterion.pattern, f"{param}.pattern")
         if isinstance(criterion, AccuracyCriterion):
-            labels = _labels(criterion.labels, answers, f"{param}.labels")
+            labels = _check_labels(criterion.labels, answers, f"{param}.labels")
             criterion = criterion.model_copy(update={"labels": labels})
         checked.append(criterion.model_copy(update={"name": name}))
     return checked
 
 
 def needs_output(criteria: Sequence[TestingCriterion]) -> bool:
-    """Whether the greedy answer is looked at."""
+    """Return whether a criterion reads the greedy answer."""
     read = ExactMatchCriterion | OverlapCriterion | ContainsCriterion | RegexCriterion
     return any(isinstance(c, read) for c in criteria)
 
 
 def needs_reference_logprobs(criteria: Sequence[TestingCriterion]) -> bool:
-    """Whether it is asked how likely the data's answer is."""
+    """Return whether a criterion reads the log-probabilities of the reference."""
     return any(isinstance(c, LikelihoodCriterion) for c in criteria)
 
 
 def label_sets(criteria: Sequence[TestingCriterion]) -> dict[str, list[str]]:
-    """The labels of each criterion that has some, by its name."""
+    """Return the labels of each accuracy criterion, by its name."""
     return {str(c.name): c.labels or [] for c in criteria if isinstance(c, AccuracyCriterion)}
 
 
 def measure(criterion: TestingCriterion, item: ItemAnswer) -> Score:
-    """A criterion on an item."""
+    """Score a criterion on an item."""
     match criterion:
         case LikelihoodCriterion():
             tokens = len(item.reference_logprobs)
@@ -101,31 +101,31 @@ def measure(criterion: TestingCriterion, item: ItemAnswer) -> Score:
             labels = criterion.labels or []
             probs = probabilities(item.label_logprobs[str(criterion.name)], criterion.normalize)
             label = labels[probs.index(max(probs))]
-            return _passed(label == item.reference, label)
+            return _pass_or_fail(label == item.reference, label)
         case ExactMatchCriterion(normalize="squad"):
-            return _passed(metrics.squad_exact_match(item.output, item.reference))
+            return _pass_or_fail(metrics.squad_exact_match(item.output, item.reference))
         case ExactMatchCriterion():
-            return _passed(metrics.exact_match(item.output, item.reference))
+            return _pass_or_fail(metrics.exact_match(item.output, item.reference))
         case OverlapCriterion():
             return Score(metrics.f1(item.output, item.reference))
         case ContainsCriterion():
             text, output = criterion.text or item.reference.strip(), item.output
             if criterion.ignore_case:
                 text, output = text.casefold(), output.casefold()
-            return _passed(text in output)
+            return _pass_or_fail(text in output)
         case RegexCriterion():
-            return _passed(_pattern(criterion.pattern).isinstance_python(item.output))
+            return _pass_or_fail(_pattern(criterion.pattern).isinstance_python(item.output))
 
 
 def final(criterion: TestingCriterion, mean: float) -> float:
-    """The score that a mean of what was measured is."""
+    """Return the criterion's score from the weighted mean over items."""
     if isinstance(criterion, LikelihoodCriterion) and criterion.type == "perplexity":
         return math.exp(min(mean, LARGEST_LOSS))
     return mean
 
 
 def item_result(criterion: TestingCriterion, measured: Score) -> ItemResult:
-    """What was measured, as the wire has it."""
+    """Return an item's score in its wire form."""
     return ItemResult(
         name=str(criterion.name),
         score=final(criterion, measured.value),
@@ -135,11 +135,11 @@ def item_result(criterion: TestingCriterion, measured: Score) -> ItemResult:
     )
 
 
-def _passed(passed: bool, label: str | None = None) -> Score:
+def _pass_or_fail(passed: bool, label: str | None = None) -> Score:
     return Score(float(passed), passed=passed, label=label)
 
 
-def _labels(given: list[str] | None, answers: list[str], param: str) -> list[str]:
+def _check_labels(given: list[str] | None, answers: list[str], param: str) -> list[str]:
     distinct = list(dict.fromkeys(answers))
     if given is None:
         if not 2 <= len(distinct) <= MAX_LABELS:
@@ -170,5 +170,5 @@ def _check_pattern(pattern: str, param: str) -> None:
 
 @functools.lru_cache(maxsize=256)
 def _pattern(pattern: str) -> SchemaValidator:
-    # pydantic's patterns are those of Rust's regex crate: in time linear in the text, whatever the pattern.
+    # pydantic matches with Rust's regex crate: its time is linear in the text for every pattern.
     return SchemaValidator(core_schema.str_schema(pattern=pattern))

@@ -1,7 +1,7 @@
-"""Runs evaluations: a task beside the HTTP server that takes the oldest unfinished run, and its items chunk by chunk.
+"""The task in the HTTP server's process that executes evaluation runs, the oldest first, chunk by chunk.
 
-The items of a chunk are at the engine together, behind every other request; then the chunk is kept in one transaction.
-So a run that a restart interrupts goes on with the items that it lacks, unless another base is served since.
+The items of a chunk go to the engine together, at a lower priority than all other requests. One transaction stores
+their results. After a restart a run resumes with the items that have no result, unless the server has another base.
 """
 
 from __future__ import annotations
@@ -34,60 +34,60 @@ CHUNK_ITEMS = 32
 POLL_S = 0.5
 RENEWALS_PER_LEASE = 4
 TABLES_POLL_S = 10.0
-ENGINES_PER_CHUNK = 3  # a chunk that so many engines die of fails its run
+ENGINES_PER_CHUNK = 3  # a run fails if this many engines die while they compute the same chunk
 
-Numbered = tuple[int, Example]
+NumberedExample = tuple[int, Example]
 
 
 class Evaluator:
-    """One for a server: runs come one after another, their items many at a time.
+    """Executes one run at a time; each server has one evaluator.
 
-    lease_s: seconds without a sign of life after which another server goes on with a run.
+    lease_s: seconds without a renewal after which another server may continue a run.
     """
 
     def __init__(self, store: Store, evals: EvalService, inference: InferenceService, *, lease_s: float) -> None:
         self._store = store
         self._evals = evals
-        self._log = RunRepository(store.database, lease_s=lease_s)
+        self._repository = RunRepository(store.database, lease_s=lease_s)
         self._lease_s = lease_s
         self._inference = inference
 
     async def run_forever(self) -> None:
-        """Take runs as they come; when this is cancelled, the one in hand is free at once for another server."""
+        """Execute runs until cancelled; then release the current run at once, for another server."""
         try:
-            await self._take_runs()
+            await self._execute_runs()
         finally:
-            await asyncio.to_thread(self._log.release)
+            await asyncio.to_thread(self._repository.release)
 
-    async def _take_runs(self) -> None:
+    async def _execute_runs(self) -> None:
         while True:
             try:
-                run = await asyncio.to_thread(self._log.next_run) if self._inference.is_ready else None
+                run = await asyncio.to_thread(self._repository.next_run) if self._inference.is_ready else None
                 if run is not None:
-                    with self._beating():
+                    with self._lease_renewed():
                         await self._run(run)
                     continue
             except Exception:
-                # The tables themselves cannot be read or written; the run goes on once they can.
-                logger.exception("evaluations wait")
+                # The tables cannot be read or written. The run resumes once they can.
+                logger.exception("evaluations wait for the database; the next try is in %s s", TABLES_POLL_S)
                 await asyncio.sleep(TABLES_POLL_S)
             await asyncio.sleep(POLL_S)
 
     @contextmanager
-    def _beating(self) -> Iterator[None]:
-        beat = asyncio.create_task(self._beat())
+    def _lease_renewed(self) -> Iterator[None]:
+        renewal = asyncio.create_task(self._renew_lease())
         try:
             yield
         finally:
-            beat.cancel()
+            renewal.cancel()
 
-    async def _beat(self) -> None:
+    async def _renew_lease(self) -> None:
         while True:
             await asyncio.sleep(self._lease_s / RENEWALS_PER_LEASE)
             try:
-                await asyncio.to_thread(self._log.renew)
+                await asyncio.to_thread(self._repository.renew)
             except (SQLAlchemyError, StorageFull):
-                # The next beat tries again; if none comes through in time, the lease is lost, and the run notices.
+                # The next renewal may still be in time. If none is, the run notices its lost lease at its next write.
                 logger.exception("the lease could not be renewed")
 
     async def _run(self, run: EvalRun) -> None:
@@ -102,24 +102,24 @@ class Evaluator:
         except Exception:
             logger.exception("evaluation %s failed", run.id)
             error = EvalError(code="internal_error", message="internal error; the server's log says more")
-        await asyncio.to_thread(self._log.end, run.id, error)
+        await asyncio.to_thread(self._repository.end, run.id, error)
 
     async def _evaluate(self, run: EvalRun) -> bool:
-        """Evaluate the items that the run lacks; False when it is not wanted any more.
+        """Evaluate the items without a result; return False if the run was cancelled, deleted or taken over.
 
-        Raises ServerError when file, interventions or base are not there any more, or engines die again and again.
+        Raises ServerError if the file, an intervention or the base is gone, or if engines keep dying.
         """
-        examples, target = await asyncio.to_thread(self._open, run)
-        done = await asyncio.to_thread(self._log.done, run.id)
+        examples, target = await asyncio.to_thread(self._load, run)
+        done = await asyncio.to_thread(self._repository.done, run.id)
         with self._inference.pinned(target.context):
             for chunk in _chunks([item for item in enumerate(examples) if item[0] not in done]):
                 outcomes = await self._evaluate_chunk(target, chunk)
-                if not await asyncio.to_thread(self._log.add, run.id, target.criteria, outcomes):
+                if not await asyncio.to_thread(self._repository.add, run.id, target.criteria, outcomes):
                     return False
         return True
 
-    async def _evaluate_chunk(self, target: RunTarget, chunk: Sequence[Numbered]) -> list[ItemOutcome]:
-        async def once() -> list[ItemOutcome]:
+    async def _evaluate_chunk(self, target: RunTarget, chunk: Sequence[NumberedExample]) -> list[ItemOutcome]:
+        async def attempt() -> list[ItemOutcome]:
             while not self._inference.is_ready:
                 await asyncio.sleep(POLL_S)
             tasks = [evaluate(self._inference, target, number, example) for number, example in chunk]
@@ -132,9 +132,9 @@ class Evaluator:
         retrying = AsyncRetrying(
             retry=retry_if_exception_type(Unavailable), stop=stop_after_attempt(ENGINES_PER_CHUNK), reraise=True
         )
-        return await retrying(once)
+        return await retrying(attempt)
 
-    def _open(self, run: EvalRun) -> tuple[list[Example], RunTarget]:
+    def _load(self, run: EvalRun) -> tuple[list[Example], RunTarget]:
         self._evals.require_served(run)
         row = self._evals.get(run.owner, run.eval_id)
         file = self._store.files.get(run.owner, row.file_id)
@@ -152,7 +152,7 @@ class Evaluator:
         return read_examples(self._store.files.path(file)), target
 
 
-def _chunks(items: list[Numbered]) -> Iterator[tuple[Numbered, ...]]:
+def _chunks(items: list[NumberedExample]) -> Iterator[tuple[NumberedExample, ...]]:
     # itertools.batched came with Python 3.12.
     iterator = iter(items)
     while chunk := tuple(itertools.islice(iterator, CHUNK_ITEMS)):

@@ -1,4 +1,4 @@
-"""Sums over the items of a run that are done, kept in the run's row: scores cost no look at its items."""
+"""Running sums over the evaluated items of a run. They live in the run's row, so scores need no query of the items."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ItemStatus = Literal["pass", "fail", "error"]
 
 
 class Sums(BaseModel):
-    """One criterion's. can_pass: whether an item can pass it."""
+    """The sums of one criterion. can_pass: whether it passes or fails items at all."""
 
     value: float = 0.0
     weight: float = 0.0
@@ -23,7 +23,7 @@ class Sums(BaseModel):
     can_pass: bool = False
 
     def add(self, measured: Score) -> None:
-        """Count an item."""
+        """Add one item."""
         self.value += measured.value * measured.weight
         self.weight += measured.weight
         if measured.passed is not None:
@@ -33,7 +33,7 @@ class Sums(BaseModel):
 
 
 class Tally(BaseModel):
-    """A run's. criteria: by name."""
+    """The counts and sums of a run. criteria: by name."""
 
     passed: int = 0
     failed: int = 0
@@ -41,7 +41,7 @@ class Tally(BaseModel):
     criteria: dict[str, Sums] = {}
 
     def add(self, measured: Mapping[str, Score] | EvalError) -> ItemStatus:
-        """Count an item: what its criteria measured by name, or why they could not."""
+        """Add an item by its scores by criterion, or by its error; return the item's status."""
         if isinstance(measured, EvalError):
             self.errored += 1
             return "error"
@@ -54,11 +54,11 @@ class Tally(BaseModel):
         return "fail"
 
     def counts(self, total: int) -> ResultCounts:
-        """The items of the run. total: of the data set."""
+        """Return the counts of items. total: the number of items in the data set."""
         return ResultCounts(total=total, passed=self.passed, failed=self.failed, errored=self.errored)
 
     def results(self, criteria: Sequence[TestingCriterion]) -> list[CriterionResult]:
-        """Scores so far, in the order of the criteria."""
+        """Return the scores so far, in the order of the criteria."""
         return [self._result(criterion) for criterion in criteria]
 
     def _result(self, criterion: TestingCriterion) -> CriterionResult:

@@ -1,6 +1,6 @@
 """Agreement of two texts: exact, or as the SQuAD benchmark defines it (Rajpurkar et al. 2016, evaluation script 1.1).
 
-SQuAD's rules are made for short English phrases; of numbers, signs and letters they lose what matters.
+SQuAD's rules suit short English phrases. They drop what distinguishes numbers, signs or single letters.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalized(text: str) -> str:
-    """Lower case, without punctuation and English articles, single spaces."""
+    """Return the text in lower case with single spaces, without punctuation and English articles."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def exact_match(prediction: str, reference: str) -> bool:
-    """Whether the texts are the same but for white space around them."""
+    """Return whether the texts are equal, apart from surrounding white space."""
     return prediction.strip() == reference.strip()
 
 
 def squad_exact_match(prediction: str, reference: str) -> bool:
-    """Whether the normalized texts are the same."""
+    """Return whether the normalized texts are equal."""
     return normalized(prediction) == normalized(reference)
 
 
 def f1(prediction: str, reference: str) -> float:
-    """Harmonic mean of precision and recall over the words of the normalized texts: SQuAD's F1.
+    """Return SQuAD's F1: the harmonic mean of precision and recall over the words of the normalized texts.
 
-    Where one of them has no words, 1 if neither has, as in version 2 of the script.
+    If a text has no words, F1 is 1 if neither has any, else 0, as in version 2 of the script.
     """
     predicted, expected = normalized(prediction).split(), normalized(reference).split()
     if not predicted or not expected:
