@@ -1,13 +1,13 @@
-"""The events of a job as they are written, for everyone who watches it.
+"""The live stream of a job's events, for any number of watchers in one event loop.
 
-A worker writes events into the database and knows of no watcher, so somebody has to look. Whoever finds that the last
-look is too long ago takes the next one, and all others who watch the same job take what it found:
+A worker writes events to the database and knows no watchers, so the watchers poll. The watchers of one job share a
+tail: the first watcher that finds the last query too old runs the next one, and all of them read its result.
 
     watcher ─┐
     watcher ─┼─► _Tail of the job ──(a query at most every POLL_S, in a thread)──► database
     watcher ─┘
 
-Between looks a watcher is a sleeping coroutine; one that goes away leaves nothing behind. For one event loop.
+Between queries a watcher is a sleeping coroutine. A watcher that leaves needs no clean-up.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ KEPT = 5 * PAGE
 
 
 class EventFeed:
-    """Follows the events of any number of jobs."""
+    """Follows the events of jobs; watchers of the same job share its queries."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        # Kept alive by those who follow; the last one to go takes it along.
+        # Only the watchers of a job hold its tail, so it goes with the last of them.
         self._tails: WeakValueDictionary[str, _Tail] = WeakValueDictionary()
 
     async def follow(self, job_id: str, after: int) -> AsyncGenerator[JobEvent]:
-        """Events with a number above `after`, in order, then those to come, until the job has ended."""
+        """Yield events numbered above `after` in order, then new ones as they are written, until the job has ended."""
         tail = self._tails.setdefault(job_id, _Tail(after))
         while True:
-            await self._look(job_id, tail)
+            await self._poll(job_id, tail)
             is_behind = after < tail.first
             events = await self._page(job_id, after) if is_behind else tail.above(after)
             is_last = tail.ended and not is_behind
@@ -54,54 +54,54 @@ class EventFeed:
                 await asyncio.sleep(POLL_S)
 
     def has(self, job_id: str, number: int) -> bool:
-        """Whether the job has an event of this number."""
+        """Return whether the job has an event with this number."""
         with self._database.reading() as session:
             return session.get(JobEvent, (job_id, number)) is not None
 
-    async def _look(self, job_id: str, tail: _Tail) -> None:
+    async def _poll(self, job_id: str, tail: _Tail) -> None:
         async with tail.lock:
-            if tail.has_more or time.monotonic() - tail.looked_at >= POLL_S:
-                tail.take(*await asyncio.to_thread(self._read, job_id, tail.newest))
+            if tail.has_more or time.monotonic() - tail.polled_at >= POLL_S:
+                tail.extend(*await asyncio.to_thread(self._read, job_id, tail.newest))
 
     async def _page(self, job_id: str, after: int) -> Sequence[JobEvent]:
-        """For a watcher who is so far behind that the tail has moved on."""
+        """Read events for a watcher that is behind the tail."""
         return (await asyncio.to_thread(self._read, job_id, after))[0]
 
     def _read(self, job_id: str, after: int) -> tuple[Sequence[JobEvent], bool]:
-        """A page of events above a number, in order; and whether the job had ended before them."""
+        """Return up to PAGE events above a number, in order, and whether the job had ended before they were read."""
         query = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.number > after)
         with self._database.reading() as session:
-            # Status first: a job's last event is committed together with its end.
+            # Status first: the transaction that ends a job also writes its last event.
             status = session.scalar(select(Job.status).where(Job.id == job_id))
             events = session.scalars(query.order_by(JobEvent.number).limit(PAGE)).all()
         return events, status in ENDED
 
 
 class _Tail:
-    """The newest events of a job.
+    """The newest events of a job, up to KEPT. first: the number before the oldest; newest: that of the newest.
 
-    first, newest: the numbers before the first and of the last event that is kept. has_more: the last look found a
-    whole page, so there is more at once. ended: the job had ended before that look, and nothing comes behind `newest`.
+    has_more: the last query returned a full page, so the next one need not wait.
+    ended: the job had ended before the last query, so no event follows `newest`.
     """
 
     def __init__(self, newest: int) -> None:
         self.lock = asyncio.Lock()
         self.first = self.newest = newest
-        self.looked_at = float("-inf")
+        self.polled_at = float("-inf")
         self.has_more = False
         self.ended = False
         self._events: deque[JobEvent] = deque(maxlen=KEPT)
 
-    def take(self, events: Sequence[JobEvent], ended: bool) -> None:
-        """What a look found above `newest`."""
+    def extend(self, events: Sequence[JobEvent], ended: bool) -> None:
+        """Append the events that a query found above `newest`."""
         self._events.extend(events)
         if events:
             self.newest = events[-1].number
             self.first = self._events[0].number - 1
         self.has_more = len(events) == PAGE
         self.ended = ended and not self.has_more
-        self.looked_at = time.monotonic()
+        self.polled_at = time.monotonic()
 
     def above(self, number: int) -> list[JobEvent]:
-        """Kept events with a number above this."""
+        """Return the held events numbered above `number`."""
         return [event for event in self._events if event.number > number]

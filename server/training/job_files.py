@@ -1,12 +1,11 @@
-"""What a job keeps in the blob store while it may still go on: a copy of its data, and its checkpoints.
+"""The files of a job in the blob store, which let any worker continue it: copies of its data, and its checkpoints.
 
-    blobs / jobs / <id> / training.jsonl  validation.jsonl  checkpoint-<step>-<any>/
+    blobs / jobs / <id> / training.jsonl  validation.jsonl  checkpoint-<step>-<unique>/
 
-Any worker can read them, so any can take a job over. A checkpoint counts once its row is committed, and has a key of
-its own: what a run that was given up writes late is nobody's checkpoint, and a step that is written again leaves the
-files of the first time as they are until the row names the new ones. Whoever changes these files holds the job's lease.
-They go when the job has succeeded, some time after it has failed or was cancelled (until then it can be retried), and
-earlier when others need the room.
+Only the holder of the job's lease changes its files. A checkpoint exists once its row is committed, and its key is
+unique: files that a fenced worker writes late belong to no row, and writing a step again leaves the first files in
+place until the row names the new ones. The files are removed once the job has succeeded. A failed or cancelled job can
+be retried, so its files stay for `keep_s` seconds, less if other jobs need the room.
 """
 
 from __future__ import annotations
@@ -27,51 +26,49 @@ BLOBS = "jobs"
 
 
 class JobFiles:
-    """Files of all jobs. max_bytes: for all of them together; keep_s: seconds that an ended job keeps its own."""
+    """The files of all jobs. max_bytes: their total budget; keep_s: seconds that those of an unsuccessful job stay."""
 
-    def __init__(self, blobs: BlobStore, log: JobRepository, leases: Leases, *, max_bytes: int, keep_s: float) -> None:
+    def __init__(
+        self, blobs: BlobStore, repository: JobRepository, leases: Leases, *, max_bytes: int, keep_s: float
+    ) -> None:
         self._blobs = blobs
-        self._log = log
+        self._repository = repository
         self._leases = leases
         self._max_bytes = max_bytes
         self._keep_s = keep_s
 
     def data(self, job_id: str, name: str) -> Path | None:
-        """The job's copy of a data set as a local path, or None when it has none."""
+        """Return the local path of the job's copy of a data set, or None if there is none."""
         key = f"{BLOBS}/{job_id}/{name}.jsonl"
         return self._blobs.local_file(key) if self._blobs.exists(key) else None
 
     def keep_data(self, job_id: str, name: str, source: Path) -> Path:
-        """Copy a data set, so that the job goes on when the uploaded file is deleted; the copy.
-
-        Raises QuotaExceeded or StorageFull.
-        """
+        """Copy a data set, so that the upload can be deleted; return the copy. Raises QuotaExceeded or StorageFull."""
         key = f"{BLOBS}/{job_id}/{name}.jsonl"
         self._make_room(source.stat().st_size)
         self._blobs.put_file(key, source)
         return self._blobs.local_file(key)
 
     def newest_checkpoint(self, lease: Lease) -> Path | None:
-        """The folder of the job's last durable step; None when it has to begin at the beginning.
-
-        What a worker that was killed has left in the job's folder, and no row knows, is removed.
-        """
-        rows, folder = self._log.checkpoints(lease.job_id), f"{BLOBS}/{lease.job_id}"
+        """Return the folder of the newest checkpoint, or None. Also remove what a killed worker left unrecorded."""
+        rows, folder = self._repository.checkpoints(lease.job_id), f"{BLOBS}/{lease.job_id}"
         data = {f"{folder}/{name}.jsonl" for name in ("training", "validation")}
         self._blobs.sweep(folder, data | {row.path for row in rows if row.kept})
         for row in rows:
             if row.kept and self._blobs.exists(row.path):
                 return self._blobs.local_folder(row.path)
             if row.kept:
-                self._log.event(lease, f"The checkpoint at step {row.step} has gone from the store", level="warn")
+                self._repository.event(
+                    lease, f"The checkpoint at step {row.step} is missing from the store", level="warn"
+                )
         return None
 
     def write_checkpoint(
         self, lease: Lease, step: int, metrics: dict[str, object], write: Callable[[Path], None]
     ) -> None:
-        """Make a step durable. write: writes its state into a folder.
+        """Make a step durable. write: writes the step's state into a folder.
 
-        Raises QuotaExceeded or StorageFull, and LeaseLost; the checkpoint before is there as it was.
+        Raises QuotaExceeded, StorageFull or LeaseLost; the previous checkpoint then stays as it was.
         """
         key = f"{BLOBS}/{lease.job_id}/checkpoint-{step}-{uuid.uuid4().hex}"
         with tempfile.TemporaryDirectory() as scratch:
@@ -81,35 +78,35 @@ class JobFiles:
             self._make_room(sum(file.stat().st_size for file in folder.iterdir()))
             self._blobs.put_folder(key, folder)
         with self._blobs.delete_blob_on_error(key):
-            gone = self._log.checkpoint(lease, step, key, metrics)
-        for old in gone:
+            outdated = self._repository.checkpoint(lease, step, key, metrics)
+        for old in outdated:
             self._blobs.delete(old)
 
     def sweep(self) -> list[str]:
-        """Remove the files of jobs that ended long enough ago; the jobs' ids."""
+        """Remove the files of succeeded jobs, and of others that ended over `keep_s` ago; return the jobs' ids."""
         cutoff = time.time() - self._keep_s
-        return [job.id for job in self._ended() if self._is_over(job, cutoff) and self.remove(job.id)]
+        return [job.id for job in self._ended_jobs() if self._has_expired(job, cutoff) and self.remove(job.id)]
 
     def remove(self, job_id: str) -> bool:
-        """Remove an ended job's files; False when it lives again, or somebody else is at it."""
+        """Remove an ended job's files; return False if the job was retried or its lease is held."""
         lease = self._leases.take_ended(job_id)
         if lease is None:
             return False
         try:
-            self._log.forget_checkpoints(lease)
+            self._repository.forget_checkpoints(lease)
             self._blobs.delete(f"{BLOBS}/{job_id}")
-            self._log.release(lease)
+            self._repository.release(lease)
         except LeaseLost:
-            # So slow that another worker cleared up in the meantime.
+            # The lease expired meanwhile, so another worker removes the files.
             return False
         return True
 
     def _make_room(self, more: int) -> None:
-        """See that `more` bytes fit, at the cost of ended jobs, the longest ended first."""
+        """Remove the files of ended jobs, the longest ended first, until `more` bytes fit. Raises QuotaExceeded."""
         used = self._blobs.size(BLOBS)
         if used + more <= self._max_bytes:
             return
-        ended = {job.id: self._blobs.size(f"{BLOBS}/{job.id}") for job in self._ended()}
+        ended = {job.id: self._blobs.size(f"{BLOBS}/{job.id}") for job in self._ended_jobs()}
         living = used - sum(ended.values())
         if living + more > self._max_bytes:
             raise QuotaExceeded(
@@ -121,8 +118,8 @@ class JobFiles:
                 return
             used -= size if self.remove(job_id) else 0
 
-    def _ended(self) -> list[Job]:
-        return self._log.ended([key.rsplit("/", 1)[-1] for key in self._blobs.children(BLOBS)])
+    def _ended_jobs(self) -> list[Job]:
+        return self._repository.ended([key.rsplit("/", 1)[-1] for key in self._blobs.children(BLOBS)])
 
-    def _is_over(self, job: Job, cutoff: float) -> bool:
+    def _has_expired(self, job: Job, cutoff: float) -> bool:
         return job.status == "succeeded" or (job.finished_at or 0) < cutoff

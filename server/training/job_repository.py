@@ -1,7 +1,7 @@
-"""What is written about a job while it lives: its row's progress, its events, its checkpoints.
+"""The rows of jobs, of their events and of their checkpoints.
 
-What a run writes, it writes under its lease; each of these methods raises LeaseLost, with nothing written, when the job
-has changed hands.
+A run writes under its lease: each method that takes one raises LeaseLost, and writes nothing, if the job has changed
+hands. The functions at the end work inside the caller's transaction, which must hold the lock of the job's row.
 """
 
 from __future__ import annotations
@@ -24,16 +24,13 @@ KEPT_CHECKPOINTS = 2
 
 
 class JobRepository:
-    """Reads and writes the rows of jobs."""
+    """Reads and writes jobs; each method is one transaction."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
     def get(self, job_id: str, owner: str | None = None) -> Job:
-        """A job's row; with an owner, only theirs.
-
-        Raises NotFound.
-        """
+        """Return a job's row. Raises NotFound, also if the job belongs to another owner than the one given."""
         with self._database.reading() as session:
             job = session.get(Job, job_id)
         if job is None or owner not in (None, job.owner):
@@ -41,14 +38,14 @@ class JobRepository:
         return job
 
     def create(self, job: Job, message: str) -> None:
-        """A new job with its first event, in one transaction: no worker sees the one without the other."""
+        """Insert a job together with its first event."""
         with self._database.session() as session:
             session.add(job)
             session.flush()
             append_event(session, job, message)
 
     def events(self, job_id: str, *, before: int | None, limit: int) -> list[JobEvent]:
-        """Up to `limit` events, newest first, that are older than number `before`."""
+        """Return up to `limit` events numbered below `before`, newest first."""
         query = select(JobEvent).where(JobEvent.job_id == job_id).order_by(JobEvent.number.desc()).limit(limit)
         if before is not None:
             query = query.where(JobEvent.number < before)
@@ -56,45 +53,45 @@ class JobRepository:
             return list(session.scalars(query))
 
     def checkpoints(self, job_id: str) -> list[JobCheckpoint]:
-        """Checkpoints, newest first; also those whose state is no longer kept."""
+        """Return all checkpoints, newest first, including those whose files were removed."""
         query = select(JobCheckpoint).where(JobCheckpoint.job_id == job_id).order_by(JobCheckpoint.step.desc())
         with self._database.reading() as session:
             return list(session.scalars(query))
 
     def ended(self, job_ids: Sequence[str]) -> list[Job]:
-        """Those of the jobs that have ended, the longest ended first."""
+        """Return the jobs among `job_ids` that have ended, the longest ended first."""
         query = select(Job).where(Job.id.in_(job_ids), Job.status.in_(ENDED)).order_by(Job.finished_at, Job.id)
         with self._database.reading() as session:
             return list(session.scalars(query))
 
     def pause_requested(self, lease: Lease) -> bool:
-        """Whether someone wants the job to rest; the poll of every step, which also finds a lease lost."""
+        """Return whether the owner has asked for a pause. Polled at every step, it also detects a lost lease."""
         with self._database.reading() as session:
             return require_lease(session, lease).pause_requested
 
     def event(self, lease: Lease, message: str, *, level: str = "info", data: dict[str, Any] | None = None) -> None:
-        """Append an event; one with data is of type `metrics`."""
+        """Append an event; with data its type is `metrics`."""
         with self._database.session() as session:
             append_event(session, require_lease(session, lease), message, level=level, data=data)
 
     def progress(self, lease: Lease, message: str, data: dict[str, Any], *, estimated_finish: int) -> None:
-        """A step was done: its event, and when the job is likely to end (Unix seconds)."""
+        """Record a step: its metrics event and the job's estimated finish (Unix seconds)."""
         with self._database.session() as session:
             job = require_lease(session, lease)
             job.estimated_finish = estimated_finish
             append_event(session, job, message, data=data)
 
     def checkpoint(self, lease: Lease, step: int, path: str, metrics: dict[str, Any]) -> list[str]:
-        """Record a durable step; paths of older ones, which are no longer kept."""
+        """Record a checkpoint and reset the attempts; return the paths of checkpoints that the caller must delete."""
         with self._database.session() as session:
             job = require_lease(session, lease)
             job.attempts = 0
             query = select(JobCheckpoint).where(JobCheckpoint.job_id == job.id, JobCheckpoint.kept)
             kept = list(session.scalars(query.order_by(JobCheckpoint.step.desc())))
             older = [row for row in kept if row.step < step]
-            gone = [row for row in kept if row not in older[: KEPT_CHECKPOINTS - 1]]
-            paths = [row.path for row in gone]
-            for row in gone:
+            replaced = [row for row in kept if row not in older[: KEPT_CHECKPOINTS - 1]]
+            paths = [row.path for row in replaced]
+            for row in replaced:
                 row.kept = False
             row = JobCheckpoint(job_id=job.id, step=step, owner=job.owner, path=path, kept=True, metrics=metrics)
             row.created_at = int(time.time())
@@ -102,18 +99,18 @@ class JobRepository:
             return paths
 
     def forget_checkpoints(self, lease: Lease) -> None:
-        """The state of the job's checkpoints is about to be removed."""
+        """Mark all checkpoints of the job as removed; the caller then deletes their files."""
         with self._database.session() as session:
             job = require_lease(session, lease)
             session.execute(update(JobCheckpoint).where(JobCheckpoint.job_id == job.id).values(kept=False))
 
     def release(self, lease: Lease) -> None:
-        """Give the lease back; the job stays as it is."""
+        """Give the lease back and leave the job's status as it is."""
         with self._database.session() as session:
             release_lease(require_lease(session, lease))
 
     def pause(self, lease: Lease, message: str) -> bool:
-        """The job rests, and is nobody's; False when the pause has been withdrawn, and the job goes on."""
+        """Pause the job and release its lease; return False if the request for the pause was withdrawn."""
         with self._database.session() as session:
             job = require_lease(session, lease)
             if not job.pause_requested:
@@ -122,7 +119,7 @@ class JobRepository:
             return True
 
     def end(self, lease: Lease, status: str, message: str, *, level: str = "info", **fields: Any) -> None:
-        """Give the job its final status, with an event that says so; it is nobody's any more."""
+        """Give the job its final status with an event, and release its lease."""
         with self._database.session() as session:
             finish(session, require_lease(session, lease), status, message, level=level, **fields)
 
@@ -130,7 +127,7 @@ class JobRepository:
 def append_event(
     session: Session, job: Job, message: str, *, level: str = "info", data: dict[str, Any] | None = None
 ) -> None:
-    """Append an event in a transaction that has the job's row for itself."""
+    """Append an event; the row lock makes its number unique. Events without data also go to the log."""
     if data is None:
         logger.log(logging.INFO if level == "info" else logging.WARNING, "job %s: %s", job.id, message)
     last = session.scalar(select(func.max(JobEvent.number)).where(JobEvent.job_id == job.id))
@@ -149,7 +146,7 @@ def append_event(
 
 
 def queue(session: Session, job: Job, message: str) -> None:
-    """Let a job wait for a worker again, in a transaction that has its row for itself."""
+    """Queue a job again, with its count of attempts reset."""
     job.status = "queued"
     job.pause_requested = False
     job.attempts = 0
@@ -157,7 +154,7 @@ def queue(session: Session, job: Job, message: str) -> None:
 
 
 def pause_job(session: Session, job: Job, message: str) -> None:
-    """Pause a job, in a transaction that has its row for itself."""
+    """Pause a job and release its lease."""
     job.status = "paused"
     job.pause_requested = False
     job.estimated_finish = None
@@ -166,7 +163,7 @@ def pause_job(session: Session, job: Job, message: str) -> None:
 
 
 def finish(session: Session, job: Job, status: str, message: str, *, level: str = "info", **fields: Any) -> None:
-    """End a job, in a transaction that has its row for itself. fields: further columns."""
+    """End a job and release its lease. fields: further columns to set."""
     job.status = status
     job.finished_at = int(time.time())
     job.pause_requested = False

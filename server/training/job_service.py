@@ -1,7 +1,7 @@
-"""The jobs of the API: create, list, cancel, pause, resume, retry, events, checkpoints. Training is the worker's.
+"""The jobs of the API: create, list, cancel, pause, resume, retry, events, checkpoints. The worker trains them.
 
-A job exists once its row is committed with status `queued`; the worker finds it there. No second write is needed, so
-an acknowledged job can not be lost between two stores.
+A job exists once its row is committed with status `queued`, and a worker finds it by that row. There is no second
+write, so an acknowledged job cannot be lost between two stores.
 """
 
 from __future__ import annotations
@@ -29,25 +29,22 @@ from reftserve.server.training.job_repository import JobRepository, finish, paus
 from reftserve.server.training.plan import Plan
 from reftserve.server.training.recipe import make_plan, token_limit
 
-MAX_DIGITS = 9  # of an event's number: what every database takes for an integer
+MAX_DIGITS = 9  # of an event's number: fits a 32-bit integer column
 
 
 class JobService:
-    """Jobs of all owners that train on one base."""
+    """The jobs of all owners, on one base."""
 
     def __init__(self, store: Store, base: Base) -> None:
         self._store = store
         self._base = base
-        self.log = JobRepository(store.database)
+        self.repository = JobRepository(store.database)
         self._feed = EventFeed(store.database)
 
     def create(self, owner: str, request: FineTuningJobCreate) -> Job:
-        """Check everything that can be checked now, and queue the job.
-
-        Raises InvalidRequest or NotFound, naming the field.
-        """
-        plan, report = self._checked(owner, request)
-        # Times are kept in seconds; ids that sort by creation decide who was first within one.
+        """Check the request and its data, and queue the job. Raises InvalidRequest or NotFound, naming the field."""
+        plan, report = self._check(owner, request)
+        # `created_at` has whole seconds. Ids begin with the time in ns, so they order the jobs within a second.
         identity = f"{time.time_ns():016x}{secrets.token_hex(8)}"
         job = Job(
             id=f"ftjob-{identity}",
@@ -66,25 +63,19 @@ class JobService:
             result_files=[],
             created_at=int(time.time()),
         )
-        self.log.create(job, f"Created job {job.id} for intervention {job.suffix!r}")
+        self.repository.create(job, f"Created job {job.id} for intervention {job.suffix!r}")
         return job
 
     def validate(self, owner: str, request: FineTuningJobCreate) -> DataReport:
-        """Check all that `create` checks, and queue nothing.
-
-        Raises InvalidRequest or NotFound, naming the field.
-        """
-        return self._checked(owner, request)[1]
+        """Check a request as `create` does, but queue nothing; return the report on its data."""
+        return self._check(owner, request)[1]
 
     def get(self, owner: str, job_id: str) -> Job:
-        """One job.
-
-        Raises NotFound.
-        """
-        return self.log.get(job_id, owner)
+        """Return a job of this owner. Raises NotFound."""
+        return self.repository.get(job_id, owner)
 
     def list_page(self, owner: str, *, after: str | None, limit: int) -> tuple[list[Job], bool]:
-        """Jobs, newest first, after the one with id `after`; and whether there are more."""
+        """Return up to `limit` jobs, newest first, older than job `after`, and whether there are more."""
         query = select(Job).where(Job.owner == owner).order_by(Job.created_at.desc(), Job.id.desc())
         with self._store.database.reading() as session:
             jobs = list(session.scalars(query))
@@ -94,22 +85,19 @@ class JobService:
         return jobs[:limit], len(jobs) > limit
 
     def cancel(self, owner: str, job_id: str) -> Job:
-        """End a job at once; a worker that runs it notices before its next optimizer step.
-
-        Raises NotFound, or Conflict when it has ended.
-        """
-        with self._changing(owner, job_id) as (session, job):
-            _require_living(job, "cancelled")
+        """End a job at once; its worker stops before the next optimizer step. Raises NotFound, or Conflict if ended."""
+        with self._locked_job(owner, job_id) as (session, job):
+            _require_not_ended(job, "cancelled")
             finish(session, job, "cancelled", "The job was cancelled")
         return job
 
     def pause(self, owner: str, job_id: str) -> Job:
-        """Let a job rest: at once when nobody runs it, else after its current optimizer step, with a checkpoint.
+        """Pause a job: a queued one at once, a running one after its current optimizer step, with a checkpoint.
 
-        Raises NotFound, or Conflict when it has ended.
+        Raises NotFound, or Conflict if the job has ended.
         """
-        with self._changing(owner, job_id) as (session, job):
-            _require_living(job, "paused")
+        with self._locked_job(owner, job_id) as (session, job):
+            _require_not_ended(job, "paused")
             if is_held(job, self._store.database.now(session)):
                 job.pause_requested = True
             elif job.status != "paused":
@@ -117,23 +105,23 @@ class JobService:
         return job
 
     def resume(self, owner: str, job_id: str) -> Job:
-        """Queue a paused job again, or withdraw a pause that has not begun; of a job that goes on nothing changes.
+        """Queue a paused job again, or withdraw a pause that has not begun; otherwise change nothing.
 
-        Raises NotFound, or Conflict when it has ended.
+        Raises NotFound, or Conflict if the job has ended.
         """
-        with self._changing(owner, job_id) as (session, job):
-            _require_living(job, "resumed")
+        with self._locked_job(owner, job_id) as (session, job):
+            _require_not_ended(job, "resumed")
             job.pause_requested = False
             if job.status == "paused":
-                queue(session, job, "The job goes on")
+                queue(session, job, "The job was resumed")
         return job
 
     def retry(self, owner: str, job_id: str) -> Job:
-        """Queue a failed or cancelled job again; it goes on from its last checkpoint if that is still kept.
+        """Queue a failed or cancelled job again; it resumes from its newest checkpoint if the files are still there.
 
-        Raises NotFound, or Conflict when the job has not failed.
+        Raises NotFound, or Conflict if the job has neither failed nor been cancelled.
         """
-        with self._changing(owner, job_id) as (session, job):
+        with self._locked_job(owner, job_id) as (session, job):
             if job.status not in ("failed", "cancelled"):
                 raise Conflict(
                     f"job {job_id} is {job.status}; only a failed or cancelled job can be retried",
@@ -141,41 +129,41 @@ class JobService:
                 )
             job.error = None
             job.finished_at = None
-            queue(session, job, "The job is tried again")
+            queue(session, job, "The job was queued for a retry")
         return job
 
     def events(self, owner: str, job_id: str, *, after: str | None, limit: int) -> tuple[list[JobEvent], bool]:
-        """Events, newest first, after the one with id `after`; and whether there are more."""
+        """Return up to `limit` events, newest first, older than event `after`, and whether there are more."""
         self.get(owner, job_id)
         before = None if after is None else event_number(after, job_id)
-        events = self.log.events(job_id, before=before, limit=limit + 1)
+        events = self.repository.events(job_id, before=before, limit=limit + 1)
         return events[:limit], len(events) > limit
 
     def follow(self, owner: str, job_id: str, *, after: str | None) -> AsyncGenerator[JobEvent]:
-        """Events, oldest first, behind the one with id `after`, then those to come until the job has ended.
+        """Return a stream of the events newer than event `after`, oldest first, which ends with the job.
 
-        Raises, before the first of them, NotFound, or InvalidRequest when the job has no such event.
+        Raises NotFound, or InvalidRequest if the job has no event `after`, before the stream begins.
         """
         self.get(owner, job_id)
         number = 0 if after is None else event_number(after, job_id)
         if number and not self._feed.has(job_id, number):
-            raise InvalidRequest(f"{after!r} is no event of job {job_id} yet", param="after")
+            raise InvalidRequest(f"job {job_id} has no event {after!r} yet", param="after")
         return self._feed.follow(job_id, number)
 
     def checkpoints(self, owner: str, job_id: str) -> list[JobCheckpoint]:
-        """Durable steps, newest first."""
+        """Return the job's checkpoints, newest first."""
         self.get(owner, job_id)
-        return self.log.checkpoints(job_id)
+        return self.repository.checkpoints(job_id)
 
     @contextmanager
-    def _changing(self, owner: str, job_id: str) -> Iterator[tuple[Session, Job]]:
-        """A job in a transaction that has its row for itself."""
+    def _locked_job(self, owner: str, job_id: str) -> Iterator[tuple[Session, Job]]:
+        """Yield a job in a transaction that has locked its row."""
         self.get(owner, job_id)
         with self._store.database.session() as session:
             yield session, session.get_one(Job, job_id, with_for_update=True)
 
-    def _checked(self, owner: str, request: FineTuningJobCreate) -> tuple[Plan, DataReport]:
-        """What a job would do, and what it would learn from."""
+    def _check(self, owner: str, request: FineTuningJobCreate) -> tuple[Plan, DataReport]:
+        """Check a request; return the plan of its job and the report on its data."""
         if request.model != self._base.name:
             raise NotFound(
                 f"model {request.model!r} cannot be trained; the base is {self._base.name!r}",
@@ -217,9 +205,9 @@ class JobService:
         return file
 
 
-def _require_living(job: Job, wanted: str) -> None:
+def _require_not_ended(job: Job, wanted: str) -> None:
     if job.status in ENDED:
-        raise Conflict(f"job {job.id} has {job.status} and cannot be {wanted}", code="job_ended")
+        raise Conflict(f"job {job.id} has ended ({job.status}) and cannot be {wanted}", code="job_ended")
 
 
 def _seed(request: FineTuningJobCreate) -> int:
@@ -227,18 +215,15 @@ def _seed(request: FineTuningJobCreate) -> int:
 
 
 def event_id(event: JobEvent) -> str:
-    """An event's id on the wire."""
+    """Return the id that the API gives an event."""
     return f"{_event_prefix(event.job_id)}{event.number}"
 
 
 def event_number(identity: str, job_id: str) -> int:
-    """An event's number within its job, from its id.
-
-    Raises InvalidRequest when it is not the id of an event of this job.
-    """
+    """Return the number in an event's id. Raises InvalidRequest if the id is not of this job."""
     number = identity.removeprefix(_event_prefix(job_id))
     if number == identity or not number.isdecimal() or len(number) > MAX_DIGITS:
-        raise InvalidRequest(f"{identity!r} is no event of job {job_id}; expected an event's id", param="after")
+        raise InvalidRequest(f"{identity!r} is not the id of an event of job {job_id}", param="after")
     return int(number)
 
 

@@ -1,4 +1,4 @@
-"""How fast a run goes, and when it will have ended."""
+"""The estimate of a training run's remaining time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 class Pace:
-    """Wall time for each step of each trial since the run began, validation and checkpoints included."""
+    """The mean wall time per step of a trial since the run began, validation and checkpoints included."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -15,6 +15,6 @@ class Pace:
         self._done = 0
 
     def eta_s(self, done: int, left: int) -> float:
-        """Seconds until the end. done: steps of trials since it was last asked; left: those to come."""
+        """Return the seconds left. done: steps of all trials since the last call; left: steps to come."""
         self._done += done
         return (self._clock() - self._began) / self._done * left

@@ -1,10 +1,9 @@
-"""Which tokens of which examples a forward pass computes, side by side in one row of tokens.
+"""The tokens that a forward pass of training computes, packed into one row. Attention is in `varlen_attention.py`.
 
-Of each example a pass computes a *span*: the tokens from `start` on. What lies before is constant and kept
-(`activation_cache.py`), or it is the *parent* of several spans: tokens that their examples begin with, computed once
-for all.
+A pass computes one *span* per example: its tokens from `start` on. The tokens before are cached
+(`activation_cache.py`), or they are the *parent* of several spans: a common prefix, computed once.
 
-    examples   a b c d e f    a b c d g h i        (of one batch, edited alike as far as `d`)
+    examples   a b c d e f    a b c d g h i        (of one batch, with the same edits up to `d`)
     parent     a b c d
     children   e f    g h i
 
@@ -25,16 +24,16 @@ from torch import Tensor
 from reftserve.interventions import Positions
 from reftserve.server.datasets import EncodedExample
 
-# A beginning in common gets rows of its own from this part of the longest example on: attention to it goes through a
-# mask, which on the CPU costs a long example more than the rows of a short beginning.
+# A common prefix becomes a parent if it is at least this part of the longest example. Attention to a parent needs a
+# mask, and on the CPU the mask costs a long example more than a short prefix saves.
 LEAST_PART = 1 / 8
 
 
 @dataclass(frozen=True)
 class Span:
-    """The tokens [start, stop) of an example of a batch, which is named by its number.
+    """The tokens [start, stop) of an example. batch: the number of its batch.
 
-    parent: computes the tokens before `start`, unless they are kept.
+    parent: the span that computes the tokens before `start`; None if they are cached or `start` is 0.
     """
 
     example: EncodedExample
@@ -45,12 +44,12 @@ class Span:
 
     @property
     def rows(self) -> int:
-        """Tokens that a pass computes."""
+        """The number of tokens that a pass computes."""
         return self.stop - self.start
 
     @property
     def targets(self) -> int:
-        """Completion tokens that it predicts: all of its example's, or of a parent none."""
+        """The number of completion tokens that the span predicts: all of its example's, or 0 for a parent."""
         return max(0, self.stop - len(self.example.prompt_ids) + 1)
 
 
@@ -58,7 +57,7 @@ class Span:
 class Batch:
     """Examples that are computed under the same edits.
 
-    edited: where those edits are. at_random: whether they differ from row to row, as they do with dropout.
+    edited: the positions of the edits. at_random: whether the edits differ from row to row, as with dropout.
     """
 
     examples: Sequence[EncodedExample]
@@ -66,17 +65,14 @@ class Batch:
     at_random: bool = False
 
     def families(self, spans: Iterable[Span]) -> list[list[Span]]:
-        """Spans of this batch's examples; those that begin alike get a parent for what they have in common."""
+        """Group spans of this batch by common prefix; a prefix that is long enough becomes a parent."""
         return [
             _with_parent(family, length)
-            for family, length in _alike([(span, self._comparable(span)) for span in spans])
+            for family, length in _group_by_prefix([(span, self._prefix_keys(span)) for span in spans])
         ]
 
-    def _comparable(self, span: Span) -> NDArray[np.int64]:
-        """For each token that other spans may have in common: a number for the token and whether it is edited.
-
-        The last prompt token is not among them: it predicts.
-        """
+    def _prefix_keys(self, span: Span) -> NDArray[np.int64]:
+        """Return a key for each token that spans may share, from its id and edits; the last prompt token predicts."""
         if span.start > 0:
             return np.empty(0, dtype=np.int64)
         n_prompt = len(span.example.prompt_ids)
@@ -91,27 +87,26 @@ class Batch:
         return numbers[:stop]
 
 
-def _alike(sequences: Iterable[tuple[Span, NDArray[np.int64]]]) -> list[tuple[list[Span], int]]:
-    """Families of spans whose sequences begin alike, and with how many numbers.
+def _group_by_prefix(keyed: Iterable[tuple[Span, NDArray[np.int64]]]) -> list[tuple[list[Span], int]]:
+    """Group spans by the prefix that their keys share; return each group with that prefix's length.
 
-    In sorted order, where like beginnings are neighbours, a span joins the family before it if that saves rows.
+    Sorting makes spans with a common prefix neighbours. A span joins the group before it if that saves rows.
     """
     families: list[tuple[list[Span], int]] = []
     last = np.empty(0, dtype=np.int64)
-    for span, sequence in sorted(sequences, key=lambda pair: pair[1].tobytes()):
+    for span, keys in sorted(keyed, key=lambda pair: pair[1].tobytes()):
         family, length = families[-1] if families else ([], 0)
-        common = min(length, _common(last, sequence))
+        common = min(length, _common_prefix_length(last, keys))
         if common * len(family) > length * (len(family) - 1):
             family.append(span)
             families[-1] = family, common
         else:
-            families.append(([span], len(sequence)))
-        last = sequence
+            families.append(([span], len(keys)))
+        last = keys
     return families
 
 
-def _common(one: NDArray[np.int64], other: NDArray[np.int64]) -> int:
-    """How many numbers two sequences begin with alike."""
+def _common_prefix_length(one: NDArray[np.int64], other: NDArray[np.int64]) -> int:
     shorter = min(len(one), len(other))
     different = np.flatnonzero(one[:shorter] != other[:shorter])
     return int(different[0]) if len(different) else shorter
@@ -125,9 +120,9 @@ def _with_parent(family: list[Span], length: int) -> list[Span]:
 
 
 def in_passes(families: Iterable[Sequence[Span]], max_rows: int) -> list[list[Span]]:
-    """The spans that one forward pass computes together; those of a family meet, and those of like length.
+    """Divide spans into forward passes, with families together and spans of similar length together.
 
-    A pass has up to `max_rows` rows, unless a single span and its parent have more. A family that needs several passes
+    A pass has up to `max_rows` rows; a single span and its parent may exceed them. A family that needs several passes
     has its parent in each.
     """
     passes: list[list[Span]] = []
@@ -146,10 +141,10 @@ def in_passes(families: Iterable[Sequence[Span]], max_rows: int) -> list[list[Sp
 
 
 class VarlenRows:
-    """Spans as tensors, their parents among them.
+    """Spans and their parents as tensors.
 
-    spans: in the order of their rows. roots: how many of them, the first, have no parent. parents: of each of the
-    others, the number of its parent. offsets: first row of a span.
+    spans: in the order of their rows. roots: number of spans without a parent, which come first. parents: for each
+    other span, the index of its parent. offsets: the first row of each span.
     input_ids, positions: [rows]. target_rows, labels: [targets].
     """
 
@@ -179,11 +174,11 @@ class VarlenRows:
 
     @property
     def scored(self) -> list[Span]:
-        """The spans that have targets, in the order of these."""
+        """The spans that have targets, in the order of the targets."""
         return [span for span in self.spans if span.targets]
 
     def with_parent(self, number: int) -> Tensor:
-        """The rows of a span and before them those of its parent, [rows]."""
+        """Return the rows of a span after those of its parent, [rows]."""
         span = self.spans[number]
         own = torch.arange(self.offsets[number], self.offsets[number] + span.rows, device=self.device)
         if number < self.roots:

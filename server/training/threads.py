@@ -1,8 +1,8 @@
-"""How many threads training computes with: all that it may have, as long as nobody else wants their cores.
+"""The number of threads that training computes with: all of them, until another process needs the cores.
 
-An operation on several threads ends when the last of them has ended. Beside a busy engine each thread waits for its own
-turn on its own core, some thirty milliseconds at a low priority, and a step has hundreds of operations: on all threads
-it took eighty times as long as alone. On one thread training gets what its niceness weighs.
+An operation on several threads lasts as long as its slowest thread. While the engine is busy, each low-priority thread
+waits about 30 ms for its core, and a step has hundreds of operations: on all threads a step took 80 times as long as on
+an idle machine. On one thread, training gets the share of a core that its niceness grants.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ import torch
 from torch import Tensor, nn
 
 WINDOW_S = 0.1
-BUSY, FREE = 0.6, 0.8  # of the time that passes, the share in which the calling thread runs
-PATIENCE = 10  # windows like the last that failed, until more threads are tried again
+BUSY, FREE = 0.6, 0.8  # the calling thread's CPU time per wall time: fewer threads below BUSY, more above FREE
+PATIENCE = 10  # after a decrease, wait this many times the length of its window before an increase
 
 
 def set_mkl_deterministic() -> None:
-    """Let MKL's products be the same to the bit on any number of threads; to be called before its first one.
+    """Make MKL's matrix products bitwise equal on any number of threads; call it before the first product.
 
-    Its strict reproducibility, which costs nothing measurable here. A user's own setting stands.
+    Strict reproducibility has no measurable cost here. An MKL_CBWR that is already set stays.
     """
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 
 class Threads:
-    """Halves the threads when the calling thread waits, for a core or for the others; doubles them when it does not.
+    """Halves the threads while the calling thread waits for a core or for other threads, and doubles them otherwise.
 
-    most: as many as there ever are. clock, running: seconds that have passed, and in which the calling thread ran.
+    most: the largest number of threads. clock: wall time in seconds. running: CPU seconds of the calling thread.
     """
 
     def __init__(
@@ -50,18 +50,18 @@ class Threads:
         use(most)
 
     def watch(self, model: nn.Module, layers: Iterable[nn.Module]) -> None:
-        """Measure a model's passes, there and back; what lies between them, reading and writing, is no matter."""
+        """Measure a model's forward and backward passes, but not the I/O between them."""
         model.register_forward_pre_hook(lambda *_: self.begin())
         model.register_forward_hook(lambda *_: self.tick())
         for layer in layers:
             layer.register_forward_pre_hook(self._before_layer)
 
     def begin(self) -> None:
-        """Computing begins."""
+        """Start measuring."""
         self._mark = self._clock(), self._running()
 
     def tick(self) -> None:
-        """There was only computing since `begin` or the last `tick`; now there may be more threads, or fewer."""
+        """Count the time since `begin` or the last `tick` as computing, and adapt the threads once per window."""
         then, (now, ran) = self._mark, (self._clock(), self._running())
         self._mark = now, ran
         self._passed_s += now - then[0]
@@ -79,9 +79,9 @@ class Threads:
     def _before_layer(self, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
         self.tick()
         if inputs and isinstance(inputs[0], Tensor) and inputs[0].requires_grad:
-            inputs[0].register_hook(self._behind_layer)  # type: ignore[no-untyped-call]
+            inputs[0].register_hook(self._after_layer_backward)  # type: ignore[no-untyped-call]
 
-    def _behind_layer(self, gradient: Tensor) -> None:
+    def _after_layer_backward(self, gradient: Tensor) -> None:
         self.tick()
 
     def _change(self, count: int) -> None:

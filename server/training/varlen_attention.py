@@ -1,4 +1,8 @@
-"""Attention of training passes: spans side by side (`spans.py`), padded to the widest only in here, if at all."""
+"""Attention of a training pass over packed spans (`spans.py`).
+
+`SpanAttention` is the CPU kernel for cached prefixes and pads nothing. `VarlenAttention` is PyTorch's for all other
+cases, and pads the spans to the widest one.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +15,22 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from reftserve.server.training.spans import Span, VarlenRows
 
-FEW_ROWS = 16  # of a sequence: up to here query heads of one key-value head are cheaper as rows than with repeated keys
+FEW_ROWS = 16  # up to this width, stacking a group's query heads as rows is cheaper than repeating the keys
 
 KeysValues = tuple[Tensor, Tensor]
 Seen = Callable[[int, Tensor, Tensor], None]
 
 
 class Prefixes(Protocol):
-    """Keys and values of the tokens before each span."""
+    """The cached keys and values of the tokens before each span."""
 
     def of(self, layer: int) -> Sequence[Tensor]:
-        """Each span's, [2, kv_heads, start, dim]."""
+        """Return one [2, kv_heads, start, dim] per span."""
         ...
 
 
 class SpanAttention:
-    """Each span attends to what is kept before it and to itself, by the CPU's kernel, in float32; nothing is padded."""
+    """Attention of each span to its cached prefix and to itself, by the CPU kernel in float32, without padding."""
 
     def __init__(self, rows: VarlenRows, prefixes: Prefixes) -> None:
         self._prefixes = prefixes
@@ -35,24 +39,24 @@ class SpanAttention:
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
     ) -> Tensor:
-        """[heads, rows, dim] -> [rows, heads, dim]."""
+        """Attend, [heads, rows, dim] -> [rows, heads, dim]."""
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        kept = self._prefixes.of(layer)
-        out: Tensor = torch.ops.reftserve.span_attention(query, key, value, kept, self._widths, scale, window or 0)
+        before = self._prefixes.of(layer)
+        out: Tensor = torch.ops.reftserve.span_attention(query, key, value, before, self._widths, scale, window or 0)
         return out
 
 
 class VarlenAttention:
-    """Each span attends to what lies before it and to itself (an `AttentionStep` of the engine's attention function).
+    """Attention of each span to its prefix or parent and to itself (an `AttentionStep`).
 
-    prefixes: what lies before, when it is kept. seen: is told each layer's new keys and values, [kv_heads, rows, dim].
+    prefixes: the cached prefixes, if any. seen: called with each layer's new keys and values, [kv_heads, rows, dim].
     """
 
     def __init__(self, rows: VarlenRows, prefixes: Prefixes | None, seen: Seen | None = None) -> None:
         self._prefixes, self._seen = prefixes, seen
         roots, children = rows.spans[: rows.roots], rows.spans[rows.roots :]
-        self._roots = _SideBySide(roots, rows.device, has_before=prefixes is not None)
-        self._children = _SideBySide(children, rows.device, has_before=True) if children else None
+        self._roots = _PaddedSpans(roots, rows.device, has_before=prefixes is not None)
+        self._children = _PaddedSpans(children, rows.device, has_before=True) if children else None
         self._parents = torch.tensor(rows.parents, device=rows.device)
         self._longest_parent = max((span.start for span in children), default=0)
         self._sizes = [sum(span.rows for span in part) for part in (roots, children)]
@@ -60,7 +64,7 @@ class VarlenAttention:
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
     ) -> Tensor:
-        """[heads, rows, dim] -> [rows, heads, value_dim]."""
+        """Attend, [heads, rows, dim] -> [rows, heads, value_dim]."""
         if self._seen is not None:
             self._seen(layer, key, value)
         before = None if self._prefixes is None else _padded(self._prefixes.of(layer))
@@ -75,12 +79,12 @@ class VarlenAttention:
         return torch.cat([roots, self._children.attend(query, key, value, before, scale, window)])
 
     def _of_parents(self, roots: Tensor) -> Tensor:
-        """[roots, kv_heads, width, dim] -> each child's parent's, [children, kv_heads, longest parent, dim]."""
+        """Select each child's parent: [roots, kv_heads, width, dim] -> [children, kv_heads, longest parent, dim]."""
         return roots[:, :, : self._longest_parent].index_select(0, self._parents)
 
 
-class _SideBySide:
-    """Spans as a batch of sequences of one width."""
+class _PaddedSpans:
+    """Spans as a batch of sequences, padded to one width."""
 
     def __init__(self, spans: Sequence[Span], device: torch.device, *, has_before: bool) -> None:
         widths = torch.tensor([span.rows for span in spans], device=device)
@@ -88,18 +92,18 @@ class _SideBySide:
         offsets = widths.cumsum(0) - widths
         self._has_before = has_before
         self._real = column < widths[:, None]
-        # Padding repeats a span's last row: it is finite, nobody attends to it, and nobody reads what it attends to.
+        # Padding repeats a span's last row, so it is finite. No row attends to it, and its output is dropped.
         self._padded = offsets[:, None] + torch.minimum(column, widths[:, None] - 1)
         self._is_dense = bool(self._real.all())
         self._starts = torch.tensor([span.start for span in spans], device=device)
         self._masks: dict[tuple[int | None, int], Tensor] = {}
 
     def padded(self, tensor: Tensor) -> Tensor:
-        """[heads, rows, dim] -> [spans, heads, width, dim]."""
+        """Pad, [heads, rows, dim] -> [spans, heads, width, dim]."""
         heads, _, dim = tensor.shape
         if self._is_dense:
             return tensor.reshape(heads, *self._padded.shape, dim).transpose(0, 1)
-        # Whole rows: the gradient of an index into a later dimension is far slower.
+        # Select whole rows: the gradient of an index into a later dimension is far slower.
         by_row = tensor.transpose(0, 1).flatten(1).index_select(0, self._padded.flatten())
         return by_row.view(*self._padded.shape, heads, dim).transpose(1, 2)
 
@@ -112,7 +116,7 @@ class _SideBySide:
         scale: float | None,
         window: int | None,
     ) -> Tensor:
-        """[spans, heads, width, dim] -> [rows, heads, value_dim]. before: [spans, kv_heads, longest start, dim]."""
+        """Attend, [spans, heads, width, dim] -> [rows, heads, value_dim]. before: as `_padded` returns it."""
         if before is not None:
             key, value = torch.cat([before[0], key], dim=2), torch.cat([before[1], value], dim=2)
         width = query.shape[2]
@@ -134,7 +138,7 @@ class _SideBySide:
         return out.reshape(spans, heads, width, -1)
 
     def _mask(self, window: int | None, group: int) -> Tensor:
-        """Who may look at whom, [spans, 1, group * width, longest start + width]."""
+        """Return which keys each query may attend to, [spans, 1, group * width, longest start + width]."""
         if (window, group) not in self._masks:
             spans, width = self._padded.shape
             longest = int(self._starts.max()) if self._has_before else 0
@@ -150,11 +154,11 @@ class _SideBySide:
         return self._masks[window, group]
 
 
-def _padded(kept: Sequence[Tensor]) -> KeysValues:
-    """Keys and values [2, kv_heads, start, dim] of each span -> of all, [spans, kv_heads, longest start, dim] each."""
-    _, heads, _, dim = kept[0].shape
-    longest = max(each.shape[2] for each in kept)
-    both = kept[0].new_zeros(2, len(kept), heads, longest, dim)
-    for index, each in enumerate(kept):
+def _padded(prefixes: Sequence[Tensor]) -> KeysValues:
+    """Pad, one [2, kv_heads, start, dim] per span -> keys and values, [spans, kv_heads, longest start, dim] each."""
+    _, heads, _, dim = prefixes[0].shape
+    longest = max(each.shape[2] for each in prefixes)
+    both = prefixes[0].new_zeros(2, len(prefixes), heads, longest, dim)
+    for index, each in enumerate(prefixes):
         both[:, index, :, : each.shape[2]] = each
     return both[0], both[1]

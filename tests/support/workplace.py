@@ -36,7 +36,7 @@ class Workplace:
         self.base: Base = open_base(self.settings)
         self.store: Store = open_store(self.settings, self.base.fingerprint)
         self.jobs = JobService(self.store, self.base)
-        self.log = JobRepository(self.store.database)
+        self.repository = JobRepository(self.store.database)
         self.packed = VarlenModel(load_model(self.base.folder, torch.float32, torch.device("cpu")))
 
     def create(
@@ -67,11 +67,11 @@ class Workplace:
 
     def messages(self, job_id: str) -> list[str]:
         """What its events say, oldest first."""
-        return [event.message for event in self.log.events(job_id, before=None, limit=10**6)][::-1]
+        return [event.message for event in self.repository.events(job_id, before=None, limit=10**6)][::-1]
 
     def steps(self, job_id: str) -> list[int]:
         """Optimizer steps in the order in which they were done."""
-        events = self.log.events(job_id, before=None, limit=10**6)[::-1]
+        events = self.repository.events(job_id, before=None, limit=10**6)[::-1]
         return [event.data["step"] for event in events if event.data and "step" in event.data]
 
     def published(self, name: str) -> list[int]:
@@ -94,7 +94,11 @@ class Worker:
         settings = place.settings
         self.leases = Leases(place.store.database, name, lease_s=settings.lease_s)
         self.files = JobFiles(
-            place.store.blobs, place.log, self.leases, max_bytes=settings.max_jobs_bytes, keep_s=settings.keep_jobs_s
+            place.store.blobs,
+            place.repository,
+            self.leases,
+            max_bytes=settings.max_jobs_bytes,
+            keep_s=settings.keep_jobs_s,
         )
         self.runs = JobRunner(
             place.store,

@@ -1,4 +1,4 @@
-"""Training from kept constants equals training from nothing: losses and gradients, in every form that it takes."""
+"""Training from cached activations gives the losses and gradients of training without a cache, in every form."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def models_without_kernels() -> Models:
     return pairs(NoKernels())
 
 
-def trunk_of(
+def filled_cache(
     packed: VarlenModel, run: Plan, data: list[EncodedExample], arena: Arena, lowest: int | None = None
 ) -> ActivationCache:
     positions = Positions.parse(run.positions)
@@ -144,7 +144,7 @@ def test_gradients_equal_those_of_the_plain_computation(
         "disk": lambda: Arena(2_000, PLENTY, tmp_path_factory.mktemp("cache")),
         "plenty": lambda: Arena(PLENTY),
     }
-    cache = trunk_of(packed, run, data, arenas[room]())
+    cache = filled_cache(packed, run, data, arenas[room]())
     assert len(cache) == {"none": 0, "plenty": 6, "disk": 6}.get(room, len(cache))
     trainer = trainer_of(cache, run, data)
     with pytest.MonkeyPatch.context() as patch:
@@ -183,16 +183,16 @@ def test_trials_that_share_passes_learn_exactly_what_each_learns_alone(
         patch.setattr("reftserve.server.training.trainer.MAX_ROWS", max_rows)
         together = gradients([trainer_of(shared, run, data, seed=number) for number, run in enumerate(runs)])
     for number, (run, found) in enumerate(zip(runs, together, strict=True)):
-        alone = trainer_of(trunk_of(packed, run, data, Arena(PLENTY)), run, data, seed=number)
+        alone = trainer_of(filled_cache(packed, run, data, Arena(PLENTY)), run, data, seed=number)
         assert_equal(found, gradients([alone])[0])
 
 
 @pytest.mark.parametrize("positions", ["l1", "f3+l2"])
-def test_scores_from_a_trunk_are_those_of_the_plain_model(models: Models, positions: str) -> None:
+def test_scores_from_the_cache_are_those_of_the_plain_model(models: Models, positions: str) -> None:
     plain, packed = models["gemma3"]
     run = plan(layers=[1], positions=positions, tied=True)
     data = beginning_alike(examples(5, 3, vocabulary=100, tail=2), 3, common=12)
-    trainer = trainer_of(trunk_of(packed, run, data, Arena(PLENTY)), run, data)
+    trainer = trainer_of(filled_cache(packed, run, data, Arena(PLENTY)), run, data)
     for edits in ((), trainer.intervention.lower()):
         with torch.no_grad():
             expected = float(plain_loss(plain, data, edits))
@@ -204,7 +204,7 @@ def test_a_suffix_only_pass_computes_the_last_prompt_token_and_the_completion(
 ) -> None:
     _, packed = models["llama"]
     data = examples(4, 1, vocabulary=100, tail=2)
-    cache = trunk_of(packed, plan(layers=[1], positions="l1"), data, Arena(PLENTY))
+    cache = filled_cache(packed, plan(layers=[1], positions="l1"), data, Arena(PLENTY))
     assert [cache.span(e).rows for e in data] == [len(e.completion_ids) for e in data]
 
 
@@ -217,7 +217,7 @@ def test_what_all_examples_of_a_step_begin_with_is_computed_once_unless_dropout_
     text = tuple(range(10, 30))
     data = [EncodedExample((*text, 40 + i, 50, 51), (7, 2)) for i in range(4)]
     run = plan(layers=[1], positions="f7+l2", dropout=dropout, batch_size=4)
-    cache = trunk_of(packed, run, data, Arena(PLENTY))
+    cache = filled_cache(packed, run, data, Arena(PLENTY))
     trainers = [trainer_of(cache, run, data, seed=number) for number in range(trials)]
     with counted_rows(packed) as rows:
         advance(trainers)
@@ -231,7 +231,7 @@ def test_the_head_computes_what_answers_are_predicted_from_and_no_prompt(models:
     _, packed = models["llama"]
     data = examples(4, 1, vocabulary=100, tail=3)
     run = plan(layers=[1], positions=positions, batch_size=4)
-    cache = trunk_of(packed, run, data, Arena(PLENTY))
+    cache = filled_cache(packed, run, data, Arena(PLENTY))
     trainer = trainer_of(cache, run, data)
     head: Any = packed.model.get_output_embeddings()
     seen: list[int] = []
@@ -252,7 +252,7 @@ def counted_rows(packed: VarlenModel) -> Iterator[list[int]]:
         handle.remove()
 
 
-def test_on_the_cpu_passes_go_through_the_engines_modules_and_its_attention_to_what_is_kept(
+def test_on_the_cpu_passes_go_through_the_engines_modules_and_its_attention_to_cached_prefixes(
     models: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, packed = models["llama"]
@@ -260,7 +260,7 @@ def test_on_the_cpu_passes_go_through_the_engines_modules_and_its_attention_to_w
     assert (kinds[FusedAttention], kinds[FusedMLP], kinds[FusedRMSNorm]) == (3, 3, 7)
     data, widths = examples(3, 0, vocabulary=100), []
     run = plan(layers=[0], positions="l1", dropout=0.0)
-    trainer = trainer_of(trunk_of(packed, run, data, Arena(PLENTY)), run, data)
+    trainer = trainer_of(filled_cache(packed, run, data, Arena(PLENTY)), run, data)
     attend = SpanAttention.attend
 
     def recorded(self: SpanAttention, layer: int, query: torch.Tensor, *rest: Any) -> torch.Tensor:
@@ -272,23 +272,23 @@ def test_on_the_cpu_passes_go_through_the_engines_modules_and_its_attention_to_w
     assert widths == [(1, 6), (2, 6)], "the layers above the edited one, with two rows of each example"
 
 
-def test_a_trunk_refuses_a_trainer_whose_edits_would_change_what_it_keeps(
+def test_the_cache_refuses_a_trainer_whose_edits_would_change_cached_activations(
     models: Models,
 ) -> None:
     _, packed = models["llama"]
     data = examples(4, 1, vocabulary=100, tail=2)
-    cache = trunk_of(packed, plan(layers=[1], positions="l1"), data, Arena(PLENTY))
+    cache = filled_cache(packed, plan(layers=[1], positions="l1"), data, Arena(PLENTY))
     for wrong in (plan(layers=[0], positions="l1"), plan(layers=[1], positions="l2")):
         with pytest.raises(ValueError, match="cache keeps"):
             trainer_of(cache, wrong, data)
 
 
-def test_what_the_arena_keeps_on_disk_is_the_same_and_its_file_has_no_name(tmp_path: Path) -> None:
+def test_tensors_that_the_arena_stores_on_disk_are_unchanged_and_their_file_has_no_name(tmp_path: Path) -> None:
     arena = Arena(100, 10_000, tmp_path)
     tensors = [torch.randn(5, 5), torch.randn(20, 20), torch.randn(9, 101).to(torch.bfloat16)]
     for tensor in tensors:
-        kept = arena.keep(tensor)
-        assert kept is not None
-        assert torch.equal(kept, tensor)
-    assert arena.keep(torch.zeros(2000)) is None
+        stored = arena.store(tensor)
+        assert stored is not None
+        assert torch.equal(stored, tensor)
+    assert arena.store(torch.zeros(2000)) is None
     assert list(tmp_path.iterdir()) == []

@@ -293,9 +293,11 @@ def test_a_job_that_diverges_publishes_its_best_weights_and_says_so(
     monkeypatch.setattr(Sweep, "advance", ruined)
     place.worker().work()
     assert place.job(job_id).status == "succeeded"
-    warning = next(event for event in place.log.events(job_id, before=None, limit=99) if event.level == "warn")
+    warning = next(event for event in place.repository.events(job_id, before=None, limit=99) if event.level == "warn")
     assert "diverged at step 8; published are the weights of step 5" in warning.message
-    steps = [event for event in place.log.events(job_id, before=None, limit=99) if event.data and "step" in event.data]
+    steps = [
+        event for event in place.repository.events(job_id, before=None, limit=99) if event.data and "step" in event.data
+    ]
     assert (steps[0].data or {})["train_loss"] is None, "what is no number is null"
 
 
@@ -355,7 +357,7 @@ def test_a_cancelled_job_ends_at_once_and_its_worker_stops_before_the_next_step(
     assert place.messages(job_id)[-1] == "The job was cancelled"
     assert place.published("tone") == []
     assert sweeps() == before
-    with pytest.raises(Conflict, match="has cancelled"):
+    with pytest.raises(Conflict, match=r"has ended \(cancelled\)"):
         place.jobs.cancel(OWNER, job_id)
 
 
@@ -505,7 +507,7 @@ def test_files_of_ended_jobs_go_when_their_time_is_up_and_those_of_others_stay(
     later = Workplace(tiny_llama_folder, tmp_path, keep_jobs_s=0)
     assert later.worker().files.sweep() == [ended]
     assert later.kept() == [paused]
-    assert all(not row.kept for row in later.log.checkpoints(ended))
+    assert all(not row.kept for row in later.repository.checkpoints(ended))
     later.jobs.resume(OWNER, paused)
     later.worker().work()
     assert later.job(paused).status == "succeeded"
