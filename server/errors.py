@@ -1,18 +1,18 @@
-"""Every error the server can answer with, as one tree.
+"""The errors that the server answers with, as one tree.
 
     ServerError                      (500 unless a subclass says otherwise)
-    ├── InvalidRequest        400    what was sent cannot be understood or is out of range
-    ├── NotFound              404    no such model, intervention, file or job
-    ├── Conflict              409    the state of the thing forbids it (in use, already cancelled, ...)
+    ├── InvalidRequest        400    the request is malformed or out of range
+    ├── NotFound              404    unknown model, intervention, file or job
+    ├── Conflict              409    the resource's state forbids the request (in use, already cancelled, ...)
     ├── PayloadTooLarge       413    upload above the limit
-    ├── QuotaExceeded         413    the owner's, or the jobs', share of the disk is used up
-    ├── Overloaded            429    the queue is full; try again after `retry_after_s`
-    ├── Unavailable           503    engine, worker or database are not there right now
-    ├── DeadlineExceeded      504    not done within the time that the request gave
+    ├── QuotaExceeded         413    the disk quota of the owner, or of all jobs, is used up
+    ├── Overloaded            429    the queue is full; retry after `retry_after_s`
+    ├── Unavailable           503    engine, worker or database is unavailable
+    ├── DeadlineExceeded      504    the request's timeout has passed
     └── StorageFull           507    the disk is full; nothing was written
 
-Errors are raised where the cause is known, with the offending value and what would be right. `app.py`
-turns them into OpenAI's shape; nothing else knows status codes.
+Code raises an error where it knows the cause, with the offending value and the expected one.
+`api.error_responses` turns errors into OpenAI's shape; nothing else uses the status codes.
 """
 
 from __future__ import annotations
@@ -22,10 +22,7 @@ from typing import Any
 
 
 class ServerError(Exception):
-    """An error with everything that the wire's error object needs.
-
-    param: the request field at fault, or None. code: a stable, machine-readable word.
-    """
+    """Base of all errors. param: the request field at fault, or None. code: a stable, machine-readable word."""
 
     status = 500
     type = "server_error"
@@ -47,19 +44,19 @@ class ServerError(Exception):
 
 
 class InvalidRequest(ServerError):
-    """What was sent cannot be understood or is out of range."""
+    """The request is malformed or out of range."""
 
     status, type, code = 400, "invalid_request_error", "invalid_request"
 
 
 class NotFound(ServerError):
-    """No such model, intervention, file or job; the message offers near names."""
+    """Unknown model, intervention, file or job; the message suggests similar names."""
 
     status, type, code = 404, "invalid_request_error", "not_found"
 
 
 class Conflict(ServerError):
-    """The state of the thing forbids what was asked."""
+    """The resource's state forbids the request."""
 
     status, type, code = 409, "invalid_request_error", "conflict"
 
@@ -71,7 +68,7 @@ class PayloadTooLarge(ServerError):
 
 
 class QuotaExceeded(ServerError):
-    """A configured share of the disk is used up; 413 and not 507, because another attempt cannot mend it."""
+    """A configured disk quota is used up. 413 and not 507: a retry cannot succeed."""
 
     status, type, code = 413, "invalid_request_error", "storage_quota_exceeded"
 
@@ -83,32 +80,32 @@ class Overloaded(ServerError):
 
 
 class Unavailable(ServerError):
-    """A part of the server is not there right now."""
+    """A part of the server is unavailable."""
 
     status, type, code = 503, "server_error", "unavailable"
 
 
 class DeadlineExceeded(ServerError):
-    """Not done within the time that the request gave."""
+    """The request's timeout has passed."""
 
     status, type, code = 504, "server_error", "deadline_exceeded"
 
 
 class StorageFull(ServerError):
-    """The disk is full; what was being written has been removed again."""
+    """The disk is full; the partial write has been removed."""
 
     status, type, code = 507, "server_error", "storage_full"
 
 
 def field_path(location: Sequence[str | int], value: Any) -> str:
-    """The dotted path within `value` that an error's `loc` means.
+    """Return the dotted path within `value` of a pydantic error's `loc`.
 
-    pydantic also puts the tried members of unions (`str`, `list[int]`, ...) into `loc`; they are no part of the path.
+    The path leaves out the union members (`str`, `list[int]`, ...) that pydantic also puts into `loc`.
     """
     path: list[str] = []
     for index, part in enumerate(location):
         if isinstance(value, Mapping):
-            # A field that is missing is not in the value; it can only come last.
+            # A missing field is not in the value; it can only come last.
             if part not in value and index < len(location) - 1:
                 continue
             value = value.get(part)

@@ -1,4 +1,4 @@
-"""The wire types: what client and server say to each other. OpenAI's shapes; what OpenAI has no word for is native."""
+"""The wire types of client and server: OpenAI's shapes, and native ones where OpenAI has none."""
 
 from reftserve.client.schemas.base import (
     Deleted,

@@ -1,7 +1,7 @@
-"""What all wire types build on.
+"""Base classes of all wire types.
 
-Requests forbid unknown fields, so that a typing error is an answer and not silence; responses ignore what they do not
-know, so that an older client reads a newer server.
+Requests refuse unknown fields, so that a misspelt field is not ignored. Responses ignore them, so that an older client
+can read a newer server.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ def _without_nul(text: str) -> str:
 
 
 Printable = AfterValidator(_without_nul)
-Identifier = Annotated[str, Field(max_length=256), Printable]  # a name or an id; databases hold no NUL in a text
+Identifier = Annotated[str, Field(max_length=256), Printable]  # a name or an id; databases store no NUL in text
 
 
 class Request(BaseModel):
-    """Base of everything a client sends.
+    """Base of all requests.
 
-    Null means "not given": the field has its default, and a required field is missing. Clients send back fields of
-    OpenAI's answers that are null or empty (`refusal`, `annotations`, `tools`), so an unknown field is ignored when it
-    is null, `[]` or `{}`; any other unknown field is an error by its name. A string that holds half a surrogate pair is
-    an error by its field: nothing could store it or answer with it.
+    Null means "not given": the field has its default, or is missing if it is required. Clients send back null or empty
+    fields of OpenAI's answers (`refusal`, `annotations`, `tools`), so an unknown field is ignored when it is null, `[]`
+    or `{}`; any other unknown field is an error. A string with half a surrogate pair is an error, because no database
+    or answer can hold it.
     """
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
     @model_validator(mode="before")
     @classmethod
-    def _only_given(cls, data: Any) -> Any:
+    def _drop_fields_not_given(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
         known = _known_fields(cls)
-        return {name: value for name, value in data.items() if not _says_nothing(value, is_known=name in known)}
+        return {name: value for name, value in data.items() if not _is_not_given(value, is_known=name in known)}
 
     @field_validator("*", mode="after")
     @classmethod
-    def _is_whole(cls, value: Any) -> Any:
+    def _refuse_half_pairs(cls, value: Any) -> Any:
         broken = half_pair(value)
         if broken is not None:
             raise PydanticCustomError(
@@ -62,12 +62,12 @@ def _known_fields(kind: type[BaseModel]) -> frozenset[str]:
     return frozenset(field.alias or name for name, field in kind.model_fields.items())
 
 
-def _says_nothing(value: Any, *, is_known: bool) -> bool:
+def _is_not_given(value: Any, *, is_known: bool) -> bool:
     return value is None or (not is_known and isinstance(value, (list, dict)) and not value)
 
 
 class Response(BaseModel):
-    """Base of everything the server answers."""
+    """Base of all responses."""
 
     model_config = ConfigDict(extra="ignore", protected_namespaces=())
 
@@ -86,7 +86,7 @@ class Page(Response, Generic[T]):
 
 
 class Deleted(Response):
-    """Answer of DELETE."""
+    """Response to DELETE."""
 
     id: str
     object: str
@@ -103,6 +103,6 @@ class ErrorDetail(Response):
 
 
 class ErrorBody(Response):
-    """Body of every answer with a status of 400 or above."""
+    """Body of every response with status 400 or above."""
 
     error: ErrorDetail

@@ -1,4 +1,4 @@
-"""/v1/classify."""
+"""/v1/classify: labels as answers, scored by log-likelihood."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Chat = Annotated[list[ChatMessage], Field(min_length=1)]
 
 
 class ClassifyRequest(Request):
-    """POST /v1/classify. input: one text or several; or messages: one conversation or several.
+    """POST /v1/classify. Give either input, one text or several, or messages, one conversation or several.
 
-    labels: for conversations the assistant's whole answer, for texts how they go on, leading space included.
-    normalize: `tokens` compares labels by their mean log-probability a token.
+    labels: whole assistant answers to conversations, or continuations of texts, leading space included.
+    normalize: `tokens` compares labels by mean log-probability per token.
     """
 
     model: Identifier
@@ -36,10 +36,10 @@ class ClassifyRequest(Request):
 
 
 class Classified(Response):
-    """How one input was classified.
+    """Scores of one input. label: the likeliest label. The lists follow the order of the request's labels.
 
-    label: the likeliest. probs: of each label, in their order, adding up to 1; logprobs: of each as the answer, not
-    normalized; tokens: of each, end of turn included.
+    probs: probabilities, which sum to 1. logprobs: log-likelihoods, not normalized. tokens: lengths, end of turn
+    included.
     """
 
     index: int
@@ -51,7 +51,7 @@ class Classified(Response):
 
 
 class Classification(Response):
-    """Answer of POST /v1/classify; `data` in the order of the inputs."""
+    """Response of POST /v1/classify; `data` is in the order of the inputs."""
 
     id: str
     object: Literal["list"] = "list"
@@ -62,5 +62,5 @@ class Classification(Response):
 
     @property
     def label(self) -> str:
-        """The first input's likeliest label."""
+        """Return the first input's likeliest label."""
         return self.data[0].label

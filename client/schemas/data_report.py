@@ -1,4 +1,4 @@
-"""POST /v1/fine_tuning/validate, and `data_report` of a job."""
+"""The report on a job's data: response of POST /v1/fine_tuning/validate, and a job's `data_report`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from reftserve.client.schemas.base import Response
 
 
 class TokenLengths(Response):
-    """How long things are: half of them at most p50 tokens, nine of ten at most p90, ..."""
+    """Percentiles and maximum of lengths, in tokens."""
 
     p50: int
     p90: int
@@ -15,11 +15,11 @@ class TokenLengths(Response):
 
 
 class FileReport(Response):
-    """What one file holds.
+    """Counts of one file.
 
-    rows hold examples: a conversation has one for each assistant turn. too_long: examples of more than `max_length`
-    tokens, which are left out. duplicates: examples that repeat an earlier one. conflicts: prompts that have different
-    targets. targets: how many different ones there are.
+    examples: one for each answer to learn, so a conversation's row can hold several. too_long: examples of more than
+    `max_length` tokens, which are left out. duplicates: examples that repeat an earlier one. conflicts: prompts with
+    different targets. targets: distinct targets.
     """
 
     rows: int
@@ -34,7 +34,7 @@ class FileReport(Response):
 
 
 class SplitSizes(Response):
-    """Examples that change the weights, that select the best of them, and that only score."""
+    """Number of examples that train the weights, that select the best weights, and that only score."""
 
     train: int
     validation: int
@@ -42,11 +42,10 @@ class SplitSizes(Response):
 
 
 class DataReport(Response):
-    """What a job would learn from.
+    """Report on a job's data.
 
-    max_length: tokens. leaked: examples of the validation file whose prompts are in the training file; they are left
-    out. labels: the targets, when they look like those of a classification. warnings: what should be looked at, in
-    sentences.
+    max_length: tokens. leaked: validation examples whose prompts are in the training file, which are left out.
+    labels: the targets, if they look like class labels. warnings: sentences about likely faults in the data.
     """
 
     training: FileReport

@@ -1,4 +1,4 @@
-"""/v1/evals: a data set with criteria, and runs of models over it. OpenAI's shapes; the criteria are our own."""
+"""/v1/evals: a data set with criteria, and runs that score models on it. OpenAI's shapes, native criteria."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ Name = Annotated[str, Field(min_length=1, max_length=64), Printable]
 
 
 class Criterion(Request):
-    """What criteria have in common. name: its column when runs are compared; its type when absent."""
+    """Base of all criteria. name: column in a comparison of runs; the type when absent."""
 
     name: Name | None = None
 
 
 class LikelihoodCriterion(Criterion):
-    """How likely the data's answer is, end of turn included: nats a token, or their exponential."""
+    """Loss of the data's answer, end of turn included: nats per token, or perplexity, their exponential."""
 
     type: Literal["loss", "perplexity"]
 
 
 class AccuracyCriterion(Criterion):
-    """How often the data's answer is the likeliest of the labels; by default of all answers in the data."""
+    """Share of items whose answer is the likeliest label. labels: by default all answers in the data."""
 
     type: Literal["accuracy"]
     labels: Labels | None = None
@@ -34,9 +34,9 @@ class AccuracyCriterion(Criterion):
 
 
 class ExactMatchCriterion(Criterion):
-    """How often the greedy answer is the data's, but for white space around them.
+    """Share of items whose greedy answer equals the data's, white space around both ignored.
 
-    normalize: `squad` compares both in lower case, without punctuation and English articles; so "15" is "1.5".
+    normalize: `squad` compares in lower case, without punctuation and English articles, so "15" equals "1.5".
     """
 
     type: Literal["exact_match"]
@@ -44,13 +44,13 @@ class ExactMatchCriterion(Criterion):
 
 
 class OverlapCriterion(Criterion):
-    """How many words the greedy answer and the data's share, normalized as by `squad`: F1 is SQuAD's."""
+    """SQuAD's F1: word overlap of the greedy answer and the data's, both normalized as by `squad`."""
 
     type: Literal["f1"]
 
 
 class ContainsCriterion(Criterion):
-    """How often the greedy answer contains a text; by default the data's answer, without the spaces around it."""
+    """Share of items whose greedy answer contains a text. text: by default the data's answer, stripped."""
 
     type: Literal["contains"]
     text: Label | None = None
@@ -58,7 +58,7 @@ class ContainsCriterion(Criterion):
 
 
 class RegexCriterion(Criterion):
-    """How often a pattern, in the syntax of Rust's regex crate, is found in the greedy answer."""
+    """Share of items whose greedy answer matches a pattern in the syntax of Rust's regex crate."""
 
     type: Literal["regex"]
     pattern: str = Field(min_length=1, max_length=4096)
@@ -92,13 +92,13 @@ class EvalCreate(Request):
 
 
 class EvalSampling(Request):
-    """How answers are generated: greedily, up to so many tokens."""
+    """Parameters of answers, which are greedy. max_completion_tokens: their greatest length."""
 
     max_completion_tokens: int = Field(128, ge=1)
 
 
 class CompletionsDataSource(Request):
-    """What a run evaluates: the base, an intervention of it, or a composition, named as in completions."""
+    """The model that a run evaluates, named as in completions: the base, an intervention or a composition."""
 
     type: Literal["completions"] = "completions"
     model: Identifier
@@ -118,14 +118,14 @@ EvalRunStatus = Literal["queued", "in_progress", "completed", "failed", "cancele
 
 
 class EvalError(Response):
-    """Why a run failed, or what was wrong with an item."""
+    """Reason why a run or an item failed."""
 
     code: str
     message: str
 
 
 class ResultCounts(Response):
-    """Items of a run. errored: could not be evaluated; passed: in every criterion that can be passed."""
+    """Counts of a run's items. passed: in every criterion that can be passed; errored: not evaluated."""
 
     total: int
     passed: int
@@ -134,7 +134,7 @@ class ResultCounts(Response):
 
 
 class CriterionResult(Response):
-    """A criterion over the items done so far but errored ones. passed, failed: null where nothing can be passed."""
+    """A criterion over the items done so far, without errored ones. passed, failed: null if it only scores."""
 
     testing_criteria: str
     score: float | None
@@ -143,7 +143,7 @@ class CriterionResult(Response):
 
 
 class EvalRun(Response):
-    """One model's scores. interventions: the versions that it runs with, `name@version`, and their scales."""
+    """One model's scores. interventions: versions, `name@version`, and scales that the run uses."""
 
     id: str
     object: Literal["eval.run"] = "eval.run"
@@ -163,12 +163,12 @@ class EvalRun(Response):
 
     @property
     def scores(self) -> dict[str, float | None]:
-        """Each criterion's score, by its name."""
+        """Return each criterion's score by its name."""
         return {result.testing_criteria: result.score for result in self.per_testing_criteria_results}
 
 
 class Eval(Response):
-    """A data set with criteria, and all its runs, oldest first, to be compared."""
+    """A data set with criteria, and its runs to compare, oldest first."""
 
     id: str
     object: Literal["eval"] = "eval"
@@ -181,7 +181,7 @@ class Eval(Response):
 
 
 class ItemResult(Response):
-    """One criterion on one item. label: the likeliest, for accuracy. tokens: of the answer, where it was scored."""
+    """A criterion on an item. label: the likeliest, for accuracy. tokens: length of the answer, if it was scored."""
 
     name: str
     score: float
@@ -191,14 +191,14 @@ class ItemResult(Response):
 
 
 class ItemSample(Response):
-    """The greedy answer, where a criterion needed one, or why there is none."""
+    """The greedy answer, if a criterion needed one, or the reason why there is none."""
 
     output: str | None = None
     error: EvalError | None = None
 
 
 class EvalOutputItem(Response):
-    """One example of the data set in a run. datasource_item_id: its number in the file, from 0."""
+    """An example of the data set in a run. datasource_item_id: its index in the file, from 0."""
 
     id: str
     object: Literal["eval.run.output_item"] = "eval.run.output_item"

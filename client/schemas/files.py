@@ -1,4 +1,4 @@
-"""/v1/files."""
+"""/v1/files: uploaded data sets and job results."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from reftserve.client.schemas.base import Response
 
 
 class FileObject(Response):
-    """An uploaded or produced file. examples: of a validated data set, one for each answer to learn."""
+    """An uploaded file or a job's result. examples: number of answers to learn in a data set."""
 
     id: str
     object: Literal["file"] = "file"

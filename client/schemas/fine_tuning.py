@@ -1,4 +1,4 @@
-"""/v1/fine_tuning/jobs."""
+"""/v1/fine_tuning/jobs: OpenAI's shapes, and the native method `reft`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Auto = Literal["auto"]
 
 
 class SupervisedHyperparameters(Request):
-    """OpenAI's knobs; "auto" or absent leaves each to the recipe."""
+    """OpenAI's hyperparameters; the recipe decides each one that is "auto" or absent."""
 
     n_epochs: int | Auto = "auto"
     batch_size: int | Auto = "auto"
@@ -21,15 +21,15 @@ class SupervisedHyperparameters(Request):
 
 
 class SupervisedMethod(Request):
-    """The sensible recipe."""
+    """The default recipe."""
 
     hyperparameters: SupervisedHyperparameters = SupervisedHyperparameters()
 
 
 class ReftHyperparameters(Request):
-    """How a LoReFT intervention is trained; what is absent the recipe decides.
+    """Training of an intervention; the recipe decides absent fields.
 
-    max_length: tokens. early_stopping_epochs: end when the validation loss has not become better for so many.
+    max_length: tokens. early_stopping_epochs: epochs without a better validation loss after which training ends.
     """
 
     n_epochs: int | None = Field(None, ge=1, le=1000)
@@ -42,7 +42,7 @@ class ReftHyperparameters(Request):
 
 
 class Range(Request):
-    """Any number from `low` to `high`; log: as many from each power of ten."""
+    """Any number from `low` to `high`. log: uniform in the logarithm."""
 
     low: float = Field(gt=0)
     high: float = Field(gt=0)
@@ -51,12 +51,12 @@ class Range(Request):
     @model_validator(mode="after")
     def _is_ordered(self) -> Range:
         if self.low > self.high:
-            raise ValueError(f"low is {self.low}, above high, {self.high}")
+            raise ValueError(f"low is {self.low}; expected at most high, {self.high}")
         return self
 
 
 class ReftSweep(Request):
-    """What trials differ in: values to choose from. trials: how many combinations are tried at most."""
+    """Values that trials choose from. trials: greatest number of combinations to try."""
 
     layers: list[list[int] | Literal["all"]] | None = Field(None, min_length=1, max_length=64)
     positions: list[str] | None = Field(None, min_length=1, max_length=64)
@@ -67,10 +67,10 @@ class ReftSweep(Request):
 
 
 class ReftMethod(Request):
-    """What is trained; what is absent the recipe decides.
+    """The intervention to train; the recipe decides absent fields.
 
-    hyperparameters: "auto" also tries several candidates for what is left open. sweep: fields that trials vary, the
-    best is published; it takes the place of these candidates.
+    hyperparameters: "auto" also tries several candidates for absent fields. sweep: fields that trials vary in place of
+    these candidates; the best trial is published.
     """
 
     family: str | None = None
@@ -84,7 +84,7 @@ class ReftMethod(Request):
 
 
 class Method(Request):
-    """`method` of a fine-tuning job."""
+    """Method of a fine-tuning job."""
 
     type: Literal["supervised", "reft"]
     supervised: SupervisedMethod | None = None
@@ -109,7 +109,7 @@ JobStatus = Literal["validating_files", "queued", "running", "paused", "succeede
 
 
 class JobError(Response):
-    """Why a job failed."""
+    """Reason why a job failed."""
 
     code: str
     message: str
@@ -117,10 +117,10 @@ class JobError(Response):
 
 
 class FineTuningJob(Response):
-    """A training run. fine_tuned_model: `name@version` once it is published. data_report: what it learns from.
+    """A training run. fine_tuned_model: `name@version` once it is published. data_report: the report on its data.
 
-    plan: every decision, those that the user left open included; `sweep` has the candidates or trials. After the job's
-    success the rest is that of the one which was published.
+    plan: every decision, the user's and the recipe's; `sweep` has the candidates or trials. After success the other
+    fields are those of the published candidate or trial.
     """
 
     id: str
@@ -148,7 +148,7 @@ class FineTuningJob(Response):
 
 
 class FineTuningEvent(Response):
-    """Something that happened in a job; `data` has the numbers of a metrics event."""
+    """An event of a job. data: numbers of a metrics event."""
 
     id: str
     object: Literal["fine_tuning.job.event"] = "fine_tuning.job.event"

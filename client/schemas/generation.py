@@ -1,4 +1,4 @@
-"""/v1/chat/completions, /v1/completions and /v1/models."""
+"""/v1/chat/completions, /v1/completions and /v1/models: OpenAI's shapes, with interventions per request."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class TextPart(Request):
 
 
 class ChatMessage(Request):
-    """One turn of a chat. An assistant's turn whose content is null or absent has said nothing: its text is empty."""
+    """One turn of a chat. An assistant turn with null or absent content has an empty text."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart]
@@ -39,7 +39,7 @@ class ChatMessage(Request):
 
     @property
     def text(self) -> str:
-        """The content as one string."""
+        """Return the content as one string."""
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
@@ -64,7 +64,7 @@ class JsonObjectFormat(Request):
 
 
 class NamedSchema(Request):
-    """A JSON schema as OpenAI wraps it. strict and name change nothing: every schema is kept to."""
+    """A JSON schema as OpenAI wraps it. strict and name have no effect: every schema is enforced."""
 
     name: str | None = None
     description: str | None = None
@@ -73,7 +73,7 @@ class NamedSchema(Request):
 
 
 class JsonSchemaFormat(Request):
-    """JSON that a schema accepts."""
+    """JSON that follows a schema."""
 
     type: Literal["json_schema"]
     json_schema: NamedSchema
@@ -83,7 +83,7 @@ ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Fie
 
 
 class StructuredOutputs(Request):
-    """What the answer must be, as one of these. grammar: in Lark's notation. choice: one of these strings."""
+    """Constraint on the answer: one of the fields. grammar: in Lark's notation. choice: the allowed answers."""
 
     json_schema: dict[str, Any] | str | None = Field(None, alias="json")
     regex: str | None = None
@@ -92,17 +92,14 @@ class StructuredOutputs(Request):
 
 
 class StreamOptions(Request):
-    """What a stream carries besides text."""
+    """Additional contents of a stream."""
 
     include_usage: bool = False
     include_obfuscation: bool = False
 
 
 class GenerationFields(Request):
-    """What chat and text completions have in common.
-
-    The last block is accepted because OpenAI's clients send it and no answer depends on it.
-    """
+    """Fields of chat and text completions. OpenAI's clients send the last block, which no answer depends on."""
 
     model: Identifier
     max_tokens: int | None = Field(None, ge=1)
@@ -137,7 +134,7 @@ class GenerationFields(Request):
 
     @property
     def stops(self) -> list[str]:
-        """Stop strings as a list."""
+        """Return the stop strings as a list."""
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
 
@@ -151,9 +148,9 @@ class ChatCompletionRequest(GenerationFields):
 
 
 class CompletionRequest(GenerationFields):
-    """POST /v1/completions. prompt: text, token ids, or several of one kind.
+    """POST /v1/completions. prompt: one text or several, or token ids of one or several.
 
-    max_tokens 0, with `echo`, only reads the prompt.
+    max_tokens: 0, with `echo`, generates no token.
     """
 
     prompt: str | list[str] | list[int] | list[list[int]]
@@ -168,7 +165,7 @@ FinishReason = Literal["stop", "length"]
 
 
 class PromptTokensDetails(Response):
-    """cached_tokens: prompt tokens whose keys and values were found in the prefix cache."""
+    """cached_tokens: prompt tokens whose keys and values came from the prefix cache."""
 
     cached_tokens: int = 0
 
@@ -183,7 +180,7 @@ class Usage(Response):
 
 
 class TopLogprob(Response):
-    """A token that could have stood in a place. token: its text, or `bytes:` and their codes where it has none."""
+    """A candidate token. token: its text, or `bytes:` and its byte codes if they are not valid UTF-8."""
 
     token: str
     logprob: float
@@ -191,7 +188,7 @@ class TopLogprob(Response):
 
 
 class TokenLogprob(TopLogprob):
-    """A token of an answer, and what else was likely."""
+    """A token of an answer and the likeliest tokens at its position."""
 
     top_logprobs: list[TopLogprob]
 
@@ -204,7 +201,7 @@ class ChatLogprobs(Response):
 
 
 class CompletionLogprobs(Response):
-    """Log-probabilities of a text's tokens, one entry a token. None: nothing comes before the first of a prompt."""
+    """Log-probabilities of a text, one entry per token. None: the first token of a prompt has no context."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -230,7 +227,7 @@ class ChatChoice(Response):
 
 
 class ChatCompletion(Response):
-    """Answer of POST /v1/chat/completions."""
+    """Response of POST /v1/chat/completions."""
 
     id: str
     object: Literal["chat.completion"] = "chat.completion"
@@ -241,12 +238,12 @@ class ChatCompletion(Response):
 
     @property
     def text(self) -> str:
-        """The first answer's text."""
+        """Return the first answer's text."""
         return self.choices[0].message.content
 
 
 class Delta(Response):
-    """What a chunk adds; only what it has is sent."""
+    """Text or role that a chunk adds; absent fields are not sent."""
 
     role: Literal["assistant"] | None = Field(None, exclude_if=_is_none)
     content: str | None = Field(None, exclude_if=_is_none)
@@ -282,7 +279,7 @@ class CompletionChoice(Response):
 
 
 class Completion(Response):
-    """Answer of POST /v1/completions, and one event of its stream."""
+    """Response of POST /v1/completions, and one event of its stream."""
 
     id: str
     object: Literal["text_completion"] = "text_completion"
@@ -293,7 +290,7 @@ class Completion(Response):
 
     @property
     def text(self) -> str:
-        """The first answer's text."""
+        """Return the first answer's text."""
         return self.choices[0].text
 
 

@@ -1,4 +1,4 @@
-"""/ready."""
+"""/ready: the server's readiness."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from reftserve.client.schemas.base import Response
 
 
 class Readiness(Response):
-    """GET /ready."""
+    """Response of GET /ready. ready: model, worker and database are all ready."""
 
     ready: bool
     model: bool

@@ -1,4 +1,4 @@
-"""/v1/interventions."""
+"""/v1/interventions: names, versions, aliases and training histories; native."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from reftserve.client.schemas.base import Request, Response
 
 
 class InterventionInfo(Response):
-    """A name with its versions and aliases; `latest` is one of the aliases."""
+    """An intervention's name with its versions and aliases, `latest` included."""
 
     name: str
     object: Literal["intervention"] = "intervention"
@@ -36,11 +36,11 @@ class InterventionVersion(Response):
 
 
 class InterventionHistory(Response):
-    """How a version was trained: columns of equal length, a row for each step, or for each of 1,000 of very many.
+    """Training history of a version, in columns of equal length: one row per step, but at most 1,000 rows.
 
-    tokens_per_second: completion tokens learned from; empty where nobody measured.
-    valid: the scores of the held-out part (`loss`, `exact_match`, ...) after the steps at which it was scored; None at
-    the others, as wherever a number is unknown or was not finite.
+    tokens_per_second: completion tokens trained on; empty if not measured.
+    valid: scores of the held-out part (`loss`, `exact_match`, ...) at the steps that scored it. None marks a number
+    that is unknown or not finite.
     """
 
     id: str

@@ -1,4 +1,4 @@
-"""Strings that UTF-8 cannot hold: JSON can write half a surrogate pair, U+D800 to U+DFFF, which no answer can carry."""
+"""Strings with half a surrogate pair (U+D800 to U+DFFF), which JSON can write and UTF-8 cannot encode."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ _TEXTUAL = {str, dict, list}
 
 
 def half_pair(value: Any) -> str | None:
-    """Find the first string in a JSON value, keys included, that holds half a surrogate pair; None when none does."""
-    # A stack of its own: the JSON parser takes deeper values than this language's calls can go.
+    """Return a string in a JSON value, keys included, that holds half a surrogate pair; None when none does."""
+    # An explicit stack: the JSON parser accepts values deeper than Python's recursion limit.
     waiting = [value]
     while waiting:
         item = waiting.pop()
@@ -19,18 +19,18 @@ def half_pair(value: Any) -> str | None:
         elif isinstance(item, dict):
             waiting.extend(item.values())
             waiting.extend(item)
-        elif isinstance(item, list) and not _TEXTUAL.isdisjoint(map(type, item)):  # millions of token ids need no look
+        elif isinstance(item, list) and not _TEXTUAL.isdisjoint(map(type, item)):  # skips lists of token ids
             waiting.extend(item)
     return None
 
 
 def whole_text(text: str) -> str:
-    """Replace each half of a surrogate pair by U+FFFD; two halves that belong together become their character."""
+    """Replace each half of a surrogate pair by U+FFFD; two adjacent halves of a pair become their character."""
     return text if _is_whole(text) else text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def whole(value: Any) -> Any:
-    """Apply `whole_text` to all strings of a JSON value, keys included; the value may be as deep as calls can go."""
+    """Apply `whole_text` to all strings of a JSON value, keys included; recursion limits its depth."""
     if isinstance(value, str):
         return whole_text(value)
     if isinstance(value, dict):

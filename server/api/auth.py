@@ -1,4 +1,4 @@
-"""Who is asking. Until API keys exist everyone is the one default owner; every row already carries it."""
+"""The owner of a request. There are no API keys yet, so every request and row has the default owner."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ DEFAULT_OWNER = "default"
 
 
 async def owner() -> str:
-    """The owner on whose behalf a request is made; a FastAPI dependency."""
+    """Return the owner of a request; a FastAPI dependency."""
     return DEFAULT_OWNER

@@ -1,6 +1,6 @@
-"""How large a request's body may be: refused by what it declares, or else as soon as it has sent too much.
+"""Limit on a request's body, checked against its Content-Length and against the bytes received.
 
-The framework takes a whole body, into memory or a temporary file, before any endpoint sees it.
+The framework reads a whole body, into memory or a temporary file, before it calls an endpoint.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 JSON_BYTES = 64 << 20
-FRAMING_BYTES = 1 << 20  # of a multipart body: its other fields, and what stands between them
+FRAMING_BYTES = 1 << 20  # the other fields and the boundaries of a multipart body
 
 
 class BodyLimit:
-    """ASGI middleware. upload_bytes: the largest file that an endpoint takes, by its path."""
+    """ASGI middleware. upload_bytes: the largest file that an endpoint takes, by the endpoint's path."""
 
     def __init__(self, app: ASGIApp, *, upload_bytes: Mapping[str, int]) -> None:
         self._app = app
         self._limits = {path: size + FRAMING_BYTES for path, size in upload_bytes.items()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Whoever reads a body above the limit gets an HTTPException of status 413."""
+        """Raise HTTPException with status 413 when the application reads a body above the limit."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions."""
+"""POST /v1/chat/completions, whole and streamed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ router = APIRouter(tags=["generation"])
 async def create_chat_completion(
     body: ChatCompletionRequest, request: Request, inference: Inference, owner: Owner
 ) -> Response | ChatCompletion:
-    """Generate the next turn of a conversation, by the base or an intervention of it."""
+    """Generate the next turn of a conversation, with the base or an intervention."""
     if body.max_tokens is not None and body.max_completion_tokens is not None:
         raise InvalidRequest("give max_completion_tokens or max_tokens, not both", param="max_tokens")
     prompt = await inference.chat_prompt(body.messages)

@@ -1,4 +1,4 @@
-"""POST /v1/classify: label sets by log-likelihood, each prompt computed once."""
+"""POST /v1/classify: the log-likelihood of each label, with one computation per prompt."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ router = APIRouter(tags=["generation"])
 
 @router.post("/v1/classify")
 async def classify(body: ClassifyRequest, request: Request, inference: Inference, owner: Owner) -> Classification:
-    """Say how likely each label is as the answer to each input, by the base or an intervention of it."""
+    """Score each label as the answer to each input, with the base or an intervention."""
     prompts = await run_in_threadpool(_encode, inference.base, body)
     context = await inference.open(owner, body, num_sequences=len(prompts))
     request_id = f"classify-{uuid.uuid4().hex}"

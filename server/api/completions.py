@@ -1,4 +1,4 @@
-"""POST /v1/completions."""
+"""POST /v1/completions, whole and streamed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ router = APIRouter(tags=["generation"])
 async def create_completion(
     body: CompletionRequest, request: Request, inference: Inference, owner: Owner
 ) -> Response | Completion:
-    """Continue a text, by the base or an intervention of it."""
+    """Continue a text, with the base or an intervention."""
     prompts = await run_in_threadpool(_encode, inference.base, body)
     limit = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     generation = await inference.prepare(
@@ -55,7 +55,7 @@ def _encode(base: Base, body: CompletionRequest) -> list[list[int]]:
 
 
 class _Choices:
-    """Texts and log-probabilities of the choices, piece by piece; with `echo` each begins with its prompt."""
+    """Builds the choices piece by piece; with `echo` each begins with its prompt."""
 
     def __init__(self, base: Base, body: CompletionRequest, generation: Generation) -> None:
         self._base, self._body, self._generation = base, body, generation
@@ -63,7 +63,7 @@ class _Choices:
         self._begun: set[int] = set()
 
     def add(self, piece: Piece) -> CompletionChoice:
-        """Return what a piece adds to its choice."""
+        """Return the text and log-probabilities that a piece adds to its choice."""
         text, logprobs = piece.text, []
         if self._body.echo and piece.index not in self._begun:
             self._begun.add(piece.index)

@@ -1,4 +1,4 @@
-"""What a router may ask for, by parameter type: single services and the owner; and the check of all parameters."""
+"""Dependencies of endpoints, by parameter type: one service each, the owner, and the check of all parameters."""
 
 from __future__ import annotations
 
@@ -28,10 +28,7 @@ def _service(name: str) -> Callable[[Request], Awaitable[Any]]:
 
 
 async def check_parameters(request: Request) -> None:
-    """Refuse path and query parameters that no database can look up; a dependency of the whole application.
-
-    Raises InvalidRequest that names the parameter.
-    """
+    """Raise InvalidRequest for a path or query parameter that no database can look up; applies to all endpoints."""
     for name, value in [*request.path_params.items(), *request.query_params.multi_items()]:
         if isinstance(value, str) and ("\0" in value or half_pair(value) is not None):
             raise InvalidRequest(

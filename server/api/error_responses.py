@@ -1,4 +1,4 @@
-"""Errors on the wire: whatever is raised below becomes OpenAI's error object here, and nowhere else."""
+"""Error answers: the only code that turns exceptions into OpenAI's error object."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def error_body(error: ServerError) -> ErrorBody:
-    """OpenAI's error object."""
+    """Return OpenAI's error object."""
     return _body(error.message, error.type, error.param, error.code)
 
 
@@ -37,10 +37,10 @@ async def _server_error(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _validation_error(request: Request, error: Exception) -> JSONResponse:
-    """The first field that is wrong, by its dotted path."""
+    """Report the first invalid field by its dotted path."""
     assert isinstance(error, RequestValidationError)  # noqa: S101 - registered for it alone
     found = error.errors()
-    # A union reports what is wrong with each of its members; an unknown field says most.
+    # A union reports errors of each member; an unknown field is the most specific one.
     first = next((e for e in found if e["type"] == "extra_forbidden"), found[0])
     source, *location = first["loc"]
     path = field_path(location, error.body) if source == "body" else ".".join(map(str, location))
@@ -71,7 +71,7 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
 
 async def _unexpected_error(request: Request, error: Exception) -> JSONResponse:
     logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    return _answer(500, "internal error; the server's log says more", "server_error", None, "internal_error")
+    return _answer(500, "internal error; see the server's log", "server_error", None, "internal_error")
 
 
 def _answer(status: int, message: str, kind: str, param: str | None, code: str) -> JSONResponse:
@@ -79,6 +79,6 @@ def _answer(status: int, message: str, kind: str, param: str | None, code: str) 
 
 
 def _body(message: str, kind: str, param: str | None, code: str) -> ErrorBody:
-    """Write OpenAI's error object; what it quotes from a request need not be encodable."""
+    """Return OpenAI's error object; text quoted from the request may hold half a surrogate pair."""
     param = None if param is None else whole_text(param)
     return ErrorBody(error=ErrorDetail(message=whole_text(message), type=kind, param=param, code=code))

@@ -1,4 +1,4 @@
-"""/v1/evals in OpenAI's shape: data sets with criteria, and runs of models over them."""
+"""/v1/evals in OpenAI's shape: data sets with criteria, and the runs that score models on them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ router = APIRouter(prefix="/v1/evals", tags=["evals"])
 
 @router.post("")
 def create_eval(request: EvalCreate, evals: Evals, owner: Owner) -> Eval:
-    """A data set with criteria; runs over it are compared."""
+    """Create an eval: a data set and the criteria that its runs are compared by."""
     return _eval(evals.create(owner, request))
 
 
@@ -38,14 +38,14 @@ def create_eval(request: EvalCreate, evals: Evals, owner: Owner) -> Eval:
 def list_evals(
     evals: Evals, owner: Owner, after: str | None = None, limit: int = Query(20, ge=1, le=100)
 ) -> Page[Eval]:
-    """Evals, newest first."""
+    """List evals, newest first."""
     rows, more = evals.list_page(owner, after=after, limit=limit)
     return Page(data=[_eval(row) for row in rows], has_more=more)
 
 
 @router.get("/{eval_id}")
 def get_eval(eval_id: str, evals: Evals, owner: Owner) -> Eval:
-    """One eval, with the scores of all its runs."""
+    """Return an eval with the scores of all its runs."""
     return _eval(evals.get(owner, eval_id))
 
 
@@ -58,27 +58,27 @@ def delete_eval(eval_id: str, evals: Evals, owner: Owner) -> Deleted:
 
 @router.post("/{eval_id}/runs")
 def create_run(eval_id: str, request: EvalRunCreate, evals: Evals, owner: Owner) -> EvalRun:
-    """Score the base, an intervention or a composition; it goes on in the background."""
+    """Score the base, an intervention or a composition, in the background."""
     run = evals.create_run(owner, eval_id, request)
     return _run(run, criteria_of(evals.get(owner, eval_id)))
 
 
 @router.get("/{eval_id}/runs")
 def list_runs(eval_id: str, evals: Evals, owner: Owner) -> Page[EvalRun]:
-    """All runs of an eval, oldest first."""
+    """List all runs of an eval, oldest first."""
     return Page(data=_eval(evals.get(owner, eval_id)).runs)
 
 
 @router.get("/{eval_id}/runs/{run_id}")
 def get_run(eval_id: str, run_id: str, evals: Evals, owner: Owner) -> EvalRun:
-    """One run, with its scores so far."""
+    """Return a run with its scores so far."""
     run = evals.get_run(owner, eval_id, run_id)
     return _run(run, criteria_of(evals.get(owner, eval_id)))
 
 
 @router.post("/{eval_id}/runs/{run_id}/cancel")
 def cancel_run(eval_id: str, run_id: str, evals: Evals, owner: Owner) -> EvalRun:
-    """Stop a run; items that are at the engine are not kept."""
+    """Stop a run; items that the engine is computing get no result."""
     run = evals.cancel_run(owner, eval_id, run_id)
     return _run(run, criteria_of(evals.get(owner, eval_id)))
 
@@ -100,7 +100,7 @@ def list_output_items(
     status: Literal["pass", "fail", "error"] | None = None,
     limit: int = Query(20, ge=1, le=1000),
 ) -> Page[EvalOutputItem]:
-    """What became of each item, in the order of the data set."""
+    """List the results of each item, in the order of the data set."""
     number = -1 if after is None else _number(after, run_id)
     rows, more = evals.items(owner, eval_id, run_id, after=number, status=status, limit=limit)
     items = [_item(eval_id, row) for row in rows]
@@ -155,10 +155,7 @@ def _item(eval_id: str, row: tables.EvalItem) -> EvalOutputItem:
 
 
 def _number(item_id: str, run_id: str) -> int:
-    """An item's number within its run, from its id.
-
-    Raises InvalidRequest when it is not the id of an item of this run.
-    """
+    """Return an item's number within its run. Raises InvalidRequest when the id is not of this run."""
     number = item_id.removeprefix(_item_prefix(run_id))
     if number == item_id or not number.isdecimal() or len(number) > MAX_DIGITS:
         raise InvalidRequest(f"{item_id!r} is no item of run {run_id}; expected an output item's id", param="after")

@@ -1,4 +1,4 @@
-"""/v1/files in OpenAI's shape. A training file is validated while it is uploaded."""
+"""/v1/files in OpenAI's shape. An upload is stored only if it is a valid data set."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ def upload_file(files: Files, owner: Owner, purpose: str = Form(), file: UploadF
 
 @router.get("")
 def list_files(files: Files, owner: Owner, purpose: str | None = None) -> Page[FileObject]:
-    """All files, newest first."""
+    """List all files, newest first."""
     return Page(data=[_file(row) for row in files.list_all(owner, purpose=purpose)])
 
 
 @router.get("/{file_id}")
 def get_file(file_id: str, files: Files, owner: Owner) -> FileObject:
-    """One file."""
+    """Return a file's description."""
     return _file(files.get(owner, file_id))
 
 
 @router.get("/{file_id}/content", response_class=FileResponse)
 def get_content(file_id: str, files: Files, owner: Owner) -> FileResponse:
-    """A file's bytes."""
+    """Return a file's bytes."""
     row = files.get(owner, file_id)
     return FileResponse(files.path(row), filename=row.filename, media_type="application/octet-stream")
 

@@ -1,4 +1,4 @@
-"""/v1/fine_tuning/jobs in OpenAI's shape, and /v1/fine_tuning/validate: a job's checks without the job."""
+"""/v1/fine_tuning/jobs in OpenAI's shape, and /v1/fine_tuning/validate: the checks of a job without the job."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ router = APIRouter(prefix="/v1/fine_tuning", tags=["fine-tuning"])
 
 @router.post("/validate")
 def validate(request: FineTuningJobCreate, jobs: Jobs, owner: Owner) -> DataReport:
-    """Check what creating this job would check, and report on its data; nothing is queued."""
+    """Run the checks of job creation and report on the data; queue nothing."""
     return jobs.validate(owner, request)
 
 
 @router.post("/jobs")
 def create_job(request: FineTuningJobCreate, jobs: Jobs, owner: Owner) -> FineTuningJob:
-    """Queue a training run; its result is an intervention named by `suffix`."""
+    """Queue a training run, which publishes an intervention named `suffix`."""
     return _job(jobs.create(owner, request))
 
 
@@ -40,38 +40,38 @@ def create_job(request: FineTuningJobCreate, jobs: Jobs, owner: Owner) -> FineTu
 def list_jobs(
     jobs: Jobs, owner: Owner, after: str | None = None, limit: int = Query(20, ge=1, le=1000)
 ) -> Page[FineTuningJob]:
-    """Jobs, newest first."""
+    """List jobs, newest first."""
     rows, more = jobs.list_page(owner, after=after, limit=limit)
     return Page(data=[_job(row) for row in rows], has_more=more)
 
 
 @router.get("/jobs/{job_id}")
 def get_job(job_id: str, jobs: Jobs, owner: Owner) -> FineTuningJob:
-    """One job."""
+    """Return a job."""
     return _job(jobs.get(owner, job_id))
 
 
 @router.post("/jobs/{job_id}/cancel")
 def cancel_job(job_id: str, jobs: Jobs, owner: Owner) -> FineTuningJob:
-    """End a job at once; it can be retried."""
+    """Cancel a job at once; it can be retried."""
     return _job(jobs.cancel(owner, job_id))
 
 
 @router.post("/jobs/{job_id}/pause")
 def pause_job(job_id: str, jobs: Jobs, owner: Owner) -> FineTuningJob:
-    """Let a job rest after its current optimizer step."""
+    """Pause a job after its current optimizer step."""
     return _job(jobs.pause(owner, job_id))
 
 
 @router.post("/jobs/{job_id}/resume")
 def resume_job(job_id: str, jobs: Jobs, owner: Owner) -> FineTuningJob:
-    """Let a paused job go on where it stands."""
+    """Resume a paused job from the step where it paused."""
     return _job(jobs.resume(owner, job_id))
 
 
 @router.post("/jobs/{job_id}/retry")
 def retry_job(job_id: str, jobs: Jobs, owner: Owner) -> FineTuningJob:
-    """Try a failed or cancelled job again, from its last checkpoint if that is still kept."""
+    """Retry a failed or cancelled job, from its last checkpoint if that is still stored."""
     return _job(jobs.retry(owner, job_id))
 
 
@@ -86,10 +86,10 @@ def list_events(
     accept: Annotated[str | None, Header()] = None,
     last_event_id: Annotated[str | None, Header()] = None,
 ) -> Page[FineTuningEvent] | Response:
-    """Events, newest first; `after` continues towards older ones.
+    """List events, newest first; `after` continues with older ones.
 
-    With `stream=true`, or `Accept: text/event-stream`: as server-sent events, oldest first, then each as it is
-    written, until the job has ended; `Last-Event-ID`, or `after`, is the last event that was seen.
+    `stream=true` or `Accept: text/event-stream` sends them as server-sent events, oldest first, and follows the job
+    until it ends. `Last-Event-ID`, or `after`, is then the last event that the client has seen.
     """
     if stream if stream is not None else "text/event-stream" in (accept or ""):
         events = jobs.follow(owner, job_id, after=last_event_id or after)
@@ -100,7 +100,7 @@ def list_events(
 
 @router.get("/jobs/{job_id}/checkpoints")
 def list_checkpoints(job_id: str, jobs: Jobs, owner: Owner) -> Page[FineTuningCheckpoint]:
-    """Durable steps, newest first."""
+    """List checkpoints, newest first."""
     return Page(data=[_checkpoint(row) for row in jobs.checkpoints(owner, job_id)])
 
 

@@ -1,4 +1,4 @@
-"""/v1/interventions: what OpenAI has no word for. Versions, aliases, upload and download of artifacts."""
+"""/v1/interventions, native: OpenAI has no versions, aliases, or upload and download of artifacts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ router = APIRouter(prefix="/v1/interventions", tags=["interventions"])
 
 @router.get("")
 def list_interventions(registry: Registry, owner: Owner) -> Page[InterventionInfo]:
-    """All interventions, by name."""
+    """List all interventions, by name."""
     return Page(data=[_info(row) for row in registry.list_all(owner)])
 
 
@@ -41,26 +41,26 @@ def upload_intervention(
 
 @router.get("/{name}")
 def get_intervention(name: str, registry: Registry, owner: Owner) -> InterventionInfo:
-    """One intervention with its versions and aliases."""
+    """Return an intervention with its versions and aliases."""
     return _info(registry.get(owner, name))
 
 
 @router.delete("/{name}")
 def delete_intervention(name: str, registry: Registry, owner: Owner, force: bool = Query(False)) -> Deleted:
-    """Delete all versions of a name."""
+    """Delete an intervention with all its versions."""
     registry.delete(owner, name, force=force)
     return Deleted(id=name, object="intervention")
 
 
 @router.get("/{name}/versions/{version}")
 def get_version(name: str, version: str, registry: Registry, owner: Owner) -> InterventionVersion:
-    """One version, by number or alias, with its manifest."""
+    """Return a version, by number or alias, with its manifest."""
     return _version(registry.resolve(owner, Reference.parse(f"{name}@{version}")))
 
 
 @router.get("/{name}/versions/{version}/content", response_class=Response)
 def download_version(name: str, version: str, registry: Registry, owner: Owner) -> Response:
-    """The artifact as a zip of its files."""
+    """Return the artifact as a zip of its files."""
     content = registry.download(owner, Reference.parse(f"{name}@{version}"))
     disposition = f'attachment; filename="{name}-{version}.zip"'
     return Response(content, media_type="application/zip", headers={"Content-Disposition": disposition})
@@ -68,14 +68,14 @@ def download_version(name: str, version: str, registry: Registry, owner: Owner) 
 
 @router.get("/{name}/versions/{version}/history")
 def get_history(name: str, version: str, registry: Registry, owner: Owner) -> InterventionHistory:
-    """How a version was trained, step by step, in columns."""
+    """Return a version's training history, step by step, in columns."""
     published, history = registry.history(owner, Reference.parse(f"{name}@{version}"))
     return InterventionHistory(id=published.id, **history.model_dump())
 
 
 @router.delete("/{name}/versions/{version}")
 def delete_version(name: str, version: str, registry: Registry, owner: Owner, force: bool = Query(False)) -> Deleted:
-    """Delete one version."""
+    """Delete a version."""
     reference = Reference.parse(f"{name}@{version}")
     deleted = registry.delete(owner, name, reference.version, force=force)
     return Deleted(id=deleted[0], object="intervention.version")

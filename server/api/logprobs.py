@@ -1,4 +1,4 @@
-"""Log-probabilities in OpenAI's two shapes."""
+"""Log-probabilities in OpenAI's two shapes: chat and text completions."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from reftserve.client.schemas import ChatLogprobs, CompletionLogprobs, TokenLogp
 from reftserve.server.base.folder import Base
 from reftserve.server.engine.messages import TokenLogprobs
 
-LOWEST = -9999.0  # OpenAI's word for impossible; JSON has none for minus infinity
+LOWEST = -9999.0  # OpenAI's value for minus infinity, which JSON cannot write
 
 
 def chat_logprobs(base: Base, entries: Sequence[TokenLogprobs]) -> ChatLogprobs:
-    """Of a chat answer's tokens."""
+    """Return the log-probabilities of a chat answer's tokens."""
     return ChatLogprobs(
         content=[
             TokenLogprob(
@@ -26,16 +26,16 @@ def chat_logprobs(base: Base, entries: Sequence[TokenLogprobs]) -> ChatLogprobs:
 
 
 class TextLogprobs:
-    """Of one text's tokens, piece by piece: offsets go on where the last piece ended."""
+    """Log-probabilities of one text's tokens; each piece continues the offsets of the one before."""
 
     def __init__(self, base: Base) -> None:
         self._base = base
         self._offset = 0
-        # A character may be spread over tokens; it begins where the first of them does, and counts once.
+        # A character may span several tokens: it begins at the first one and counts once.
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def start(self, first_token: int) -> CompletionLogprobs:
-        """The first token of a prompt: nothing comes before it that could make it likely."""
+        """Return the entry of a prompt's first token, which has no log-probability."""
         return CompletionLogprobs(
             tokens=[self._text(first_token)],
             token_logprobs=[None],
@@ -44,7 +44,7 @@ class TextLogprobs:
         )
 
     def add(self, entries: Sequence[TokenLogprobs]) -> CompletionLogprobs:
-        """The next tokens. The token itself is among the likeliest, even where it is not."""
+        """Return the entries of the next tokens. `top_logprobs` always includes the token itself."""
         return CompletionLogprobs(
             tokens=[self._text(entry.token_id) for entry in entries],
             token_logprobs=[max(entry.logprob, LOWEST) for entry in entries],
@@ -68,7 +68,7 @@ class TextLogprobs:
 
 
 def joined(pieces: Sequence[CompletionLogprobs]) -> CompletionLogprobs:
-    """Pieces of one text as a whole."""
+    """Join the pieces of one text."""
     return CompletionLogprobs(
         tokens=[token for piece in pieces for token in piece.tokens],
         token_logprobs=[logprob for piece in pieces for logprob in piece.token_logprobs],

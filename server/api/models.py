@@ -15,7 +15,7 @@ router = APIRouter(prefix="/v1/models", tags=["models"])
 
 @router.get("")
 def list_models(base: BaseModel, registry: Registry, owner: Owner) -> Page[Model]:
-    """What `model` can name."""
+    """List the values that `model` can have."""
     interventions = [
         Model(id=row.name, created=row.created_at, owned_by=row.owner, parent=base.name)
         for row in registry.list_all(owner)
@@ -25,7 +25,7 @@ def list_models(base: BaseModel, registry: Registry, owner: Owner) -> Page[Model
 
 @router.get("/{model:path}")
 def get_model(model: str, base: BaseModel, registry: Registry, owner: Owner) -> Model:
-    """The base, or an intervention as `name`, `name@version` or `name@alias`."""
+    """Return the base, or an intervention by `name`, `name@version` or `name@alias`."""
     if model == base.name:
         return _base_model(base)
     try:
@@ -38,7 +38,7 @@ def get_model(model: str, base: BaseModel, registry: Registry, owner: Owner) -> 
 
 @router.delete("/{model:path}")
 def delete_model(model: str, base: BaseModel, registry: Registry, owner: Owner) -> Deleted:
-    """Delete an intervention, or with `name@version` one version of it."""
+    """Delete an intervention, or one version by `name@version`."""
     if model == base.name:
         raise InvalidRequest("the base model cannot be deleted", param="model")
     reference = Reference.parse(model)

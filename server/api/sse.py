@@ -1,4 +1,4 @@
-"""Server-sent events as OpenAI sends them, and answers that stop when their client goes away."""
+"""Server-sent events in OpenAI's form, and answers that stop when the client disconnects."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ KEEP_ALIVE_S = 15
 
 
 def event_stream(chunks: AsyncGenerator[M], *, id_of: Callable[[M], str] | None = None) -> EventSourceResponse:
-    """Each chunk as one `data:` line, `[DONE]` at the end; an error on the way becomes the last event.
+    """Send each chunk as one `data:` line and `[DONE]` at the end; an error becomes the last event.
 
-    id_of: what `Last-Event-ID` can name when the stream is resumed behind a chunk. While there is nothing to say, a
-    comment every KEEP_ALIVE_S seconds keeps the connection.
+    id_of: the id of a chunk, which a client resumes from with `Last-Event-ID`. While no chunk comes, a comment every
+    KEEP_ALIVE_S seconds keeps the connection.
     """
 
     async def lines() -> AsyncIterator[bytes]:
@@ -40,21 +40,18 @@ def event_stream(chunks: AsyncGenerator[M], *, id_of: Callable[[M], str] | None 
 
 
 def _event(message: BaseModel) -> bytes:
-    # Encoded here: JSON holds no line breaks, for which sse_starlette would look through every token.
+    # JSON has no line breaks; sse_starlette would search every token for them.
     return b"data: " + message.model_dump_json().encode() + b"\n\n"
 
 
 async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled as soon as the client is gone.
-
-    Raises CancelledError then; nobody is left to answer.
-    """
+    """Return the result of `work`, or cancel it and raise CancelledError as soon as the client disconnects."""
     task = asyncio.ensure_future(work)
     try:
         while not task.done():
             await asyncio.wait([task], timeout=CLIENT_POLL_S)
             if not task.done() and await request.is_disconnected():
-                raise asyncio.CancelledError("the client went away")
+                raise asyncio.CancelledError("the client disconnected")
         return task.result()
     finally:
         if not task.done():

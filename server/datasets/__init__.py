@@ -1,9 +1,12 @@
-"""Data sets: from an uploaded file to what a trainer takes, with a report on the way.
+"""Data sets: from an uploaded file to the examples that a trainer takes.
 
-file     file_store.py keeps it; reading.py detects its format; json_rows.py and tables.py yield its rows
-row      examples.py: which rows there are, and the Examples in them; source_location.py says where a row stands
-Example  encoding.py: its token ids, as serving renders them
-set      splits.py: training, validation, test;  label_detection.py: whether targets are classes;  report.py
+file_store         uploads and job results
+reading            a file's format and its rows (json_rows, tables), each with its source_location
+examples           a row's fields and the Examples that it holds
+label_detection    whether the targets are class labels
+encoding           an Example's token ids, as serving renders them
+splits             training, validation and test parts
+report             a summary and warnings, before a job is queued
 """
 
 from reftserve.server.datasets.encoding import EncodedExample, encode

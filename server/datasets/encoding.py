@@ -25,11 +25,11 @@ _WITHOUT_INPUT = (
 
 @dataclass(frozen=True)
 class EncodedExample:
-    """Token ids of a prompt and of what should follow it, end of turn included. place: the row it came from."""
+    """Token ids of a prompt and of what should follow it, end of turn included. location: its row."""
 
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
-    place: SourceLocation | None = None
+    location: SourceLocation | None = None
 
     @property
     def length(self) -> int:
@@ -52,7 +52,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, example: Example) -> EncodedExamp
         answer = ChatMessage(role="assistant", content=example.target)
         prompt_ids = encode_rendered(tokenizer, render_chat(tokenizer, prompt))
         completion_ids = encode_rendered(tokenizer, render_answer(tokenizer, [*prompt, answer]))
-    return EncodedExample(tuple(prompt_ids), tuple(completion_ids), example.place)
+    return EncodedExample(tuple(prompt_ids), tuple(completion_ids), example.location)
 
 
 def _instruction_prompt(asked: Instruction, *, has_template: bool) -> tuple[ChatMessage, ...] | str:

@@ -1,4 +1,4 @@
-"""Files: uploaded data sets and results of jobs. Bytes are blobs, everything else is a row."""
+"""Files: uploaded data sets and job results. A blob holds a file's bytes, a row everything else."""
 
 from __future__ import annotations
 
@@ -26,10 +26,7 @@ CHUNK_BYTES = 1 << 20
 
 
 class FileStore:
-    """Files by id.
-
-    max_bytes: of one upload; max_owner_bytes: of all that an owner has uploaded. What jobs produce is not counted.
-    """
+    """Files by id. max_bytes: of one upload; max_owner_bytes: of an owner's uploads, job results not counted."""
 
     def __init__(
         self,
@@ -45,10 +42,7 @@ class FileStore:
         self._max_owner_bytes = max_owner_bytes
 
     def upload(self, owner: str, filename: str, purpose: str, stream: BinaryIO) -> File:
-        """Take a user's file; it exists only if it is valid.
-
-        Raises InvalidRequest, PayloadTooLarge, QuotaExceeded or StorageFull.
-        """
+        """Check and store a user's file. Raises InvalidRequest, PayloadTooLarge, QuotaExceeded or StorageFull."""
         if "\0" in filename or half_pair(filename) is not None:
             raise InvalidRequest(
                 f"the file's name is {filename!a}; expected text without NUL and half surrogate pairs", param="file"
@@ -79,9 +73,9 @@ class FileStore:
         *,
         check: Callable[[Session], object] = lambda session: None,
     ) -> File:
-        """Keep what a job produced; again, after a crash, it replaces the same file.
+        """Store a job's result file; a repeated call, after a crash, replaces it.
 
-        check: called in the transaction that stores it; what it raises undoes it.
+        check: called in the transaction that stores the row; its exception rolls the transaction back.
         """
         with tempfile.TemporaryDirectory() as scratch:
             file = Path(scratch) / "result"
@@ -91,10 +85,7 @@ class FileStore:
             return self._store(owner, filename, RESULTS, file, None, file_id, check)
 
     def get(self, owner: str, file_id: str, *, param: str = "file_id") -> File:
-        """A file's row.
-
-        Raises NotFound.
-        """
+        """Return a file's row. Raises NotFound."""
         with self._database.reading() as session:
             file = session.get(File, file_id)
         if file is None or file.owner != owner:
@@ -102,7 +93,7 @@ class FileStore:
         return file
 
     def list_all(self, owner: str, *, purpose: str | None = None) -> list[File]:
-        """An owner's files, newest first."""
+        """List an owner's files, newest first."""
         query = select(File).where(File.owner == owner).order_by(File.created_at.desc(), File.id)
         if purpose is not None:
             query = query.where(File.purpose == purpose)
@@ -110,10 +101,7 @@ class FileStore:
             return list(session.scalars(query))
 
     def path(self, file: File, *, param: str = "file_id") -> Path:
-        """A file's bytes as a local path.
-
-        Raises NotFound when the store has lost them.
-        """
+        """Return a local path to a file's bytes. Raises NotFound when the store has lost them."""
         if not self._blobs.exists(file.blob_key):
             raise NotFound(
                 f"the bytes of file {file.id!r} ({file.filename}) are no longer in the store; upload it again",
@@ -123,17 +111,14 @@ class FileStore:
         return self._blobs.local_file(file.blob_key)
 
     def delete(self, owner: str, file_id: str) -> None:
-        """Remove a file; jobs that have read it keep what they need.
-
-        Raises NotFound.
-        """
+        """Delete a file; jobs that have read it do not need it again. Raises NotFound."""
         file = self.get(owner, file_id)
         with self._database.session() as session:
             session.delete(session.get_one(File, file_id))
         self._blobs.delete(file.blob_key)
 
     def sweep(self, *, since: float = 0.0) -> list[str]:
-        """Remove bytes that a crash left without a row since then (Unix seconds); returns their keys."""
+        """Delete bytes that a crash has left without a row since `since` (Unix seconds); return their keys."""
         with self._database.reading() as session:
             known = set(session.scalars(select(File.blob_key)))
         return self._blobs.sweep(BLOBS, known, since=since)
@@ -176,7 +161,7 @@ class FileStore:
             purpose=purpose,
             bytes=content.stat().st_size,
             sha256=_sha256(content),
-            # Never the same key twice: whoever replaces a file must not touch the bytes of the one that is there.
+            # A new key each time, so that a replacement does not touch the bytes of the present row.
             blob_key=f"{BLOBS}/{uuid.uuid4().hex}",
             examples=examples,
             created_at=int(time.time()),

@@ -1,4 +1,4 @@
-"""Whether a data set is a classification: few different short answers, each given again and again."""
+"""Detection of classification data: few different short answers, each given at least twice."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MAX_LABEL_CHARACTERS = 40
 
 
 def label_set(examples: Iterable[Example]) -> tuple[str, ...] | None:
-    """The labels as they stand in the targets, sorted; None when the targets do not look like labels."""
+    """Return the labels, spelt as in the targets and sorted; None when the targets do not look like labels."""
     counts = Counter(example.target for example in examples)
     are_labels = (
         2 <= len(counts) <= MAX_LABELS and min(counts.values()) >= 2 and max(map(len, counts)) <= MAX_LABEL_CHARACTERS

@@ -1,11 +1,11 @@
-"""Reading data sets, whatever format they have.
+"""Readers of data sets: the format of a file, its rows (json_rows, tables), their examples.
 
-Content decides which it is, and the file's name where content leaves it open:
+The first bytes decide the format, and the file name decides where they cannot:
 
-    begins with      PAR1       Parquet
-                     [          one JSON array of rows
-                     {          JSON Lines, a row each
-    anything else    *.json, *.jsonl: JSON Lines, whose error then says what is wrong; else CSV
+    PAR1             Parquet
+    [                JSON array of rows
+    {                JSON Lines
+    anything else    *.json, *.jsonl: JSON Lines, for its error message; else CSV
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ HEAD_BYTES = 4096
 
 
 def read_examples(path: Path, filename: str = "") -> list[Example]:
-    """All examples of a data set. filename: its owner's name for it; one that was checked before needs none.
+    """Return all examples of a data set. filename: its owner's name for it; a checked file needs none.
 
-    Raises InvalidRequest that names the line or row, the field and what is right.
+    Raises InvalidRequest with the line or row, the field and the expected value.
     """
     return list(_examples(path, filename))
 
@@ -35,7 +35,7 @@ def read_examples(path: Path, filename: str = "") -> list[Example]:
 def count_examples(path: Path, filename: str = "") -> int:
     """Check a data set and count its examples.
 
-    Raises InvalidRequest that names the line or row, the field and what is right.
+    Raises InvalidRequest with the line or row, the field and the expected value.
     """
     count = sum(1 for _ in _examples(path, filename))
     if count == 0:
@@ -44,7 +44,7 @@ def count_examples(path: Path, filename: str = "") -> int:
 
 
 def dataset_hash(paths: Sequence[Path]) -> str:
-    """SHA-256 over the files' bytes, in order."""
+    """Return the SHA-256 of the files' bytes, in order."""
     digest = hashlib.sha256()
     for path in paths:
         digest.update(path.read_bytes())
@@ -52,8 +52,8 @@ def dataset_hash(paths: Sequence[Path]) -> str:
 
 
 def _examples(path: Path, filename: str) -> Iterator[Example]:
-    for place, row in _rows(path, PurePath(filename).suffix.lower()):
-        yield from row_examples(row, place)
+    for location, row in _rows(path, PurePath(filename).suffix.lower()):
+        yield from row_examples(row, location)
 
 
 def _rows(path: Path, suffix: str) -> Iterator[tuple[SourceLocation, Any]]:

@@ -60,7 +60,7 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, path: Path, param: str, max_len
         try:
             encoded.append(encode(tokenizer, example))
         except InvalidRequest as cause:
-            raise InvalidRequest(f"{example.place}: {cause.message}", param=param, code=cause.code) from cause
+            raise InvalidRequest(f"{example.location}: {cause.message}", param=param, code=cause.code) from cause
     fitting = [example for example in encoded if example.length <= max_length]
     if not fitting:
         raise InvalidRequest(
@@ -74,7 +74,7 @@ def _file_report(file: _EncodedFile) -> FileReport:
     for example in file.encoded:
         targets_of[example.prompt_ids].add(example.completion_ids)
     return FileReport(
-        rows=len({example.place for example in file.examples}),
+        rows=len({example.location for example in file.examples}),
         examples=len(file.examples),
         too_long=len(file.encoded) - len(file.fitting),
         duplicates=len(file.encoded) - sum(map(len, targets_of.values())),

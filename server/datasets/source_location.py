@@ -1,4 +1,4 @@
-"""Where in a file something stands, and the errors that say so."""
+"""Locations of rows in a data file, and the errors that name them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from reftserve.server.errors import InvalidRequest
 
 @dataclass(frozen=True)
 class SourceLocation:
-    """A row: `line 3` of JSON Lines, `row 3` of anything else. number: from 1, which in CSV is the header."""
+    """A row: `line 3` of JSON Lines, `row 3` of other formats. number: from 1; a CSV's header is row 1."""
 
     unit: Literal["line", "row"]
     number: int
@@ -19,10 +19,10 @@ class SourceLocation:
         return f"{self.unit} {self.number}"
 
     def error(self, message: str) -> InvalidRequest:
-        """What is wrong here."""
+        """Return an error that names this location."""
         return InvalidRequest(f"{self}: {message}", param=f"file.{self.unit}.{self.number}", code="invalid_data")
 
 
 def file_error(message: str) -> InvalidRequest:
-    """What is wrong with a whole file."""
+    """Return an error about a whole file."""
     return InvalidRequest(message, param="file", code="invalid_data")

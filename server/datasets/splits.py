@@ -1,4 +1,4 @@
-"""Three disjoint parts of a data set, of which no prompt and no conversation is on two sides."""
+"""Splits of a data set into training, validation and test parts that share no prompt and no conversation."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Splits:
 
 
 def split(training: Sequence[EncodedExample], validation: Sequence[EncodedExample] | None, *, seed: int) -> Splits:
-    """Examples of one row, or with one prompt, stay on one side.
+    """Split examples; those of one row, or with one prompt, stay in one part.
 
-    Without validation data, 80, 10 and 10 percent of the training data. With it, half of it selects and half scores.
-    What would be held out although a part before it has its prompt (conversations that begin alike) is left out.
+    Without validation data the parts are 80, 10 and 10 percent of the training data; with it, half selects and half
+    scores. A held-out example is dropped if an earlier part has its prompt, as in conversations that begin alike.
     Raises InvalidRequest when there are too few examples.
     """
     if len(training) < MIN_EXAMPLES:
@@ -39,69 +39,69 @@ def split(training: Sequence[EncodedExample], validation: Sequence[EncodedExampl
             code="too_few_examples",
         )
     if validation is None:
-        ends, beginnings = _by_end(_groups(training, seed))
-        # Two groups at the least: one selects, one scores.
-        held_out, rest = _take(ends + beginnings, 2 * max(1, len(training) // 10), at_least=2)
-        train = _together(rest)
+        unique, shared = _split_by_unique_last_prompt(_shuffled_groups(training, seed))
+        # At least two groups: one selects, one scores.
+        held_out, rest = _split_off(unique + shared, 2 * max(1, len(training) // 10), min_groups=2)
+        train = _flatten(rest)
     else:
-        held_out = _groups(validation, seed)
+        held_out = _shuffled_groups(validation, seed)
         train = list(training)
-    ends, beginnings = _by_end(_unseen(held_out, train))
-    held_out = ends[:-1] + beginnings + ends[-1:]  # what scores last is not all seen in what selects
-    chosen, scoring = _take(held_out, sum(map(len, held_out)) // 2, at_least=1)
-    scoring = _unseen(scoring, _together(chosen))
-    if not (train and chosen and scoring):
+    unique, shared = _split_by_unique_last_prompt(_without_prompts_of(train, held_out))
+    held_out = unique[:-1] + shared + unique[-1:]  # the test part keeps at least the last group's unique prompt
+    selecting, scoring = _split_off(held_out, sum(map(len, held_out)) // 2, min_groups=1)
+    scoring = _without_prompts_of(_flatten(selecting), scoring)
+    if not (train and selecting and scoring):
         needed = "three different prompts" if validation is None else "two prompts that are not in the training data"
         raise InvalidRequest(
-            f"at least {needed} are needed: held-out examples, some to select and some to score, share no prompt",
+            f"at least {needed} are needed: the examples that train, select and score share no prompt",
             param="training_file" if validation is None else "validation_file",
             code="too_few_examples",
         )
-    return Splits(train=train, validation=_together(chosen), test=_together(scoring))
+    return Splits(train=train, validation=_flatten(selecting), test=_flatten(scoring))
 
 
 def prompts_of(examples: Iterable[EncodedExample]) -> set[PromptIds]:
-    """The different prompts."""
+    """Return the distinct prompts."""
     return {example.prompt_ids for example in examples}
 
 
-def _groups(examples: Sequence[EncodedExample], seed: int) -> list[Group]:
-    """What must stay together, in random order: conversations whose last learned turns have the same prompt.
+def _shuffled_groups(examples: Sequence[EncodedExample], seed: int) -> list[Group]:
+    """Group conversations whose last learned turns have the same prompt, in random order.
 
-    Of a row with one example that is its prompt. Prompts of earlier turns join nothing: conversations often begin
-    alike, and all of them would be one group.
+    A single-turn row is a conversation of one turn. Equal prompts of earlier turns form no group: conversations often
+    begin alike, and all of them would be one group.
     """
-    last = {example.place: example.prompt_ids for example in examples}
+    last = {example.location: example.prompt_ids for example in examples}
     groups: defaultdict[PromptIds, Group] = defaultdict(list)
     for example in examples:
-        groups[example.prompt_ids if example.place is None else last[example.place]].append(example)
+        groups[example.prompt_ids if example.location is None else last[example.location]].append(example)
     shuffled = list(groups.values())
     random.Random(seed).shuffle(shuffled)  # noqa: S311 - a split, not a secret
     return shuffled
 
 
-def _by_end(groups: list[Group]) -> tuple[list[Group], list[Group]]:
-    """Groups whose last prompt no other goes through, which held out keep that one at least; and the others."""
+def _split_by_unique_last_prompt(groups: list[Group]) -> tuple[list[Group], list[Group]]:
+    """Split groups into those whose last prompt is in no other group, which a held-out part can keep, and the rest."""
     count = Counter(prompt for group in groups for prompt in prompts_of(group))
-    ends = [group for group in groups if count[group[-1].prompt_ids] == 1]
-    return ends, [group for group in groups if count[group[-1].prompt_ids] > 1]
+    unique = [group for group in groups if count[group[-1].prompt_ids] == 1]
+    return unique, [group for group in groups if count[group[-1].prompt_ids] > 1]
 
 
-def _take(groups: list[Group], count: int, *, at_least: int) -> tuple[list[Group], list[Group]]:
-    """The first groups, until they hold `count` examples and are `at_least` so many, though never all; and the rest."""
+def _split_off(groups: list[Group], count: int, *, min_groups: int) -> tuple[list[Group], list[Group]]:
+    """Split off the first groups with at least `count` examples and `min_groups` groups; at least one group remains."""
     taken = size = 0
-    while taken < len(groups) - 1 and (size < count or taken < at_least):
+    while taken < len(groups) - 1 and (size < count or taken < min_groups):
         size += len(groups[taken])
         taken += 1
     return groups[:taken], groups[taken:]
 
 
-def _unseen(groups: list[Group], seen: Sequence[EncodedExample]) -> list[Group]:
-    """The groups without the examples whose prompts have been seen."""
-    prompts = prompts_of(seen)
+def _without_prompts_of(earlier: Sequence[EncodedExample], groups: list[Group]) -> list[Group]:
+    """Remove the examples whose prompts are in an earlier part, and groups that become empty."""
+    prompts = prompts_of(earlier)
     kept = [[example for example in group if example.prompt_ids not in prompts] for group in groups]
     return [group for group in kept if group]
 
 
-def _together(groups: list[Group]) -> list[EncodedExample]:
+def _flatten(groups: list[Group]) -> list[EncodedExample]:
     return [example for group in groups for example in group]

@@ -1,4 +1,4 @@
-"""Which interventions a request runs with: what it names, resolved to immutable versions, and held while it runs."""
+"""Compositions: a request's interventions, resolved to immutable versions and pinned while it runs."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def resolve_composition(
     base: str,
     limit: int,
 ) -> Composition:
-    """Versions and their scales: what `model` names first, unless it is the base, then the interventions in order.
+    """Resolve a request's interventions to versions and scales: first `model`, unless it is the base, then the list.
 
-    Raises NotFound with near names, InvalidRequest when there are more than `limit` or one is named twice.
+    Raises NotFound with similar names; InvalidRequest for more than `limit` interventions or a repeated one.
     """
     uses = list(interventions or [])
     if model != base:
@@ -37,7 +37,7 @@ def resolve_composition(
         version = _resolve(registry, owner, use, base)
         if any(version.row.id == other.row.id for other, _ in versions):
             raise InvalidRequest(
-                f"intervention {version.id} is named twice; name it once, with the scale that is meant",
+                f"intervention {version.id} is named twice; name it once, with the intended scale",
                 param="interventions",
                 code="duplicate_intervention",
             )
@@ -47,10 +47,7 @@ def resolve_composition(
 
 @contextlib.contextmanager
 def pinned(registry: InterventionRegistry, versions: Composition) -> Iterator[None]:
-    """Keep the versions' files.
-
-    Raises NotFound when one has been deleted since it was resolved.
-    """
+    """Pin the versions, so that their files stay. Raises NotFound when one has been deleted since it was resolved."""
     with contextlib.ExitStack() as stack:
         for version, _ in versions:
             registry.pin(version)

@@ -1,4 +1,4 @@
-"""Names of interventions, aliases, and references to versions (`name`, `name@3`, `name@alias`)."""
+"""Names of interventions and aliases, and references to versions (`name`, `name@3`, `name@alias`)."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from rapidfuzz import process, utils
 from reftserve.server.errors import InvalidRequest
 
 LATEST = "latest"
-MAX_DIGITS = 18  # of a version's number: what every database takes for an integer
+MAX_DIGITS = 18  # of a version number; every database can store this integer
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A name and which of its versions: a number, or an alias."""
+    """A name and a version, which is a number or an alias."""
 
     name: str
     version: int | str = LATEST
 
     @classmethod
     def parse(cls, text: str) -> Reference:
-        """Read `name`, `name@3` or `name@alias`; whether it exists is another question."""
+        """Parse `name`, `name@3` or `name@alias` without looking it up."""
         name, at, version = text.partition("@")
         if not at:
             return cls(name)
@@ -36,10 +36,7 @@ class Reference:
 
 
 def check_name(name: str, param: str = "name") -> str:
-    """A name that interventions can have.
-
-    Raises InvalidRequest when it is not.
-    """
+    """Return an intervention's name. Raises InvalidRequest when it is not a valid one."""
     if not _NAME.fullmatch(name):
         raise InvalidRequest(
             f"{param} is {name!r}; expected 1 to 64 letters, digits, '.', '_' or '-', beginning with a letter or digit",
@@ -50,21 +47,16 @@ def check_name(name: str, param: str = "name") -> str:
 
 
 def check_alias(alias: str) -> str:
-    """A name that users' aliases can have: never all digits (that is a version), never `latest`.
-
-    Raises InvalidRequest when it is not.
-    """
+    """Return a user's alias. Raises InvalidRequest when it is invalid, all digits (a version) or `latest`."""
     check_name(alias, "alias")
     if alias.isdecimal():
-        raise InvalidRequest(
-            f"alias {alias!r} is all digits: it would be a version", param="alias", code="invalid_name"
-        )
+        raise InvalidRequest(f"alias {alias!r} is all digits, as a version is", param="alias", code="invalid_name")
     if alias == LATEST:
-        raise InvalidRequest("alias 'latest' moves by itself with each publish", param="alias", code="invalid_name")
+        raise InvalidRequest("alias 'latest' is reserved: each publish moves it", param="alias", code="invalid_name")
     return alias
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """A sentence that offers near names, or all that there is to say when none is near."""
+    """Return a sentence that suggests similar names; empty when none is similar."""
     near = process.extract(name, list(known), limit=3, score_cutoff=60, processor=utils.default_process)
     return f" Did you mean {' or '.join(repr(candidate) for candidate, _, _ in near)}?" if near else ""

@@ -1,4 +1,4 @@
-"""Everything durable, opened together: server and worker call this with the same settings and see the same things."""
+"""The durable store: database, blobs, files and interventions. Server and workers open it from the same settings."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Store:
-    """Database, blobs, files and interventions of one data folder."""
+    """The open database, blobs, files and interventions."""
 
     database: Database
     blobs: BlobStore
@@ -30,10 +30,10 @@ class Store:
     interventions: InterventionRegistry
 
     def sweep(self) -> list[str]:
-        """Remove files and artifacts that a crash left without a row; for start-up. Returns their keys.
+        """Delete files and artifacts that a crash left without a row, at start-up; return their keys.
 
-        Blobs older than the database's first row are another database's, which may be restored yet: they stay. An empty
-        database sweeps nothing and logs how many blobs it does not know.
+        Blobs older than the database's first row stay: they belong to another database, which may be restored later.
+        An empty database deletes nothing and logs the number of blobs without a row.
         """
         since = self._first_row()
         if since is not None:
@@ -41,8 +41,8 @@ class Store:
         unknown = sum(len(self.blobs.children(kind)) for kind in (FILES, INTERVENTIONS))
         if unknown:
             logger.warning(
-                "the database %s is empty, but %s holds %d files and artifacts that it does not know; none is removed. "
-                "Restore the database that knows them, or remove that folder if they are not needed",
+                "the database %s is empty, but %s holds %d files and artifacts that it does not list; none is removed. "
+                "Restore the database that lists them, or remove that folder if you do not need them",
                 self.database.url.render_as_string(),
                 self.blobs.root,
                 unknown,
@@ -50,14 +50,14 @@ class Store:
         return []
 
     def _first_row(self) -> int | None:
-        """Find when the oldest file, intervention, job or eval was made (Unix seconds); None when there is none."""
+        """Return the creation time (Unix seconds) of the oldest file, intervention, job or eval; None without any."""
         with self.database.reading() as session:
             oldest = [session.scalar(select(func.min(table.created_at))) for table in (File, Intervention, Job, Eval)]
         return min((moment for moment in oldest if moment is not None), default=None)
 
 
 def open_store(settings: Settings, base: BaseFingerprint) -> Store:
-    """Open, and migrate to the newest schema."""
+    """Open the store and migrate the database to the newest schema."""
     settings.data.mkdir(parents=True, exist_ok=True)
     database = Database(settings.resolved_database_url)
     database.migrate()

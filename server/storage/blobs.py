@@ -1,8 +1,8 @@
-"""Blobs: files and folders of files under keys, in a local folder or any fsspec URL (s3://, gs://, ...).
+"""Blobs: files and folders stored under keys, in a local folder or behind any fsspec URL (s3://, gs://, ...).
 
-Keys are written once and become visible through a database row that is committed afterwards, so a write that fails
-half-way leaves nothing that anyone can reach; its remains are removed at once, or by `sweep` after a crash. A single
-file appears under its key whole or not at all.
+A key is written once. A blob becomes reachable when the database commits a row that names it, after the write. The
+store deletes the remains of a failed write at once, and `sweep` deletes those of a crash. A key never holds part of a
+file.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class BlobStore:
-    """Blobs below one URL. cache: local folder for copies of remote blobs that must be read as files."""
+    """Blobs below one URL. cache: local folder for copies of remote blobs."""
 
     def __init__(self, url: str, cache: Path) -> None:
         self.filesystem: Any
@@ -37,55 +37,52 @@ class BlobStore:
         self.cache = cache
 
     def put_file(self, key: str, source: Path) -> None:
-        """Store a local file.
-
-        Raises StorageFull, with nothing left under the key, when there is no room.
-        """
+        """Store a local file. Raises StorageFull when the disk is full; nothing stays under the key."""
         with self._all_or_nothing(key):
             self._copy(source, self._path(key))
 
     def put_folder(self, key: str, source: Path) -> None:
-        """Store the files of a local folder (not of folders in it).
+        """Store the files of a local folder, without its subfolders.
 
-        Raises StorageFull, with nothing left under the key, when there is no room.
+        Raises StorageFull when the disk is full; nothing stays under the key.
         """
         with self._all_or_nothing(key):
             for file in sorted(source.iterdir()):
                 self._copy(file, f"{self._path(key)}/{file.name}")
 
     def open(self, key: str) -> BinaryIO:
-        """Read a stored file."""
+        """Open a stored file for reading."""
         stream: BinaryIO = self.filesystem.open(self._path(key), "rb")
         return stream
 
     def local_file(self, key: str) -> Path:
-        """A stored file as a local path; remote ones are copied into the cache once."""
+        """Return a local path to a stored file; a remote file is copied into the cache once."""
         return self._local(key)
 
     def local_folder(self, key: str) -> Path:
-        """A stored folder as a local path; remote ones are copied into the cache once."""
+        """Return a local path to a stored folder; a remote folder is copied into the cache once."""
         return self._local(key)
 
     def exists(self, key: str) -> bool:
-        """Whether a file or folder is stored under the key."""
-        # Other processes write too: what this one has listed before is no longer true.
+        """Say whether a file or folder is stored under the key."""
+        # Other processes write too, so the listing that fsspec has cached may be out of date.
         self.filesystem.invalidate_cache()
         return bool(self.filesystem.exists(self._path(key)))
 
     def children(self, prefix: str) -> list[str]:
-        """Keys directly below `prefix`, in order."""
+        """List the keys directly below `prefix`, sorted."""
         if not self.exists(prefix):
             return []
         names = [path.rstrip("/").rsplit("/", 1)[-1] for path in self.filesystem.ls(self._path(prefix), detail=False)]
         return sorted(f"{prefix}/{name}" for name in names)
 
     def size(self, prefix: str) -> int:
-        """Bytes stored below `prefix`."""
+        """Sum the bytes stored below `prefix`."""
         self.filesystem.invalidate_cache()
         return sum(info["size"] for info in self.filesystem.find(self._path(prefix), detail=True).values())
 
     def delete(self, key: str) -> None:
-        """Remove a file or folder; one that is not there is no error."""
+        """Delete a file or folder; a missing one is no error."""
         if self.filesystem.exists(self._path(key)):
             self.filesystem.rm(self._path(key), recursive=True)
         if not self.is_local:
@@ -93,10 +90,10 @@ class BlobStore:
 
     @contextmanager
     def delete_blob_on_error(self, key: str) -> Iterator[None]:
-        """Around the transaction that makes a blob known: the blob goes when it raises, and surely wrote nothing.
+        """Delete the blob if the transaction that stores its row raises and has certainly committed nothing.
 
-        Whoever is interrupted, or loses the database, while it commits cannot know whether it did. What then is known
-        to no row after all is left to `sweep`.
+        After an interruption or a database error the outcome of the commit is unknown: the blob stays, and `sweep`
+        deletes it if no row names it.
         """
         try:
             yield
@@ -107,10 +104,9 @@ class BlobStore:
             raise
 
     def sweep(self, prefix: str, keep: set[str], *, since: float = 0.0, older_than_s: float = 3600) -> list[str]:
-        """Remove what no row knows: blobs directly below `prefix` that are not in `keep` and old enough.
+        """Delete old blobs directly below `prefix` that are not in `keep`; return their keys.
 
-        Young ones may belong to a row that another process is about to commit. since: Unix seconds; blobs written
-        before stay. Returns the keys removed.
+        A young blob stays: another process may be about to commit its row. since: Unix seconds; older blobs stay.
         """
         swept = []
         for key in self.children(prefix):
@@ -136,7 +132,7 @@ class BlobStore:
             copy.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=copy.parent) as scratch:
                 self.filesystem.get(self._path(key), f"{scratch}/copy", recursive=True)
-                # Another thread may have been first; its copy is the same.
+                # Another thread may have made the same copy first.
                 if not copy.exists():
                     Path(scratch, "copy").rename(copy)
         return copy
@@ -167,11 +163,11 @@ class BlobStore:
 
 
 @contextmanager
-def map_enospc(what: str) -> Iterator[None]:
-    """Raises StorageFull in place of the operating system's errors for a full disk."""
+def map_enospc(content: str) -> Iterator[None]:
+    """Raise StorageFull in place of the system's errors for a full disk. content: its name in the message."""
     try:
         yield
     except OSError as cause:
         if cause.errno in NO_ROOM:
-            raise StorageFull(f"no room to store {what}; nothing was stored") from cause
+            raise StorageFull(f"no room to store {content}; nothing was stored") from cause
         raise

@@ -1,4 +1,4 @@
-"""The database: one engine, sessions that commit or roll back, migrations at start-up."""
+"""The database: one SQLAlchemy engine, transactions, migrations at start-up. `tables` holds the schema."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from reftserve.client.schemas.unicode import whole
 from reftserve.server.errors import StorageFull
 
 BUSY_TIMEOUT_MS = 30_000
-DATABASE_ERRORS = (OperationalError, InterfaceError)  # what is raised while a database cannot be reached, or breaks off
+DATABASE_ERRORS = (OperationalError, InterfaceError)  # the database is unreachable or breaks off
 
 
 class Database:
-    """Tables by SQLAlchemy URL. SQLite in WAL mode, synced at every commit, so that what was acknowledged stays."""
+    """A database by SQLAlchemy URL. SQLite uses WAL and syncs every commit, so acknowledged writes survive a crash."""
 
     def __init__(self, url: str) -> None:
         self.url = make_url(url)
         self.engine: Engine = create_engine(url, pool_pre_ping=True, json_deserializer=_read_json)
         if self.url.get_backend_name() == "sqlite":
             event.listen(self.engine, "connect", _configure_sqlite)
-            event.listen(self.engine, "begin", _begin)
+            event.listen(self.engine, "begin", _begin_transaction)
 
     @contextmanager
     def session(self) -> Iterator[Session]:
-        """A writing transaction: committed at the end, rolled back on any exception.
+        """Open a writing transaction; commit it at the end, roll it back on any exception.
 
-        Raises StorageFull when the disk has no room for it.
+        Raises StorageFull when the disk is full.
         """
         with Session(self.engine, expire_on_commit=False) as session:
             try:
@@ -51,12 +51,12 @@ class Database:
 
     @contextmanager
     def reading(self) -> Iterator[Session]:
-        """A transaction that only reads, and waits for no writer."""
+        """Open a read-only transaction, which waits for no writer."""
         with Session(self.engine.execution_options(read_only=True), expire_on_commit=False) as session:
             yield session
 
     def migrate(self) -> None:
-        """Bring the schema up to date; processes that start together take turns."""
+        """Migrate to the newest schema; processes that start together take turns."""
         config = Config()
         config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
         config.attributes["engine"] = self.engine
@@ -64,7 +64,7 @@ class Database:
             command.upgrade(config, "head")
 
     def is_reachable(self) -> bool:
-        """Whether a query comes back."""
+        """Say whether the database answers a query."""
         try:
             with self.engine.connect() as connection:
                 connection.execute(text("SELECT 1"))
@@ -73,19 +73,19 @@ class Database:
         return True
 
     def now(self, session: Session) -> float:
-        """Unix seconds by the clock that all processes share: the database's; this machine's for a local file."""
+        """Return Unix seconds by the clock that all processes share: the database's, or this machine's for SQLite."""
         if self.url.get_backend_name() == "sqlite":
             return time.time()
         return float(session.execute(text("SELECT extract(epoch FROM clock_timestamp())")).scalar_one())
 
     def advisory_lock(self, session: Session, subject: str) -> None:
-        """Let writing transactions on one subject follow each other, from here to their ends; on SQLite all do."""
+        """Serialize writing transactions on a subject until each ends; SQLite serializes all writing transactions."""
         if self.url.get_backend_name() != "sqlite":
             lock = text("SELECT pg_advisory_xact_lock(hashtextextended(:subject, 0))")
             session.execute(lock, {"subject": subject})
 
     def close(self) -> None:
-        """Give all connections back."""
+        """Close all connections."""
         self.engine.dispose()
 
     @contextmanager
@@ -103,14 +103,14 @@ class Database:
 
 
 def _read_json(stored: str | bytes) -> Any:
-    # Rows from before requests were checked may hold half a surrogate pair, which no answer can carry.
+    # Rows older than the check of requests may hold half a surrogate pair, which an answer cannot encode.
     text = stored if isinstance(stored, str) else stored.decode()
     value = json.loads(text)
     return whole(value) if "\\ud" in text.lower() else value
 
 
 def _configure_sqlite(connection: sqlite3.Connection, record: Any) -> None:
-    # Transactions are begun by SQLAlchemy's event below: the driver would begin them late, as readers.
+    # `_begin_transaction` begins each transaction; the driver would begin it late, as a reader.
     connection.isolation_level = None
     for pragma in (
         "journal_mode=WAL",
@@ -121,8 +121,7 @@ def _configure_sqlite(connection: sqlite3.Connection, record: Any) -> None:
         connection.execute(f"PRAGMA {pragma}")
 
 
-def _begin(connection: Connection) -> None:
-    # A transaction that begins as a reader and then writes fails at once when another wrote meanwhile; one that begins
-    # as a writer waits its turn.
+def _begin_transaction(connection: Connection) -> None:
+    # A transaction that begins as a reader fails at its first write if another has written since; a writer waits.
     read_only = connection.get_execution_options().get("read_only")
     connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")

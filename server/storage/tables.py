@@ -1,4 +1,4 @@
-"""The tables. Every row carries its owner; names are unique within an owner; times are Unix seconds."""
+"""The database schema. Every row carries its owner, names are unique within an owner, times are Unix seconds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 
 class Table(DeclarativeBase):
-    """Base of all tables; constraints get predictable names, which migrations need."""
+    """Base of all tables. Migrations need the predictable names of its constraints."""
 
     metadata = MetaData(
         naming_convention={
@@ -23,7 +23,7 @@ class Table(DeclarativeBase):
 
 
 class File(Table):
-    """An uploaded or produced file; its bytes are the blob `blob_key`. examples: of a data set."""
+    """An uploaded file or a job's result. blob_key: blob of its bytes; examples: their number in a data set."""
 
     __tablename__ = "files"
 
@@ -39,7 +39,7 @@ class File(Table):
 
 
 class Intervention(Table):
-    """A name. next_version only grows, so a version's number is never used twice."""
+    """An intervention's name. next_version only grows, so a version number is never used twice."""
 
     __tablename__ = "interventions"
     __table_args__ = (UniqueConstraint("owner", "name"),)
@@ -55,7 +55,7 @@ class Intervention(Table):
 
 
 class Version(Table):
-    """A published version; its artifact is the blob folder `blob_key`. job_id: what trained it, once at most."""
+    """A published version. blob_key: folder of its artifact; job_id: the job that trained it, which publishes once."""
 
     __tablename__ = "versions"
     __table_args__ = (UniqueConstraint("intervention_id", "version"), UniqueConstraint("job_id"))
@@ -74,7 +74,7 @@ class Version(Table):
 
 
 class Alias(Table):
-    """A movable name of a version; `latest` is one of them."""
+    """A movable name of a version, `latest` included."""
 
     __tablename__ = "aliases"
 
@@ -85,11 +85,11 @@ class Alias(Table):
 
 
 class Job(Table):
-    """A training run. plan: every decision of the recipe; error: code, message and param when it failed.
+    """A training run. plan: every decision of the recipe; error: code, message and param of its failure.
 
-    base: fingerprint of the model that it was made for. lease_worker: who runs it, until lease_expires_at (Unix
-    seconds) unless renewed; fence: counts its changes of hands; attempts: takings since its last checkpoint.
-    data_report: what was found in its data when it was created.
+    base: fingerprint of the model that it trains on. lease_worker: the worker that holds its lease, which ends at
+    lease_expires_at (Unix seconds) unless renewed. fence: counts its changes of hands. attempts: leases since the last
+    checkpoint. data_report: the report on its data at creation.
     """
 
     __tablename__ = "jobs"
@@ -123,7 +123,7 @@ class Job(Table):
 
 
 class JobEvent(Table):
-    """Something that happened in a job; `number` counts up without gaps within it."""
+    """An event of a job. number: counts up without gaps within the job."""
 
     __tablename__ = "job_events"
 
@@ -138,7 +138,7 @@ class JobEvent(Table):
 
 
 class JobCheckpoint(Table):
-    """A durable step of a job; its state is the blob folder `path` for as long as it is `kept`."""
+    """A durable step of a job. path: blob folder of its state, which exists while it is `kept`."""
 
     __tablename__ = "job_checkpoints"
 
@@ -152,7 +152,7 @@ class JobCheckpoint(Table):
 
 
 class Eval(Table):
-    """A data set with criteria, names and labels filled in."""
+    """A data set and its criteria, whose names and labels are filled in."""
 
     __tablename__ = "evals"
 
@@ -170,10 +170,10 @@ class Eval(Table):
 
 
 class EvalRun(Table):
-    """A run of an eval. uses: `name@version` and scale of what it runs with; tally: sums over the items done.
+    """A run of an eval. uses: `name@version` and scale of each intervention; tally: sums over the items done.
 
-    served: fingerprint, dtype and quantization of the base that it was made for. lease_worker: who is at it, until
-    lease_expires_at (Unix seconds) unless renewed.
+    served: fingerprint, dtype and quantization of the base that it evaluates. lease_worker: the process that holds its
+    lease, which ends at lease_expires_at (Unix seconds) unless renewed.
     """
 
     __tablename__ = "eval_runs"
@@ -198,7 +198,7 @@ class EvalRun(Table):
 
 
 class EvalItem(Table):
-    """One example in a run, `number` counting from 0 in the data set. error: why it has no results."""
+    """One example of a run. number: its index in the data set, from 0; error: why it has no results."""
 
     __tablename__ = "eval_items"
 

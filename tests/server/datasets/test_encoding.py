@@ -16,7 +16,7 @@ from reftserve.server.datasets.examples import row_examples
 from reftserve.server.errors import InvalidRequest
 
 TOKENIZER = tiny_tokenizer()
-PLACE = SourceLocation("row", 1)
+LOCATION = SourceLocation("row", 1)
 
 
 def chat(*turns: tuple[str, str]) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def chat(*turns: tuple[str, str]) -> dict[str, Any]:
 
 
 def encoded(row: dict[str, Any], tokenizer: Any = TOKENIZER) -> list[EncodedExample]:
-    return [encode(tokenizer, example) for example in row_examples(row, PLACE)]
+    return [encode(tokenizer, example) for example in row_examples(row, LOCATION)]
 
 
 def texts(examples: list[EncodedExample]) -> list[str]:
@@ -47,7 +47,7 @@ def test_each_assistant_turn_is_learned_behind_the_prompt_that_serving_would_ren
     for index, example in zip(answers, examples, strict=True):
         assert list(example.prompt_ids) == encode_rendered(TOKENIZER, render_chat(TOKENIZER, messages[:index]))
         assert TOKENIZER.decode(example.completion_ids) == messages[index].text + "<|im_end|>"
-        assert example.place == PLACE
+        assert example.location == LOCATION
 
 
 GEMMA = (

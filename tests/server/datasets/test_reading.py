@@ -1,4 +1,4 @@
-"""Data sets in every format: the same rows are the same examples, and what is wrong is said with its place."""
+"""Data sets in every format: the same rows are the same examples, and what is wrong is said with its location."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_the_same_rows_are_the_same_examples_in_every_format(rows: list[Row]) ->
             examples = read_examples(path, filename)
             assert examples == read_examples(path), "content alone says which format it is"
             header = filename == "set.csv"
-            found.append([(example.place.number - header, example.prompt, example.target) for example in examples])
+            found.append([(example.location.number - header, example.prompt, example.target) for example in examples])
     assert found[0]
     assert all(examples == found[0] for examples in found)
 
@@ -93,7 +93,7 @@ def test_a_conversation_counts_an_example_for_each_assistant_turn(tmp_path: Path
     turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user", "assistant")]
     write_lines(tmp_path / "upload", [{"messages": turns}] * 3)
     assert count_examples(tmp_path / "upload") == 6
-    assert [example.place.number for example in read_examples(tmp_path / "upload")] == [1, 1, 2, 2, 3, 3]
+    assert [example.location.number for example in read_examples(tmp_path / "upload")] == [1, 1, 2, 2, 3, 3]
 
 
 GOOD = b'{"prompt": "a", "completion": "b"}'
@@ -117,7 +117,7 @@ GOOD = b'{"prompt": "a", "completion": "b"}'
         ("set.json", b"[" + GOOD, "row 2: not JSON"),
         ("set.json", b"[" + GOOD + b" " + GOOD + b"]", "row 2: not JSON"),
         ("set.json", b"[" + GOOD + b",]", "row 2: not JSON"),
-        ("set.json", b"[" + GOOD + b"] x", "'x' stands behind"),
+        ("set.json", b"[" + GOOD + b"] x", "'x' follows"),
         ("set.json", b"[" + GOOD + b", 3]", "row 2: int; expected an object"),
         ("set.json", b'[{"prompt": "\xff"}]', "not UTF-8 at byte 13"),
         ("set.json", b"[" * 100_000, "row 1: JSON that is nested too deeply"),
@@ -137,7 +137,7 @@ GOOD = b'{"prompt": "a", "completion": "b"}'
         ("set.parquet", b"PAR1 and nothing behind it", "cannot be read as Parquet"),
     ],
 )
-def test_what_is_wrong_is_said_with_its_place_and_what_would_be_right(
+def test_what_is_wrong_is_said_with_its_location_and_what_would_be_right(
     tmp_path: Path, filename: str, content: bytes, says: str
 ) -> None:
     path = tmp_path / "upload"

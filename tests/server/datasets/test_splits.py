@@ -47,10 +47,10 @@ def test_conversations_stay_whole_and_what_they_begin_with_is_not_scored_when_it
     training = [e for row, (opening, later) in enumerate(rows) for e in conversation(row, [opening, *later])]
     parts = split(training, None, seed=seed)
     assert_disjoint(prompts(parts))
-    places = [{example.place for example in part} for part in (parts.train, parts.validation, parts.test)]
-    assert not places[0] & places[1]
-    assert not places[0] & places[2]
-    assert not places[1] & places[2]
+    locations = [{example.location for example in part} for part in (parts.train, parts.validation, parts.test)]
+    assert not locations[0] & locations[1]
+    assert not locations[0] & locations[2]
+    assert not locations[1] & locations[2]
 
 
 def test_conversations_that_all_begin_alike_can_still_be_split() -> None:

@@ -1,4 +1,4 @@
-"""Leases of jobs; a request to pause in place of one to cancel, which is now done at once."""
+"""Leases of jobs. A request to pause replaces the request to cancel, since a job now ends at once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def upgrade() -> None:
     stopping = jobs.c.cancel_requested & jobs.c.status.in_(LIVING)
     op.execute(jobs.update().where(stopping).values(status="cancelled"))
     op.execute(jobs.update().values(cancel_requested=False))
-    # Not in a batch: SQLite would have to drop the table, and events and checkpoints refer to it.
+    # No batch: SQLite would have to drop the table, which events and checkpoints refer to.
     op.alter_column("jobs", "cancel_requested", new_column_name="pause_requested")
     op.add_column("jobs", sa.Column("base", sa.JSON(), nullable=True))
     op.add_column("jobs", sa.Column("lease_worker", sa.String(), nullable=True))
@@ -28,12 +28,12 @@ def upgrade() -> None:
     op.add_column("jobs", sa.Column("fence", sa.Integer(), nullable=False, server_default="0"))
     op.add_column("jobs", sa.Column("attempts", sa.Integer(), nullable=False, server_default="0"))
     op.add_column("job_checkpoints", sa.Column("kept", sa.Boolean(), nullable=False, server_default=sa.true()))
-    # What was there lies outside the blob store, where it is no longer looked for.
+    # Earlier checkpoints lie outside the blob store, where no code looks for them now.
     op.execute(checkpoints.update().values(kept=False))
 
 
 def downgrade() -> None:
-    """Take back."""
+    """Revert."""
     op.drop_column("job_checkpoints", "kept")
     for column in ("attempts", "fence", "lease_expires_at", "lease_worker", "base"):
         op.drop_column("jobs", column)

@@ -18,6 +18,6 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Take back."""
+    """Revert."""
     with op.batch_alter_table("jobs", schema=None) as batch_op:
         batch_op.drop_column("data_report")

@@ -62,7 +62,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Take back."""
+    """Revert."""
     op.drop_table("eval_items")
     op.drop_index(op.f("ix_eval_runs_status"), "eval_runs")
     op.drop_index(op.f("ix_eval_runs_eval_id"), "eval_runs")

@@ -1,4 +1,4 @@
-"""What base a run of an eval was made for, and how it was computed"""
+"""Fingerprint, dtype and quantization of the base that an eval run evaluates"""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ depends_on = None
 
 def upgrade() -> None:
     """Apply."""
-    # Not in a batch: SQLite would have to drop the table, and items refer to it.
+    # No batch: SQLite would have to drop the table, which items refer to.
     op.add_column("eval_runs", sa.Column("served", sa.JSON(), nullable=True))
 
 
 def downgrade() -> None:
-    """Take back."""
+    """Revert."""
     op.drop_column("eval_runs", "served")

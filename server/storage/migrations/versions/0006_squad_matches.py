@@ -1,4 +1,4 @@
-"""Exact matches are strict unless they say otherwise: those from before keep SQuAD's rules"""
+"""Exact match is strict by default; existing criteria keep SQuAD's normalization"""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Take back."""
+    """Revert."""
     _change_matches(lambda criterion: {key: value for key, value in criterion.items() if key != "normalize"})
 
 

@@ -1,4 +1,4 @@
-"""Leases of runs of evals"""
+"""Leases of eval runs"""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ depends_on = None
 
 def upgrade() -> None:
     """Apply."""
-    # Not in a batch: SQLite would have to drop the table, and items refer to it.
+    # No batch: SQLite would have to drop the table, which items refer to.
     op.add_column("eval_runs", sa.Column("lease_worker", sa.String(), nullable=True))
     op.add_column("eval_runs", sa.Column("lease_expires_at", sa.Double(), nullable=True))
 
 
 def downgrade() -> None:
-    """Take back."""
+    """Revert."""
     for column in ("lease_expires_at", "lease_worker"):
         op.drop_column("eval_runs", column)

@@ -1,1 +1,1 @@
-"""One file a schema change."""
+"""Schema changes, one file each."""
