@@ -6,7 +6,7 @@ DATA := reftserve-data
 PROPERTIES := $(addprefix tests/server/engine/test_,mixtures.py prefix_cache.py logprobs.py logits.py sampler.py)
 MODEL := $(DATA)/models/HuggingFaceTB--SmolLM2-135M-Instruct
 
-.PHONY: demo test test-thorough bench bench-peers bench-train check format generate install model lint-links clean help
+.PHONY: demo test test-thorough bench bench-peers bench-train check docs format generate install model lint-links clean help
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,13 +32,18 @@ bench-train: model ## Measure training beside pyreft and PEFT (half an hour)
 	benchmarks/peers/setup.sh
 	$(BIN)/python benchmarks/train.py
 
-check: install lint-links ## Lint, format check, generated client, types, import contracts
+check: install lint-links ## Lint, format check, generated client and pages, types, import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python .ci/generate_sync_client.py --check
 	$(BIN)/python docs/generate_rooms.py --check
+	$(BIN)/python docs/generate_settings.py --check
 	MYPYPATH=.lint $(BIN)/mypy -p reftserve.interventions -p reftserve.client -p reftserve.server
 	PYTHONPATH=.lint $(BIN)/lint-imports
+
+docs: install ## Write docs/settings.md and the drawing in docs/architecture.md
+	$(BIN)/python docs/generate_settings.py
+	$(BIN)/python docs/generate_rooms.py
 
 format: install ## Apply the formatter and the safe fixes
 	$(BIN)/ruff format .

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, version
 from typing import Annotated
 
 import httpx
@@ -58,12 +58,21 @@ Seed = Annotated[int | None, typer.Option()]
 Stop = Annotated[list[str] | None, typer.Option(help="Stop string; repeatable")]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(version("reftserve"))
+        raise typer.Exit
+
+
 @app.callback()
 def connection(
     context: typer.Context,
     url: Annotated[str, typer.Option(envvar="REFTSERVE_URL", help="The server's address")] = DEFAULT_URL,
     api_key: Annotated[str | None, typer.Option(envvar="REFTSERVE_API_KEY", show_envvar=False)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print results as JSON")] = False,
+    _: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit")
+    ] = False,
 ) -> None:
     """Set the options of every command."""
     client = Client(url, api_key=api_key)

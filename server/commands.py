@@ -5,63 +5,112 @@ from __future__ import annotations
 import platform
 import shutil
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Annotated, Any
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, NoReturn
 
 import typer
 from pydantic import ValidationError
 from rich.console import Console
+from rich.markup import escape
 
 from reftserve.server.errors import ServerError
-from reftserve.server.settings import Settings
+from reftserve.server.settings import Settings, SettingsError
+from reftserve.server.settings_reference import takes_settings
 
 app = typer.Typer()
 console = Console()
 
-Model = Annotated[str | None, typer.Option(help="Hugging Face id, or a folder with a model in its format")]
-Data = Annotated[Path | None, typer.Option(help="Folder for database, artifacts, files and models")]
-Config = Annotated[Path | None, typer.Option(help="TOML file with any of the settings")]
-Host = Annotated[str | None, typer.Option()]
-Port = Annotated[int | None, typer.Option(help="0 takes a free port")]
-NoWorker = Annotated[bool, typer.Option("--no-worker", help="Run `reftserve worker` apart")]
+
+def explained(command: Callable[..., None]) -> Callable[..., None]:
+    """Wrap a command: what its user can mend is one line on standard error and exit code 1, not a traceback."""
+
+    @wraps(command)
+    def run(**flags: Any) -> None:
+        try:
+            command(**flags)
+        except ModuleNotFoundError as cause:
+            _fail(f"{cause}; pip install 'reftserve[server]'", cause)
+        except ServerError as cause:
+            _fail(cause.message, cause)
+        except SettingsError as cause:
+            _fail(f"settings: {cause}", cause)
+        except ValidationError as cause:
+            wrong = (
+                f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}" for e in cause.errors()
+            )
+            _fail(f"settings: {'; '.join(wrong)}", cause)
+
+    return run
+
+
+def _fail(reason: str, cause: Exception) -> NoReturn:
+    Console(stderr=True).print("[red]error:[/]", escape(reason), highlight=False, soft_wrap=True)
+    raise typer.Exit(1) from cause
+
+
+COMMON = ("model", "data", "config", "device")
 
 
 @app.command()
-def serve(
-    model: Model = None,
-    data: Data = None,
-    host: Host = None,
-    port: Port = None,
-    config: Config = None,
-    no_worker: NoWorker = False,
-) -> None:
-    """Serve a base model and its interventions over HTTP."""
-    with _explained():
-        settings = _settings(
-            model=model, data=data, host=host, port=port, config=config, worker=False if no_worker else None
-        )
-        from reftserve.server.main import serve as run_server
+@explained
+@takes_settings(
+    *COMMON,
+    "host",
+    "port",
+    "database_url",
+    "blob_url",
+    "worker",
+    "served_model_name",
+    "dtype",
+    "quantization",
+    "override_fingerprint",
+    "engine_threads",
+    "kv_cache_bytes",
+    "prefix_cache",
+    "max_batch_tokens",
+    "max_sequences",
+    "bank_bytes",
+    "worker_threads",
+    "worker_niceness",
+    "max_queue",
+)
+def serve(settings: Settings) -> None:
+    """Serve a base model and its interventions over HTTP.
 
-        run_server(settings)
+    The environment, a TOML file and these flags give settings, in that order of rising precedence; docs/settings.md
+    lists them all.
+    """
+    from reftserve.server.main import serve as run_server
+
+    run_server(settings)
 
 
 @app.command()
-def worker(model: Model = None, data: Data = None, config: Config = None) -> None:
+@explained
+@takes_settings(
+    *COMMON,
+    "database_url",
+    "blob_url",
+    "dtype",
+    "worker_threads",
+    "worker_niceness",
+    "worker_yields",
+    "activation_cache_bytes",
+    "activation_cache_disk_bytes",
+)
+def worker(settings: Settings) -> None:
     """Run a training worker apart from the server, on the same data folder; several share the jobs."""
-    with _explained():
-        settings = _settings(model=model, data=data, config=config)
-        from reftserve.server.training.worker import run
+    from reftserve.server.training.worker import run
 
-        run(settings)
+    run(settings)
 
 
 @app.command()
-def doctor(model: Model = None, data: Data = None, port: Port = None, config: Config = None) -> None:
+@explained
+@takes_settings(*COMMON, "host", "port")
+def doctor(settings: Settings) -> None:
     """Check that this machine can serve; exits with 1 when something is in the way."""
-    with _explained():
-        settings = _settings(model=model, data=data, port=port, config=config)
     checks: list[tuple[str, Callable[[Settings], str]]] = [
         ("python", lambda _: platform.python_version()),
         ("torch", _check_torch),
@@ -77,27 +126,6 @@ def doctor(model: Model = None, data: Data = None, port: Port = None, config: Co
             failed += 1
             console.print(f"[red]wrong[/] {name}: {cause}", highlight=False)
     raise typer.Exit(1 if failed else 0)
-
-
-def _settings(**flags: Any) -> Settings:
-    try:
-        return Settings.from_flags(**flags)
-    except ValidationError as cause:
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in cause.errors())
-        raise ServerError(f"settings: {wrong}") from cause
-
-
-@contextmanager
-def _explained() -> Iterator[None]:
-    """A reason in one line instead of a traceback for what users can mend."""
-    try:
-        yield
-    except ModuleNotFoundError as cause:
-        Console(stderr=True).print(f"[red]error:[/] {cause}; pip install 'reftserve\\[server]'", highlight=False)
-        raise typer.Exit(1) from cause
-    except ServerError as cause:
-        Console(stderr=True).print(f"[red]error:[/] {cause.message}", highlight=False)
-        raise typer.Exit(1) from cause
 
 
 def _check_torch(settings: Settings) -> str:
@@ -124,7 +152,8 @@ def _check_data(settings: Settings) -> str:
 
 
 def _check_port(settings: Settings) -> str:
-    with socket.socket() as listener:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    with socket.socket(family) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((settings.host, settings.port))
     return f"{settings.host}:{settings.port} is free"

@@ -1,0 +1,100 @@
+"""The commands of the server extra as a user meets them: `--help`, flags, and one line for what is wrong."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from reftserve.server.settings import Settings
+from reftserve.server.settings_reference import settings_reference, takes_settings
+
+REFTSERVE = Path(sys.executable).parent / "reftserve"
+
+
+def run(*arguments: str, code: int = 0, **variables: str) -> str:
+    """Run `python -m reftserve.server.commands`; returns what it said, of any width."""
+    command = [sys.executable, "-m", "reftserve.server.commands", *arguments]
+    environment = {**os.environ, "COLUMNS": "400", "NO_COLOR": "1", **variables}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    assert result.returncode == code, result.stdout + result.stderr
+    return result.stderr if code else result.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "names"),
+    [
+        ("serve", ["model", "data", "host", "port", "config", "device", "dtype", "quantization", "served_model_name"]),
+        ("serve", ["engine_threads", "kv_cache_bytes", "max_sequences", "worker", "worker_threads"]),
+        ("worker", ["model", "data", "config", "device", "worker_threads", "activation_cache_bytes"]),
+        ("doctor", ["model", "data", "config", "device", "host", "port"]),
+    ],
+)
+def test_help_shows_each_flag_with_its_meaning_and_its_default(command: str, names: list[str]) -> None:
+    shown = run(command, "--help")
+    for name in names:
+        setting = settings_reference()[name]
+        flag = setting.flag.split("/")[0]
+        line = next(line for line in shown.splitlines() if re.search(rf"{flag}\s", line))
+        assert setting.meaning in line
+        assert f"Default: {setting.default}" in line
+
+
+def test_flags_reach_the_settings() -> None:
+    app = typer.Typer()
+    received: list[Settings] = []
+    app.command()(takes_settings(*settings_reference())(received.append))
+    flags = ["--quantization", "int8", "--kv-cache-bytes", "2GiB", "--no-worker", "--lease-s", "2.5", "--data", "d"]
+    result = CliRunner().invoke(app, [*flags, "--served-model-name", "x", "--override-fingerprint"])
+    assert result.exit_code == 0, result.output
+    expected = {"quantization": "int8", "kv_cache_bytes": 2 << 30, "worker": False, "lease_s": 2.5, "data": Path("d")}
+    expected |= {"served_model_name": "x", "override_fingerprint": True}
+    assert received[0].model_dump(exclude_defaults=True) == expected
+
+
+@pytest.mark.parametrize(
+    ("command", "variables", "reason"),
+    [
+        ("serve --quantization int4", {}, "quantization: Input should be 'none' or 'int8'"),
+        ("serve --kv-cache-bytes two", {}, "kv_cache_bytes: 'two' is no size"),
+        ("serve --port 99999", {}, "port: Input should be less than or equal to 65535"),
+        ("worker --worker-threads none", {}, "worker_threads: Input should be a valid integer"),
+        ("doctor --config none.toml", {}, "settings file none.toml: No such file"),
+        ("serve", {"REFTSERVE_PROT": "1"}, "REFTSERVE_PROT is no setting; did you mean REFTSERVE_PORT"),
+        ("worker", {"REFTSERVE_PROT": "1"}, "REFTSERVE_PROT is no setting; did you mean REFTSERVE_PORT"),
+        ("doctor", {"REFTSERVE_PROT": "1"}, "REFTSERVE_PROT is no setting; did you mean REFTSERVE_PORT"),
+    ],
+)
+def test_a_wrong_setting_is_one_line(command: str, variables: dict[str, str], reason: str) -> None:
+    said = run(*command.split(), code=1, **variables)
+    assert said.startswith(f"error: settings: {reason}")
+    assert len(said.splitlines()) == 1
+
+
+def test_doctor_names_what_is_in_the_way(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "reftserve.server.commands", "doctor", "--model", str(tmp_path), "--port", "0"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert result.returncode == 1
+    assert "holds no config.json" in result.stdout.replace("\n", " ")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_doctor_takes_the_addresses_that_serve_takes(host: str, tiny_llama_folder: Path, tmp_path: Path) -> None:
+    flags = ["--model", str(tiny_llama_folder), "--data", str(tmp_path), "--port", "0", "--host", host]
+    assert f"port: {host}:0 is free" in run("doctor", *flags)
+
+
+def test_version_is_the_distributions() -> None:
+    result = subprocess.run([str(REFTSERVE), "--version"], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == version("reftserve")
