@@ -154,7 +154,7 @@ def test_what_is_wrong_is_said_with_its_location_and_what_would_be_right(
     [
         ([("user", "a", None)], "field messages: List should have at least 2"),
         ([("user", "a", None), ("assistant", "b", None), ("user", "c", None)], "field messages.2.role: 'user'"),
-        ([("user", "a", 0), ("assistant", "b", None)], "field messages.0.weight: only an assistant's"),
+        ([("user", "a", 0), ("assistant", "b", None)], "field messages.0.weight: only assistant messages"),
         ([("user", "a", None), ("assistant", "b", 2)], "field messages.1.weight"),
         ([("user", "a", None), ("assistant", "b", 0)], "field messages: nothing to learn"),
         (
