@@ -102,8 +102,8 @@ class BaseModelSettings(BaseModel):
     )
     cpu_kernels: Literal["auto", "always", "never"] = Field(
         "auto",
-        description="On the CPU in float32, kernels that a C++ compiler builds at the first start. auto takes each kernel "
-        "that is faster than torch's operations, measured then, and torch's alone without a compiler, with a warning. "
+        description="On the CPU in float32, kernels that a C++ compiler builds at the first start. auto takes each "
+        "kernel that is faster than torch's operations, measured then; without a compiler, none, with a warning. "
         "always takes all, never takes none. int8 needs them",
     )
     cuda_graphs: bool = Field(

@@ -23,9 +23,9 @@ from reftserve.server.evaluation.serving_fingerprint import ServingFingerprint
 from reftserve.server.evaluation.tally import Tally
 from reftserve.server.registry.composition import resolve_composition
 from reftserve.server.registry.store import Store
+from reftserve.server.storage.leases import release_lease
 from reftserve.server.storage.tables import Eval, EvalItem, EvalRun
 
-UNFINISHED = ("queued", "in_progress")
 _CRITERIA: TypeAdapter[list[TestingCriterion]] = TypeAdapter(list[TestingCriterion])
 
 
@@ -169,9 +169,10 @@ class EvalService:
         """
         self.get_run(owner, eval_id, run_id)
         with self._store.database.session() as session:
-            run = session.get_one(EvalRun, run_id)
-            if run.status not in UNFINISHED:
+            run = session.get_one(EvalRun, run_id, with_for_update=True)
+            if run.status in EvalRun.ENDED:
                 raise Conflict(f"run {run_id} is {run.status} and cannot be canceled", code="eval_run_ended")
+            release_lease(run)
             run.status = "canceled"
             run.finished_at = int(time.time())
         return run

@@ -27,6 +27,7 @@ from reftserve.server.inference.service import InferenceService, cache_salt
 from reftserve.server.registry.names import Reference
 from reftserve.server.registry.store import Store
 from reftserve.server.storage.database import DATABASE_ERRORS
+from reftserve.server.storage.leases import MAX_ATTEMPTS, Lease, LeaseLost, Leases, worker_id
 from reftserve.server.storage.tables import EvalRun
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,8 @@ class Evaluator:
     def __init__(self, store: Store, evals: EvalService, inference: InferenceService, *, lease_s: float) -> None:
         self._store = store
         self._evals = evals
-        self._repository = RunRepository(store.database, lease_s=lease_s)
+        self._repository = RunRepository(store.database)
+        self._leases = Leases(store.database, EvalRun, worker_id(), lease_s=lease_s)
         self._lease_s = lease_s
         self._inference = inference
 
@@ -57,21 +59,24 @@ class Evaluator:
         try:
             await self._execute_runs()
         finally:
-            await asyncio.to_thread(self._repository.release)
+            await asyncio.to_thread(self._leases.release)
 
     async def _execute_runs(self) -> None:
         while True:
             try:
-                run = await asyncio.to_thread(self._repository.next_run) if self._inference.is_ready else None
-                if run is not None:
+                # What an error of the tables left in hand is free again, for this server or another.
+                await asyncio.to_thread(self._leases.release, in_order=False)
+                while True:
+                    lease = await asyncio.to_thread(self._leases.take) if self._inference.is_ready else None
+                    if lease is None:
+                        await asyncio.sleep(POLL_S)
+                        continue
                     with self._lease_renewed():
-                        await self._run(run)
-                    continue
+                        await self._run(lease)
             except Exception:
                 # The tables cannot be read or written. The run resumes once they can.
                 logger.exception("evaluations wait for the database; the next try is in %s s", TABLES_POLL_S)
                 await asyncio.sleep(TABLES_POLL_S)
-            await asyncio.sleep(POLL_S)
 
     @contextmanager
     def _lease_renewed(self) -> Iterator[None]:
@@ -85,38 +90,51 @@ class Evaluator:
         while True:
             await asyncio.sleep(self._lease_s / RENEWALS_PER_LEASE)
             try:
-                await asyncio.to_thread(self._repository.renew)
+                await asyncio.to_thread(self._leases.renew)
             except (SQLAlchemyError, StorageFull):
                 # The next renewal may still be in time. If none is, the run notices its lost lease at its next write.
                 logger.exception("the lease could not be renewed")
 
-    async def _run(self, run: EvalRun) -> None:
-        error: EvalError | None = None
+    async def _run(self, lease: Lease[EvalRun]) -> None:
         try:
-            if not await self._evaluate(run):
-                return
+            error = await self._evaluate_or_fail(lease)
+            await asyncio.to_thread(self._repository.end, lease, error)
+        except LeaseLost as cause:
+            logger.info("a run stops: %s", cause)
+
+    async def _evaluate_or_fail(self, lease: Lease[EvalRun]) -> EvalError | None:
+        """Evaluate the run; return the error that fails it.
+
+        Raises LeaseLost, or one of `DATABASE_ERRORS`.
+        """
+        try:
+            await self._evaluate(lease)
         except ServerError as cause:
-            error = EvalError(code=cause.code, message=cause.message)
-        except DATABASE_ERRORS:
+            return EvalError(code=cause.code, message=cause.message)
+        except (LeaseLost, *DATABASE_ERRORS):
             raise
         except Exception:
-            logger.exception("evaluation %s failed", run.id)
-            error = EvalError(code="internal_error", message="internal error; the server's log says more")
-        await asyncio.to_thread(self._repository.end, run.id, error)
+            logger.exception("evaluation %s failed", lease.id)
+            return EvalError(code="internal_error", message="internal error; see the server's log")
+        return None
 
-    async def _evaluate(self, run: EvalRun) -> bool:
-        """Evaluate the items without a result; return False if the run was cancelled, deleted or taken over.
+    async def _evaluate(self, lease: Lease[EvalRun]) -> None:
+        """Evaluate the items without a result.
 
-        Raises ServerError if the file, an intervention or the base is gone, or if engines keep dying.
+        Raises ServerError if the file, an intervention or the base is gone, if engines keep dying, or if servers do;
+        LeaseLost if the run was cancelled, deleted or taken over.
         """
+        if lease.attempt > MAX_ATTEMPTS:
+            raise ServerError(
+                f"{MAX_ATTEMPTS} times in a row a server ended before the run's next items", code="worker_lost"
+            )
+        run = await asyncio.to_thread(self._repository.get, lease)
         examples, target = await asyncio.to_thread(self._load, run)
         done = await asyncio.to_thread(self._repository.done, run.id)
         with self._inference.pinned(target.context):
             for chunk in _chunks([item for item in enumerate(examples) if item[0] not in done]):
                 outcomes = await self._evaluate_chunk(target, chunk)
-                if not await asyncio.to_thread(self._repository.add, run.id, target.criteria, outcomes):
-                    return False
-        return True
+                await asyncio.to_thread(self._repository.add, lease, target.criteria, outcomes)
 
     async def _evaluate_chunk(self, target: RunTarget, chunk: Sequence[NumberedExample]) -> list[ItemOutcome]:
         async def attempt() -> list[ItemOutcome]:

@@ -1,103 +1,61 @@
-"""What is written about a run while it goes on: its status, its items, chunk by chunk, and the sums over them.
+"""The rows of runs while they are in progress: status, items chunk by chunk, and the sums over them.
 
-Of the servers on one database one is at a run, by a lease like a job's (`training/leases.py`). Every write asks whether
-it still is; a log has one run at a time, so that its name is fence enough.
+A run is written under its lease (`storage/leases.py`). Each write raises LeaseLost, with nothing written, when the run
+was cancelled, deleted or taken over by another server.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
 
-from sqlalchemy import or_, select, update
-from sqlalchemy.orm import Session
+from sqlalchemy import select
 
 from reftserve.client.schemas import EvalError, TestingCriterion
 from reftserve.server.evaluation.criteria import item_result
 from reftserve.server.evaluation.items import ItemOutcome
 from reftserve.server.evaluation.tally import Tally
 from reftserve.server.storage.database import Database
-from reftserve.server.storage.leases import worker_id
+from reftserve.server.storage.leases import Lease, release_lease, require_lease
 from reftserve.server.storage.tables import EvalItem, EvalRun
 
 
 class RunRepository:
-    """Reads and writes the rows of runs, for one server. lease_s: seconds that a run is its own unless renewed."""
+    """Reads and writes the rows of runs."""
 
-    def __init__(self, database: Database, *, lease_s: float) -> None:
+    def __init__(self, database: Database) -> None:
         self._database = database
-        self._worker = worker_id()
-        self._lease_s = lease_s
 
-    def next_run(self) -> EvalRun | None:
-        """The oldest run that is not finished and that no other server is at, now in progress here."""
+    def get(self, lease: Lease[EvalRun]) -> EvalRun:
+        """Return the lease's run. Raises LeaseLost."""
         with self._database.reading() as session:
-            if self._oldest(session) is None:
-                return None
-        with self._database.session() as session:
-            run = self._oldest(session, lock=True)
-            if run is not None:
-                run.status = "in_progress"
-                run.started_at = run.started_at or int(time.time())
-                run.lease_worker = self._worker
-                run.lease_expires_at = self._database.now(session) + self._lease_s
-        return run
-
-    def renew(self) -> None:
-        """A sign of life: the run in progress here is so for longer."""
-        with self._database.session() as session:
-            self._set_lease(session, lease_expires_at=self._database.now(session) + self._lease_s)
-
-    def release(self) -> None:
-        """Leave the run in progress here to whoever comes next."""
-        with self._database.session() as session:
-            self._set_lease(session, lease_worker=None, lease_expires_at=None)
+            return require_lease(session, lease)
 
     def done(self, run_id: str) -> set[int]:
-        """Numbers of the items that are kept."""
+        """Return the numbers of the stored items."""
         with self._database.reading() as session:
             return set(session.scalars(select(EvalItem.number).where(EvalItem.run_id == run_id)))
 
-    def add(self, run_id: str, criteria: Sequence[TestingCriterion], outcomes: Sequence[ItemOutcome]) -> bool:
-        """Keep a chunk of items and count them, in one transaction; False when the run is not wanted here any more."""
+    def add(self, lease: Lease[EvalRun], criteria: Sequence[TestingCriterion], outcomes: Sequence[ItemOutcome]) -> None:
+        """Store a chunk of items and count them, in one transaction. Raises LeaseLost."""
         with self._database.session() as session:
-            run = self._held(session, run_id)
-            if run is None:
-                return False
+            run = require_lease(session, lease)
+            run.attempts = 0
             numbers = [outcome.number for outcome in outcomes]
-            known = select(EvalItem.number).where(EvalItem.run_id == run_id, EvalItem.number.in_(numbers))
-            kept = set(session.scalars(known))
+            known = select(EvalItem.number).where(EvalItem.run_id == run.id, EvalItem.number.in_(numbers))
+            stored = set(session.scalars(known))
             tally = Tally.model_validate(run.tally)
-            session.add_all(_item(run, criteria, tally, o) for o in outcomes if o.number not in kept)
+            session.add_all(_item(run, criteria, tally, o) for o in outcomes if o.number not in stored)
             run.tally = tally.model_dump()
-        return True
 
-    def end(self, run_id: str, error: EvalError | None = None) -> None:
-        """Complete a run, or fail it with an error, unless it has been cancelled, deleted or taken over."""
+    def end(self, lease: Lease[EvalRun], error: EvalError | None = None) -> None:
+        """Complete the run, or fail it with an error. Raises LeaseLost."""
         with self._database.session() as session:
-            run = self._held(session, run_id)
-            if run is not None:
-                run.status = "completed" if error is None else "failed"
-                run.error = None if error is None else error.model_dump()
-                run.finished_at = int(time.time())
-
-    def _oldest(self, session: Session, *, lock: bool = False) -> EvalRun | None:
-        free = or_(
-            EvalRun.lease_worker.is_(None),
-            EvalRun.lease_worker == self._worker,
-            EvalRun.lease_expires_at < self._database.now(session),
-        )
-        query = select(EvalRun).where(EvalRun.status.in_(("queued", "in_progress")), free).order_by(EvalRun.id).limit(1)
-        return session.scalar(query.with_for_update(skip_locked=True) if lock else query)
-
-    def _held(self, session: Session, run_id: str) -> EvalRun | None:
-        run = session.get(EvalRun, run_id, with_for_update=True)
-        return run if run and (run.status, run.lease_worker) == ("in_progress", self._worker) else None
-
-    def _set_lease(self, session: Session, **fields: Any) -> None:
-        mine = (EvalRun.status == "in_progress", EvalRun.lease_worker == self._worker)
-        session.execute(update(EvalRun).where(*mine).values(**fields))
+            run = require_lease(session, lease)
+            run.status = "completed" if error is None else "failed"
+            run.error = None if error is None else error.model_dump()
+            run.finished_at = int(time.time())
+            release_lease(run)
 
 
 def _item(run: EvalRun, criteria: Sequence[TestingCriterion], tally: Tally, outcome: ItemOutcome) -> EvalItem:

@@ -1,15 +1,15 @@
-"""Who runs a job: one worker at a time, for as long as it gives signs of life.
+"""Leases: one process at a time works on a job or on a run of an eval, for as long as it gives signs of life.
 
-A worker takes a job together with a lease that runs out unless it is renewed, and a fence: a number that grows with
-each change of hands. Every write of a run compares the fence in its own transaction, so a worker that was given up for
+A process takes a row together with a lease, which ends unless it is renewed, and a fence: a number that grows with each
+change of hands. Every write of the work compares the fence in its own transaction. So a process that was given up for
 dead and wakes up finds its lease lost before it can write, or publish, anything.
 
-    queued ──take──► running ─release─► succeeded, failed, cancelled, paused
+    queued ──take──► running ─release─► ended, or paused
                      ▲     │
-                     └─take┘  by another worker, once the lease has run out
+                     └─take┘  by another process, once the lease has ended
 
-Leases are renewed by a thread, not by the steps: a step may take longer than a lease. A trainer that hangs therefore
-keeps its job until its process ends or somebody cancels the job, which needs no answer from the worker.
+Leases are renewed by time, not by progress: a step may take longer than a lease. Work that hangs therefore keeps its
+row until its process ends or somebody cancels it, which needs no answer from the process.
 """
 
 from __future__ import annotations
@@ -19,116 +19,126 @@ import socket
 import time
 import uuid
 from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
-from sqlalchemy import ColumnElement, or_, select, update
+from sqlalchemy import ColumnElement, Select, or_, select, update
 from sqlalchemy.orm import Session
 
 from reftserve.server.storage.database import Database
-from reftserve.server.storage.tables import Job
+from reftserve.server.storage.tables import Leased
 
-ENDED = ("succeeded", "failed", "cancelled")
+MAX_ATTEMPTS = 20  # leases in a row without progress, after which the work fails
+Row = TypeVar("Row", bound=Leased)
 
 
 class LeaseLost(Exception):
-    """The job is no longer this worker's: it was paused, cancelled or taken over. Nothing was written."""
+    """The row is no longer this process's: it was paused, cancelled, deleted or taken over. Nothing was written."""
 
 
 @dataclass(frozen=True)
-class Lease:
-    """The right to run a job until it changes hands. attempt: how often it was taken since its last checkpoint."""
+class Lease(Generic[Row]):
+    """The right to work on a row until it changes hands. attempt: how often it was taken since it last got further."""
 
-    job_id: str
+    table: type[Row]
+    id: str
     fence: int
     attempt: int
 
 
 def worker_id() -> str:
-    """A name for this process that no other has, now or later."""
+    """Return a name for this process that no other process has, now or later."""
     return f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
 
 
-class Leases:
-    """The leases of one worker. lease_s: seconds that one lasts without being renewed."""
+class Leases(Generic[Row]):
+    """The leases of one process on rows of one table. lease_s: seconds until a lease ends unless renewed."""
 
-    def __init__(self, database: Database, worker: str, *, lease_s: float) -> None:
+    def __init__(self, database: Database, table: type[Row], worker: str, *, lease_s: float) -> None:
         self._database = database
+        self._table = table
         self._worker = worker
         self._lease_s = lease_s
 
-    def take(self) -> Lease | None:
-        """The oldest job that waits, or whose worker has given no sign of life; None when there is none."""
-        with self._database.session() as session:
-            now = self._database.now(session)
-            query = (
-                select(Job)
-                .where(Job.status.in_(("queued", "running")), is_free(now))
-                .order_by(Job.created_at, Job.id)
-                .limit(1)
-                .with_for_update(skip_locked=True)
-            )
-            job = session.scalar(query)
-            if job is None:
+    def take(self) -> Lease[Row] | None:
+        """Take the oldest row that waits, or whose lease has ended; None when there is none."""
+        # Read first: an idle process must not lock the database with each poll.
+        with self._database.reading() as session:
+            if session.scalar(self._waiting(self._database.now(session))) is None:
                 return None
-            job.status = "running"
-            job.started_at = job.started_at or int(time.time())
-            job.attempts += 1
-            return self._lend(job, now)
-
-    def take_ended(self, job_id: str) -> Lease | None:
-        """A job that has ended, to clear up after it; None when it lives, or somebody else is at it."""
         with self._database.session() as session:
             now = self._database.now(session)
-            query = select(Job).where(Job.id == job_id, Job.status.in_(ENDED), is_free(now))
-            job = session.scalar(query.with_for_update(skip_locked=True))
-            return None if job is None else self._lend(job, now)
+            row: Row | None = session.scalar(self._waiting(now).with_for_update(skip_locked=True))
+            if row is None:
+                return None
+            row.status = self._table.RUNNING
+            row.started_at = row.started_at or int(time.time())
+            row.attempts += 1
+            return self._lend(row, now)
+
+    def take_ended(self, row_id: str) -> Lease[Row] | None:
+        """Take a row that has ended, to clear up after it; None while it lives or another process holds it."""
+        with self._database.session() as session:
+            now = self._database.now(session)
+            table = self._table
+            query = select(table).where(table.id == row_id, table.status.in_(table.ENDED), _is_free(table, now))
+            row = session.scalar(query.with_for_update(skip_locked=True))
+            return None if row is None else self._lend(row, now)
 
     def renew(self) -> None:
-        """A sign of life: all leases of this worker last anew."""
+        """Extend all leases of this process."""
         with self._database.session() as session:
             expires_at = self._database.now(session) + self._lease_s
-            session.execute(update(Job).where(Job.lease_worker == self._worker).values(lease_expires_at=expires_at))
+            mine = self._table.lease_worker == self._worker
+            session.execute(update(self._table).where(mine).values(lease_expires_at=expires_at))
 
     def release(self, *, in_order: bool = True) -> None:
-        """Give all leases back, so that another worker need not wait for their end.
+        """Give all leases back, so that another process need not wait for their end.
 
-        in_order: that the worker leaves was no fault of the jobs, so the attempt does not count.
+        in_order: the process leaves through no fault of the work, so the attempt does not count.
         """
         with self._database.session() as session:
-            for job in session.scalars(select(Job).where(Job.lease_worker == self._worker).with_for_update()):
-                release_lease(job)
+            query = select(self._table).where(self._table.lease_worker == self._worker)
+            for row in session.scalars(query.with_for_update()):
+                release_lease(row)
                 if in_order:
-                    job.attempts = max(0, job.attempts - 1)
+                    row.attempts = max(0, row.attempts - 1)
 
-    def _lend(self, job: Job, now: float) -> Lease:
-        job.fence += 1
-        job.lease_worker = self._worker
-        job.lease_expires_at = now + self._lease_s
-        return Lease(job.id, job.fence, job.attempts)
+    def _waiting(self, now: float) -> Select[Any]:
+        table = self._table
+        alive = table.status.in_(("queued", table.RUNNING))
+        return select(table).where(alive, _is_free(table, now)).order_by(table.created_at, table.id).limit(1)
+
+    def _lend(self, row: Row, now: float) -> Lease[Row]:
+        row.fence += 1
+        row.lease_worker = self._worker
+        row.lease_expires_at = now + self._lease_s
+        return Lease(self._table, row.id, row.fence, row.attempts)
 
 
-def require_lease(session: Session, lease: Lease) -> Job:
-    """The lease's job, which nobody else can change before this transaction ends.
+def require_lease(session: Session, lease: Lease[Row]) -> Row:
+    """Return the lease's row, locked until this transaction ends.
 
-    Raises LeaseLost when it has changed hands.
+    Raises LeaseLost when it has changed hands or is gone.
     """
-    job = session.get_one(Job, lease.job_id, with_for_update=True)
-    if job.fence != lease.fence:
-        raise LeaseLost(f"job {job.id} has changed hands: fence {job.fence}, and this run has {lease.fence}")
-    return job
+    row = session.get(lease.table, lease.id, with_for_update=True)
+    if row is None:
+        raise LeaseLost(f"{lease.id} is gone")
+    if row.fence != lease.fence:
+        raise LeaseLost(f"{lease.id} has changed hands: fence {row.fence}, and this lease has {lease.fence}")
+    return row
 
 
-def release_lease(job: Job) -> None:
-    """Nobody runs the job any more; whoever did finds the lease lost at its next write."""
-    job.fence += 1
-    job.lease_worker = None
-    job.lease_expires_at = None
+def release_lease(row: Leased) -> None:
+    """Free a row; the process that held it finds the lease lost at its next write."""
+    row.fence += 1
+    row.lease_worker = None
+    row.lease_expires_at = None
 
 
-def is_held(job: Job, now: float) -> bool:
-    """Whether a worker runs the job."""
-    return job.lease_expires_at is not None and job.lease_expires_at >= now
+def is_held(row: Leased, now: float) -> bool:
+    """Say whether a process works on the row."""
+    return row.lease_expires_at is not None and row.lease_expires_at >= now
 
 
-def is_free(now: float) -> ColumnElement[bool]:
-    """Jobs that nobody runs, or whose lease has run out."""
-    return or_(Job.lease_worker.is_(None), Job.lease_expires_at < now)
+def _is_free(table: type[Leased], now: float) -> ColumnElement[Any]:
+    return or_(table.lease_worker.is_(None), table.lease_expires_at < now)

@@ -22,6 +22,26 @@ class Table(DeclarativeBase):
     type_annotation_map: ClassVar[dict[Any, Any]] = {dict[str, Any]: JSON, list[str]: JSON}
 
 
+class Leased:
+    """Columns of a row that one process works on at a time (`leases.py`).
+
+    lease_worker: the process that holds the lease, which ends at lease_expires_at (Unix seconds) unless renewed.
+    fence: counts how often the row changed hands. attempts: how often it was taken since it last got further.
+    """
+
+    RUNNING: ClassVar[str]
+    ENDED: ClassVar[tuple[str, ...]]
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    status: Mapped[str] = mapped_column(index=False)
+    lease_worker: Mapped[str | None]
+    lease_expires_at: Mapped[float | None] = mapped_column(Double)
+    fence: Mapped[int] = mapped_column(default=0)
+    attempts: Mapped[int] = mapped_column(default=0)
+    created_at: Mapped[int]
+    started_at: Mapped[int | None]
+
+
 class File(Table):
     """An uploaded file or a job's result. blob_key: blob of its bytes; examples: their number in a data set."""
 
@@ -84,19 +104,17 @@ class Alias(Table):
     version: Mapped[int]
 
 
-class Job(Table):
+class Job(Leased, Table):
     """A training run. plan: every decision of the recipe; error: code, message and param of its failure.
 
-    base: fingerprint of the model that it trains on. lease_worker: the worker that holds its lease, which ends at
-    lease_expires_at (Unix seconds) unless renewed. fence: counts its changes of hands. attempts: leases since the last
-    checkpoint. data_report: the report on its data at creation.
+    base: fingerprint of the model that it trains on. data_report: the report on its data at creation.
     """
 
     __tablename__ = "jobs"
+    RUNNING = "running"
+    ENDED = ("succeeded", "failed", "cancelled")
 
-    id: Mapped[str] = mapped_column(primary_key=True)
     owner: Mapped[str] = mapped_column(index=True)
-    status: Mapped[str]
     model: Mapped[str]
     training_file: Mapped[str]
     validation_file: Mapped[str | None]
@@ -108,17 +126,11 @@ class Job(Table):
     job_metadata: Mapped[dict[str, Any] | None] = mapped_column(JSON)
     base: Mapped[dict[str, Any] | None] = mapped_column(JSON)
     pause_requested: Mapped[bool] = mapped_column(default=False)
-    lease_worker: Mapped[str | None]
-    lease_expires_at: Mapped[float | None] = mapped_column(Double)
-    fence: Mapped[int] = mapped_column(default=0)
-    attempts: Mapped[int] = mapped_column(default=0)
     fine_tuned_model: Mapped[str | None]
     trained_tokens: Mapped[int | None]
     result_files: Mapped[list[str]]
     error: Mapped[dict[str, Any] | None] = mapped_column(JSON)
     estimated_finish: Mapped[int | None]
-    created_at: Mapped[int]
-    started_at: Mapped[int | None]
     finished_at: Mapped[int | None]
 
 
@@ -169,16 +181,16 @@ class Eval(Table):
     )
 
 
-class EvalRun(Table):
+class EvalRun(Leased, Table):
     """A run of an eval. uses: `name@version` and scale of each intervention; tally: sums over the items done.
 
-    served: fingerprint, dtype and quantization of the base that it evaluates. lease_worker: the process that holds its
-    lease, which ends at lease_expires_at (Unix seconds) unless renewed.
+    served: fingerprint, dtype and quantization of the base that it evaluates.
     """
 
     __tablename__ = "eval_runs"
+    RUNNING = "in_progress"
+    ENDED = ("completed", "failed", "canceled")
 
-    id: Mapped[str] = mapped_column(primary_key=True)
     owner: Mapped[str]
     eval_id: Mapped[str] = mapped_column(ForeignKey("evals.id", ondelete="CASCADE"), index=True)
     name: Mapped[str]
@@ -186,14 +198,10 @@ class EvalRun(Table):
     data_source: Mapped[dict[str, Any]]
     uses: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
     served: Mapped[dict[str, Any] | None] = mapped_column(JSON)
-    lease_worker: Mapped[str | None]
-    lease_expires_at: Mapped[float | None] = mapped_column(Double)
     total: Mapped[int]
     tally: Mapped[dict[str, Any]]
     error: Mapped[dict[str, Any] | None] = mapped_column(JSON)
     run_metadata: Mapped[dict[str, Any] | None] = mapped_column(JSON)
-    created_at: Mapped[int]
-    started_at: Mapped[int | None]
     finished_at: Mapped[int | None]
 
 

@@ -21,7 +21,6 @@ from weakref import WeakValueDictionary
 from sqlalchemy import select
 
 from reftserve.server.storage.database import Database
-from reftserve.server.storage.leases import ENDED
 from reftserve.server.storage.tables import Job, JobEvent
 
 POLL_S = 0.25
@@ -74,7 +73,7 @@ class EventFeed:
             # Status first: the transaction that ends a job also writes its last event.
             status = session.scalar(select(Job.status).where(Job.id == job_id))
             events = session.scalars(query.order_by(JobEvent.number).limit(PAGE)).all()
-        return events, status in ENDED
+        return events, status in Job.ENDED
 
 
 class _Tail:

@@ -29,7 +29,7 @@ class JobFiles:
     """The files of all jobs. max_bytes: their total budget; keep_s: seconds that those of an unsuccessful job stay."""
 
     def __init__(
-        self, blobs: BlobStore, repository: JobRepository, leases: Leases, *, max_bytes: int, keep_s: float
+        self, blobs: BlobStore, repository: JobRepository, leases: Leases[Job], *, max_bytes: int, keep_s: float
     ) -> None:
         self._blobs = blobs
         self._repository = repository
@@ -49,9 +49,9 @@ class JobFiles:
         self._blobs.put_file(key, source)
         return self._blobs.local_file(key)
 
-    def newest_checkpoint(self, lease: Lease) -> Path | None:
+    def newest_checkpoint(self, lease: Lease[Job]) -> Path | None:
         """Return the folder of the newest checkpoint, or None. Also remove what a killed worker left unrecorded."""
-        rows, folder = self._repository.checkpoints(lease.job_id), f"{BLOBS}/{lease.job_id}"
+        rows, folder = self._repository.checkpoints(lease.id), f"{BLOBS}/{lease.id}"
         data = {f"{folder}/{name}.jsonl" for name in ("training", "validation")}
         self._blobs.sweep(folder, data | {row.path for row in rows if row.kept})
         for row in rows:
@@ -64,13 +64,13 @@ class JobFiles:
         return None
 
     def write_checkpoint(
-        self, lease: Lease, step: int, metrics: dict[str, object], write: Callable[[Path], None]
+        self, lease: Lease[Job], step: int, metrics: dict[str, object], write: Callable[[Path], None]
     ) -> None:
         """Make a step durable. write: writes the step's state into a folder.
 
         Raises QuotaExceeded, StorageFull or LeaseLost; the previous checkpoint then stays as it was.
         """
-        key = f"{BLOBS}/{lease.job_id}/checkpoint-{step}-{uuid.uuid4().hex}"
+        key = f"{BLOBS}/{lease.id}/checkpoint-{step}-{uuid.uuid4().hex}"
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
             with map_enospc(f"the checkpoint at step {step}"):

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from reftserve.server.errors import NotFound
 from reftserve.server.storage.database import Database
-from reftserve.server.storage.leases import ENDED, Lease, release_lease, require_lease
+from reftserve.server.storage.leases import Lease, release_lease, require_lease
 from reftserve.server.storage.tables import Job, JobCheckpoint, JobEvent
 
 logger = logging.getLogger(__name__)
@@ -60,28 +60,30 @@ class JobRepository:
 
     def ended(self, job_ids: Sequence[str]) -> list[Job]:
         """Return the jobs among `job_ids` that have ended, the longest ended first."""
-        query = select(Job).where(Job.id.in_(job_ids), Job.status.in_(ENDED)).order_by(Job.finished_at, Job.id)
+        query = select(Job).where(Job.id.in_(job_ids), Job.status.in_(Job.ENDED)).order_by(Job.finished_at, Job.id)
         with self._database.reading() as session:
             return list(session.scalars(query))
 
-    def pause_requested(self, lease: Lease) -> bool:
+    def pause_requested(self, lease: Lease[Job]) -> bool:
         """Return whether the owner has asked for a pause. Polled at every step, it also detects a lost lease."""
         with self._database.reading() as session:
             return require_lease(session, lease).pause_requested
 
-    def event(self, lease: Lease, message: str, *, level: str = "info", data: dict[str, Any] | None = None) -> None:
+    def event(
+        self, lease: Lease[Job], message: str, *, level: str = "info", data: dict[str, Any] | None = None
+    ) -> None:
         """Append an event; with data its type is `metrics`."""
         with self._database.session() as session:
             append_event(session, require_lease(session, lease), message, level=level, data=data)
 
-    def progress(self, lease: Lease, message: str, data: dict[str, Any], *, estimated_finish: int) -> None:
+    def progress(self, lease: Lease[Job], message: str, data: dict[str, Any], *, estimated_finish: int) -> None:
         """Record a step: its metrics event and the job's estimated finish (Unix seconds)."""
         with self._database.session() as session:
             job = require_lease(session, lease)
             job.estimated_finish = estimated_finish
             append_event(session, job, message, data=data)
 
-    def checkpoint(self, lease: Lease, step: int, path: str, metrics: dict[str, Any]) -> list[str]:
+    def checkpoint(self, lease: Lease[Job], step: int, path: str, metrics: dict[str, Any]) -> list[str]:
         """Record a checkpoint and reset the attempts; return the paths of checkpoints that the caller must delete."""
         with self._database.session() as session:
             job = require_lease(session, lease)
@@ -98,18 +100,18 @@ class JobRepository:
             session.merge(row)
             return paths
 
-    def forget_checkpoints(self, lease: Lease) -> None:
+    def forget_checkpoints(self, lease: Lease[Job]) -> None:
         """Mark all checkpoints of the job as removed; the caller then deletes their files."""
         with self._database.session() as session:
             job = require_lease(session, lease)
             session.execute(update(JobCheckpoint).where(JobCheckpoint.job_id == job.id).values(kept=False))
 
-    def release(self, lease: Lease) -> None:
+    def release(self, lease: Lease[Job]) -> None:
         """Give the lease back and leave the job's status as it is."""
         with self._database.session() as session:
             release_lease(require_lease(session, lease))
 
-    def pause(self, lease: Lease, message: str) -> bool:
+    def pause(self, lease: Lease[Job], message: str) -> bool:
         """Pause the job and release its lease; return False if the request for the pause was withdrawn."""
         with self._database.session() as session:
             job = require_lease(session, lease)
@@ -118,7 +120,7 @@ class JobRepository:
             pause_job(session, job, message)
             return True
 
-    def end(self, lease: Lease, status: str, message: str, *, level: str = "info", **fields: Any) -> None:
+    def end(self, lease: Lease[Job], status: str, message: str, *, level: str = "info", **fields: Any) -> None:
         """Give the job its final status with an event, and release its lease."""
         with self._database.session() as session:
             finish(session, require_lease(session, lease), status, message, level=level, **fields)

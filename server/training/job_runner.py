@@ -36,7 +36,7 @@ from reftserve.server.errors import Conflict, InvalidRequest, ServerError
 from reftserve.server.registry.store import Store
 from reftserve.server.storage.blobs import map_enospc
 from reftserve.server.storage.database import DATABASE_ERRORS
-from reftserve.server.storage.leases import Lease, LeaseLost, require_lease
+from reftserve.server.storage.leases import MAX_ATTEMPTS, Lease, LeaseLost, require_lease
 from reftserve.server.storage.tables import Job
 from reftserve.server.training.activation_cache import ActivationCaches, Arena
 from reftserve.server.training.job_files import JobFiles
@@ -48,7 +48,6 @@ from reftserve.server.training.trainer import Trainer
 from reftserve.server.training.varlen import VarlenModel
 
 logger = logging.getLogger(__name__)
-MAX_ATTEMPTS = 20
 METRICS_FILE_FIELDS = ("step", "train_loss", "learning_rate", "valid_loss", "valid_exact_match")
 
 
@@ -89,7 +88,7 @@ class JobRunner:
         self._pace = Pace()
         self._caches: ActivationCaches | None = None
 
-    def execute(self, lease: Lease) -> None:
+    def execute(self, lease: Lease[Job]) -> None:
         """From where the job stands to its end, its pause, or the loss of the lease; then its memory is free again.
 
         Raises one of `DATABASE_ERRORS` when the database is lost; the job resumes from its checkpoint when it is taken
@@ -112,12 +111,12 @@ class JobRunner:
             self._caches = None
             _free_memory()
 
-    def begin(self, lease: Lease) -> Sweep:
+    def begin(self, lease: Lease[Job]) -> Sweep:
         """Check the base, copy and check the data; the job's trials at its newest checkpoint.
 
         Raises ServerError when data or base are gone, or the job has ended too many workers; Paused.
         """
-        job = self._log.get(lease.job_id)
+        job = self._log.get(lease.id)
         if lease.attempt > MAX_ATTEMPTS:
             raise ServerError(
                 f"{MAX_ATTEMPTS} times in a row a worker ended before the job's next checkpoint", code="worker_lost"
@@ -141,7 +140,7 @@ class JobRunner:
         )
         return sweep
 
-    def advance(self, lease: Lease, sweep: Sweep) -> bool:
+    def advance(self, lease: Lease[Job], sweep: Sweep) -> bool:
         """Train to the next checkpoint; False when the job was paused on the way."""
         until = min(sweep.step + self._checkpoint_steps, sweep.total_steps)
         while sweep.step < until and not sweep.has_ended:
@@ -153,9 +152,9 @@ class JobRunner:
         self._save_checkpoint(lease, sweep)
         return True
 
-    def publish(self, lease: Lease, sweep: Sweep) -> str:
+    def publish(self, lease: Lease[Job], sweep: Sweep) -> str:
         """Score base and best intervention on the test split, publish, and end the job; `name@version`."""
-        job = self._log.get(lease.job_id)
+        job = self._log.get(lease.id)
         trainer = sweep.leader
         if sweep.diverged:
             self._log.event(
@@ -198,10 +197,10 @@ class JobRunner:
         self._files.remove(job.id)
         return published.id
 
-    def fail(self, lease: Lease, cause: Exception) -> None:
+    def fail(self, lease: Lease[Job], cause: Exception) -> None:
         """End the job with a reason; its last checkpoint stays for a retry."""
         if not isinstance(cause, ServerError):
-            logger.error("job %s failed", lease.job_id, exc_info=cause)
+            logger.error("job %s failed", lease.id, exc_info=cause)
         error = {
             "code": getattr(cause, "code", "internal_error"),
             "message": str(cause) or type(cause).__name__,
@@ -209,7 +208,7 @@ class JobRunner:
         }
         self._log.end(lease, "failed", f"The job failed: {error['message']}", level="error", error=error)
 
-    def _run(self, lease: Lease) -> bool:
+    def _run(self, lease: Lease[Job]) -> bool:
         """Whether the job has succeeded."""
         try:
             sweep = self.begin(lease)
@@ -227,7 +226,7 @@ class JobRunner:
             self.fail(lease, cause)
             return False
 
-    def _one_step(self, lease: Lease, sweep: Sweep) -> None:
+    def _one_step(self, lease: Lease[Job], sweep: Sweep) -> None:
         began, trials = time.monotonic(), len(sweep.running)
         metrics = sweep.advance()
         seconds = time.monotonic() - began
@@ -251,7 +250,7 @@ class JobRunner:
             estimated_finish=int(time.time() + eta_s),
         )
 
-    def _trainers(self, lease: Lease, job: Job, plan: Plan, splits: Splits) -> list[Trainer]:
+    def _trainers(self, lease: Lease[Job], job: Job, plan: Plan, splits: Splits) -> list[Trainer]:
         """One for each trial, on the caches of the job before if they hold for this one."""
         data = dataset_hash(list(self._data(job).values()))
         caches = self._caches
@@ -293,11 +292,11 @@ class JobRunner:
         row = self._store.files.get(job.owner, file_id, param=param)
         return self._files.keep_data(job.id, name, self._store.files.path(row, param=param))
 
-    def _splits(self, lease: Lease, job: Job, plan: Plan) -> Splits:
+    def _splits(self, lease: Lease[Job], job: Job, plan: Plan) -> Splits:
         parts = {name: self._encoded(lease, path, plan) for name, path in self._data(job).items()}
         return split(parts["training"], parts.get("validation"), seed=job.seed)
 
-    def _encoded(self, lease: Lease, path: Path, plan: Plan) -> Sequence[EncodedExample]:
+    def _encoded(self, lease: Lease[Job], path: Path, plan: Plan) -> Sequence[EncodedExample]:
         encoded = [encode(self._base.tokenizer, example) for example in read_examples(path)]
         fitting = [example for example in encoded if example.length <= plan.max_length]
         if len(fitting) < len(encoded):
@@ -313,7 +312,7 @@ class JobRunner:
             )
         return fitting
 
-    def _save_checkpoint(self, lease: Lease, sweep: Sweep) -> None:
+    def _save_checkpoint(self, lease: Lease[Job], sweep: Sweep) -> None:
         metrics = {"step": sweep.step, "best": sweep.leader.best or {}}
         self._files.write_checkpoint(lease, sweep.step, metrics, sweep.save)
 
@@ -372,7 +371,7 @@ class JobRunner:
 
 
 def _free_memory() -> None:
-    """What trainers require_lease comes back now, not when the collector gets to it."""
+    """Return the memory that trainers used now, not when the collector gets to it."""
     trim_heap()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -21,7 +21,7 @@ from reftserve.server.datasets.file_store import TRAINING
 from reftserve.server.errors import Conflict, InvalidRequest, NotFound
 from reftserve.server.registry.names import check_name
 from reftserve.server.registry.store import Store
-from reftserve.server.storage.leases import ENDED, is_held
+from reftserve.server.storage.leases import is_held
 from reftserve.server.storage.tables import File, Job, JobCheckpoint, JobEvent
 from reftserve.server.training.candidates import DataSize
 from reftserve.server.training.event_feed import EventFeed
@@ -206,7 +206,7 @@ class JobService:
 
 
 def _require_not_ended(job: Job, wanted: str) -> None:
-    if job.status in ENDED:
+    if job.status in Job.ENDED:
         raise Conflict(f"job {job.id} has ended ({job.status}) and cannot be {wanted}", code="job_ended")
 
 

@@ -32,6 +32,7 @@ from reftserve.server.registry.store import Store, open_store
 from reftserve.server.settings import HEARTBEAT_S, LOG_FORMAT, Settings
 from reftserve.server.storage.database import DATABASE_ERRORS
 from reftserve.server.storage.leases import Leases, worker_id
+from reftserve.server.storage.tables import Job
 from reftserve.server.training.job_files import JobFiles
 from reftserve.server.training.job_repository import JobRepository
 from reftserve.server.training.job_runner import JobRunner
@@ -70,7 +71,7 @@ def run(settings: Settings, lent: Sequence[LentTensor] = ()) -> NoReturn:
     base = open_base(settings)
     store = open_store(settings, base.fingerprint)
     worker = worker_id()
-    leases = Leases(store.database, worker, lease_s=settings.lease_s)
+    leases = Leases(store.database, Job, worker, lease_s=settings.lease_s)
     runs, files = open_job_runner(settings, store, base, leases, lent)
     heartbeat = threading.Thread(target=_beat, args=(settings, leases), name="heartbeat", daemon=True)
     heartbeat.start()
@@ -90,7 +91,7 @@ def run(settings: Settings, lent: Sequence[LentTensor] = ()) -> NoReturn:
 
 
 def open_job_runner(
-    settings: Settings, store: Store, base: Base, leases: Leases, lent: Sequence[LentTensor] = ()
+    settings: Settings, store: Store, base: Base, leases: Leases[Job], lent: Sequence[LentTensor] = ()
 ) -> tuple[JobRunner, JobFiles]:
     """What a worker works with, the base's weights included."""
     device = resolve_device(settings.device)
@@ -129,7 +130,7 @@ def open_job_runner(
     return runs, files
 
 
-def work(runs: JobRunner, files: JobFiles, leases: Leases) -> NoReturn:
+def work(runs: JobRunner, files: JobFiles, leases: Leases[Job]) -> NoReturn:
     """Take jobs as they come, and carry each as far as it goes.
 
     Raises what is in `DATABASE_ERRORS` when the database was lost; called again, it first gives up what it had in hand.
@@ -145,11 +146,11 @@ def work(runs: JobRunner, files: JobFiles, leases: Leases) -> NoReturn:
             runs.forget()
             time.sleep(POLL_S)
         else:
-            logger.info("took job %s, fence %d", lease.job_id, lease.fence)
+            logger.info("took job %s, fence %d", lease.id, lease.fence)
             runs.execute(lease)
 
 
-def _beat(settings: Settings, leases: Leases) -> NoReturn:
+def _beat(settings: Settings, leases: Leases[Job]) -> NoReturn:
     file: Path = settings.heartbeat_file
     pause_s = min(HEARTBEAT_S, settings.lease_s / RENEWALS_PER_LEASE)
     while True:

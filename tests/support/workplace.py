@@ -92,7 +92,7 @@ class Worker:
 
     def __init__(self, place: Workplace, name: str, base: Base) -> None:
         settings = place.settings
-        self.leases = Leases(place.store.database, name, lease_s=settings.lease_s)
+        self.leases = Leases(place.store.database, Job, name, lease_s=settings.lease_s)
         self.files = JobFiles(
             place.store.blobs,
             place.repository,

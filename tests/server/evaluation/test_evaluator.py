@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from evaluators import EvalPlace
+from evaluators import OWNER, EvalPlace
 
 from reftserve.server.evaluation.items import ItemOutcome
 from reftserve.server.evaluation.run_repository import RunRepository
+from reftserve.server.storage.leases import LeaseLost, Leases, worker_id
+from reftserve.server.storage.tables import EvalRun
 
 
 @pytest.fixture
@@ -51,29 +53,52 @@ def test_of_two_servers_one_is_at_a_run(place: EvalPlace) -> None:
 
 
 def test_a_server_that_stops_leaves_its_run_to_the_next(place: EvalPlace) -> None:
-    first, second = (RunRepository(place.store.database, lease_s=60) for _ in range(2))
+    first, second = (Leases(place.store.database, EvalRun, worker_id(), lease_s=60) for _ in range(2))
     place.created(3)
-    assert first.next_run() is not None
-    assert second.next_run() is None
+    assert first.take() is not None
+    assert second.take() is None
     first.release()
-    assert second.next_run() is not None
-    assert first.next_run() is None
+    assert second.take() is not None
+    assert first.take() is None
 
 
 def test_a_run_of_a_server_that_is_silent_goes_to_another_which_alone_writes(place: EvalPlace) -> None:
-    silent, other = (RunRepository(place.store.database, lease_s=60) for _ in range(2))
+    silent, other = (Leases(place.store.database, EvalRun, worker_id(), lease_s=60) for _ in range(2))
+    repository = RunRepository(place.store.database)
     run = place.created(3)
-    assert silent.next_run() is not None
+    old = silent.take()
+    assert old is not None
     place.change(run, lease_expires_at=1.0)
     silent.renew()
-    assert other.next_run() is None, "a sign of life in time"
+    assert other.take() is None, "a sign of life in time"
     place.change(run, lease_expires_at=1.0)
-    assert other.next_run() is not None
+    new = other.take()
+    assert new is not None
     silent.renew()
     silent.release()
-    silent.end(run.id)
-    assert not silent.add(run.id, [], [ItemOutcome(0, {})])
-    assert other.add(run.id, [], [ItemOutcome(0, {})])
+    for write in (lambda: repository.end(old), lambda: repository.add(old, [], [ItemOutcome(0, {})])):
+        with pytest.raises(LeaseLost, match="changed hands"):
+            write()
+    repository.add(new, [], [ItemOutcome(0, {})])
     assert (place.row(run).status, len(place.items(run))) == ("in_progress", 1)
-    other.end(run.id)
+    repository.end(new)
     assert place.row(run).status == "completed"
+
+
+def test_nothing_is_written_to_a_run_that_was_cancelled_or_deleted(place: EvalPlace) -> None:
+    repository = RunRepository(place.store.database)
+    for end in (place.evals.cancel_run, place.evals.delete_run):
+        run = place.created(3)
+        lease = Leases(place.store.database, EvalRun, worker_id(), lease_s=60).take()
+        assert lease is not None
+        end(OWNER, run.eval_id, run.id)
+        with pytest.raises(LeaseLost):
+            repository.add(lease, [], [ItemOutcome(0, {})])
+
+
+def test_a_run_that_ends_its_servers_again_and_again_fails(place: EvalPlace) -> None:
+    run = place.created(3)
+    place.change(run, attempts=20)
+    ended = place.execute(run, place.evaluator())
+    assert ended.error is not None
+    assert (ended.status, ended.error["code"]) == ("failed", "worker_lost")

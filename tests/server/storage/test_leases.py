@@ -51,9 +51,9 @@ def test_many_workers_take_each_job_once_and_the_oldest_first(database: Database
     taken: list[list[str]] = [[] for _ in range(4)]
 
     def work(mine: list[str]) -> None:
-        leases = Leases(database, worker_id(), lease_s=LONG_S)
+        leases = Leases(database, Job, worker_id(), lease_s=LONG_S)
         while (lease := leases.take()) is not None:
-            mine.append(lease.job_id)
+            mine.append(lease.id)
 
     threads = [threading.Thread(target=work, args=(mine,)) for mine in taken]
     for thread in threads:
@@ -67,10 +67,10 @@ def test_many_workers_take_each_job_once_and_the_oldest_first(database: Database
 @pytest.mark.parametrize("status", ["paused", "succeeded", "failed", "cancelled"])
 def test_a_job_that_rests_or_has_ended_is_not_taken(database: Database, log: JobRepository, status: str) -> None:
     add_job(log, status=status)
-    assert Leases(database, "a", lease_s=LONG_S).take() is None
+    assert Leases(database, Job, "a", lease_s=LONG_S).take() is None
 
 
-WRITES: dict[str, Callable[[JobRepository, Lease], object]] = {
+WRITES: dict[str, Callable[[JobRepository, Lease[Job]], object]] = {
     "an event": lambda log, lease: log.event(lease, "late"),
     "progress": lambda log, lease: log.progress(lease, "late", {"step": 1}, estimated_finish=1),
     "a checkpoint": lambda log, lease: log.checkpoint(lease, 1, "jobs/late", {}),
@@ -82,16 +82,16 @@ WRITES: dict[str, Callable[[JobRepository, Lease], object]] = {
 
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES.keys())
 def test_a_worker_that_was_given_up_for_dead_can_write_nothing(
-    database: Database, log: JobRepository, write: Callable[[JobRepository, Lease], object]
+    database: Database, log: JobRepository, write: Callable[[JobRepository, Lease[Job]], object]
 ) -> None:
     job_id = add_job(log)
-    slow, live = (Leases(database, name, lease_s=SHORT_S) for name in ("slow", "live"))
+    slow, live = (Leases(database, Job, name, lease_s=SHORT_S) for name in ("slow", "live"))
     old = slow.take()
     assert old is not None
     time.sleep(2 * SHORT_S)
     new = live.take()
     assert new is not None
-    assert (new.job_id, new.fence > old.fence) == (job_id, True)
+    assert (new.id, new.fence > old.fence) == (job_id, True)
     with pytest.raises(LeaseLost, match="changed hands"):
         write(log, old)
     assert [event.message for event in log.events(job_id, before=None, limit=9)] == ["Created"]
@@ -102,7 +102,7 @@ def test_a_worker_that_was_given_up_for_dead_can_write_nothing(
 
 def test_a_worker_that_gives_signs_of_life_keeps_its_job(database: Database, log: JobRepository) -> None:
     add_job(log)
-    busy, other = (Leases(database, name, lease_s=1) for name in ("busy", "other"))
+    busy, other = (Leases(database, Job, name, lease_s=1) for name in ("busy", "other"))
     lease = busy.take()
     assert lease is not None
     for _ in range(6):
@@ -114,7 +114,7 @@ def test_a_worker_that_gives_signs_of_life_keeps_its_job(database: Database, log
 
 def test_a_worker_that_leaves_in_order_frees_its_job_at_once(database: Database, log: JobRepository) -> None:
     add_job(log)
-    leaving, other = (Leases(database, name, lease_s=LONG_S) for name in ("leaving", "other"))
+    leaving, other = (Leases(database, Job, name, lease_s=LONG_S) for name in ("leaving", "other"))
     lease = leaving.take()
     assert lease is not None
     leaving.release()
@@ -129,7 +129,7 @@ def test_a_checkpoint_replaces_what_is_older_than_the_last_two_and_ends_the_coun
     database: Database, log: JobRepository
 ) -> None:
     job_id = add_job(log)
-    leases = Leases(database, "a", lease_s=LONG_S)
+    leases = Leases(database, Job, "a", lease_s=LONG_S)
     lease = leases.take()
     assert lease is not None
     assert [log.checkpoint(lease, step, f"jobs/{step}", {}) for step in (4, 8, 12)] == [[], [], ["jobs/4"]]

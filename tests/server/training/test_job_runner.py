@@ -21,7 +21,7 @@ from reftserve.interventions import load_artifact
 from reftserve.server.errors import Conflict, QuotaExceeded
 from reftserve.server.registry.names import Reference
 from reftserve.server.storage.leases import Lease, LeaseLost
-from reftserve.server.storage.tables import Version
+from reftserve.server.storage.tables import Job, Version
 from reftserve.server.training.activation_cache import ActivationCache, Arena
 from reftserve.server.training.job_repository import JobRepository
 from reftserve.server.training.job_runner import MAX_ATTEMPTS
@@ -466,7 +466,7 @@ def test_ended_jobs_make_room_for_others_and_living_ones_do_not(tiny_llama_folde
     worker = place.worker()
     ended, living = place.create("ended"), place.create("living")
 
-    def write(lease: Lease, step: int, size: int) -> None:
+    def write(lease: Lease[Job], step: int, size: int) -> None:
         worker.files.write_checkpoint(lease, step, {}, lambda folder: fill(folder, size))
 
     write(worker.take(), 1, 600)
