@@ -120,7 +120,7 @@ class FineTuningJob(Response):
     """A training run. fine_tuned_model: `name@version` once it is published. data_report: what it learns from.
 
     plan: every decision, those that the user left open included; `sweep` has the candidates or trials. After the job's
-    success the rest is that of the one which was published.
+    success the rest is that of the one which was published, and `choices` says why it was chosen.
     """
 
     id: str

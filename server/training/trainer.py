@@ -74,6 +74,7 @@ class Trainer:
         self.trained_tokens = 0
         self.best: dict[str, float] | None = None
         self.lowest_loss, self.lowest_step = math.inf, 0
+        self.best_losses: list[float] = []  # of the best weights: of each validation example, summed over its tokens
         self._best_state: dict[str, Tensor] = {}
 
     def advance(self) -> StepMetrics:
@@ -114,13 +115,15 @@ class Trainer:
 
         Raises NonFiniteError when weights or loss are no finite numbers.
         """
-        score = self.evaluate(self.splits.validation, self.intervention.lower())
+        found = self.score(self.splits.validation, self.intervention.lower())
+        score = found.means()
         if not math.isfinite(score["loss"]):
             raise NonFiniteError(f"the validation loss after step {self.step} is not a finite number")
         if score["loss"] < self.lowest_loss:
             self.lowest_loss, self.lowest_step = score["loss"], self.step
         if self.best is None or score["loss"] - score["loss_stderr"] <= self.lowest_loss:
             self.best = {**score, "step": self.step}
+            self.best_losses = found.losses
             self._best_state = {name: tensor.clone() for name, tensor in self.intervention.state_dict().items()}
         return score
 
@@ -132,16 +135,23 @@ class Trainer:
         self.intervention.load_state_dict(current)
         return tuple(PlacedEdit(e.layer, e.positions, e.edit.to(torch.device("cpu"))) for e in edits)
 
-    @torch.no_grad()
     def evaluate(self, examples: Sequence[EncodedExample], edits: Sequence[PlacedEdit]) -> dict[str, float]:
         """Score examples with edits; without any, that is the base."""
+        return self.score(examples, edits).means()
+
+    @torch.no_grad()
+    def score(self, examples: Sequence[EncodedExample], edits: Sequence[PlacedEdit]) -> Score:
+        """Score examples with edits, in the order of the examples."""
         places: list[Place] = [(e.layer, e.positions, e.edit.to(self.cache.packed.device).delta) for e in edits]
-        score = Score()
+        score, order = Score(), list[EncodedExample]()
         for spans in self.cache.passes([Batch(examples, {e.positions for e in edits})], MAX_ROWS):
             rows = VarlenRows(spans, self.cache.packed.device)
             logits = self.cache.logits(rows, _row_edits(rows, [places]))
             score.add(logits, rows.labels, [span.targets for span in rows.scored])
-        return score.means()
+            order += [span.example for span in rows.scored]
+        # Passes put examples in an order of their own, which differs between trials; pairs of losses need one order.
+        numbers = {example: number for number, example in enumerate(order)}
+        return score.reordered([numbers[example] for example in examples])
 
     def save(self, folder: Path, name: str = "state") -> None:
         """Write a checkpoint into an existing folder: two files of this name."""
@@ -156,6 +166,7 @@ class Trainer:
             "step": self.step,
             "trained_tokens": self.trained_tokens,
             "best": self.best,
+            "best_losses": self.best_losses,
             "lowest": [self.lowest_loss, self.lowest_step],
         }
         (folder / f"{name}.json").write_text(json.dumps(meta))
@@ -177,6 +188,11 @@ class Trainer:
         meta: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
         self.step, self.trained_tokens, self.best = meta["step"], meta["trained_tokens"], meta["best"]
         self.lowest_loss, self.lowest_step = meta["lowest"]
+        # Checkpoints of older versions lack the losses: their weights are scored again.
+        self.best_losses = meta["best_losses"] if "best_losses" in meta else self._scored_again()
+
+    def _scored_again(self) -> list[float]:
+        return self.score(self.splits.validation, self.best_edits()).losses if self.best is not None else []
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         """Weight decay for all but orthonormal matrices.
