@@ -18,6 +18,9 @@ The cost is that of the positions, in training and in serving:
     2     prompt            the same, and edits every row of a prompt
     3     generated, all    edits every token that is decoded
 
+The loss of a trial is the lowest that it has reached, in whatever epoch. The loss of its newest weights goes up and
+down from epoch to epoch by more than the error: a trial of the demo had 0.202 after 57 steps and 0.254 after 76.
+
 Whom a sweep drops on the way is chosen in the same manner: trials are ranked by choosing one, then one of the rest, and
 so on, and the last are dropped. A trial that is clearly worse than the best stands behind all of its equals, and of
 equals the dearest stands last.
@@ -51,7 +54,7 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Contender:
-    """A trial with validated weights. losses: [examples], each the sum over an example's tokens."""
+    """A validated trial. losses: [examples], sums over an example's tokens, when the trial's loss was lowest."""
 
     number: int
     losses: NDArray[np.float64]

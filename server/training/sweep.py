@@ -5,8 +5,9 @@ steps, but not before the learning rate has risen, by their rank in `choice.py`;
 1 + log2(n) / 2 of them alone. Trials of one cache share their forward passes. A job without a sweep is a sweep of one
 trial. A trial that diverges takes no more steps; the best weights that it had may still win.
 
-Trials are ranked by validation loss, but those within one standard error are equals, of which the cheapest comes first.
-So a processor's rounding decides neither which trials are dropped nor which one is published. `choices` records why.
+Trials are ranked by the lowest validation loss that each has reached, but those within one standard error are equals,
+of which the cheapest comes first. So a processor's rounding decides neither which trials are dropped nor which one is
+published. `choices` records why.
 """
 
 from __future__ import annotations
@@ -44,9 +45,9 @@ class Trial:
 
     @property
     def contender(self) -> Contender:
-        """Return the losses and the cost by which the trial is ranked, once it has weights that were validated."""
+        """Return the lowest losses and the cost by which the trial is ranked, once it has been validated."""
         plan, parameters = self.trainer.plan, self.trainer.intervention.num_parameters
-        return Contender(self.number, np.array(self.trainer.best_losses), Cost.of(plan.edited, parameters))
+        return Contender(self.number, np.array(self.trainer.lowest_losses), Cost.of(plan.edited, parameters))
 
     @property
     def row(self) -> dict[str, Any]:

@@ -74,7 +74,7 @@ class Trainer:
         self.trained_tokens = 0
         self.best: dict[str, float] | None = None
         self.lowest_loss, self.lowest_step = math.inf, 0
-        self.best_losses: list[float] = []  # of the best weights: of each validation example, summed over its tokens
+        self.lowest_losses: list[float] = []  # then, of each validation example, summed over its tokens
         self._best_state: dict[str, Tensor] = {}
 
     def advance(self) -> StepMetrics:
@@ -120,10 +120,9 @@ class Trainer:
         if not math.isfinite(score["loss"]):
             raise NonFiniteError(f"the validation loss after step {self.step} is not a finite number")
         if score["loss"] < self.lowest_loss:
-            self.lowest_loss, self.lowest_step = score["loss"], self.step
+            self.lowest_loss, self.lowest_step, self.lowest_losses = score["loss"], self.step, found.losses
         if self.best is None or score["loss"] - score["loss_stderr"] <= self.lowest_loss:
             self.best = {**score, "step": self.step}
-            self.best_losses = found.losses
             self._best_state = {name: tensor.clone() for name, tensor in self.intervention.state_dict().items()}
         return score
 
@@ -166,8 +165,8 @@ class Trainer:
             "step": self.step,
             "trained_tokens": self.trained_tokens,
             "best": self.best,
-            "best_losses": self.best_losses,
             "lowest": [self.lowest_loss, self.lowest_step],
+            "lowest_losses": self.lowest_losses,
         }
         (folder / f"{name}.json").write_text(json.dumps(meta))
 
@@ -188,10 +187,10 @@ class Trainer:
         meta: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
         self.step, self.trained_tokens, self.best = meta["step"], meta["trained_tokens"], meta["best"]
         self.lowest_loss, self.lowest_step = meta["lowest"]
-        # Checkpoints of older versions lack the losses: their weights are scored again.
-        self.best_losses = meta["best_losses"] if "best_losses" in meta else self._scored_again()
+        # A checkpoint of an older version has neither these losses nor their weights: the best weights stand in.
+        self.lowest_losses = meta["lowest_losses"] if "lowest_losses" in meta else self._losses_of_best()
 
-    def _scored_again(self) -> list[float]:
+    def _losses_of_best(self) -> list[float]:
         return self.score(self.splits.validation, self.best_edits()).losses if self.best is not None else []
 
     def _parameter_groups(self) -> list[dict[str, Any]]:

@@ -198,7 +198,7 @@ def with_losses(sweep: Sweep, *losses: list[float]) -> Sweep:
     """Trials as if they had been validated: the loss of each validation example, of as many tokens."""
     for trial, each in zip(sweep.running, losses, strict=True):
         trial.trainer.best = {"loss": sum(each), "loss_stderr": 0.0, "step": 1}
-        trial.trainer.best_losses = each
+        trial.trainer.lowest_losses = each
     return sweep
 
 
@@ -239,17 +239,18 @@ def test_trials_whose_losses_are_equals_are_halved_to_the_cheapest_whatever_thei
         assert (choice.ranked, choice.kept, choice.chosen) == ([1, 2, 0, 3], 2, 1)
 
 
-def test_a_checkpoint_without_the_losses_of_its_best_weights_is_scored_again(
+def test_a_checkpoint_without_the_lowest_losses_is_scored_again_with_its_best_weights(
     cache: ActivationCache, tmp_path: Path
 ) -> None:
     saved, loaded = new_sweep(cache, [0.02]), new_sweep(cache, [0.02])
     run(saved, 2 * saved.steps_per_epoch)
     saved.save(tmp_path)
     meta = json.loads((tmp_path / "trial-0.json").read_text())
-    (tmp_path / "trial-0.json").write_text(json.dumps({k: v for k, v in meta.items() if k != "best_losses"}))
+    (tmp_path / "trial-0.json").write_text(json.dumps({k: v for k, v in meta.items() if k != "lowest_losses"}))
     loaded.load(tmp_path)
-    assert loaded.leader.best_losses == pytest.approx(saved.leader.best_losses, rel=1e-5)
-    assert len(loaded.leader.best_losses) == len(SPLITS.validation)
+    best = saved.leader.score(SPLITS.validation, saved.leader.best_edits()).losses
+    assert loaded.leader.lowest_losses == pytest.approx(best, rel=1e-5)
+    assert len(loaded.leader.lowest_losses) == len(SPLITS.validation)
 
 
 def test_the_choice_of_a_sweep_stands_in_the_jobs_plan_and_in_the_provenance(

@@ -84,7 +84,7 @@ class Given(Score):
     """A score of a given loss and standard error."""
 
     def __init__(self, loss: float, error: float) -> None:
-        super().__init__()
+        super().__init__(losses=[loss])
         self.given = {"loss": loss, "loss_stderr": error}
 
     def means(self) -> dict[str, float]:
@@ -112,6 +112,7 @@ def test_the_newest_weights_are_kept_unless_their_loss_is_worse_by_more_than_its
         states.append([placed.edit.content_hash for placed in trainer.intervention.lower()])
     assert trainer.best is not None
     assert trainer.best["step"] == kept
+    assert trainer.lowest_losses == [min(loss for loss, _ in scores)], "trials are compared by their lowest loss"
     assert [placed.edit.content_hash for placed in trainer.best_edits()] == states[kept - 1]
 
 
