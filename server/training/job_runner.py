@@ -156,6 +156,7 @@ class JobRunner:
         """Score base and best intervention on the test split, publish, and end the job; `name@version`."""
         job = self._log.get(lease.id)
         trainer = sweep.leader
+        choices = [choice.model_dump() for choice in sweep.choices]
         if sweep.diverged:
             self._log.event(
                 lease,
@@ -185,7 +186,7 @@ class JobRunner:
                 f"Published {published_id}",
                 fine_tuned_model=published_id,
                 # Of several trials, the one that was published; and still, which they were.
-                plan={**trainer.plan.model_dump(mode="json"), "sweep": job.plan["sweep"]},
+                plan={**trainer.plan.model_dump(mode="json"), "sweep": job.plan["sweep"], "choices": choices},
                 trained_tokens=trainer.trained_tokens,
                 result_files=[results.id],
             )
@@ -346,6 +347,7 @@ class JobRunner:
             dataset_hash=dataset_hash(list(self._data(job).values())),
             hyperparameters=trainer.plan.model_dump(),
             sweep=sweep.table,
+            choices=[choice.model_dump() for choice in sweep.choices],
             losses={f"validation_{name}": value for name, value in (trainer.best or {}).items()},
             scores=scores,
             seconds=time.time() - (job.started_at or time.time()),

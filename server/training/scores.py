@@ -6,7 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -29,6 +31,11 @@ class Score:
         self.correct += int(right.sum())
         self.exact += sum(bool(part.all()) for part in torch.split(right, list(counts)))
 
+    def reordered(self, order: Sequence[int]) -> Score:
+        """Return the same score with its examples in another order, given by their numbers now."""
+        losses, counts = [self.losses[number] for number in order], [self.counts[number] for number in order]
+        return Score(losses, counts, self.correct, self.exact)
+
     def means(self) -> dict[str, float]:
         """Loss a token and its standard error, token_accuracy, exact_match: the share of wholly greedy completions.
 
@@ -44,3 +51,19 @@ class Score:
             "token_accuracy": self.correct / tokens,
             "exact_match": self.exact / examples,
         }
+
+
+def paired_difference(
+    one: NDArray[np.float64], other: NDArray[np.float64], tokens: NDArray[np.int64]
+) -> tuple[float, float | None]:
+    """Return one's loss a token minus the other's, and the standard error of the difference.
+
+    Paired: `one`, `other` and `tokens` are of the same examples in one order, [examples]; losses are sums over an
+    example's tokens. The error is that of `Score.means`; None with a single example, of which nothing is known.
+    """
+    differences = one - other
+    total = int(tokens.sum())
+    difference = float(differences.sum()) / total
+    if len(tokens) == 1:
+        return difference, None
+    return difference, float(np.linalg.norm(differences - difference * tokens)) / total

@@ -1,13 +1,13 @@
-"""The trials of one job, side by side: of several the worse half is dropped again and again, the best is published.
+"""The trials of one job, side by side: of several, half is dropped again and again, and the last one is published.
 
 Successive halving (Jamieson and Talwalkar 2016): with n trials the halves are dropped after 1/n, 2/n, 4/n ... of the
-steps, but not before the learning rate has risen, by validation loss; all n together cost about as much as
+steps, but not before the learning rate has risen, by their rank in `choice.py`; all n together cost about as much as
 1 + log2(n) / 2 of them alone. Trials of one cache share their forward passes. A job without a sweep is a sweep of one
 trial. A trial that diverges takes no more steps; the best weights that it had may still win.
 
-Edits on a prompt's first tokens cost more, in training and in serving, where their prompts share no cached prefix with
-the base. So a trial with such edits stands behind one without as long as its loss is within its standard error of the
-other's: the one-standard-error rule (Breiman et al. 1984), by which of equals the simplest is taken.
+Trials are ranked by the lowest validation loss that each has reached, but those within one standard error are equals,
+of which the cheapest comes first. So a processor's rounding decides neither which trials are dropped nor which one is
+published. `choices` records why.
 """
 
 from __future__ import annotations
@@ -19,9 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from reftserve.interventions import NonFiniteError, Positions
 from reftserve.server.datasets import Splits
 from reftserve.server.training.activation_cache import ActivationCaches
+from reftserve.server.training.choice import Choice, Contender, Cost, choose, explain, rank
 from reftserve.server.training.plan import Plan
 from reftserve.server.training.trainer import StepMetrics, Trainer, advance
 
@@ -41,11 +44,10 @@ class Trial:
         return loss if math.isfinite(loss) else math.inf
 
     @property
-    def bound(self) -> float:
-        """What trials are ranked by: the best weights' loss, and where a prefix is edited its standard error on top."""
-        if not self.trainer.plan.edits_prefix or math.isinf(self.best_loss):
-            return self.best_loss
-        return self.best_loss + (self.trainer.best or {})["loss_stderr"]
+    def contender(self) -> Contender:
+        """Return the lowest losses and the cost by which the trial is ranked, once it has been validated."""
+        plan, parameters = self.trainer.plan, self.trainer.intervention.num_parameters
+        return Contender(self.number, np.array(self.trainer.lowest_losses), Cost.of(plan.edited, parameters))
 
     @property
     def row(self) -> dict[str, Any]:
@@ -73,6 +75,8 @@ class Sweep:
         self._rungs = rungs(self.total_steps, len(trainers), first=max(t.warmup_steps for t in trainers))
         self._trials = [Trial(number, trainer) for number, trainer in enumerate(trainers)]
         self._dropped: list[dict[str, Any]] = []
+        self._tokens = np.array([len(example.completion_ids) for example in first.splits.validation])
+        self._choices: list[Choice] = []
 
     @property
     def running(self) -> list[Trial]:
@@ -82,7 +86,7 @@ class Sweep:
     @property
     def diverged(self) -> bool:
         """Whether the trial that leads has diverged."""
-        return self._ranked[0].diverged
+        return self._leading.diverged
 
     @property
     def step(self) -> int:
@@ -92,7 +96,7 @@ class Sweep:
     @property
     def leader(self) -> Trainer:
         """The trial, not dropped, that ranks first so far, or simply the first."""
-        return self._ranked[0].trainer
+        return self._leading.trainer
 
     @property
     def has_ended(self) -> bool:
@@ -123,12 +127,19 @@ class Sweep:
         """All trials: the leader, what is left beside it, and those that were dropped, the latest first."""
         return [*(trial.row for trial in self._ranked), *reversed(self._dropped)]
 
+    @property
+    def choices(self) -> list[Choice]:
+        """Return why trials were ranked as they were: each time that some were dropped, and now if several are left."""
+        left = self._contenders(self._trials)
+        now = [explain(left, self._tokens, step=self.step, kept=1)] if len(left) > 1 else []
+        return [*self._choices, *now]
+
     def advance(self) -> StepMetrics:
         """One optimizer step of every running trial; what the one of them did that ranks first.
 
         Raises NonFiniteError when the last trial diverges and has had no weights that were validated.
         """
-        running = [trial for trial in self._ranked if not trial.diverged]
+        running, leading = self.running, self._first_of(self.running)
         found: dict[int, StepMetrics] = {}
         by_trunk = {id(trial.trainer.cache): trial.trainer.cache for trial in running}
         for cache in by_trunk.values():
@@ -138,10 +149,10 @@ class Sweep:
         for trial in running:
             if not math.isfinite(found[trial.number].loss):
                 self._stop(trial, NonFiniteError(f"the training loss of step {self.step} is not a finite number"))
-        return found[running[0].number]
+        return found[leading.number]
 
     def validate(self) -> dict[str, float]:
-        """Validate the running trials, and drop the worse half when it is time; the scores of the first in rank.
+        """Validate the running trials, and drop the half that ranks last when it is time; the scores of the first.
 
         Raises NonFiniteError when the last trial diverges and has had no weights that were validated.
         """
@@ -152,13 +163,9 @@ class Sweep:
             except NonFiniteError as cause:
                 self._stop(trial, cause)
         if self.step in self._rungs:
-            ranked = self._ranked
-            # One that has diverged costs no steps and takes nobody's place; of several the best may still win.
-            kept = [trial for trial in ranked if not trial.diverged][: self._rungs[self.step]]
-            kept += [trial for trial in ranked if trial.diverged][:1]
-            self._dropped += [trial.row for trial in reversed(ranked) if trial not in kept]
-            self._trials = sorted(kept, key=lambda trial: trial.number)
-        newest = next((scores[trial.number] for trial in self._ranked if trial.number in scores), {})
+            self._drop(self._rungs[self.step])
+        scored = [trial for trial in self._trials if trial.number in scores]
+        newest = scores[self._first_of(scored).number] if scored else {}
         return {f"valid_{name}": value for name, value in newest.items()}
 
     def save(self, folder: Path) -> None:
@@ -166,7 +173,9 @@ class Sweep:
         for trial in self._trials:
             trial.trainer.save(folder, f"trial-{trial.number}")
         trials = [{"number": trial.number, "diverged": trial.diverged} for trial in self._trials]
-        (folder / "sweep.json").write_text(json.dumps({"trials": trials, "dropped": self._dropped}))
+        choices = [choice.model_dump() for choice in self._choices]
+        meta = {"trials": trials, "dropped": self._dropped, "choices": choices}
+        (folder / "sweep.json").write_text(json.dumps(meta))
 
     def load(self, folder: Path) -> None:
         """Go on from a checkpoint of the same trials."""
@@ -174,13 +183,44 @@ class Sweep:
         diverged = {trial["number"]: trial["diverged"] for trial in meta["trials"]}
         self._trials = [trial for trial in self._trials if trial.number in diverged]
         self._dropped = meta["dropped"]
+        self._choices = [Choice.model_validate(choice) for choice in meta.get("choices", [])]
         for trial in self._trials:
             trial.diverged = diverged[trial.number]
             trial.trainer.load(folder, f"trial-{trial.number}")
 
     @property
     def _ranked(self) -> list[Trial]:
-        return sorted(self._trials, key=lambda trial: trial.bound)
+        """The trials in their rank; those without validated weights come last."""
+        by_number = {trial.number: trial for trial in self._trials}
+        ranked = [by_number[each.number] for each in rank(self._contenders(self._trials), self._tokens)]
+        return ranked + [trial for trial in self._trials if trial not in ranked]
+
+    @property
+    def _leading(self) -> Trial:
+        return self._first_of(self._trials)
+
+    def _first_of(self, trials: Sequence[Trial]) -> Trial:
+        """Return the trial that ranks first of at least one."""
+        contenders = self._contenders(trials)
+        if not contenders:
+            return trials[0]
+        number = choose(contenders, self._tokens).number
+        return next(trial for trial in trials if trial.number == number)
+
+    def _contenders(self, trials: Sequence[Trial]) -> list[Contender]:
+        return [trial.contender for trial in trials if math.isfinite(trial.best_loss)]
+
+    def _drop(self, kept: int) -> None:
+        """Keep so many trials, the first in rank, and record why.
+
+        A trial that has diverged costs no steps and takes nobody's place; of several the first in rank may still win.
+        """
+        ranked = self._ranked
+        self._choices.append(explain(self._contenders(ranked), self._tokens, step=self.step, kept=kept))
+        staying = [trial for trial in ranked if not trial.diverged][:kept]
+        staying += [trial for trial in ranked if trial.diverged][:1]
+        self._dropped += [trial.row for trial in reversed(ranked) if trial not in staying]
+        self._trials = sorted(staying, key=lambda trial: trial.number)
 
     def _stop(self, trial: Trial, cause: NonFiniteError) -> None:
         """No more steps of a trial that has diverged; without weights that were validated it is dropped."""

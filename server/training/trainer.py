@@ -74,6 +74,7 @@ class Trainer:
         self.trained_tokens = 0
         self.best: dict[str, float] | None = None
         self.lowest_loss, self.lowest_step = math.inf, 0
+        self.lowest_losses: list[float] = []  # then, of each validation example, summed over its tokens
         self._best_state: dict[str, Tensor] = {}
 
     def advance(self) -> StepMetrics:
@@ -114,11 +115,12 @@ class Trainer:
 
         Raises NonFiniteError when weights or loss are no finite numbers.
         """
-        score = self.evaluate(self.splits.validation, self.intervention.lower())
+        found = self.score(self.splits.validation, self.intervention.lower())
+        score = found.means()
         if not math.isfinite(score["loss"]):
             raise NonFiniteError(f"the validation loss after step {self.step} is not a finite number")
         if score["loss"] < self.lowest_loss:
-            self.lowest_loss, self.lowest_step = score["loss"], self.step
+            self.lowest_loss, self.lowest_step, self.lowest_losses = score["loss"], self.step, found.losses
         if self.best is None or score["loss"] - score["loss_stderr"] <= self.lowest_loss:
             self.best = {**score, "step": self.step}
             self._best_state = {name: tensor.clone() for name, tensor in self.intervention.state_dict().items()}
@@ -132,16 +134,23 @@ class Trainer:
         self.intervention.load_state_dict(current)
         return tuple(PlacedEdit(e.layer, e.positions, e.edit.to(torch.device("cpu"))) for e in edits)
 
-    @torch.no_grad()
     def evaluate(self, examples: Sequence[EncodedExample], edits: Sequence[PlacedEdit]) -> dict[str, float]:
         """Score examples with edits; without any, that is the base."""
+        return self.score(examples, edits).means()
+
+    @torch.no_grad()
+    def score(self, examples: Sequence[EncodedExample], edits: Sequence[PlacedEdit]) -> Score:
+        """Score examples with edits, in the order of the examples."""
         places: list[Place] = [(e.layer, e.positions, e.edit.to(self.cache.packed.device).delta) for e in edits]
-        score = Score()
+        score, order = Score(), list[EncodedExample]()
         for spans in self.cache.passes([Batch(examples, {e.positions for e in edits})], MAX_ROWS):
             rows = VarlenRows(spans, self.cache.packed.device)
             logits = self.cache.logits(rows, _row_edits(rows, [places]))
             score.add(logits, rows.labels, [span.targets for span in rows.scored])
-        return score.means()
+            order += [span.example for span in rows.scored]
+        # Passes put examples in an order of their own, which differs between trials; pairs of losses need one order.
+        numbers = {example: number for number, example in enumerate(order)}
+        return score.reordered([numbers[example] for example in examples])
 
     def save(self, folder: Path, name: str = "state") -> None:
         """Write a checkpoint into an existing folder: two files of this name."""
@@ -157,6 +166,7 @@ class Trainer:
             "trained_tokens": self.trained_tokens,
             "best": self.best,
             "lowest": [self.lowest_loss, self.lowest_step],
+            "lowest_losses": self.lowest_losses,
         }
         (folder / f"{name}.json").write_text(json.dumps(meta))
 
@@ -177,6 +187,11 @@ class Trainer:
         meta: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
         self.step, self.trained_tokens, self.best = meta["step"], meta["trained_tokens"], meta["best"]
         self.lowest_loss, self.lowest_step = meta["lowest"]
+        # A checkpoint of an older version has neither these losses nor their weights: the best weights stand in.
+        self.lowest_losses = meta["lowest_losses"] if "lowest_losses" in meta else self._losses_of_best()
+
+    def _losses_of_best(self) -> list[float]:
+        return self.score(self.splits.validation, self.best_edits()).losses if self.best is not None else []
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         """Weight decay for all but orthonormal matrices.

@@ -49,7 +49,7 @@ def test_a_run_from_before_bases_were_recorded_goes_on(place: EvalPlace) -> None
 def test_of_two_servers_one_is_at_a_run(place: EvalPlace) -> None:
     run = place.created(100)
     assert place.execute(run, place.evaluator(), place.evaluator()).status == "completed"
-    assert sorted(place.engine.asked) == sorted(f"{run.id}-{number}-scored" for number in range(100))
+    assert sorted(place.engine.asked) == sorted(f"{run.id}-{number}-scored-0" for number in range(100))
 
 
 def test_a_server_that_stops_leaves_its_run_to_the_next(place: EvalPlace) -> None:

@@ -1,7 +1,8 @@
-"""A sweep: halves its trials by validation loss, publishes the best, resumes as if never stopped."""
+"""A sweep: halves its trials by their rank, publishes the first, resumes as if never stopped."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,7 @@ def test_a_sweep_resumed_from_a_checkpoint_ends_as_one_that_was_not(cache: Activ
     assert second.step == 10
     run(second, second.total_steps)
     assert second.table == whole.table
+    assert second.choices == whole.choices != []
     for one, other in zip(second.leader.best_edits(), whole.leader.best_edits(), strict=True):
         assert one.edit.content_hash == other.edit.content_hash
 
@@ -180,7 +182,8 @@ def test_a_sweep_is_one_job_with_its_table_in_the_provenance(tiny_llama_folder: 
     assert (manifest["layers"], manifest["positions"]) == (best["layers"], best["positions"])
     assert manifest["provenance"]["hyperparameters"]["learning_rate"] == best["learning_rate"]
     shown = place.job(job_id).plan
-    assert {**shown, "sweep": []} == manifest["provenance"]["hyperparameters"], "the job shows what was published"
+    published = {name: value for name, value in shown.items() if name != "choices"} | {"sweep": []}
+    assert published == manifest["provenance"]["hyperparameters"], "the job shows what was published"
     assert len(shown["sweep"]) == 8
 
 
@@ -191,26 +194,74 @@ def test_a_trial_whose_loss_is_no_number_never_leads(cache: ActivationCache) -> 
     assert sweep.leader is sweep.running[1].trainer
 
 
-def with_scores(sweep: Sweep, *scores: tuple[float, float]) -> Sweep:
-    """Trials as if they had been validated: loss and its standard error."""
-    for trial, (loss, error) in zip(sweep.running, scores, strict=True):
-        trial.trainer.best = {"loss": loss, "loss_stderr": error, "step": 1}
+def with_losses(sweep: Sweep, *losses: list[float]) -> Sweep:
+    """Trials as if they had been validated: the loss of each validation example, of as many tokens."""
+    for trial, each in zip(sweep.running, losses, strict=True):
+        trial.trainer.best = {"loss": sum(each), "loss_stderr": 0.0, "step": 1}
+        trial.trainer.lowest_losses = each
     return sweep
 
 
-@pytest.mark.parametrize(("loss", "leads"), [(0.95, False), (0.89, True), (1.5, False)])
-def test_a_trial_that_edits_a_prefix_leads_only_when_it_is_better_by_more_than_its_error(
-    loss: float, leads: bool
+@pytest.mark.parametrize(
+    ("losses", "leads"),
+    [([0.9, 1.1, 1.0, 0.9], False), ([0.7, 0.6, 0.7, 0.8], True), ([1.5, 1.4, 1.6, 1.5], False)],
+)
+def test_a_trial_that_edits_a_prefix_leads_only_when_it_is_better_by_more_than_the_error(
+    losses: list[float], leads: bool
 ) -> None:
     packed = VarlenModel(tiny_llama().requires_grad_(False))
     trials = []
     for positions in ("f1+l1", "l1"):
         cache = ActivationCache(packed, 1, [Positions.parse(positions)], Arena(1 << 20))
         trials.append(Trainer(cache, SPLITS, plan(positions=positions, tied=True), seed=3))
-    sweep = with_scores(Sweep(trials), (loss, 0.1), (1.0, 0.5))
+    sweep = with_losses(Sweep(trials), losses, [1.0, 1.0, 1.0, 1.0])
     assert (sweep.leader is trials[0]) is leads
 
 
-def test_trials_that_edit_no_prefix_are_ranked_by_their_losses_alone(cache: ActivationCache) -> None:
-    sweep = with_scores(new_sweep(cache, [0.01, 0.02]), (1.0, 0.0), (0.99, 0.5))
-    assert sweep.leader is sweep.running[1].trainer
+def ranked_sweep(cache: ActivationCache, ranks: list[int]) -> Sweep:
+    runs = [plan(positions="l1", tied=True, n_epochs=8, rank=rank, dropout=0.0) for rank in ranks]
+    return Sweep([Trainer(cache, SPLITS, run, seed=3) for run in runs])
+
+
+def test_trials_whose_losses_are_equals_are_halved_to_the_cheapest_whatever_their_rounding(
+    cache: ActivationCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rounding in (-1e-4, 1e-4):
+        sweep = ranked_sweep(cache, [4, 1, 2, 3])
+        while sweep.step < sweep.total_steps // 4:
+            sweep.advance()
+        found = ([1.0 + rounding, 1.2, 0.8, 1.0], [1.2, 1.0, 1.0, 0.8], [0.9, 1.1, 1.1, 0.9], [3.0, 3.1, 2.9, 3.0])
+        with_losses(sweep, *found)
+        monkeypatch.setattr(Trainer, "validate", lambda trainer: trainer.best)
+        sweep.validate()
+        assert [trial.number for trial in sweep.running] == [1, 2], "the clearly worse goes first, then the dearest"
+        choice = sweep.choices[0]
+        assert (choice.ranked, choice.kept, choice.chosen) == ([1, 2, 0, 3], 2, 1)
+
+
+def test_a_checkpoint_without_the_lowest_losses_is_scored_again_with_its_best_weights(
+    cache: ActivationCache, tmp_path: Path
+) -> None:
+    saved, loaded = new_sweep(cache, [0.02]), new_sweep(cache, [0.02])
+    run(saved, 2 * saved.steps_per_epoch)
+    saved.save(tmp_path)
+    meta = json.loads((tmp_path / "trial-0.json").read_text())
+    (tmp_path / "trial-0.json").write_text(json.dumps({k: v for k, v in meta.items() if k != "lowest_losses"}))
+    loaded.load(tmp_path)
+    best = saved.leader.score(SPLITS.validation, saved.leader.best_edits()).losses
+    assert loaded.leader.lowest_losses == pytest.approx(best, rel=1e-5)
+    assert len(loaded.leader.lowest_losses) == len(SPLITS.validation)
+
+
+def test_the_choice_of_a_sweep_stands_in_the_jobs_plan_and_in_the_provenance(
+    tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    place = Workplace(tiny_llama_folder, tmp_path)
+    job_id = place.create(sweep={"rank": [1, 2, 4, 8]})
+    place.worker().work()
+    choices = place.job(job_id).plan["choices"]
+    assert [choice["kept"] for choice in choices] == [2, 1], "one for each halving"
+    last, table = choices[-1], place.store.interventions.get(OWNER, "tone").versions[0].manifest["provenance"]
+    assert last["chosen"] == table["sweep"][0]["trial"]
+    assert table["choices"] == choices
+    assert last["reason"].startswith(("trial", "the validation loss of trial", "there is one validation example"))

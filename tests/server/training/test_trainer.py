@@ -14,6 +14,7 @@ from reftserve.interventions import NonFiniteError, Positions, model_checksum
 from reftserve.server.datasets import EncodedExample, Splits
 from reftserve.server.training.activation_cache import ActivationCache, Arena
 from reftserve.server.training.plan import Plan
+from reftserve.server.training.scores import Score
 from reftserve.server.training.trainer import Trainer
 from reftserve.server.training.varlen import VarlenModel
 
@@ -75,8 +76,19 @@ class Scored(Trainer):
         self.scores = iter(scores)
         return self
 
-    def evaluate(self, *_: object) -> dict[str, float]:
-        return dict(zip(("loss", "loss_stderr"), next(self.scores), strict=True))
+    def score(self, *_: object) -> Score:
+        return Given(*next(self.scores))
+
+
+class Given(Score):
+    """A score of a given loss and standard error."""
+
+    def __init__(self, loss: float, error: float) -> None:
+        super().__init__(losses=[loss])
+        self.given = {"loss": loss, "loss_stderr": error}
+
+    def means(self) -> dict[str, float]:
+        return self.given
 
 
 @pytest.mark.parametrize(
@@ -100,6 +112,7 @@ def test_the_newest_weights_are_kept_unless_their_loss_is_worse_by_more_than_its
         states.append([placed.edit.content_hash for placed in trainer.intervention.lower()])
     assert trainer.best is not None
     assert trainer.best["step"] == kept
+    assert trainer.lowest_losses == [min(loss for loss, _ in scores)], "trials are compared by their lowest loss"
     assert [placed.edit.content_hash for placed in trainer.best_edits()] == states[kept - 1]
 
 
@@ -125,6 +138,17 @@ def test_every_example_is_seen_once_an_epoch_whatever_the_seed(model: VarlenMode
         batches = trainer._epoch_batches(seed)
         assert sorted(i for batch in batches for i in batch) == list(range(11))
         assert len(batches) == trainer.steps_per_epoch
+
+
+@pytest.mark.parametrize("positions", ["l1", "f2+l2"])
+def test_the_losses_of_a_score_are_in_the_order_of_its_examples(model: VarlenModel, positions: str) -> None:
+    trainer = new_trainer(model, plan(positions=positions), seed=0)
+    asked = [*examples(9, 5, tail=3), *SPLITS.train[:3]]
+    edits = trainer.intervention.lower()
+    together = trainer.score(asked, edits)
+    assert together.counts == [len(each.completion_ids) for each in asked]
+    alone = [trainer.score([each], edits).losses[0] for each in asked]
+    assert together.losses == pytest.approx(alone, rel=1e-4)
 
 
 def test_exact_match_counts_examples_that_greedy_decoding_answers_word_for_word(model: VarlenModel) -> None:
