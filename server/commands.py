@@ -42,6 +42,9 @@ def serve(
         settings = _settings(
             model=model, data=data, host=host, port=port, config=config, worker=False if no_worker else None
         )
+        from reftserve.server.base.folder import resolve_model_folder
+
+        resolve_model_folder(settings)  # before all that takes longer
         from reftserve.server.main import serve as run_server
 
         run_server(settings)
@@ -52,6 +55,9 @@ def worker(model: Model = None, data: Data = None, config: Config = None) -> Non
     """Run a training worker apart from the server, on the same data folder; several share the jobs."""
     with _explained():
         settings = _settings(model=model, data=data, config=config)
+        from reftserve.server.base.folder import resolve_model_folder
+
+        resolve_model_folder(settings)  # before torch, which takes seconds
         from reftserve.server.training.worker import run
 
         run(settings)
@@ -64,13 +70,16 @@ def doctor(model: Model = None, data: Data = None, port: Port = None, config: Co
         settings = _settings(model=model, data=data, port=port, config=config)
     checks: list[tuple[str, Callable[[Settings], str]]] = [
         ("python", lambda _: platform.python_version()),
-        ("torch", _check_torch),
         ("base model", _check_model),
         ("data folder", _check_data),
         ("port", _check_port),
+        ("torch", _check_torch),  # last: it takes seconds
     ]
     failed = 0
     for name, check in checks:
+        if failed and check is _check_torch:
+            console.print("[yellow]left[/]  torch: not checked while something else is wrong")
+            break
         try:
             console.print(f"[green]ok[/]    {name}: {check(settings)}", highlight=False)
         except (ServerError, OSError, ImportError) as cause:
