@@ -21,7 +21,7 @@ import workload as w
 from peer import run_peer
 
 from reftserve.client import Client
-from reftserve.server.base.folder import load_tokenizer
+from reftserve.server.base.tokenizer import load_tokenizer
 from reftserve.server.datasets import EncodedExample, Splits, encode, read_examples, split
 
 sys.path.append(str(w.ROOT / "tests" / "support"))  # starts servers for tests

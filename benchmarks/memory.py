@@ -24,7 +24,7 @@ import workload as w
 from politeness import begin_job, end_job, gaps
 
 from reftserve.client import Client
-from reftserve.server.base.folder import load_tokenizer
+from reftserve.server.base.tokenizer import load_tokenizer
 
 sys.path.append(str(w.ROOT / "tests" / "support"))  # starts servers for tests
 

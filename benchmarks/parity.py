@@ -22,8 +22,8 @@ from peer import run_peer
 from train import ALL, BATCH, RANK, plan
 
 from reftserve.interventions import Positions
-from reftserve.server.base.folder import load_tokenizer
 from reftserve.server.base.model import load_model
+from reftserve.server.base.tokenizer import load_tokenizer
 from reftserve.server.datasets import EncodedExample, Splits
 from reftserve.server.training.activation_cache import ActivationCache, Arena
 from reftserve.server.training.trainer import Trainer, advance

@@ -15,9 +15,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
-
 from reftserve.client.schemas import ChatMessage
+from reftserve.server.base.tokenizer import Tokenizer
 from reftserve.server.datasets import EncodedExample, Example, Place, encode
 
 Chat = list[dict[str, str]]
@@ -43,7 +42,7 @@ def load(name: str, folder: Path, *, train: int, validation: int, test: int | No
     return Rows(chosen[:train], chosen[train:], tested)
 
 
-def encoded(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat]) -> list[EncodedExample]:
+def encoded(tokenizer: Tokenizer, chats: Sequence[Chat]) -> list[EncodedExample]:
     """As a job would encode them."""
     found = []
     for number, chat in enumerate(chats, start=1):

@@ -22,8 +22,8 @@ import torch
 import workload as w
 
 from reftserve.interventions import NonFiniteError, PlacedEdit, fingerprint
-from reftserve.server.base.folder import load_tokenizer
 from reftserve.server.base.model import load_model
+from reftserve.server.base.tokenizer import load_tokenizer
 from reftserve.server.datasets import EncodedExample, Splits
 from reftserve.server.training.activation_cache import ActivationCache, ActivationCaches, Arena
 from reftserve.server.training.candidates import DataSize

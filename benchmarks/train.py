@@ -16,8 +16,8 @@ import workload as w
 from peer import run_peer
 
 from reftserve.interventions import Positions
-from reftserve.server.base.folder import load_tokenizer
 from reftserve.server.base.model import load_model
+from reftserve.server.base.tokenizer import load_tokenizer
 from reftserve.server.datasets import EncodedExample, Splits, encode, read_examples
 from reftserve.server.training.activation_cache import ActivationCache, Arena
 from reftserve.server.training.plan import Plan

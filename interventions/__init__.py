@@ -1,39 +1,81 @@
-"""The mathematics of interventions: edits, families, positions, artifacts. Knows neither server nor client."""
+"""The mathematics of interventions: edits, families, positions, artifacts. Knows neither server nor client.
 
-from reftserve.interventions.artifact import (
-    EditSite,
-    Intervention,
-    load_artifact,
-    load_history,
-    pack,
-    parse_artifact,
-    read_artifact,
-    save_artifact,
-    unpack,
-)
-from reftserve.interventions.attach import attach
-from reftserve.interventions.edit import Activation, LowRankEdit, PlacedEdit, activate, compose
-from reftserve.interventions.families import FAMILIES, Family
-from reftserve.interventions.fingerprint import fingerprint, model_checksum
-from reftserve.interventions.history import History
-from reftserve.interventions.intervention_errors import (
-    DtypeError,
-    FingerprintMismatch,
-    HashMismatch,
-    InterventionError,
-    ManifestError,
-    NonFiniteError,
-    PositionsError,
-    ShapeError,
-)
-from reftserve.interventions.layers import decoder_layers, edit_layer
-from reftserve.interventions.manifest import BaseFingerprint, EditEntry, Manifest, Provenance
-from reftserve.interventions.positions import Positions
-from reftserve.interventions.trainable import InterventionConfig, TrainableIntervention
+Names load their modules when they are first used (PEP 562): fingerprints, manifests, positions and the checks of
+artifacts need no torch, and a process that uses nothing else never loads it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from reftserve.interventions.artifact import (
+        Artifact,
+        EditSite,
+        check_artifact,
+        load_history,
+        pack,
+        read_artifact,
+        unpack,
+    )
+    from reftserve.interventions.attachment import attach
+    from reftserve.interventions.base_fingerprint import fingerprint
+    from reftserve.interventions.checksum import model_checksum
+    from reftserve.interventions.columns import Activation
+    from reftserve.interventions.config import InterventionConfig
+    from reftserve.interventions.edit import LowRankEdit, PlacedEdit, activate, compose
+    from reftserve.interventions.families import FAMILIES, Family
+    from reftserve.interventions.history import History
+    from reftserve.interventions.intervention import Intervention, load_artifact, parse_artifact, save_artifact
+    from reftserve.interventions.intervention_errors import (
+        DtypeError,
+        FingerprintMismatch,
+        HashMismatch,
+        InterventionError,
+        ManifestError,
+        NonFiniteError,
+        PositionsError,
+        ShapeError,
+    )
+    from reftserve.interventions.layers import decoder_layers, edit_layer
+    from reftserve.interventions.manifest import BaseFingerprint, EditEntry, Manifest, Provenance
+    from reftserve.interventions.positions import Positions
+    from reftserve.interventions.trainable import TrainableIntervention
+
+_MODULES = {
+    "artifact": ("Artifact", "EditSite", "check_artifact", "load_history", "pack", "read_artifact", "unpack"),
+    "attachment": ("attach",),
+    "columns": ("Activation",),
+    "config": ("InterventionConfig",),
+    "edit": ("LowRankEdit", "PlacedEdit", "activate", "compose"),
+    "families": ("FAMILIES", "Family"),
+    "base_fingerprint": ("fingerprint",),
+    "history": ("History",),
+    "intervention": ("Intervention", "load_artifact", "parse_artifact", "save_artifact"),
+    "intervention_errors": (
+        "DtypeError",
+        "FingerprintMismatch",
+        "HashMismatch",
+        "InterventionError",
+        "ManifestError",
+        "NonFiniteError",
+        "PositionsError",
+        "ShapeError",
+    ),
+    "layers": ("decoder_layers", "edit_layer"),
+    "manifest": ("BaseFingerprint", "EditEntry", "Manifest", "Provenance"),
+    "checksum": ("model_checksum",),
+    "positions": ("Positions",),
+    "trainable": ("TrainableIntervention",),
+}
+# No module has the name of something that it defines: loading one binds its name in this package.
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "FAMILIES",
     "Activation",
+    "Artifact",
     "BaseFingerprint",
     "DtypeError",
     "EditEntry",
@@ -57,6 +99,7 @@ __all__ = [
     "TrainableIntervention",
     "activate",
     "attach",
+    "check_artifact",
     "compose",
     "decoder_layers",
     "edit_layer",
@@ -70,3 +113,15 @@ __all__ = [
     "save_artifact",
     "unpack",
 ]
+
+if not TYPE_CHECKING:  # for the type checker, a module with a __getattr__ has every name
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

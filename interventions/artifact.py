@@ -4,7 +4,8 @@ For the wire, a zip of them. `edits.safetensors` holds the columns of all edits,
 manifest: five tensors whatever the number of edits, since a server reads, checks and hashes them while others wait.
 
 Reading trusts nothing: every field, name, shape, type and number is checked, sizes are bounded, nothing is unpickled.
-Writing is all or nothing: a folder appears under its name only when it is complete and on the disk.
+Writing is all or nothing: a folder appears under its name only when it is complete and on the disk. None of this needs
+torch: `intervention.py` makes tensors of what was checked here.
 """
 
 from __future__ import annotations
@@ -19,19 +20,14 @@ import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from functools import cached_property
 from pathlib import Path
 
-import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 
-from reftserve.interventions.edit import TENSORS, LowRankEdit, PlacedEdit, compose
+from reftserve.interventions.columns import Columns, hash_columns, read_columns
 from reftserve.interventions.history import HISTORY_FILE, History
-from reftserve.interventions.intervention_errors import DtypeError, HashMismatch, ManifestError, ShapeError
-from reftserve.interventions.manifest import BaseFingerprint, EditEntry, Manifest, Provenance
+from reftserve.interventions.intervention_errors import HashMismatch, ManifestError, ShapeError
+from reftserve.interventions.manifest import BaseFingerprint, Manifest
 from reftserve.interventions.positions import Positions
 
 MANIFEST_FILE = "manifest.json"
@@ -60,80 +56,26 @@ class EditSite:
 
 
 @dataclass(frozen=True, eq=False)
-class Intervention:
-    """A published intervention: its manifest, and the columns of all its edits as one edit.
-
-    sites: of its edits, in the order of their columns.
-    """
+class Artifact:
+    """A checked artifact: its manifest, the sites of its edits, and their columns one below the other."""
 
     manifest: Manifest
-    columns: LowRankEdit
     sites: tuple[EditSite, ...]
+    columns: Columns
 
     @property
     def content_hash(self) -> str:
         """Identity of what it does; equal for equal edits at equal sites."""
         return self.manifest.content_hash
 
-    @cached_property
-    def edits(self) -> tuple[PlacedEdit, ...]:
-        """The edits one by one, views of `columns`."""
-        parts = zip(self.sites, self.columns.split([site.rank for site in self.sites]), strict=True)
-        return tuple(PlacedEdit(site.layer, site.positions, part) for site, part in parts)
 
-
-def content_hash(sites: Sequence[EditSite], columns: LowRankEdit) -> str:
-    """SHA-256 over sites and numbers of the edits, in order."""
+def content_hash(sites: Sequence[EditSite], columns_hash: str) -> str:
+    """SHA-256 over sites and numbers of the edits, in order. columns_hash: of all columns as one edit."""
     digest = hashlib.sha256()
     for site in sites:
         digest.update(f"{site.layer} {site.positions} {site.rank}\n".encode())
-    digest.update(columns.content_hash.encode())
+    digest.update(columns_hash.encode())
     return digest.hexdigest()
-
-
-def save_artifact(
-    folder: Path,
-    edits: Sequence[PlacedEdit],
-    *,
-    family: str,
-    positions: str,
-    rank: int,
-    base: BaseFingerprint,
-    tied: bool = True,
-    parameters: int | None = None,
-    provenance: Provenance | None = None,
-    history: History | None = None,
-) -> Manifest:
-    """Write a new artifact folder; it must not exist. Raises OSError with nothing left behind."""
-    sites = tuple(EditSite(placed.layer, placed.positions, placed.edit.rank) for placed in edits)
-    columns = compose([placed.edit for placed in edits])
-    manifest = Manifest(
-        family=family,
-        positions=positions,
-        layers=sorted({site.layer for site in sites}),
-        rank=rank,
-        tied=tied,
-        parameters=columns.A.numel() + columns.b.numel() if parameters is None else parameters,
-        edits=[EditEntry(layer=p.layer, positions=str(p.positions), rank=p.rank) for p in sites],
-        base=base,
-        content_hash=content_hash(sites, columns),
-        created_at=datetime.now(UTC),
-        provenance=provenance or Provenance(),
-    )
-    tensors = {name: getattr(columns, name).detach().cpu().contiguous() for name in TENSORS}
-    files = {MANIFEST_FILE: manifest.model_dump_json(indent=2).encode(), EDITS_FILE: save(tensors)}
-    if history is not None:
-        files[HISTORY_FILE] = history.model_dump_json().encode()
-    _write_folder(folder, files)
-    return manifest
-
-
-def load_artifact(folder: Path) -> Intervention:
-    """Read and check an artifact folder.
-
-    Raises an InterventionError that says what is wrong and what was expected; OSError when files cannot be read.
-    """
-    return parse_artifact(*read_artifact(folder))
 
 
 def read_artifact(folder: Path) -> tuple[bytes, bytes]:
@@ -153,7 +95,7 @@ def load_history(folder: Path) -> History | None:
     return History.parse(_bounded(file)) if file.exists() else None
 
 
-def parse_artifact(manifest_bytes: bytes, edits_bytes: bytes) -> Intervention:
+def check_artifact(manifest_bytes: bytes, edits_bytes: bytes) -> Artifact:
     """Check an artifact's two files.
 
     Raises ManifestError, ShapeError, DtypeError, NonFiniteError, PositionsError or HashMismatch.
@@ -165,12 +107,12 @@ def parse_artifact(manifest_bytes: bytes, edits_bytes: bytes) -> Intervention:
         where = ".".join(map(str, first["loc"]))
         raise ManifestError(f"{MANIFEST_FILE}: {where or 'document'}: {first['msg']}") from cause
     sites = tuple(EditSite(entry.layer, Positions.parse(entry.positions), entry.rank) for entry in manifest.edits)
-    columns = _columns(edits_bytes)
+    columns = read_columns(edits_bytes, EDITS_FILE)
     _check_fit(sites, columns, manifest.base)
-    found = content_hash(sites, columns)
+    found = content_hash(sites, hash_columns(columns))
     if found != manifest.content_hash:
         raise HashMismatch(f"content_hash is {manifest.content_hash}; the edits' hash is {found}")
-    return Intervention(manifest, columns, sites)
+    return Artifact(manifest, sites, columns)
 
 
 def pack(folder: Path) -> bytes:
@@ -183,7 +125,7 @@ def pack(folder: Path) -> bytes:
     return buffer.getvalue()
 
 
-def unpack(data: bytes, folder: Path, *, max_bytes: int = MAX_BYTES) -> Intervention:
+def unpack(data: bytes, folder: Path, *, max_bytes: int = MAX_BYTES) -> Artifact:
     """Check a zipped artifact and write it to a new folder; nothing is written when it is refused.
 
     Raises an InterventionError; ManifestError when it is not a zip of exactly an artifact's files within `max_bytes`.
@@ -197,32 +139,20 @@ def unpack(data: bytes, folder: Path, *, max_bytes: int = MAX_BYTES) -> Interven
             contents = {name: _read_member(archive, name, max_bytes) for name in names}
     except UNREADABLE as cause:
         raise ManifestError(f"not a readable zip file: {cause}") from cause
-    intervention = parse_artifact(contents[MANIFEST_FILE], contents[EDITS_FILE])
+    artifact = check_artifact(contents[MANIFEST_FILE], contents[EDITS_FILE])
     if HISTORY_FILE in contents:
         History.parse(contents[HISTORY_FILE])
-    _write_folder(folder, contents)
-    return intervention
+    write_folder(folder, contents)
+    return artifact
 
 
-def _columns(edits_bytes: bytes) -> LowRankEdit:
-    try:
-        tensors = load(edits_bytes)
-    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as cause:  # the last two: absurd shapes
-        raise ManifestError(f"{EDITS_FILE} is not a safetensors file: {cause}") from cause
-    if tensors.keys() != set(TENSORS):
-        missing, surplus = sorted(set(TENSORS) - tensors.keys()), sorted(tensors.keys() - set(TENSORS))
-        raise ManifestError(f"{EDITS_FILE}: missing tensors {missing}, unexpected ones {surplus}")
-    if tensors["A"].dtype != torch.float32:
-        raise DtypeError(f"A is {tensors['A'].dtype}; artifacts hold torch.float32")
-    return LowRankEdit(**tensors)
-
-
-def _check_fit(sites: Sequence[EditSite], columns: LowRankEdit, base: BaseFingerprint) -> None:
+def _check_fit(sites: Sequence[EditSite], columns: Columns, base: BaseFingerprint) -> None:
+    found, hidden_size = columns["A"].shape
     rank = sum(site.rank for site in sites)
-    if columns.rank != rank:
-        raise ShapeError(f"{EDITS_FILE} holds {columns.rank} columns; by the manifest the edits have {rank}")
-    if columns.hidden_size != base.hidden_size:
-        raise ShapeError(f"edits have hidden size {columns.hidden_size}; the base has {base.hidden_size}")
+    if found != rank:
+        raise ShapeError(f"{EDITS_FILE} holds {found} columns; by the manifest the edits have {rank}")
+    if hidden_size != base.hidden_size:
+        raise ShapeError(f"edits have hidden size {hidden_size}; the base has {base.hidden_size}")
     highest = max(site.layer for site in sites)
     if highest >= base.num_layers:
         raise ShapeError(f"an edit is at layer {highest}; the base has layers 0 to {base.num_layers - 1}")
@@ -243,7 +173,11 @@ def _read_member(archive: zipfile.ZipFile, name: str, max_bytes: int) -> bytes:
     return content
 
 
-def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write a new folder of files, whole or not at all.
+
+    Raises OSError when it exists.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial-"))
     try:

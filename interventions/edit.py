@@ -18,28 +18,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from enum import IntEnum
 from functools import cached_property
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from reftserve.interventions.intervention_errors import DtypeError, NonFiniteError, ShapeError
+from reftserve.interventions.columns import TENSORS, check_columns
+from reftserve.interventions.columns import Activation as Activation
+from reftserve.interventions.intervention_errors import ShapeError
 from reftserve.interventions.positions import Positions
-
-
-class Activation(IntEnum):
-    """The function that a rank column applies to h · A + b, by its name in transformers' ACT2FN."""
-
-    LINEAR = 0
-    RELU = 1
-    GELU = 2
-    TANH = 3
-    SIGMOID = 4
-    SILU = 5
-
 
 FUNCTIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     Activation.RELU: functional.relu,
@@ -48,9 +36,6 @@ FUNCTIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     Activation.SIGMOID: torch.sigmoid,
     Activation.SILU: functional.silu,
 }
-
-
-TENSORS = ("A", "b", "U", "act", "scale")
 
 
 def activate(y: Tensor, act: Tensor) -> Tensor:
@@ -77,23 +62,7 @@ class LowRankEdit:
     scale: Tensor
 
     def __post_init__(self) -> None:
-        if self.A.ndim != 2 or 0 in self.A.shape:
-            raise ShapeError(f"A has shape {list(self.A.shape)}; expected [rank, hidden], both above 0")
-        rank, hidden = self.A.shape
-        expected = {"A": [rank, hidden], "b": [rank], "U": [rank, hidden], "act": [rank], "scale": [rank]}
-        for name, shape in expected.items():
-            tensor: Tensor = getattr(self, name)
-            if list(tensor.shape) != shape:
-                raise ShapeError(f"{name} has shape {list(tensor.shape)}; expected {shape}")
-            if name == "act":
-                if tensor.dtype != torch.int8:
-                    raise DtypeError(f"act is {tensor.dtype}; expected torch.int8")
-                if not ((tensor >= 0) & (tensor < len(Activation))).all():
-                    raise DtypeError(f"act holds {sorted(set(tensor.tolist()))}; expected 0 to {len(Activation) - 1}")
-            elif not tensor.is_floating_point() or tensor.dtype != self.A.dtype:
-                raise DtypeError(f"{name} is {tensor.dtype}; A, b, U and scale need one floating-point type")
-            elif not _is_finite(tensor):
-                raise NonFiniteError(f"{name} contains NaN or infinity; all numbers must be finite")
+        check_columns({name: getattr(self, name) for name in TENSORS})
 
     @property
     def rank(self) -> int:
@@ -153,13 +122,6 @@ class LowRankEdit:
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
             digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    # torch's own test starts threads on large tensors. In the loader's thread they compete with the engine's step.
-    if tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64):
-        return bool(np.isfinite(tensor.detach().numpy()).all())
-    return bool(tensor.isfinite().all())
 
 
 def compose(edits: Sequence[LowRankEdit]) -> LowRankEdit:

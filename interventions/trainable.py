@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from reftserve.interventions.config import InterventionConfig
 from reftserve.interventions.edit import PlacedEdit
 from reftserve.interventions.families import FAMILIES, Family
 from reftserve.interventions.positions import Positions
-
-
-@dataclass(frozen=True)
-class InterventionConfig:
-    """The family, sites and sizes of an intervention. tied: prefix and suffix positions share their weights."""
-
-    family: str
-    layers: tuple[int, ...]
-    positions: str
-    rank: int
-    tied: bool = True
-    dropout: float = 0.0
 
 
 class TrainableIntervention(nn.Module):

@@ -57,7 +57,12 @@ def open_services(settings: Settings) -> Services:
         max_stop_strings=settings.max_stop_strings,
     )
     inference = InferenceService(engine, base, store.interventions, metrics, limits)
-    evals = EvalService(store, base, serving_fingerprint(settings, base), max_interventions=settings.max_interventions)
+    evals = EvalService(
+        store,
+        base,
+        lambda: serving_fingerprint(base, dtype=engine.dtype, quantization=settings.quantization),
+        max_interventions=settings.max_interventions,
+    )
     return Services(
         settings=settings,
         base=base,

@@ -81,6 +81,9 @@ def serve(settings: Settings) -> None:
     The environment, a TOML file and these flags give settings, in that order of rising precedence; docs/settings.md
     lists them all.
     """
+    from reftserve.server.base.folder import resolve_model_folder
+
+    resolve_model_folder(settings)  # before the imports that take longer
     from reftserve.server.main import serve as run_server
 
     run_server(settings)
@@ -101,6 +104,9 @@ def serve(settings: Settings) -> None:
 )
 def worker(settings: Settings) -> None:
     """Run a training worker apart from the server, on the same data folder; several share the jobs."""
+    from reftserve.server.base.folder import resolve_model_folder
+
+    resolve_model_folder(settings)  # before torch, which takes seconds
     from reftserve.server.training.worker import run
 
     run(settings)
@@ -113,13 +119,16 @@ def doctor(settings: Settings) -> None:
     """Check that this machine can serve; exits with 1 when something is in the way."""
     checks: list[tuple[str, Callable[[Settings], str]]] = [
         ("python", lambda _: platform.python_version()),
-        ("torch", _check_torch),
         ("base model", _check_model),
         ("data folder", _check_data),
         ("port", _check_port),
+        ("torch", _check_torch),  # last: it takes seconds
     ]
     failed = 0
     for name, check in checks:
+        if failed and check is _check_torch:
+            console.print("[yellow]left[/]  torch: not checked while something else is wrong")
+            break
         try:
             console.print(f"[green]ok[/]    {name}: {check(settings)}", highlight=False)
         except (ServerError, OSError, ImportError) as cause:

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import sys
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import msgspec
 
@@ -20,6 +21,7 @@ FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 30.0
 STABLE_S = 60.0
 STOP_TIMEOUT_S = 5.0
+GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA's, AMD's, and either's under Windows
 
 
 async def keep_engine(engine: EngineClient, metrics: Metrics, on_failure: Callable[[str], None]) -> None:
@@ -49,13 +51,15 @@ async def keep_engine(engine: EngineClient, metrics: Metrics, on_failure: Callab
 
 
 async def keep_worker(settings: Settings, engine: EngineClient) -> None:
-    """Start the training worker whenever it is not there and the engine is; one that borrows its weights ends with it.
+    """Start the training worker whenever it is not there.
 
+    On a GPU it waits for the engine, whose weights it borrows, and ends with it. On the CPU both load at once: they
+    meet at the locks of the compiled kernels and of the weights file, each of which is held alone.
     Through its standard input it gets the settings, and in a line of their own the weights that the engine lends.
     """
 
     async def once() -> None:
-        lent = (await engine.until_ready()).lent
+        lent = (await engine.until_ready()).lent if may_be_on_gpu(settings) else []
         # This engine's end, not that of one which may have taken its place by the time that the worker runs.
         ends = [asyncio.ensure_future(engine.ended())] if lent else []
         command = [sys.executable, "-m", "reftserve.server.training.worker"]
@@ -78,6 +82,16 @@ async def keep_worker(settings: Settings, engine: EngineClient) -> None:
                 await _end(process)
 
     await _restart_forever(once)
+
+
+def may_be_on_gpu(settings: Settings) -> bool:
+    """Whether the engine may compute on a GPU; only torch could say for sure, and this process does not load it.
+
+    Where it says so and there is none, the worker waits for the engine and borrows nothing.
+    """
+    if settings.device == "auto":
+        return any(Path(driver).exists() for driver in GPU_DRIVERS)
+    return not settings.device.startswith("cpu")
 
 
 async def _restart_forever(once: Callable[[], Awaitable[None]]) -> None:

@@ -6,6 +6,7 @@ A model with a hub id is searched in `<data>/models/<organisation>--<name>`, the
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,14 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from reftserve.interventions import BaseFingerprint, fingerprint
+from reftserve.interventions.base_fingerprint import fingerprint
+from reftserve.interventions.manifest import BaseFingerprint
+from reftserve.server.base.tokenizer import Tokenizer, load_tokenizer
 from reftserve.server.errors import NotFound
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
-    from transformers import PreTrainedTokenizerBase
 
     from reftserve.server.settings import Settings
+
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
 
 
 def model_name(settings: Settings) -> str:
@@ -43,6 +48,8 @@ def resolve_model_folder(settings: Settings) -> Path:
             return folder.resolve()
     if as_folder.is_dir():
         raise NotFound(f"{as_folder} has no config.json: not a Hugging Face model folder", code="model_not_found")
+    if not HUB_ID.fullmatch(settings.model):
+        raise NotFound(f"{as_folder} is no folder with a model, nor can it be a hub id", code="model_not_found")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -57,14 +64,6 @@ def resolve_model_folder(settings: Settings) -> Path:
         ) from cause
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load the base's tokenizer with its chat template, without running code from the folder."""
-    from transformers import AutoTokenizer
-
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    return tokenizer
-
-
 @dataclass(frozen=True)
 class Base:
     """The base model without its weights, for all rooms but the engine and the trainer.
@@ -74,7 +73,7 @@ class Base:
 
     name: str
     folder: Path
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Tokenizer
     fingerprint: BaseFingerprint
     eos_token_ids: tuple[int, ...]
     max_context: int
@@ -86,9 +85,7 @@ class Base:
 
     @cached_property
     def _vocabulary(self) -> LLTokenizer:
-        from llguidance.hf import from_tokenizer
-
-        return from_tokenizer(self.tokenizer)
+        return self.tokenizer.vocabulary()
 
 
 def open_base(settings: Settings) -> Base:
@@ -125,13 +122,23 @@ def _kept_fingerprint(folder: Path, cache: Path) -> BaseFingerprint:
 
 
 def _max_context(folder: Path) -> int:
-    from transformers import AutoConfig
+    """Read the context length from config.json; architectures have several names for it.
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    return int(config.get_text_config().max_position_embeddings)
+    Raises NotFound when there is none: transformers' default for the architecture is known to transformers alone.
+    """
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    config |= config.get("text_config", {})
+    for name in CONTEXT_FIELDS:
+        if isinstance(config.get(name), int):
+            return int(config[name])
+    raise NotFound(
+        f"{folder / 'config.json'} has none of {', '.join(CONTEXT_FIELDS)}: add max_position_embeddings, the number of "
+        "tokens that the model can read",
+        code="model_not_found",
+    )
 
 
-def eos_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def eos_token_ids(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
     """Return the tokens that end an answer, from the tokenizer and the generation config."""
     ids: set[int] = set()
     if tokenizer.eos_token_id is not None:

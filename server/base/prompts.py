@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from typing import Any
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
 
 from reftserve.client.schemas import ChatMessage
+from reftserve.server.base.tokenizer import Tokenizer
 from reftserve.server.errors import InvalidRequest
 
 MARK = "7e1f0c5a"  # placeholder for an answer; no template interprets it
 
 
-def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[ChatMessage]) -> str:
+def render_chat(tokenizer: Tokenizer, messages: Sequence[ChatMessage]) -> str:
     """Return the prompt's text for the next assistant turn, rendered by the base's chat template.
 
     Raises InvalidRequest when the base has no template or the template refuses the messages.
@@ -23,7 +21,7 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[ChatMessa
     return _apply_template(tokenizer, messages, add_generation_prompt=True)
 
 
-def render_answer(tokenizer: PreTrainedTokenizerBase, messages: Sequence[ChatMessage]) -> str:
+def render_answer(tokenizer: Tokenizer, messages: Sequence[ChatMessage]) -> str:
     """Return the text that the model should generate for the last message, an assistant's, with the end of turn."""
     prompt = render_chat(tokenizer, messages[:-1])
     whole = _apply_template(tokenizer, messages, add_generation_prompt=False)
@@ -33,55 +31,50 @@ def render_answer(tokenizer: PreTrainedTokenizerBase, messages: Sequence[ChatMes
     # The turn ends with the first special token after the content, which may differ from the tokenizer's eos. Gemma's
     # template adds a line break after it, but serving stops before.
     start = len(answer) - len(behind) if behind and answer.endswith(behind) else 0
-    ends = [answer.find(token, start) + len(token) for token in _special_tokens(tokenizer) if token in answer[start:]]
-    return answer[: min(ends)] if ends else answer + str(tokenizer.eos_token)
+    ends = [answer.find(token, start) + len(token) for token in tokenizer.special_texts if token in answer[start:]]
+    return answer[: min(ends)] if ends else answer + (tokenizer.eos_token or "")
 
 
-def encode_rendered(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def encode_rendered(tokenizer: Tokenizer, text: str) -> list[int]:
     """Return the token ids of a rendered text, which already contains its special tokens."""
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
+    return tokenizer.encode(text, add_special_tokens=False)
 
 
-def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Return the token ids of a plain prompt's completion, with the end of turn."""
+def encode_completion(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Return the token ids of a plain prompt's completion, with the end of turn.
+
+    Raises InvalidRequest when the tokenizer has no token for the end.
+    """
     ids = encode_rendered(tokenizer, text)
-    return ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, int(tokenizer.eos_token_id)]
+    if tokenizer.eos_token_id is None:
+        raise InvalidRequest("the base's tokenizer names no eos_token: nothing could say where an answer ends")
+    return ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
 
 
-def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
     """Return the token ids of a plain prompt, with BOS if the tokenizer adds one."""
-    ids: list[int] = tokenizer(text)["input_ids"]
-    return ids
+    return tokenizer.encode(text)
 
 
-def _apply_template(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[ChatMessage], *, add_generation_prompt: bool
-) -> str:
+def _apply_template(tokenizer: Tokenizer, messages: Sequence[ChatMessage], *, add_generation_prompt: bool) -> str:
     if tokenizer.chat_template is None:
         raise InvalidRequest(
             "the base model has no chat template; use /v1/completions, or prompt and completion in data sets",
             param="messages",
             code="no_chat_template",
         )
-    plain: list[dict[str, Any]] = [{"role": _role(m.role), "content": m.text} for m in messages]
+    plain = [{"role": _role(m.role), "content": m.text} for m in messages]
     try:
-        text: str = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=add_generation_prompt)
+        return tokenizer.render(plain, add_generation_prompt=add_generation_prompt)
     except TemplateError as cause:
         raise InvalidRequest(f"the chat template refuses these messages: {cause}", param="messages") from cause
-    return text
 
 
-def _behind_an_answer(tokenizer: PreTrainedTokenizerBase, messages: Sequence[ChatMessage]) -> str:
+def _behind_an_answer(tokenizer: Tokenizer, messages: Sequence[ChatMessage]) -> str:
     """Return the template's constant text after an assistant's answer; empty if the template rewrites answers."""
     answered = [*messages, ChatMessage(role="assistant", content=MARK)]
     _, mark, behind = _apply_template(tokenizer, answered, add_generation_prompt=False).rpartition(MARK)
     return behind if mark else ""
-
-
-@functools.lru_cache(maxsize=4)
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
 
 
 def _role(role: str) -> str:

@@ -22,7 +22,7 @@ from filelock import FileLock
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from reftserve.interventions import model_checksum
+from reftserve.interventions.checksum import model_checksum
 from reftserve.server.base.cuda_weights import open_lent
 from reftserve.server.base.kernel_choice import KernelChoice
 from reftserve.server.base.lent_tensor import LentTensor

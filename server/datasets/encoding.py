@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from transformers import PreTrainedTokenizerBase
-
 from reftserve.client.schemas import ChatMessage
 from reftserve.server.base.prompts import encode_completion, encode_rendered, encode_text, render_answer, render_chat
+from reftserve.server.base.tokenizer import Tokenizer
 from reftserve.server.datasets.examples import Example, Instruction
 from reftserve.server.datasets.source_location import SourceLocation
 
@@ -37,7 +36,7 @@ class EncodedExample:
         return len(self.prompt_ids) + len(self.completion_ids)
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, example: Example) -> EncodedExample:
+def encode(tokenizer: Tokenizer, example: Example) -> EncodedExample:
     """Token ids exactly as serving would render the prompt and produce the answer.
 
     Raises InvalidRequest when the base has no chat template for a chat, or it refuses the messages.

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
-
 from reftserve.client.schemas import DataReport, FileReport, SplitSizes, TokenLengths
+from reftserve.server.base.tokenizer import Tokenizer
 from reftserve.server.datasets.encoding import EncodedExample, encode
 from reftserve.server.datasets.examples import Example
 from reftserve.server.datasets.label_detection import label_set
@@ -20,7 +19,7 @@ from reftserve.server.errors import InvalidRequest
 
 
 def make_report(
-    tokenizer: PreTrainedTokenizerBase, training: Path, validation: Path | None, *, max_length: int, seed: int
+    tokenizer: Tokenizer, training: Path, validation: Path | None, *, max_length: int, seed: int
 ) -> DataReport:
     """Read and encode the files, and split them as the job would. max_length: tokens.
 
@@ -53,7 +52,7 @@ class _EncodedFile:
     fitting: list[EncodedExample]
 
 
-def _encoded(tokenizer: PreTrainedTokenizerBase, path: Path, param: str, max_length: int) -> _EncodedFile:
+def _encoded(tokenizer: Tokenizer, path: Path, param: str, max_length: int) -> _EncodedFile:
     examples = read_examples(path)
     encoded = []
     for example in examples:

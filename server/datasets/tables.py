@@ -1,4 +1,4 @@
-"""Rows of tables: CSV and Parquet, read batch by batch through Arrow.
+"""Rows of tables: CSV and Parquet, read batch by batch through Arrow, which is loaded with the first such file.
 
 Columns are the fields of one kind of row. A chat's `messages` is JSON in CSV, and in Parquet JSON or a list of structs.
 A Parquet file says how much it unfolds to, and single values can stand for thousands of cells: both are bounded.
@@ -10,14 +10,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.compute as pc
-from pyarrow import csv, parquet
+from typing import TYPE_CHECKING, Any
 
 from reftserve.server.datasets.examples import FIELDS, KINDS, row_kind
 from reftserve.server.datasets.source_location import SourceLocation, file_error
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 PARQUET_MAGIC = b"PAR1"
 MAX_CELL_BYTES = 4 << 20
@@ -31,6 +30,9 @@ def read_csv(path: Path) -> Iterator[tuple[SourceLocation, dict[str, Any]]]:
 
     Raises InvalidRequest that says what cannot be read.
     """
+    import pyarrow as pa
+    from pyarrow import csv
+
     with (
         _arrow_errors("CSV"),
         csv.open_csv(
@@ -51,6 +53,8 @@ def read_parquet(path: Path) -> Iterator[tuple[SourceLocation, dict[str, Any]]]:
 
     Raises InvalidRequest that says what cannot be read, or which limit the file goes over.
     """
+    from pyarrow import parquet
+
     with _arrow_errors("Parquet"):
         metadata = parquet.read_metadata(path)
         unfolded = sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
@@ -87,6 +91,8 @@ def _text_bytes(batch: pa.RecordBatch) -> int:
 
     Raises InvalidRequest when one of them is too long.
     """
+    import pyarrow.compute as pc
+
     total = 0
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         for leaf in _leaves(column):
@@ -100,6 +106,8 @@ def _text_bytes(batch: pa.RecordBatch) -> int:
 
 def _leaves(array: pa.Array) -> Iterator[pa.Array]:
     """The arrays of values that a nested one is made of."""
+    import pyarrow as pa
+
     if pa.types.is_struct(array.type):
         for field in array.flatten():
             yield from _leaves(field)
@@ -111,6 +119,9 @@ def _leaves(array: pa.Array) -> Iterator[pa.Array]:
 
 def _lengths(leaf: pa.Array) -> pa.Array:
     """The bytes of each text; null for what is none."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
     if pa.types.is_dictionary(leaf.type):
         return pc.take(_lengths(leaf.dictionary), leaf.indices)
     if leaf.type in (pa.string(), pa.large_string(), pa.binary(), pa.large_binary()):
@@ -134,6 +145,8 @@ def _check_columns(names: Sequence[str]) -> None:
 
 @contextmanager
 def _arrow_errors(kind: str) -> Iterator[None]:
+    import pyarrow as pa
+
     try:
         yield
     except (pa.ArrowException, OSError, UnicodeDecodeError) as cause:

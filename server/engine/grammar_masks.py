@@ -10,10 +10,10 @@ from functools import cached_property
 
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer
-from llguidance.hf import from_tokenizer
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
+
+from reftserve.server.base.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 SILENT = 0  # llguidance would otherwise write warnings about a grammar to standard error
@@ -34,7 +34,7 @@ class GrammarCompiler:
     vocabulary: width of the model's logits; it may differ from the tokenizer's number of tokens.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, eos_token_ids: tuple[int, ...], vocabulary: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, eos_token_ids: tuple[int, ...], vocabulary: int) -> None:
         self._tokenizer = tokenizer
         self._eos_token_ids = eos_token_ids
         self._vocabulary = max(vocabulary, len(tokenizer))  # Gemma 3's tokenizer has one token more than the model
@@ -69,7 +69,7 @@ class GrammarCompiler:
 
     @cached_property
     def _vocabulary_trie(self) -> LLTokenizer:
-        return from_tokenizer(self._tokenizer, n_vocab=self._vocabulary, eos_token=list(self._eos_token_ids))
+        return self._tokenizer.vocabulary(size=self._vocabulary, eos_token_ids=self._eos_token_ids)
 
     def _run(self) -> None:
         while (item := self._grammars.get()) is not None:

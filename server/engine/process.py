@@ -21,11 +21,12 @@ import zmq
 
 from reftserve.interventions import InterventionError
 from reftserve.server.base.cuda_weights import lend_weights
-from reftserve.server.base.folder import eos_token_ids, load_tokenizer
+from reftserve.server.base.folder import eos_token_ids
 from reftserve.server.base.kernel_choice import KernelChoice, kernel_choice
 from reftserve.server.base.memory import freeze_gc
 from reftserve.server.base.model import resolve_device, resolve_dtype
 from reftserve.server.base.model_errors import BaseModelError
+from reftserve.server.base.tokenizer import load_tokenizer
 from reftserve.server.base.weights import load_base
 from reftserve.server.engine.config import EngineConfig
 from reftserve.server.engine.engine import Engine

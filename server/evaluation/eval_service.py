@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Callable
 
 from pydantic import TypeAdapter
 from sqlalchemy import select
 from sqlalchemy.orm import selectinload
 
 from reftserve.client.schemas import EvalCreate, EvalRunCreate, TestingCriterion
-from reftserve.interventions import FingerprintMismatch
+from reftserve.interventions.intervention_errors import FingerprintMismatch
 from reftserve.server.base.folder import Base
 from reftserve.server.datasets import read_examples
 from reftserve.server.datasets.file_store import TRAINING
@@ -35,9 +36,14 @@ def criteria_of(row: Eval) -> list[TestingCriterion]:
 
 
 class EvalService:
-    """Evals of all owners, and their runs. max_interventions: that a run can be composed of."""
+    """Evals of all owners, and their runs.
 
-    def __init__(self, store: Store, base: Base, served: ServingFingerprint, *, max_interventions: int) -> None:
+    served: tells what the engine answers with, or raises Unavailable. max_interventions: that a run can be composed of.
+    """
+
+    def __init__(
+        self, store: Store, base: Base, served: Callable[[], ServingFingerprint], *, max_interventions: int
+    ) -> None:
         self._store = store
         self._base = base
         self._served = served
@@ -105,7 +111,7 @@ class EvalService:
     def create_run(self, owner: str, eval_id: str, request: EvalRunCreate) -> EvalRun:
         """Queue a run; versions are those that the names mean now.
 
-        Raises InvalidRequest or NotFound, naming the field.
+        Raises InvalidRequest or NotFound, naming the field; Unavailable before the engine is ready for the first time.
         """
         row = self.get(owner, eval_id)
         file = self._store.files.get(owner, row.file_id, param="eval_id")
@@ -127,7 +133,7 @@ class EvalService:
             status="queued",
             data_source=source.model_dump(mode="json", exclude_none=True),
             uses=uses,
-            served=self._served.model_dump(),
+            served=self._served().model_dump(),
             total=file.examples or 0,
             tally=Tally().model_dump(),
             run_metadata=request.metadata,
@@ -156,7 +162,7 @@ class EvalService:
         if run.served is None:
             return  # made before runs recorded it
         try:
-            self._served.require(ServingFingerprint(**run.served))
+            self._served().require(ServingFingerprint(**run.served))
         except FingerprintMismatch as cause:
             raise Conflict(
                 f"the run was made for another base than {self._base.name!r} now is: {cause}", code=cause.code

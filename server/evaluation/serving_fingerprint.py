@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from reftserve.interventions import BaseFingerprint
+from reftserve.interventions.manifest import BaseFingerprint
 from reftserve.server.base.folder import Base
-from reftserve.server.base.model import resolve_device, resolve_dtype
-from reftserve.server.settings import Settings
+from reftserve.server.errors import Unavailable
 
 
 class ServingFingerprint(BaseFingerprint):
@@ -15,11 +14,11 @@ class ServingFingerprint(BaseFingerprint):
     quantization: str
 
 
-def serving_fingerprint(settings: Settings, base: Base) -> ServingFingerprint:
-    """What a server with these settings answers with."""
-    dtype = resolve_dtype(settings.dtype, resolve_device(settings.device))
-    return ServingFingerprint(
-        **base.fingerprint.model_dump(),
-        dtype=str(dtype).removeprefix("torch."),
-        quantization=settings.quantization,
-    )
+def serving_fingerprint(base: Base, *, dtype: str | None, quantization: str) -> ServingFingerprint:
+    """Return what the engine answers with. dtype: what it said when it was ready; None: it never was.
+
+    Raises Unavailable when the engine has not been ready yet: it alone knows what `auto` is on this machine.
+    """
+    if dtype is None:
+        raise Unavailable("the engine is not ready yet; ask again in a moment")
+    return ServingFingerprint(**base.fingerprint.model_dump(), dtype=dtype, quantization=quantization)

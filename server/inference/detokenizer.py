@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from transformers import PreTrainedTokenizerBase
+from reftserve.server.base.tokenizer import Tokenizer
 
 REPLACEMENT = "\ufffd"
 CONTEXT = 5  # tokens before a text that decide how it begins
+# An unfinished character has at most 3 bytes, and a token at least one: of more tokens that make no text, those before
+# the last 3 are no character and never will be.
+UNFINISHED = 3
+LONGEST_TAIL = 16  # tokens that make no text, before those are given up: decoding them again each time is quadratic
 
 
 class Detokenizer:
@@ -20,7 +24,7 @@ class Detokenizer:
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: Tokenizer,
         stops: Sequence[str] = (),
         *,
         prompt_ids: Sequence[int] = (),
@@ -59,10 +63,16 @@ class Detokenizer:
     def _decode(self, *, last: bool) -> str:
         before = self._tokenizer.decode(self._token_ids[self._prefix : self._read])
         text = self._tokenizer.decode(self._token_ids[self._prefix :])
+        end = len(self._token_ids)
         if not last and text.endswith(REPLACEMENT):
-            return ""
-        self._prefix, self._read = self._read, len(self._token_ids)
-        return str(text[len(before) :])
+            end -= UNFINISHED
+            given_up = self._tokenizer.decode(self._token_ids[self._prefix : end])
+            # Where a character lies across the end, the next token moves it on.
+            if end - self._read < LONGEST_TAIL or not text.startswith(given_up):
+                return ""
+            text = given_up
+        self._prefix, self._read = self._read, end
+        return text[len(before) :]
 
     def _held_back(self) -> int:
         """Length of the longest end of the pending text that a stop string begins with."""

@@ -49,6 +49,7 @@ class EngineClient:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._is_ready = asyncio.Event()
         self.ready: Ready | None = None
+        self.dtype: str | None = None  # what the latest engine computes in; stays when that has ended
         self.stats: EngineStats | None = None
 
     @property
@@ -80,6 +81,7 @@ class EngineClient:
         except OSError as cause:  # no memory for a process, or one that ended before it read
             raise EngineDied(f"the engine could not be started: {cause}") from cause
         self.ready = await self._first_message(self._socket, self._process)
+        self.dtype = self.ready.dtype
         self._is_ready.set()
         self._receiver = asyncio.create_task(self._receive(self._socket))
         return self.ready

@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from transformers import PreTrainedTokenizerBase
-
 from reftserve.client.schemas import ChatMessage
 from reftserve.server.base.prompts import encode_completion, encode_rendered, encode_text, render_answer, render_chat
+from reftserve.server.base.tokenizer import Tokenizer
 
 Normalization = Literal["none", "tokens"]
 
@@ -32,9 +31,7 @@ class LabelledPrompt:
         return len(self.prompt_ids) + max(map(len, self.label_ids))
 
 
-def label_chat(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[ChatMessage], labels: Sequence[str]
-) -> LabelledPrompt:
+def label_chat(tokenizer: Tokenizer, messages: Sequence[ChatMessage], labels: Sequence[str]) -> LabelledPrompt:
     """A conversation, and each label as the assistant's next turn.
 
     Raises InvalidRequest when the base has no chat template or the template refuses the messages.
@@ -46,9 +43,7 @@ def label_chat(
     )
 
 
-def label_texts(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], labels: Sequence[str]
-) -> list[LabelledPrompt]:
+def label_texts(tokenizer: Tokenizer, texts: Sequence[str], labels: Sequence[str]) -> list[LabelledPrompt]:
     """Plain texts, and each label as how they go on and end."""
     label_ids = [encode_completion(tokenizer, label) for label in labels]
     return [LabelledPrompt(encode_text(tokenizer, text), label_ids) for text in texts]

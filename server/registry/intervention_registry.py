@@ -19,15 +19,10 @@ from sqlalchemy import func, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, selectinload
 
-from reftserve.interventions import (
-    BaseFingerprint,
-    History,
-    InterventionError,
-    load_artifact,
-    load_history,
-    pack,
-    unpack,
-)
+from reftserve.interventions.artifact import check_artifact, load_history, pack, read_artifact, unpack
+from reftserve.interventions.history import History
+from reftserve.interventions.intervention_errors import InterventionError
+from reftserve.interventions.manifest import BaseFingerprint
 from reftserve.server.errors import Conflict, InvalidRequest, NotFound, QuotaExceeded
 from reftserve.server.registry.names import LATEST, Reference, check_alias, check_name, suggestion
 from reftserve.server.storage.blobs import BlobStore
@@ -95,16 +90,16 @@ class InterventionRegistry:
         """
         check_name(name)
         try:
-            intervention = load_artifact(folder)
-            self._base.require(intervention.manifest.base, override=self._override)
+            artifact = check_artifact(*read_artifact(folder))
+            self._base.require(artifact.manifest.base, override=self._override)
         except InterventionError as cause:
             raise InvalidRequest(str(cause), param="file", code=cause.code) from cause
         version = Version(
             owner=owner,
-            content_hash=intervention.content_hash,
+            content_hash=artifact.content_hash,
             bytes=sum(file.stat().st_size for file in folder.iterdir()),
-            parameters=intervention.manifest.parameters,
-            manifest=intervention.manifest.model_dump(mode="json"),
+            parameters=artifact.manifest.parameters,
+            manifest=artifact.manifest.model_dump(mode="json"),
             blob_key=f"{BLOBS}/{uuid.uuid4().hex}",
             job_id=job_id,
             created_at=int(time.time()),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import func, select
 
-from reftserve.interventions import BaseFingerprint
+from reftserve.interventions.manifest import BaseFingerprint
 from reftserve.server.datasets.file_store import BLOBS as FILES
 from reftserve.server.datasets.file_store import FileStore
 from reftserve.server.registry.intervention_registry import BLOBS as INTERVENTIONS

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from reftserve.client.schemas import DataReport
-from reftserve.interventions import BaseFingerprint
+from reftserve.interventions.manifest import BaseFingerprint
 from reftserve.server.training.plan import Plan, Variant
 
 STEPS = 150  # optimizer steps that small data gets

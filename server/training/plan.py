@@ -9,7 +9,8 @@ import math
 
 from pydantic import BaseModel, ConfigDict
 
-from reftserve.interventions import InterventionConfig, Positions
+from reftserve.interventions.config import InterventionConfig
+from reftserve.interventions.positions import Positions
 
 
 class Variant(BaseModel):

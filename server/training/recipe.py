@@ -20,7 +20,10 @@ from reftserve.client.schemas import (
     ReftSweep,
     SupervisedHyperparameters,
 )
-from reftserve.interventions import FAMILIES, BaseFingerprint, Positions, PositionsError
+from reftserve.interventions.families import FAMILIES
+from reftserve.interventions.intervention_errors import PositionsError
+from reftserve.interventions.manifest import BaseFingerprint
+from reftserve.interventions.positions import Positions
 from reftserve.server.errors import InvalidRequest
 from reftserve.server.training.candidates import DataSize, candidates, epochs, known_good
 from reftserve.server.training.plan import Plan, Variant

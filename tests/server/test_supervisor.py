@@ -1,4 +1,4 @@
-"""The worker's process: it starts when the engine is there, and what it has borrowed of the engine ends with it."""
+"""The worker's process: on a GPU it starts when the engine is there, and what it has borrowed ends with the engine."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from typing import cast
 import psutil
 import pytest
 
+from reftserve.server import supervisor
 from reftserve.server.base.lent_tensor import LentTensor
 from reftserve.server.engine.messages import Ready
 from reftserve.server.inference.engine_client import EngineClient
 from reftserve.server.settings import Settings
-from reftserve.server.supervisor import FIRST_PAUSE_S, keep_worker
+from reftserve.server.supervisor import FIRST_PAUSE_S, keep_worker, may_be_on_gpu
 
 LENT = LentTensor("float32", (1,), (1,), 0, 0, b"handle", 4, 0, b"", 0, b"", False)
 
@@ -66,9 +67,11 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 @pytest.mark.parametrize("lent", [[], [LENT]], ids=["nothing is lent", "weights are lent"])
-def test_a_worker_starts_with_the_engine_and_ends_with_what_it_lends(
-    lent: list[LentTensor], tiny_llama_folder: Path, tmp_path: Path
+def test_where_a_gpu_may_be_a_worker_starts_with_the_engine_and_ends_with_what_it_lends(
+    lent: list[LentTensor], tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(supervisor, "may_be_on_gpu", lambda settings: True)
+
     async def story() -> None:
         engine = Engine(lent)
         async with kept(engine, tiny_llama_folder, tmp_path):
@@ -91,3 +94,24 @@ def test_a_worker_starts_with_the_engine_and_ends_with_what_it_lends(
             await until(lambda: len(workers()) == 1)
 
     asyncio.run(story())
+
+
+def test_on_the_cpu_a_worker_loads_beside_the_engine(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    async def story() -> None:
+        engine = Engine([])
+        async with kept(engine, tiny_llama_folder, tmp_path):
+            await until(lambda: (tmp_path / "worker.heartbeat").exists())
+            assert not engine.ready.is_set()
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("driver", [True, False], ids=["a driver", "no driver"])
+def test_a_gpu_is_expected_where_it_is_asked_for_or_a_driver_is_there(
+    driver: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if driver:
+        (tmp_path / "nvidiactl").touch()
+    monkeypatch.setattr(supervisor, "GPU_DRIVERS", (str(tmp_path / "nvidiactl"),))
+    asked = {device: may_be_on_gpu(Settings(device=device)) for device in ("auto", "cpu", "cuda", "cuda:1")}
+    assert asked == {"auto": driver, "cpu": False, "cuda": True, "cuda:1": True}

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from recorded import record, use_paged_cache
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from reftserve.interventions import (
     BaseFingerprint,
@@ -25,6 +25,7 @@ from reftserve.interventions import (
     save_artifact,
 )
 from reftserve.server.base.attention import LayerShape
+from reftserve.server.base.tokenizer import Tokenizer, load_tokenizer
 from reftserve.server.engine.engine import Engine
 from reftserve.server.engine.grammar_masks import GrammarCompiler
 from reftserve.server.engine.messages import InterventionRef, SamplingParams, Submit, TokenLogprobs, TokenOutput
@@ -192,7 +193,7 @@ def make_engine(
 
 
 @functools.cache
-def _loaded(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _loaded(folder: Path) -> tuple[PreTrainedModel, Tokenizer]:
     """Read once: property tests make thousands of engines, and reading takes five times as long as copying."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return model.eval().requires_grad_(False), AutoTokenizer.from_pretrained(folder)
+    return model.eval().requires_grad_(False), load_tokenizer(folder)

@@ -50,14 +50,14 @@ class EvalPlace:
     def __init__(self, model_folder: Path, data: Path) -> None:
         self.settings = Settings(model=str(model_folder), data=data, device="cpu")
         self.base = open_base(self.settings)
-        self.served = serving_fingerprint(self.settings, self.base)
+        self.served = serving_fingerprint(self.base, dtype="float32", quantization="none")
         self.store = open_store(self.settings, self.base.fingerprint)
         self.evals = self.service(self.served)
         self.engine = StubEngine()
 
     def service(self, served: ServingFingerprint) -> EvalService:
         """The evals of a server."""
-        return EvalService(self.store, self.base, served, max_interventions=8)
+        return EvalService(self.store, self.base, lambda: served, max_interventions=8)
 
     def created(self, count: int) -> EvalRun:
         """A queued run over so many examples."""

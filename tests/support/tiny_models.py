@@ -6,6 +6,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from reftserve.server.base.tokenizer import Tokenizer as BaseTokenizer
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -30,6 +32,14 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         pad_token="<|endoftext|>",  # noqa: S106
         chat_template=CHAT_TEMPLATE,
     )
+
+
+def tiny_base_tokenizer(*special: str, **special_tokens: str) -> BaseTokenizer:
+    """The same as the server has it. special: further special tokens; special_tokens: by name, in place of its own."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
+    named = {**tokenizer.special_tokens_map, **special_tokens}
+    return BaseTokenizer(tokenizer.backend_tokenizer, named, CHAT_TEMPLATE)
 
 
 def tiny_llama(vocab_size: int = 300, seed: int = 0) -> LlamaForCausalLM:

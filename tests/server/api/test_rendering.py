@@ -6,9 +6,9 @@ from typing import Any
 
 import httpx
 from api_data import BASE
-from tiny_models import tiny_tokenizer
+from tiny_models import tiny_base_tokenizer
 
-from reftserve.server.datasets import Place, encode
+from reftserve.server.datasets import SourceLocation, encode
 from reftserve.server.datasets.examples import row_examples
 
 TURNS = [("system", "be brief"), ("user", "is the fox lazy?"), ("assistant", "no"), ("user", "and\nthe dog?")]
@@ -28,7 +28,10 @@ def answer(http: httpx.Client, path: str, **fields: Any) -> tuple[int, str]:
 def test_each_turns_prompt_is_the_one_that_chat_completions_would_answer(http: httpx.Client) -> None:
     messages = [{"role": role, "content": text} for role, text in TURNS]
     turns = [index for index, (role, _) in enumerate(TURNS) if role == "assistant"]
-    examples = [encode(tiny_tokenizer(), example) for example in row_examples({"messages": messages}, Place("row", 1))]
+    examples = [
+        encode(tiny_base_tokenizer(), example)
+        for example in row_examples({"messages": messages}, SourceLocation("row", 1))
+    ]
     for index, example in zip(turns, examples, strict=True):
         served = answer(http, "/v1/chat/completions", messages=messages[:index])
         assert served == answer(http, "/v1/completions", prompt=list(example.prompt_ids))

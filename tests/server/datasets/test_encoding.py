@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import tiny_tokenizer
+from tiny_models import CHAT_TEMPLATE, tiny_base_tokenizer
 
 from reftserve.client.schemas import ChatMessage
 from reftserve.server.base.prompts import encode_rendered, encode_text, render_chat
@@ -15,7 +16,7 @@ from reftserve.server.datasets import EncodedExample, SourceLocation, encode
 from reftserve.server.datasets.examples import row_examples
 from reftserve.server.errors import InvalidRequest
 
-TOKENIZER = tiny_tokenizer()
+TOKENIZER = tiny_base_tokenizer()
 LOCATION = SourceLocation("row", 1)
 
 
@@ -58,18 +59,17 @@ GEMMA = (
 
 @pytest.mark.parametrize("answer", ["yes", " yes\n", "<eos> ends a text"])
 def test_an_answer_ends_where_the_template_ends_a_turn_and_not_with_eos_behind_it(answer: str) -> None:
-    tokenizer = tiny_tokenizer()
     tokens = ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"]
-    tokenizer.add_special_tokens({"additional_special_tokens": tokens})
-    tokenizer.bos_token, tokenizer.eos_token, tokenizer.chat_template = "<bos>", "<eos>", GEMMA
+    named = {"bos_token": "<bos>", "eos_token": "<eos>"}
+    tokenizer = replace(tiny_base_tokenizer(*tokens, **named), chat_template=GEMMA)
     rows = encoded(chat(("user", "a"), ("assistant", answer), ("user", "b"), ("assistant", answer)), tokenizer)
     assert [tokenizer.decode(row.completion_ids) for row in rows] == [f"{answer.strip()}<end_of_turn>"] * 2
     assert tokenizer.decode(rows[1].prompt_ids).endswith("<start_of_turn>user\nb<end_of_turn>\n<start_of_turn>model\n")
 
 
 def test_an_answer_that_the_template_rewrites_ends_where_its_turn_does() -> None:
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = str(tokenizer.chat_template).replace("message['content']", "message['content'][5:]")
+    template = CHAT_TEMPLATE.replace("message['content']", "message['content'][5:]")
+    tokenizer = replace(tiny_base_tokenizer(), chat_template=template)
     (row,) = encoded(chat(("user", "what is it?"), ("assistant", "well, a fox")), tokenizer)
     assert tokenizer.decode(row.completion_ids) == " a fox<|im_end|>"
 
@@ -107,8 +107,7 @@ def test_an_instruction_is_what_a_user_would_say(row: dict[str, Any], asked: str
 
 
 def test_without_a_chat_template_an_instruction_is_alpacas_text_and_a_chat_is_refused() -> None:
-    plain = tiny_tokenizer()
-    plain.chat_template = None
+    plain = replace(tiny_base_tokenizer(), chat_template=None)
     (example,) = encoded({"instruction": "translate", "input": "dog", "output": "Hund"}, plain)
     prompt = TOKENIZER.decode(example.prompt_ids)
     assert prompt.endswith("### Instruction:\ntranslate\n\n### Input:\ndog\n\n### Response:")

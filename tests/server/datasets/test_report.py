@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import tiny_tokenizer
+from tiny_models import tiny_base_tokenizer
 
 from reftserve.client.schemas import DataReport
 from reftserve.server.datasets import Example, SourceLocation, encode, label_set, make_report, read_examples
 from reftserve.server.errors import InvalidRequest
 
-TOKENIZER = tiny_tokenizer()
+TOKENIZER = tiny_base_tokenizer()
 
 
 def pairs(*prompts_and_targets: tuple[str, str]) -> list[dict[str, str]]:
@@ -134,8 +135,8 @@ def test_a_hopeless_data_set_is_refused(report, training, validation, param, say
 
 
 def test_a_row_that_the_base_cannot_render_is_named(tmp_path: Path) -> None:
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = "{{ raise_exception('no system role') if messages[0].role == 'system' }}x"
+    template = "{{ raise_exception('no system role') if messages[0].role == 'system' }}x"
+    tokenizer = replace(tiny_base_tokenizer(), chat_template=template)
     rows = [[("user", "a")], [("system", "b"), ("user", "c")]]
     messages = [[{"role": r, "content": t} for r, t in [*row, ("assistant", "d")]] for row in rows]
     path = tmp_path / "set.jsonl"

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from engine_oracle import Run, make_engine, request, run_until_done
 from llguidance import LLMatcher
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from reftserve.server.base.tokenizer import Tokenizer, load_tokenizer
 from reftserve.server.engine.engine import Engine
 from reftserve.server.engine.grammar_masks import Compiled, GrammarCompiler, forbidden_tokens
 
@@ -27,8 +27,8 @@ PROMPT = [5, 6, 7]
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tiny_llama_folder: Path) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(tiny_llama_folder)
+def tokenizer(tiny_llama_folder: Path) -> Tokenizer:
+    return load_tokenizer(tiny_llama_folder)
 
 
 def structured(name: str, grammar: str, seed: int = 0, **fields: object) -> object:
@@ -36,7 +36,7 @@ def structured(name: str, grammar: str, seed: int = 0, **fields: object) -> obje
     return request(name, PROMPT, grammar=grammar, **fields)  # type: ignore[arg-type]
 
 
-def text(tokenizer: PreTrainedTokenizerBase, run: Run, name: str) -> str:
+def text(tokenizer: Tokenizer, run: Run, name: str) -> str:
     return tokenizer.decode([token for token in run.tokens[name] if token != 2])
 
 
@@ -47,7 +47,7 @@ def run_all(engine: Engine, *submits: object) -> Run:
 
 
 def test_answers_follow_their_grammars_beside_free_ones(
-    tiny_llama_folder: Path, tokenizer: PreTrainedTokenizerBase, artifacts: list[Path]
+    tiny_llama_folder: Path, tokenizer: Tokenizer, artifacts: list[Path]
 ) -> None:
     engine = make_engine(tiny_llama_folder)
     submits = [
@@ -77,7 +77,7 @@ def test_answers_follow_their_grammars_beside_free_ones(
 class CollectsTogether(GrammarCompiler):
     """Reports its grammars when all are compiled, so that their sequences start in one step."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__(tokenizer, (2,), len(tokenizer))
         self._compiled: list[Compiled] = []
 
@@ -89,9 +89,7 @@ class CollectsTogether(GrammarCompiler):
         return done
 
 
-def test_a_preempted_answer_still_follows_its_grammar(
-    tiny_llama_folder: Path, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def test_a_preempted_answer_still_follows_its_grammar(tiny_llama_folder: Path, tokenizer: Tokenizer) -> None:
     engine = make_engine(tiny_llama_folder, blocks=16)
     assert engine.grammars is not None
     engine.grammars.close()
@@ -104,7 +102,7 @@ def test_a_preempted_answer_still_follows_its_grammar(
 
 
 def test_a_grammar_that_is_over_ends_the_answer_even_where_the_end_of_turn_is_ignored(
-    tiny_llama_folder: Path, tokenizer: PreTrainedTokenizerBase
+    tiny_llama_folder: Path, tokenizer: Tokenizer
 ) -> None:
     engine = make_engine(tiny_llama_folder)
     run = run_all(engine, structured("one", LLMatcher.grammar_from_regex("(yes|no)"), stop_token_ids=()))
@@ -149,7 +147,7 @@ def compiled(compiler: GrammarCompiler, grammar: str) -> Compiled:
     return done[0]
 
 
-def test_a_model_may_know_fewer_tokens_than_its_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_model_may_know_fewer_tokens_than_its_tokenizer(tokenizer: Tokenizer) -> None:
     width = len(tokenizer) - 1
     compiler = GrammarCompiler(tokenizer, (2,), width)
     answer = compiled(compiler, LLMatcher.grammar_from_regex("[a-c]{3}"))

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import tiny_tokenizer
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tiny_models import tiny_base_tokenizer
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
 
+from reftserve.server.base.tokenizer import Tokenizer
 from reftserve.server.inference.detokenizer import Detokenizer
 
-TOKENIZER = tiny_tokenizer()
+TOKENIZER = tiny_base_tokenizer()
+
+
+def byte_names() -> dict[int, str]:
+    """GPT-2's name of each byte: itself where it can be seen, else a character from 256 on."""
+    seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    unseen = [byte for byte in range(256) if byte not in seen]
+    return {byte: chr(byte) for byte in seen} | {byte: chr(256 + number) for number, byte in enumerate(unseen)}
+
+
+BYTES = byte_names()
 
 
 @settings(max_examples=200, deadline=None)
@@ -60,12 +74,12 @@ def test_hidden_tokens_are_not_shown(last: bool) -> None:
     assert detokenizer.add([*TOKENIZER.encode("done"), 2], last=last) == "done"
 
 
-def sentencepiece_like(words: list[str]) -> PreTrainedTokenizerFast:
+def sentencepiece_like(words: list[str]) -> Tokenizer:
     """A tokenizer that marks word beginnings, and drops a space at the beginning of what it decodes, as Llama 2's."""
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=words[0]))
+    tokenizer = Backend(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=words[0]))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    return Tokenizer(tokenizer)
 
 
 def test_an_answer_that_begins_with_a_space_keeps_it() -> None:
@@ -73,3 +87,41 @@ def test_an_answer_that_begins_with_a_space_keeps_it() -> None:
     assert tokenizer.decode([3, 4]) == "Paris indeed"
     detokenizer = Detokenizer(tokenizer, prompt_ids=[1, 2])
     assert detokenizer.add([3]) + detokenizer.add([4]) == " Paris indeed"
+
+
+class CountingTokenizer:
+    """Counts the tokens that are decoded."""
+
+    def __init__(self) -> None:
+        self.decoded = 0
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        self.decoded += len(token_ids)
+        return TOKENIZER.decode(token_ids)
+
+
+@pytest.mark.parametrize("piece", ["\u00ff", "\u00e2\u00c2"], ids=["one token", "two tokens"])
+def test_bytes_that_are_no_text_are_decoded_a_few_times_each_however_many_come(piece: str) -> None:
+    counting = CountingTokenizer()
+    found = [TOKENIZER.backend.token_to_id(BYTES[ord(byte)]) for byte in piece]
+    ids = (found * 2000)[:2000]
+    detokenizer = Detokenizer(cast("Tokenizer", counting))
+    text = "".join([detokenizer.add([token]) for token in ids]) + detokenizer.add([], last=True)
+    assert text == TOKENIZER.decode(ids)
+    assert counting.decoded < 80 * len(ids)
+
+
+invalid = st.lists(st.integers(0, 255), max_size=80)
+
+
+@given(raw=invalid, sizes=st.lists(st.integers(1, 5), min_size=1))
+def test_pieces_of_any_bytes_make_the_whole_text(raw: list[int], sizes: list[int]) -> None:
+    ids = [TOKENIZER.backend.token_to_id(BYTES[byte]) for byte in raw]
+    detokenizer = Detokenizer(TOKENIZER)
+    pieces, start = [], 0
+    while start < len(ids):
+        size = sizes[len(pieces) % len(sizes)]
+        pieces.append(detokenizer.add(ids[start : start + size]))
+        start += size
+    pieces.append(detokenizer.add([], last=True))
+    assert "".join(pieces) == TOKENIZER.decode(ids)

@@ -1,4 +1,4 @@
-"""Fingerprints: of a base model's folder, and the checksum of a model in memory.
+"""The fingerprint of a base model's folder.
 
 The hash of the weights is over the checkpoint's tensors as stored, sorted by name: it does not depend on how they are
 split into files, nor on the dtype that the model is loaded in.
@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
-from torch import nn
 
+from reftserve.interventions.columns import TORCH_NAMES
 from reftserve.interventions.intervention_errors import ManifestError
 from reftserve.interventions.manifest import BaseFingerprint
+
+CHUNK_BYTES = 4 << 20  # read at once
 
 
 def fingerprint(folder: Path) -> BaseFingerprint:
@@ -36,30 +38,57 @@ def fingerprint(folder: Path) -> BaseFingerprint:
     )
 
 
-def model_checksum(model: nn.Module) -> str:
-    """SHA-256 over the parameters of a model in memory, to show that nothing has changed them."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name} {parameter.dtype} {list(parameter.shape)}\n".encode())
-        digest.update(_bytes(parameter.detach()))
-    return digest.hexdigest()
-
-
 def _weights_hash(folder: Path) -> str:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ManifestError(f"{folder} holds no *.safetensors: other weight formats are never read")
-    where: dict[str, Path] = {}
+    tensors: dict[str, tuple[Path, _Stored]] = {}
     for file in files:
-        with safe_open(file, framework="pt") as checkpoint:
-            where.update(dict.fromkeys(checkpoint.keys(), file))
+        tensors.update({name: (file, stored) for name, stored in _stored(file).items()})
     digest = hashlib.sha256()
-    for name in sorted(where):
-        with safe_open(where[name], framework="pt") as checkpoint:
-            tensor = checkpoint.get_tensor(name)
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(_bytes(tensor))
+    for name in sorted(tensors):
+        file, stored = tensors[name]
+        digest.update(f"{name} torch.{stored.dtype} {stored.shape}\n".encode())
+        with file.open("rb") as opened:
+            opened.seek(stored.start)
+            left = stored.size
+            while left > 0:
+                chunk = opened.read(min(left, CHUNK_BYTES))
+                if not chunk:
+                    raise ManifestError(f"{file} ends within tensor {name!r}")
+                digest.update(chunk)
+                left -= len(chunk)
     return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Where a file holds a tensor's bytes. dtype: torch's name of it."""
+
+    dtype: str
+    shape: list[int]
+    start: int
+    size: int
+
+
+def _stored(file: Path) -> dict[str, _Stored]:
+    """Read a safetensors file's header: 8 bytes that hold its length, then JSON with offsets of what comes after.
+
+    The bytes are wanted as they are: for bfloat16, numpy has no type, and torch is not loaded for a hash.
+    """
+    with safe_open(file, framework="numpy"):  # refuses a header whose offsets are not the file's
+        pass
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header: dict[str, Any] = json.loads(opened.read(length))
+    header.pop("__metadata__", None)
+    found = {}
+    for name, entry in header.items():
+        if entry["dtype"] not in TORCH_NAMES:
+            raise ManifestError(f"{file} stores {name!r} as {entry['dtype']}; known are {', '.join(TORCH_NAMES)}")
+        start, end = entry["data_offsets"]
+        found[name] = _Stored(TORCH_NAMES[entry["dtype"]], entry["shape"], 8 + length + start, end - start)
+    return found
 
 
 def _tokenizer_hash(folder: Path) -> str:
@@ -98,9 +127,3 @@ def _first(config: dict[str, Any], *names: str) -> int:
         if name in config:
             return int(config[name])
     raise ManifestError(f"config.json has none of {', '.join(names)}")
-
-
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    # A view where it can be, not a copy: the largest tensors are a good part of the model.
-    tensor = tensor.to_dense() if tensor.is_mkldnn else tensor
-    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -1,0 +1,133 @@
+"""The numbers of edits without torch: their names and types, the checks, the hash, and reading them as numpy arrays.
+
+The server's HTTP process checks uploads with this module alone. `edit.LowRankEdit` holds the same numbers as tensors,
+to compute with, and passes the same checks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, deserialize
+
+from reftserve.interventions.intervention_errors import DtypeError, ManifestError, NonFiniteError, ShapeError
+
+TENSORS = ("A", "b", "U", "act", "scale")
+Columns = dict[str, NDArray[Any]]
+
+# safetensors' names of types, and torch's: hashes and messages have torch's.
+TORCH_NAMES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E8M0": "float8_e8m0fnu",
+    "C64": "complex64",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+
+
+class Activation(IntEnum):
+    """The function that a rank column applies to h · A + b, by its name in transformers' ACT2FN."""
+
+    LINEAR = 0
+    RELU = 1
+    GELU = 2
+    TANH = 3
+    SIGMOID = 4
+    SILU = 5
+
+
+def read_columns(edits_bytes: bytes, file: str) -> Columns:
+    """Read and check the columns of an artifact's edits. file: its name, for messages.
+
+    Raises ManifestError when it is no safetensors file of exactly the five tensors, else what `check_columns` raises.
+    """
+    try:
+        found = {name: _array(tensor) for name, tensor in deserialize(edits_bytes)}  # type: ignore[no-untyped-call]
+    except (SafetensorError, ValueError, TypeError, OverflowError) as cause:  # the last three: absurd shapes
+        raise ManifestError(f"{file} is not a safetensors file: {cause}") from cause
+    if found.keys() != set(TENSORS):
+        missing, surplus = sorted(set(TENSORS) - found.keys()), sorted(found.keys() - set(TENSORS))
+        raise ManifestError(f"{file}: missing tensors {missing}, unexpected ones {surplus}")
+    if dtype_name(found["A"]) != "float32":
+        raise DtypeError(f"A is torch.{dtype_name(found['A'])}; artifacts hold torch.float32")
+    check_columns(found)
+    return {name: found[name] for name in TENSORS}
+
+
+def check_columns(columns: Mapping[str, Any]) -> None:
+    """Check that arrays, numpy's or torch's, form an edit: by name A [rank, hidden], b [rank], U, act, scale.
+
+    Raises ShapeError, DtypeError or NonFiniteError when they do not.
+    """
+    A = columns["A"]
+    if A.ndim != 2 or 0 in A.shape:
+        raise ShapeError(f"A has shape {list(A.shape)}; expected [rank, hidden], both above 0")
+    rank, hidden = A.shape
+    expected = {"A": [rank, hidden], "b": [rank], "U": [rank, hidden], "act": [rank], "scale": [rank]}
+    for name, shape in expected.items():
+        array = columns[name]
+        dtype = dtype_name(array)
+        if list(array.shape) != shape:
+            raise ShapeError(f"{name} has shape {list(array.shape)}; expected {shape}")
+        if name == "act":
+            if dtype != "int8":
+                raise DtypeError(f"act is torch.{dtype}; expected torch.int8")
+            if not ((array >= 0) & (array < len(Activation))).all():
+                raise DtypeError(f"act holds {sorted(set(array.tolist()))}; expected 0 to {len(Activation) - 1}")
+        elif "float" not in dtype or dtype != dtype_name(A):
+            raise DtypeError(f"{name} is torch.{dtype}; A, b, U and scale need one floating-point type")
+        elif not _is_finite(array):
+            raise NonFiniteError(f"{name} contains NaN or infinity; all numbers must be finite")
+
+
+def hash_columns(columns: Columns) -> str:
+    """SHA-256 over shapes, types and numbers, as `LowRankEdit.content_hash` has it."""
+    digest = hashlib.sha256()
+    for name in TENSORS:
+        array = columns[name]
+        digest.update(f"{name} torch.{dtype_name(array)} {list(array.shape)}\n".encode())
+        digest.update(array.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def dtype_name(array: Any) -> str:
+    """The name of an array's or a tensor's type: `float32`."""
+    return str(array.dtype).removeprefix("torch.")
+
+
+def _array(tensor: Mapping[str, Any]) -> NDArray[Any]:
+    name = TORCH_NAMES.get(tensor["dtype"], tensor["dtype"])
+    # numpy has no bfloat16 and no 8-bit floats; no artifact may hold them either.
+    try:
+        dtype = np.dtype(name)
+    except TypeError as cause:
+        raise TypeError(f"a tensor is torch.{name}") from cause
+    return np.frombuffer(tensor["data"], dtype=dtype).reshape(tensor["shape"])
+
+
+def _is_finite(array: Any) -> bool:
+    if isinstance(array, np.ndarray):
+        return bool(np.isfinite(array).all())
+    # torch's own test starts threads on large tensors. In the loader's thread they compete with the engine's step.
+    if array.device.type == "cpu" and dtype_name(array) in ("float32", "float64"):
+        return bool(np.isfinite(array.detach().numpy()).all())
+    return bool(array.isfinite().all())

@@ -1,0 +1,104 @@
+"""Interventions as tensors: read from an artifact folder, and written to one. `artifact.py` has format and checks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+
+from reftserve.interventions.artifact import (
+    EDITS_FILE,
+    MANIFEST_FILE,
+    EditSite,
+    check_artifact,
+    content_hash,
+    read_artifact,
+    write_folder,
+)
+from reftserve.interventions.columns import TENSORS
+from reftserve.interventions.edit import LowRankEdit, PlacedEdit, compose
+from reftserve.interventions.history import HISTORY_FILE, History
+from reftserve.interventions.manifest import BaseFingerprint, EditEntry, Manifest, Provenance
+
+
+@dataclass(frozen=True, eq=False)
+class Intervention:
+    """A published intervention: its manifest, and the columns of all its edits as one edit.
+
+    sites: of its edits, in the order of their columns.
+    """
+
+    manifest: Manifest
+    columns: LowRankEdit
+    sites: tuple[EditSite, ...]
+
+    @property
+    def content_hash(self) -> str:
+        """Identity of what it does; equal for equal edits at equal sites."""
+        return self.manifest.content_hash
+
+    @cached_property
+    def edits(self) -> tuple[PlacedEdit, ...]:
+        """The edits one by one, views of `columns`."""
+        parts = zip(self.sites, self.columns.split([site.rank for site in self.sites]), strict=True)
+        return tuple(PlacedEdit(site.layer, site.positions, part) for site, part in parts)
+
+
+def save_artifact(
+    folder: Path,
+    edits: Sequence[PlacedEdit],
+    *,
+    family: str,
+    positions: str,
+    rank: int,
+    base: BaseFingerprint,
+    tied: bool = True,
+    parameters: int | None = None,
+    provenance: Provenance | None = None,
+    history: History | None = None,
+) -> Manifest:
+    """Write a new artifact folder; it must not exist. Raises OSError with nothing left behind."""
+    sites = tuple(EditSite(placed.layer, placed.positions, placed.edit.rank) for placed in edits)
+    columns = compose([placed.edit for placed in edits])
+    manifest = Manifest(
+        family=family,
+        positions=positions,
+        layers=sorted({site.layer for site in sites}),
+        rank=rank,
+        tied=tied,
+        parameters=columns.A.numel() + columns.b.numel() if parameters is None else parameters,
+        edits=[EditEntry(layer=p.layer, positions=str(p.positions), rank=p.rank) for p in sites],
+        base=base,
+        content_hash=content_hash(sites, columns.content_hash),
+        created_at=datetime.now(UTC),
+        provenance=provenance or Provenance(),
+    )
+    tensors = {name: getattr(columns, name).detach().cpu().contiguous() for name in TENSORS}
+    files = {MANIFEST_FILE: manifest.model_dump_json(indent=2).encode(), EDITS_FILE: save(tensors)}
+    if history is not None:
+        files[HISTORY_FILE] = history.model_dump_json().encode()
+    write_folder(folder, files)
+    return manifest
+
+
+def load_artifact(folder: Path) -> Intervention:
+    """Read and check an artifact folder.
+
+    Raises an InterventionError that says what is wrong and what was expected; OSError when files cannot be read.
+    """
+    return parse_artifact(*read_artifact(folder))
+
+
+def parse_artifact(manifest_bytes: bytes, edits_bytes: bytes) -> Intervention:
+    """Check an artifact's two files.
+
+    Raises ManifestError, ShapeError, DtypeError, NonFiniteError, PositionsError or HashMismatch.
+    """
+    artifact = check_artifact(manifest_bytes, edits_bytes)
+    columns = LowRankEdit(**{name: torch.from_numpy(array) for name, array in artifact.columns.items()})
+    return Intervention(artifact.manifest, columns, artifact.sites)
