@@ -96,7 +96,7 @@ def test_the_prompt_is_computed_once_for_all_labels(http: httpx.Client, server: 
         ({"input": []}, "input", "0 inputs"),
         ({"input": ["a", ""]}, "input", "input 1 has no tokens"),
         ({"input": ["a"] * 257}, "input", "257 inputs"),
-        ({"input": "fox " * 600}, "input", "context is 512"),
+        ({"input": "fox " * 600}, "input", "at most 512"),
         ({"input": "a", "model": "nothing-like-it"}, "model", "no intervention 'nothing-like-it'"),
         ({"input": "a", "temperature": 1}, "temperature", "unknown field"),
     ],

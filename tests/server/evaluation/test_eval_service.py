@@ -132,7 +132,7 @@ def test_an_item_that_cannot_be_evaluated_says_why_and_counts_in_no_score(http: 
     assert run["result_counts"] == {"total": 3, "passed": 0, "failed": 2, "errored": 1}
     (item,) = items(http, run, status="error")
     assert item["datasource_item_id"] == 1
-    assert "context is 512" in item["sample"]["error"]["message"]
+    assert "at most 512" in item["sample"]["error"]["message"]
     others = [item["results"][0] for item in items(http, run, status="fail")]
     assert scores(run)["loss"] == pytest.approx(
         sum(each["score"] * each["tokens"] for each in others) / sum(each["tokens"] for each in others)

@@ -162,8 +162,8 @@ def test_what_running_requests_hold_is_deleted_only_by_force_and_then_when_they_
 ) -> None:
     registry.publish(OWNER, "tone", artifact)
     held = registry.resolve(OWNER, Reference.parse("tone"))
-    registry.hold(held)
-    registry.hold(held)
+    registry.pin(held)
+    registry.pin(held)
     with pytest.raises(Conflict, match="2 running request"):
         registry.delete(OWNER, "tone")
     registry.delete(OWNER, "tone", force=True)
@@ -171,10 +171,10 @@ def test_what_running_requests_hold_is_deleted_only_by_force_and_then_when_they_
     with pytest.raises(NotFound):
         resolve(registry, "tone")
     with pytest.raises(NotFound, match="has been deleted"):
-        registry.hold(held)
-    registry.release(held)
+        registry.pin(held)
+    registry.unpin(held)
     assert held.folder.exists()
-    registry.release(held)
+    registry.unpin(held)
     assert not held.folder.exists()
 
 
