@@ -1,109 +1,143 @@
-"""The worker's process: on a GPU it starts when the engine is there, and what it has borrowed ends with the engine."""
+"""The server's children: an engine that comes back, and a worker that ends with the weights that it has borrowed."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import cast
 
+import msgspec
 import psutil
 import pytest
 
 from reftserve.server import supervisor
 from reftserve.server.base.lent_tensor import LentTensor
+from reftserve.server.engine.config import EngineConfig
 from reftserve.server.engine.messages import Ready
 from reftserve.server.inference.engine_client import EngineClient
+from reftserve.server.inference.metrics import Metrics
 from reftserve.server.settings import Settings
-from reftserve.server.supervisor import FIRST_PAUSE_S, keep_worker, may_be_on_gpu
+from reftserve.server.supervisor import FIRST_PAUSE_S, keep_engine, keep_worker, may_be_on_gpu
 
 LENT = LentTensor("float32", (1,), (1,), 0, 0, b"handle", 4, 0, b"", 0, b"", False)
+ENGINE, WORKER = "reftserve.server.engine.process", "reftserve.server.training.worker"
+TIMEOUT_S = 120
 
 
-class Engine:
-    """An engine that comes and goes as the test says. `lent` is not opened: the worker computes on the CPU."""
-
-    def __init__(self, lent: list[LentTensor]) -> None:
-        self.ready = asyncio.Event()
-        self.gone = asyncio.Event()
-        self._lent = lent
+class LendingEngine(EngineClient):
+    """A real engine on the CPU that claims to lend weights. The worker computes on the CPU and opens none of them."""
 
     async def until_ready(self) -> Ready:
-        await self.ready.wait()
-        return Ready(max_context=8, device="cpu", dtype="float32", lent=self._lent)
+        return msgspec.structs.replace(await super().until_ready(), lent=[LENT])
 
-    async def ended(self) -> int:
-        await self.gone.wait()
-        return 0
+
+def config(model: Path) -> EngineConfig:
+    return EngineConfig(model_folder=str(model), cpu_kernels="never", threads=1, kv_cache_bytes=1 << 20)
 
 
 @asynccontextmanager
-async def kept(engine: Engine, model: Path, data: Path) -> AsyncIterator[None]:
+async def kept_worker(engine: EngineClient, model: Path, data: Path) -> AsyncIterator[None]:
     settings = Settings(model=str(model), data=data, device="cpu", cpu_kernels="never", worker_threads=1)
-    keeper = asyncio.create_task(keep_worker(settings, cast("EngineClient", engine)))
+    keeper = asyncio.create_task(keep_worker(settings, engine))
     try:
         yield
     finally:
         keeper.cancel()
         await asyncio.gather(keeper, return_exceptions=True)
-    assert workers() == []
+        await engine.stop()
+    assert children(WORKER) == []
 
 
-def workers() -> list[psutil.Process]:
+def children(module: str) -> list[psutil.Process]:
     found = []
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.NoSuchProcess):  # it ends
-            if "reftserve.server.training.worker" in child.cmdline():
+            if module in child.cmdline():
                 found.append(child)
     return found
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(TIMEOUT_S):
         while not condition():
             await asyncio.sleep(0.05)
 
 
-@pytest.mark.parametrize("lent", [[], [LENT]], ids=["nothing is lent", "weights are lent"])
+@pytest.mark.parametrize("engine_class", [EngineClient, LendingEngine], ids=["nothing is lent", "weights are lent"])
 def test_where_a_gpu_may_be_a_worker_starts_with_the_engine_and_ends_with_what_it_lends(
-    lent: list[LentTensor], tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    engine_class: type[EngineClient], tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(supervisor, "may_be_on_gpu", lambda settings: True)
 
     async def story() -> None:
-        engine = Engine(lent)
-        async with kept(engine, tiny_llama_folder, tmp_path):
+        engine = engine_class(config(tiny_llama_folder))
+        async with kept_worker(engine, tiny_llama_folder, tmp_path):
             await asyncio.sleep(0.2)
-            assert workers() == []
-            engine.ready.set()
+            assert children(WORKER) == []
+            await engine.start()
             await until(lambda: (tmp_path / "worker.heartbeat").exists())
-            (worker,) = workers()
-            engine.ready.clear()
-            engine.gone.set()
-            if not lent:
+            (worker,) = children(WORKER)
+            await engine.stop()
+            if engine_class is EngineClient:
                 await asyncio.sleep(0.5)
-                assert workers() == [worker]
+                assert children(WORKER) == [worker]
                 return
-            await until(lambda: workers() == [])
+            await until(lambda: children(WORKER) == [])
             await asyncio.sleep(FIRST_PAUSE_S + 0.5)
-            assert workers() == []
-            engine.gone.clear()
-            engine.ready.set()
-            await until(lambda: len(workers()) == 1)
+            assert children(WORKER) == []
+            await engine.start()
+            await until(lambda: len(children(WORKER)) == 1)
 
     asyncio.run(story())
 
 
 def test_on_the_cpu_a_worker_loads_beside_the_engine(tiny_llama_folder: Path, tmp_path: Path) -> None:
     async def story() -> None:
-        engine = Engine([])
-        async with kept(engine, tiny_llama_folder, tmp_path):
+        engine = EngineClient(config(tiny_llama_folder))
+        async with kept_worker(engine, tiny_llama_folder, tmp_path):
             await until(lambda: (tmp_path / "worker.heartbeat").exists())
-            assert not engine.ready.is_set()
+            assert engine.ready is None
 
     asyncio.run(story())
+
+
+def test_an_engine_comes_back_even_where_a_restart_fails_at_first(
+    tiny_llama_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = shutil.copytree(tiny_llama_folder, tmp_path / "model")
+    failures: list[str] = []
+
+    async def story() -> None:
+        engine = EngineClient(config(model))
+        keeper = asyncio.create_task(keep_engine(engine, Metrics(lambda: None), failures.append))
+        await asyncio.wait_for(engine.until_ready(), TIMEOUT_S)
+        model.rename(tmp_path / "moved")
+        children(ENGINE)[0].kill()
+        await until(lambda: "the engine did not start" in caplog.text)
+        assert engine.ready is None
+        (tmp_path / "moved").rename(model)
+        await asyncio.wait_for(engine.until_ready(), TIMEOUT_S)
+        keeper.cancel()
+        await engine.stop()
+
+    asyncio.run(story())
+    assert failures == []
+
+
+def test_an_engine_that_never_started_is_not_tried_again(tmp_path: Path) -> None:
+    failures: list[str] = []
+
+    async def story() -> None:
+        engine = EngineClient(config(tmp_path / "nothing"))
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.create_task(keep_engine(engine, Metrics(lambda: None), failures.append))
+
+    asyncio.run(story())
+    assert len(failures) == 1
+    assert "did not start" in failures[0]
 
 
 @pytest.mark.parametrize("driver", [True, False], ids=["a driver", "no driver"])

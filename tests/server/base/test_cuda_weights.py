@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import msgspec
 import pytest
 import torch
 from tiny_models import tiny_llama
+from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
 from reftserve.interventions import model_checksum
 from reftserve.server.base import cuda_weights
@@ -107,19 +109,35 @@ def test_handles_cross_as_plain_data(memory: Memory) -> None:
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(ready), type=FromEngine) == ready
 
 
-def test_what_torch_would_pickle_comes_back_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As `reduce_tensor` gives it for a tensor on a GPU."""
-    pickled = (
-        *(torch.Tensor, torch.Size([3, 2]), (1, 3), 5, torch.TypedStorage, torch.bfloat16),
-        *(1, b"memory", 1024, 512, False, b"counter", 7, b"event", True),
-    )
-    opened = []
-    monkeypatch.setattr(cuda_weights, "reduce_tensor", lambda _: (None, pickled))
-    monkeypatch.setattr(cuda_weights, "rebuild_cuda_tensor", lambda *arguments: opened.append(arguments))
-    parameter = Mock(device=torch.device("cuda"))
-    (lent,) = lend_weights(Mock(parameters=lambda: [parameter]))
-    open_lent(msgspec.json.decode(msgspec.json.encode(lent), type=LentTensor))
-    assert opened == [pickled]
+def test_handles_are_read_and_opened_in_the_order_of_torchs_own_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's private signature is the contract: a release that changes it must fail here, not on somebody's GPU."""
+    opened: list[inspect.BoundArguments] = []
+    signature = inspect.signature(rebuild_cuda_tensor)
+    names = list(signature.parameters)
+    sent = {name: f"<{name}>" for name in names} | {
+        "tensor_size": (3, 2),
+        "tensor_stride": (1, 3),
+        "dtype": torch.bfloat16,
+        "tensor_offset": 5,
+        "storage_device": 1,
+        "storage_handle": b"memory",
+        "storage_size_bytes": 1024,
+        "storage_offset_bytes": 512,
+        "ref_counter_handle": b"counter",
+        "ref_counter_offset": 7,
+        "event_handle": b"event",
+        "event_sync_required": True,
+    }
+    monkeypatch.setattr(cuda_weights, "reduce_tensor", lambda _: (None, tuple(sent[name] for name in names)))
+    monkeypatch.setattr(cuda_weights, "rebuild_cuda_tensor", lambda *given: opened.append(signature.bind(*given)))
+    (lent,) = lend_weights(Mock(parameters=lambda: [Mock(device=torch.device("cuda"))]))
+    assert (lent.size, lent.stride, lent.offset, lent.dtype) == ((3, 2), (1, 3), 5, "bfloat16")
+    assert (lent.storage, lent.storage_bytes, lent.storage_offset) == (b"memory", 1024, 512)
+    assert (lent.counter, lent.counter_offset, lent.event, lent.event_sync) == (b"counter", 7, b"event", True)
+    open_lent(lent)
+    (bound,) = opened
+    ours = {"tensor_cls": torch.Tensor, "storage_cls": torch.TypedStorage, "requires_grad": False}
+    assert bound.arguments == sent | ours
 
 
 @needs_gpu
