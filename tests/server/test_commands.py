@@ -79,14 +79,11 @@ def test_a_wrong_setting_is_one_line(command: str, variables: dict[str, str], re
 
 
 def test_doctor_names_what_is_in_the_way(tmp_path: Path) -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "reftserve.server.commands", "doctor", "--model", str(tmp_path), "--port", "0"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
+    command = [sys.executable, "-m", "reftserve.server.commands", "doctor", "--model", str(tmp_path), "--port", "0"]
+    environment = {**os.environ, "COLUMNS": "400"}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert result.returncode == 1
-    assert "holds no config.json" in result.stdout.replace("\n", " ")
+    assert f"wrong base model: {tmp_path} " in result.stdout
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
