@@ -1,1 +1,6 @@
-"""The inference server: HTTP, engine, registry and training."""
+"""The inference server, in three kinds of processes.
+
+HTTP server       main, app, api, inference, registry, datasets, evaluation: imports neither torch nor transformers
+engine            engine/process.py, on base/
+training worker   training/worker.py, on base/
+"""

@@ -1,4 +1,4 @@
-"""The one settings object: every field with its unit and its reason; no other module reads the environment.
+"""The one settings object: every field with its unit and its reason; no other module of the server reads `REFTSERVE_*`.
 
 Sources in rising precedence: the environment (`REFTSERVE_*`), a TOML file (`REFTSERVE_CONFIG` or `--config`), the
 command line. Child processes (engine, worker) get the resolved object as JSON, never the sources.

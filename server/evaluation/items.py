@@ -1,4 +1,8 @@
-"""One example, evaluated: which texts are scored and generated for it, and what the criteria make of them."""
+"""One example, evaluated: texts to score, a greedy answer, and the criteria's verdict on them.
+
+Both go through the door to the engine: `InferenceService.score` and `complete`. /v1/classify uses the same `score`,
+`LabelledPrompt` and `probabilities`; only its prompts come from requests, and these from data sets.
+"""
 
 from __future__ import annotations
 

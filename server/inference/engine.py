@@ -1,4 +1,8 @@
-"""What the door needs of an engine. `engine_client.py` is our engine in a process of its own."""
+"""The part of an engine that answers requests; `app.open_services` makes the engine.
+
+`engine_client.py` is our engine, in a process of its own. Its life (start, wait, stop, the weights that it lends) is
+`EngineClient`'s, which `supervisor.py` uses: a second engine needs such a client too.
+"""
 
 from __future__ import annotations
 

@@ -184,7 +184,7 @@ class InterventionRegistry:
             self._pins[version.row.blob_key] += 1
 
     def unpin(self, version: PublishedVersion) -> None:
-        """Undo one `hold`."""
+        """Undo one `pin`; the last one removes the files of a version that was deleted meanwhile."""
         key = version.row.blob_key
         with self._lock:
             self._pins[key] -= 1
