@@ -99,7 +99,11 @@ async def _restart_forever(once: Callable[[], Awaitable[None]]) -> None:
     pause_s = FIRST_PAUSE_S
     while True:
         began = loop.time()
-        await once()
+        try:
+            await once()
+        except Exception:
+            # No process, no memory, no room on the disk: the next try may find some.
+            logger.exception("a child process could not be started")
         pause_s = FIRST_PAUSE_S if loop.time() - began > STABLE_S else min(2 * pause_s, LONGEST_PAUSE_S)
         await asyncio.sleep(pause_s)
 

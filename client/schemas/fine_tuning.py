@@ -119,13 +119,8 @@ class JobError(Response):
 class FineTuningJob(Response):
     """A training run. fine_tuned_model: `name@version` once it is published. data_report: the report on its data.
 
-    <<<<<<< HEAD
     plan: every decision, the user's and the recipe's; `sweep` has the candidates or trials. After success the other
-    fields are those of the published candidate or trial.
-    =======
-    plan: every decision, those that the user left open included; `sweep` has the candidates or trials. After the job's
-    success the rest is that of the one which was published, and `choices` says why it was chosen.
-    >>>>>>> recipe
+    fields are those of the published trial, and `choices` says why it was chosen.
     """
 
     id: str

@@ -38,7 +38,7 @@ async def check_parameters(request: Request) -> None:
             )
 
 
-BaseModel = Annotated[Base, Depends(_service("base"))]
+BaseInfo = Annotated[Base, Depends(_service("base"))]
 Database = Annotated[database.Database, Depends(_service("database"))]
 Evals = Annotated[EvalService, Depends(_service("evals"))]
 Files = Annotated[FileStore, Depends(_service("files"))]

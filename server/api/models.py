@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from reftserve.client.schemas import Deleted, Model, Page
-from reftserve.server.api.dependencies import BaseModel, Owner, Registry
+from reftserve.server.api.dependencies import BaseInfo, Owner, Registry
 from reftserve.server.base.folder import Base
 from reftserve.server.errors import InvalidRequest, NotFound
 from reftserve.server.registry.names import Reference, suggestion
@@ -14,7 +14,7 @@ router = APIRouter(prefix="/v1/models", tags=["models"])
 
 
 @router.get("")
-def list_models(base: BaseModel, registry: Registry, owner: Owner) -> Page[Model]:
+def list_models(base: BaseInfo, registry: Registry, owner: Owner) -> Page[Model]:
     """List the values that `model` can have."""
     interventions = [
         Model(id=row.name, created=row.created_at, owned_by=row.owner, parent=base.name)
@@ -24,7 +24,7 @@ def list_models(base: BaseModel, registry: Registry, owner: Owner) -> Page[Model
 
 
 @router.get("/{model:path}")
-def get_model(model: str, base: BaseModel, registry: Registry, owner: Owner) -> Model:
+def get_model(model: str, base: BaseInfo, registry: Registry, owner: Owner) -> Model:
     """Return the base, or an intervention by `name`, `name@version` or `name@alias`."""
     if model == base.name:
         return _base_model(base)
@@ -37,7 +37,7 @@ def get_model(model: str, base: BaseModel, registry: Registry, owner: Owner) -> 
 
 
 @router.delete("/{model:path}")
-def delete_model(model: str, base: BaseModel, registry: Registry, owner: Owner) -> Deleted:
+def delete_model(model: str, base: BaseInfo, registry: Registry, owner: Owner) -> Deleted:
     """Delete an intervention, or one version by `name@version`."""
     if model == base.name:
         raise InvalidRequest("the base model cannot be deleted", param="model")

@@ -27,13 +27,19 @@ from reftserve.server.inference.service import InferenceService, cache_salt
 from reftserve.server.registry.names import Reference
 from reftserve.server.registry.store import Store
 from reftserve.server.storage.database import DATABASE_ERRORS
-from reftserve.server.storage.leases import MAX_ATTEMPTS, Lease, LeaseLost, Leases, worker_id
+from reftserve.server.storage.leases import (
+    RENEWALS_PER_LEASE,
+    Lease,
+    LeaseLost,
+    Leases,
+    require_attempts_left,
+    worker_id,
+)
 from reftserve.server.storage.tables import EvalRun
 
 logger = logging.getLogger(__name__)
 CHUNK_ITEMS = 32
 POLL_S = 0.5
-RENEWALS_PER_LEASE = 4
 TABLES_POLL_S = 10.0
 ENGINES_PER_CHUNK = 3  # a run fails if this many engines die while they compute the same chunk
 
@@ -124,10 +130,7 @@ class Evaluator:
         Raises ServerError if the file, an intervention or the base is gone, if engines keep dying, or if servers do;
         LeaseLost if the run was cancelled, deleted or taken over.
         """
-        if lease.attempt > MAX_ATTEMPTS:
-            raise ServerError(
-                f"{MAX_ATTEMPTS} times in a row a server ended before the run's next items", code="worker_lost"
-            )
+        require_attempts_left(lease, "the run's next items")
         run = await asyncio.to_thread(self._repository.get, lease)
         examples, target = await asyncio.to_thread(self._load, run)
         done = await asyncio.to_thread(self._repository.done, run.id)
@@ -164,7 +167,7 @@ class Evaluator:
         target = RunTarget(
             run_id=run.id,
             criteria=criteria_of(row),
-            context=RequestContext(versions, cache_salt(run.owner), PRIORITY),
+            context=RequestContext(versions, cache_salt(run.owner), PRIORITY, is_metered=False),
             max_tokens=source.sampling_params.max_completion_tokens,
         )
         return read_examples(self._store.files.path(file)), target

@@ -34,7 +34,10 @@ class AnswerQueue:
                 running -= item.finish_reason is not None
                 yield item
 
-    async def close(self) -> None:
+    async def __aenter__(self) -> AnswerQueue:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
         """Cancel the answers that still run."""
         for task in self._tasks:
             task.cancel()

@@ -9,17 +9,16 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from typing import Protocol
 
-from reftserve.server.engine.messages import EngineStats, Ready, Submit, TokenOutput
+from reftserve.server.engine.messages import Ready, Submit, TokenOutput
 
 
 class InferenceEngine(Protocol):
     """An engine that answers requests made of token ids.
 
-    ready: the engine's sizes; None while it cannot take requests. stats: its latest figures.
+    ready: the engine's sizes; None while it cannot take requests.
     """
 
     ready: Ready | None
-    stats: EngineStats | None
 
     @property
     def is_alive(self) -> bool:

@@ -15,13 +15,14 @@ class RequestContext:
     """Everything about a request except its tokens: which edits it runs, whose cache it shares, how urgent it is.
 
     versions: resolved interventions with their scales. cache_salt: prefixes are shared only under equal salts.
-    priority: lower goes first.
+    priority: lower goes first. is_metered: whether the metrics of users' requests count it.
     """
 
     versions: Composition
     cache_salt: str
     priority: int = 0
     timeout_s: float | None = None
+    is_metered: bool = True
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,6 @@ class LabelledPrompt:
     prompt_ids: list[int]
     label_ids: list[list[int]]
 
-    @property
-    def length(self) -> int:
-        """Tokens of the prompt with the longest label."""
-        return len(self.prompt_ids) + max(map(len, self.label_ids))
-
 
 def label_chat(tokenizer: Tokenizer, messages: Sequence[ChatMessage], labels: Sequence[str]) -> LabelledPrompt:
     """A conversation, and each label as the assistant's next turn.

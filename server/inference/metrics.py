@@ -36,8 +36,11 @@ class Metrics:
         self._registry.register(_EngineCollector(engine_stats))
 
     @contextmanager
-    def request(self) -> Iterator[FirstTokenTimer]:
+    def request(self, *, is_metered: bool) -> Iterator[FirstTokenTimer]:
         """Count one request by its outcome: finished, error, or cancelled when the client goes away."""
+        if not is_metered:
+            yield FirstTokenTimer(None)
+            return
         outcome = "finished"
         try:
             yield FirstTokenTimer(self.first_token_s)
@@ -56,10 +59,10 @@ class Metrics:
 
 
 class FirstTokenTimer:
-    """Observes once how long a request waited for its first token."""
+    """Observes once how long a request waited for its first token. histogram: None observes nothing."""
 
-    def __init__(self, histogram: Histogram) -> None:
-        self._histogram: Histogram | None = histogram
+    def __init__(self, histogram: Histogram | None) -> None:
+        self._histogram = histogram
         self._began = time.monotonic()
 
     def first_token(self) -> None:

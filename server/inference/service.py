@@ -159,14 +159,13 @@ class InferenceService:
 
         Raises Unavailable when the engine dies, InvalidRequest when it refuses the request, DeadlineExceeded.
         """
-        with self.pinned(generation.context), self._metrics.request() as metered:
+        context = generation.context
+        with self.pinned(context), self._metrics.request(is_metered=context.is_metered) as metered:
             queue = AnswerQueue(len(generation.params), lambda index: self._answer(generation, index))
-            try:
-                async for piece in queue.pieces():
+            async with queue, contextlib.aclosing(queue.pieces()) as pieces:
+                async for piece in pieces:
                     metered.first_token()
                     yield piece
-            finally:
-                await queue.close()
 
     async def collect(self, generation: Generation) -> tuple[list[Piece], Usage]:
         """Return each answer as one piece, and the tokens that they cost. Raises as `stream` does."""
@@ -195,7 +194,7 @@ class InferenceService:
             )
             for index, prompt in enumerate(prompts)
         ]
-        with self.pinned(context), self._metrics.request():
+        with self.pinned(context), self._metrics.request(is_metered=context.is_metered):
             outputs = await _together(self._last_output(submit) for submit in submits)
         return [ScoredPrompt(output.continuation_logprobs, output.cached_tokens) for output in outputs]
 
@@ -207,7 +206,9 @@ class InferenceService:
         self._check_tokens(prompt, "prompt")
         room = self._check_length(prompt, 1, "prompt")
         sampling = SamplingParams(max_tokens=min(max_tokens, room), stop_token_ids=self.base.eos_token_ids)
-        generation = Generation(request_id, int(time.time()), context, [prompt], 1, [], [sampling])
+        generation = Generation(
+            id=request_id, created=int(time.time()), context=context, prompts=[prompt], n=1, stops=[], params=[sampling]
+        )
         [answer], _ = await self.collect(generation)
         return answer.text
 

@@ -174,14 +174,16 @@ class InterventionRegistry:
         return self._published(reference.name, found)
 
     def pin(self, version: PublishedVersion) -> None:
-        """A running request needs this version; its files stay until it is released.
+        """Keep a version's files until `unpin`; pins count.
 
-        Raises NotFound when it has been deleted since it was resolved.
+        Raises NotFound when it has been deleted since it was resolved, unless it is pinned already.
         """
+        key = version.row.blob_key
         with self._lock:
-            if version.row.blob_key in self._doomed or not version.folder.exists():
+            if not self._pins[key] and (key in self._doomed or not version.folder.exists()):
+                del self._pins[key]
                 raise NotFound(f"intervention {version.id} has been deleted", param="model", code="model_not_found")
-            self._pins[version.row.blob_key] += 1
+            self._pins[key] += 1
 
     def unpin(self, version: PublishedVersion) -> None:
         """Undo one `pin`; the last one removes the files of a version that was deleted meanwhile."""

@@ -24,10 +24,12 @@ from typing import Any, Generic, TypeVar
 from sqlalchemy import ColumnElement, Select, or_, select, update
 from sqlalchemy.orm import Session
 
+from reftserve.server.errors import ServerError
 from reftserve.server.storage.database import Database
 from reftserve.server.storage.tables import Leased
 
 MAX_ATTEMPTS = 20  # leases in a row without progress, after which the work fails
+RENEWALS_PER_LEASE = 4
 Row = TypeVar("Row", bound=Leased)
 
 
@@ -115,12 +117,18 @@ class Leases(Generic[Row]):
         return Lease(self._table, row.id, row.fence, row.attempts)
 
 
-def require_lease(session: Session, lease: Lease[Row]) -> Row:
-    """Return the lease's row, locked until this transaction ends.
+def require_attempts_left(lease: Lease[Any], milestone: str) -> None:
+    """Raise ServerError when processes have ended again and again before the work reached its milestone."""
+    if lease.attempt > MAX_ATTEMPTS:
+        raise ServerError(f"{MAX_ATTEMPTS} times in a row a process ended before {milestone}", code="worker_lost")
+
+
+def require_lease(session: Session, lease: Lease[Row], *, lock: bool = True) -> Row:
+    """Return the lease's row. lock: until this transaction ends; without, for a transaction that only reads.
 
     Raises LeaseLost when it has changed hands or is gone.
     """
-    row = session.get(lease.table, lease.id, with_for_update=True)
+    row = session.get(lease.table, lease.id, with_for_update=lock)
     if row is None:
         raise LeaseLost(f"{lease.id} is gone")
     if row.fence != lease.fence:

@@ -93,9 +93,12 @@ class JobFiles:
         if lease is None:
             return False
         try:
-            self._repository.forget_checkpoints(lease)
-            self._blobs.delete(f"{BLOBS}/{job_id}")
-            self._repository.release(lease)
+            try:
+                self._repository.forget_checkpoints(lease)
+                self._blobs.delete(f"{BLOBS}/{job_id}")
+            finally:
+                # Also after an error of the store: the worker renews all its leases, so this one would never end.
+                self._repository.release(lease)
         except LeaseLost:
             # The lease expired meanwhile, so another worker removes the files.
             return False

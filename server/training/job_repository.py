@@ -67,7 +67,7 @@ class JobRepository:
     def pause_requested(self, lease: Lease[Job]) -> bool:
         """Return whether the owner has asked for a pause. Polled at every step, it also detects a lost lease."""
         with self._database.reading() as session:
-            return require_lease(session, lease).pause_requested
+            return require_lease(session, lease, lock=False).pause_requested
 
     def event(
         self, lease: Lease[Job], message: str, *, level: str = "info", data: dict[str, Any] | None = None

@@ -36,7 +36,7 @@ from reftserve.server.errors import Conflict, InvalidRequest, ServerError
 from reftserve.server.registry.store import Store
 from reftserve.server.storage.blobs import map_enospc
 from reftserve.server.storage.database import DATABASE_ERRORS
-from reftserve.server.storage.leases import MAX_ATTEMPTS, Lease, LeaseLost, require_lease
+from reftserve.server.storage.leases import Lease, LeaseLost, require_attempts_left, require_lease
 from reftserve.server.storage.tables import Job
 from reftserve.server.training.activation_cache import ActivationCaches, Arena
 from reftserve.server.training.job_files import JobFiles
@@ -117,10 +117,7 @@ class JobRunner:
         Raises ServerError when data or base are gone, or the job has ended too many workers; Paused.
         """
         job = self._log.get(lease.id)
-        if lease.attempt > MAX_ATTEMPTS:
-            raise ServerError(
-                f"{MAX_ATTEMPTS} times in a row a worker ended before the job's next checkpoint", code="worker_lost"
-            )
+        require_attempts_left(lease, "the job's next checkpoint")
         self._require_base(job)
         plan = Plan.model_validate(job.plan)
         splits = self._splits(lease, job, plan)

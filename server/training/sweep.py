@@ -100,12 +100,12 @@ class Sweep:
 
     @property
     def has_ended(self) -> bool:
-        """Whether there is nothing left to do: all steps are done, the leader has not become better for long, or no
+        """Whether there is nothing left to do: all steps are done, no trial has become better for long, or no
         trial is left that takes any.
         """
         if self.step >= self.total_steps or not self.running:
             return True
-        waited = self.step - self.leader.lowest_step
+        waited = self.step - max(trial.trainer.lowest_step for trial in self.running)
         return self._patience is not None and waited >= self._patience * self.steps_per_epoch
 
     @property
@@ -141,8 +141,8 @@ class Sweep:
         """
         running, leading = self.running, self._first_of(self.running)
         found: dict[int, StepMetrics] = {}
-        by_trunk = {id(trial.trainer.cache): trial.trainer.cache for trial in running}
-        for cache in by_trunk.values():
+        by_cache = {id(trial.trainer.cache): trial.trainer.cache for trial in running}
+        for cache in by_cache.values():
             together = [trial for trial in running if trial.trainer.cache is cache]
             steps = advance([trial.trainer for trial in together])
             found.update(zip((trial.number for trial in together), steps, strict=True))

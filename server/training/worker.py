@@ -31,7 +31,7 @@ from reftserve.server.errors import StorageFull
 from reftserve.server.registry.store import Store, open_store
 from reftserve.server.settings import HEARTBEAT_S, LOG_FORMAT, Settings
 from reftserve.server.storage.database import DATABASE_ERRORS
-from reftserve.server.storage.leases import Leases, worker_id
+from reftserve.server.storage.leases import RENEWALS_PER_LEASE, Leases, worker_id
 from reftserve.server.storage.tables import Job
 from reftserve.server.training.job_files import JobFiles
 from reftserve.server.training.job_repository import JobRepository
@@ -41,7 +41,6 @@ from reftserve.server.training.varlen import VarlenModel
 
 logger = logging.getLogger(__name__)
 POLL_S = 0.2
-RENEWALS_PER_LEASE = 4
 SWEEP_S = 60.0
 LOST_S = 5.0
 EXIT_S = 5.0

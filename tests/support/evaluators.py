@@ -30,7 +30,6 @@ class StubEngine:
 
     is_alive = True
     ready = Ready(max_context=512, device="cpu", dtype="float32")
-    stats = None
     num_requests = 0
 
     def __init__(self) -> None:
