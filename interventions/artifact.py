@@ -88,10 +88,7 @@ def read_artifact(folder: Path) -> tuple[bytes, bytes]:
 
 
 def load_history(folder: Path) -> History | None:
-    """Return an artifact folder's training history, or None.
-
-    Raises ManifestError.
-    """
+    """Return an artifact folder's training history, or None. Raises ManifestError."""
     file = folder / HISTORY_FILE
     return History.parse(_bounded(file)) if file.exists() else None
 
@@ -175,10 +172,7 @@ def _read_member(archive: zipfile.ZipFile, name: str, max_bytes: int) -> bytes:
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write files to a new folder atomically.
-
-    Raises OSError when the folder exists.
-    """
+    """Write files to a new folder atomically. Raises OSError when the folder exists."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial-"))
     try:

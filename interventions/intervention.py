@@ -95,10 +95,7 @@ def load_artifact(folder: Path) -> Intervention:
 
 
 def parse_artifact(manifest_bytes: bytes, edits_bytes: bytes) -> Intervention:
-    """Check the bytes of an artifact's manifest and edits.
-
-    Raises ManifestError, ShapeError, DtypeError, NonFiniteError, PositionsError or HashMismatch.
-    """
+    """Check an artifact's bytes and return its tensors. Raises the errors of `check_artifact`."""
     artifact = check_artifact(manifest_bytes, edits_bytes)
     columns = LowRankEdit(**{name: torch.from_numpy(array) for name, array in artifact.columns.items()})
     return Intervention(artifact.manifest, columns, artifact.sites)

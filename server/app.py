@@ -42,10 +42,7 @@ ROUTERS = (chat, completions, classify, models, files, fine_tuning, evals, inter
 
 
 def open_services(settings: Settings) -> Services:
-    """Create the application's services, without starting the engine.
-
-    Raises NotFound when there is no base model.
-    """
+    """Create the application's services, without starting the engine. Raises NotFound when there is no base model."""
     base = open_base(settings)
     store = open_store(settings, base.fingerprint)
     store.sweep()

@@ -81,8 +81,7 @@ COMMON = ("model", "data", "config", "device")
 def serve(settings: Settings) -> None:
     """Serve a base model and its interventions over HTTP.
 
-    Settings come from the environment, a TOML file and these flags, in order of rising precedence. docs/settings.md
-    lists all settings.
+    Settings come from the environment, a TOML file and these flags, in order of rising precedence (docs/settings.md).
     """
     from reftserve.server.base.folder import resolve_model_folder
 

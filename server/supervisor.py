@@ -87,8 +87,7 @@ async def keep_worker(settings: Settings, engine: EngineClient) -> None:
 def may_be_on_gpu(settings: Settings) -> bool:
     """Whether the engine may compute on a GPU, judged by the setting and by the drivers' device files.
 
-    This process does not load torch, which would know. After a wrong yes the worker waits for the engine and borrows
-    nothing.
+    Only torch would know, and this process does not load it. Without a GPU the worker then waits and borrows nothing.
     """
     if settings.device == "auto":
         return any(Path(driver).exists() for driver in GPU_DRIVERS)

@@ -1,6 +1,6 @@
 """The base model on disk: its folder, tokenizer and fingerprint.
 
-A model with a hub id is searched in `<data>/models/<organisation>--<name>`, then in the hub's cache, then in the hub.
+A model with a hub id is looked up in `<data>/models/<organisation>--<name>`, then in the hub's cache, then in the hub.
 """
 
 from __future__ import annotations

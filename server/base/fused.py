@@ -73,7 +73,7 @@ class Int8FusedMLP(nn.Module):
 def fuse_modules(model: nn.Module, *, int8: bool, kernels: KernelChoice = ALL_KERNELS) -> None:
     """Replace a float32 model's norms, MLPs and attention by fused forms where `kernels` allows; see the module.
 
-    Other linear layers stay. Attention is replaced only if the model uses our function (`attention.ATTENTION`).
+    Other linear layers stay as they are. Attention changes only if the model uses our function (`attention.ATTENTION`).
     """
     # Norms first: attention modules may contain norms.
     for form in (_norm, partial(_mlp, int8=int8), partial(fused_attention, int8=int8)):

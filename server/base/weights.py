@@ -77,7 +77,7 @@ def share_weights(model: nn.Module, folder: Path) -> None:
                 _write(file, parameters)
                 found = _mapped(file, parameters)
         if found is None:
-            raise OSError(f"{file} does not hold what was written to it")
+            raise OSError(f"{file} changed after it was written")
     except OSError as cause:
         _stay_private(parameters, cause)
         return

@@ -18,7 +18,7 @@ class Detokenizer:
     """The text of one answer. Holds back incomplete characters and possible beginnings of stop strings.
 
     prompt_ids: the prompt; many tokenizers drop a leading space when they decode an answer alone.
-    hidden_token_ids: tokens without text. min_tokens: text of the first ones is no stop string.
+    hidden_token_ids: tokens without text. min_tokens: stop strings count only after this many tokens.
     """
 
     def __init__(

@@ -6,8 +6,8 @@
 //
 // A task multiplies one panel with up to kRows rows, in tiles of kTile rows. The first tile prefetches the panel from
 // memory; the others read it from the second-level cache while the next panel is prefetched. So memory bounds a
-// product of few rows, and arithmetic one of many. For y W, a task takes kPanel input channels. It first transposes their
-// part of the panels, kChunk panels at a time, in that cache; this costs four shuffles for sixteen numbers.
+// product of few rows, and arithmetic one of many. For y W, a task takes kPanel input channels. It first transposes
+// their part of the panels, kChunk panels at a time, in that cache; this costs four shuffles for sixteen numbers.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
