@@ -72,10 +72,7 @@ class _Stored:
 
 
 def _stored(file: Path) -> dict[str, _Stored]:
-    """Return the tensors' places by name, from a safetensors file's header: 8 bytes of length, then JSON with offsets.
-
-    The hash needs raw bytes, because numpy has no bfloat16 and loading torch for a hash would be slow.
-    """
+    """Return tensors' places by name from the header: 8 bytes of length, then JSON. numpy cannot load bfloat16."""
     with safe_open(file, framework="numpy"):  # refuses a header with offsets outside the file
         pass
     with file.open("rb") as opened:

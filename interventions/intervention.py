@@ -28,10 +28,7 @@ from reftserve.interventions.manifest import BaseFingerprint, EditEntry, Manifes
 
 @dataclass(frozen=True, eq=False)
 class Intervention:
-    """An intervention read from an artifact: its manifest, and the columns of all its edits as one edit.
-
-    sites: one for each edit, in the order of the columns.
-    """
+    """An intervention read from an artifact. columns: those of all edits as one edit. sites: in the columns' order."""
 
     manifest: Manifest
     columns: LowRankEdit
@@ -87,10 +84,7 @@ def save_artifact(
 
 
 def load_artifact(folder: Path) -> Intervention:
-    """Read and check an artifact folder.
-
-    Raises an InterventionError with the found and the expected value; OSError when a file cannot be read.
-    """
+    """Read and check an artifact folder. Raises an InterventionError, or OSError for an unreadable file."""
     return parse_artifact(*read_artifact(folder))
 
 

@@ -1,7 +1,4 @@
-"""The commands of the server extra: `serve`, `worker` and `doctor`.
-
-The client's CLI adds them when the extra is installed. Heavy imports wait until a command needs them.
-"""
+"""The commands `serve`, `worker` and `doctor`, which the client's CLI adds."""
 
 from __future__ import annotations
 

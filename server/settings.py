@@ -292,10 +292,7 @@ def _refuse_unknown(names: list[str], *, prefix: str = "") -> None:
 
 
 def _readable(file: Path) -> Path:
-    """Return the file, after checks that pydantic-settings omits: it ignores a missing file.
-
-    Raises SettingsError when the file cannot be read or is not TOML.
-    """
+    """Return the file, or raise SettingsError unless it is readable TOML; pydantic-settings ignores a missing file."""
     try:
         tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as cause:

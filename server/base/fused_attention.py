@@ -149,10 +149,7 @@ class _Recorder:
 
 
 def _probed(module: nn.Module, x: Tensor, *, rotates: bool) -> _Probed | None:
-    """Run the module on x; None if it fails or calls attention more or less than once.
-
-    rotates: pass random cosines and sines; otherwise pass None for them.
-    """
+    """Run the module on x, with random cosines and sines if `rotates`; None unless it calls attention exactly once."""
     recorder = _Recorder()
     size: int = module.head_dim  # type: ignore[assignment]
     rotation = random_rows(size, 2 * x.shape[1]).chunk(2, dim=1) if rotates else None

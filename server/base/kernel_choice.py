@@ -3,10 +3,10 @@
 No kernel is faster on every processor: without AVX-512, torch's products were 25 times as fast as ours. Code that can
 use a kernel asks a `KernelChoice` and passes both forms as trials.
 
-The engine, the worker and every later start must make the same choice: the layout of their shared weights file depends
-on it (`weights.py`), and a resumed job must give the same result to the bit. So the measured ratios are stored next to
-the weights file. Its name holds a hash of kernels and processor, so another processor measures again. The number of
-threads is not in the hash, because the engine and the worker may differ in it.
+The engine, the worker and every later start must choose alike: the layout of their shared weights file depends on the
+choice (`weights.py`), and a resumed job must give the same result to the bit. So a file next to the weights stores the
+measured ratios. Its name holds a hash of kernels and processor, so another processor measures again. The hash omits the
+number of threads, which may differ between the engine and the worker.
 
     kernels-<hash>.json   {"linear 576x1536": 0.61, ...}   our time in units of torch's
 """

@@ -22,10 +22,7 @@ from reftserve.server.base.replacement import random_rows, replace_modules
 
 
 class PanelLinear(nn.Module):
-    """y = x W^T + b in float32, for one layer or for several layers with the same input.
-
-    weight: W in panels, [panels, in, 48]; frozen, so only x gets a gradient.
-    """
+    """y = x W^T + b in float32 for layers with the same input. weight: W in panels, [panels, in, 48]; frozen."""
 
     def __init__(self, layers: Sequence[Linear]) -> None:
         super().__init__()
@@ -128,10 +125,7 @@ def _linear_trials(layer: nn.Linear) -> list[Trial]:
 
 
 def use_panels(model: nn.Module) -> None:
-    """Pack a frozen model's plain linear layers into panels, and let tied embeddings read from the panels.
-
-    Requires `takes_kernels(model)`.
-    """
+    """Pack a frozen model's linear layers into panels; tied embeddings read from these. Requires `takes_kernels`."""
     embedded = {id(m.weight) for m in model.modules() if type(m) is nn.Embedding and m.max_norm is None}
     tied: dict[int, nn.Parameter] = {}
 

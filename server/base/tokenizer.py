@@ -37,10 +37,7 @@ EXTRA = ("additional_special_tokens", "extra_special_tokens")
 
 @dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """The base's tokenizer. special_tokens: texts by their name in templates, such as `eos_token`.
-
-    The tokenizer owns its backend and turns off padding and truncation there.
-    """
+    """The base's tokenizer; it never pads or truncates. special_tokens: texts by name, such as `eos_token`."""
 
     backend: Backend
     special_tokens: Mapping[str, str] = field(default_factory=dict)
@@ -101,10 +98,7 @@ class Tokenizer:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Read the tokenizer in a base model's folder, without running code from it.
-
-    Raises NotFound, with the command that creates the file, when there is no tokenizer.json.
-    """
+    """Read the tokenizer in a folder, without running code from it. Raises NotFound if tokenizer.json is missing."""
     file = folder / TOKENIZER_FILE
     if not file.is_file():
         raise NotFound(

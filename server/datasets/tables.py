@@ -26,10 +26,7 @@ BUFFER_BYTES = 1 << 20
 
 
 def read_csv(path: Path) -> Iterator[tuple[SourceLocation, dict[str, Any]]]:
-    """Yield the rows of comma-separated UTF-8 with a header. Quoted cells may contain commas and line breaks.
-
-    Raises InvalidRequest with the reason and place when the file cannot be read.
-    """
+    """Yield the rows of comma-separated UTF-8 with a header. Raises InvalidRequest for an unreadable file."""
     import pyarrow as pa
     from pyarrow import csv
 
@@ -49,10 +46,7 @@ def read_csv(path: Path) -> Iterator[tuple[SourceLocation, dict[str, Any]]]:
 
 
 def read_parquet(path: Path) -> Iterator[tuple[SourceLocation, dict[str, Any]]]:
-    """Yield the rows of a Parquet file.
-
-    Raises InvalidRequest with the reason when the file cannot be read or exceeds a limit.
-    """
+    """Yield the rows of a Parquet file. Raises InvalidRequest if it is unreadable or exceeds a limit."""
     from pyarrow import parquet
 
     with _arrow_errors("Parquet"):
@@ -87,10 +81,7 @@ def _numbered(batches: Iterator[pa.RecordBatch], *, first: int) -> Iterator[tupl
 
 
 def _text_bytes(batch: pa.RecordBatch) -> int:
-    """Return the bytes of all texts; a dictionary's value counts once for each cell that refers to it.
-
-    Raises InvalidRequest when a text is too long.
-    """
+    """Return the bytes of all texts, a repeated one once for each cell. Raises InvalidRequest for one too long."""
     import pyarrow.compute as pc
 
     total = 0

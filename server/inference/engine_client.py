@@ -63,10 +63,7 @@ class EngineClient:
         return len(self._queues)
 
     async def start(self) -> Ready:
-        """Start the process and wait until its model is loaded.
-
-        Raises EngineDied with the reason when the engine cannot start.
-        """
+        """Start the process and wait until its model is loaded. Raises EngineDied with the reason for a failure."""
         self._folder = tempfile.TemporaryDirectory(prefix="reftserve-")
         address = f"ipc://{Path(self._folder.name) / 'engine'}"
         self._socket = self._context.socket(zmq.PAIR)
@@ -93,10 +90,7 @@ class EngineClient:
         return self.ready
 
     def ended(self) -> Awaitable[int]:
-        """Return an awaitable for the current process's end, with its exit code as the result.
-
-        Raises EngineDied when none was started.
-        """
+        """Return an awaitable of the current process's exit code. Raises EngineDied when none was started."""
         if self._process is None:
             raise EngineDied("the engine was not started")
         return self._process.wait()
