@@ -1,7 +1,7 @@
-"""The mathematics of interventions: edits, families, positions, artifacts. Knows neither server nor client.
+"""The mathematics of interventions: edits, families, positions, artifacts. Imports neither the server nor the client.
 
-Names load their modules when they are first used (PEP 562): fingerprints, manifests, positions and the checks of
-artifacts need no torch, and a process that uses nothing else never loads it.
+Each name imports its module at first use (PEP 562). Fingerprints, manifests, positions and the checks of artifacts need
+no torch, so a process that uses only these never loads it.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ _MODULES = {
     "positions": ("Positions",),
     "trainable": ("TrainableIntervention",),
 }
-# No module has the name of something that it defines: loading one binds its name in this package.
+# Importing a module binds its name in this package, so no module may have the name of something it defines.
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
@@ -114,7 +114,7 @@ __all__ = [
     "unpack",
 ]
 
-if not TYPE_CHECKING:  # for the type checker, a module with a __getattr__ has every name
+if not TYPE_CHECKING:  # a type checker would accept any name of a module with __getattr__
 
     def __getattr__(name: str) -> Any:
         if name not in _HOMES:

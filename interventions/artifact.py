@@ -1,11 +1,12 @@
-"""Artifacts on disk: a folder of `manifest.json`, `edits.safetensors` and, where it was trained, `history.json`.
+"""Artifacts on disk: their files, the checks when reading them, and atomic writing. `intervention.py` makes tensors.
 
-For the wire, a zip of them. `edits.safetensors` holds the columns of all edits, one below the other in the order of the
-manifest: five tensors whatever the number of edits, since a server reads, checks and hashes them while others wait.
+    manifest.json       base, family, positions and layers of the edits, and their provenance (`manifest.py`)
+    edits.safetensors   columns of all edits, concatenated in the manifest's order. Always five tensors, because a
+                        server reads, checks and hashes them while requests wait
+    history.json        the training history, optional (`history.py`)
 
-Reading trusts nothing: every field, name, shape, type and number is checked, sizes are bounded, nothing is unpickled.
-Writing is all or nothing: a folder appears under its name only when it is complete and on the disk. None of this needs
-torch: `intervention.py` makes tensors of what was checked here.
+The wire format is a zip of this folder. Reading checks every field, name, shape, type and number, bounds every size and
+unpickles nothing. A new folder appears under its name only when it is complete and on the disk. Nothing needs torch.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ MANIFEST_FILE = "manifest.json"
 EDITS_FILE = "edits.safetensors"
 REQUIRED_FILES = (MANIFEST_FILE, EDITS_FILE)
 MAX_BYTES = 1 << 30
-# What zipfile raises for bytes that are no archive, or one with damage, encryption or a method that it does not know.
+# The errors of zipfile for data that is not an archive, is damaged or encrypted, or uses an unknown method.
 UNREADABLE = (
     zipfile.BadZipFile,
     zlib.error,
@@ -48,7 +49,7 @@ UNREADABLE = (
 
 @dataclass(frozen=True)
 class EditSite:
-    """The layer and positions of an edit, and the number of its columns."""
+    """The layer, positions and rank of one edit."""
 
     layer: int
     positions: Positions
@@ -57,7 +58,7 @@ class EditSite:
 
 @dataclass(frozen=True, eq=False)
 class Artifact:
-    """A checked artifact: its manifest, the sites of its edits, and their columns one below the other."""
+    """A checked artifact: its manifest, the sites of its edits, and their concatenated columns."""
 
     manifest: Manifest
     sites: tuple[EditSite, ...]
@@ -65,12 +66,12 @@ class Artifact:
 
     @property
     def content_hash(self) -> str:
-        """Identity of what it does; equal for equal edits at equal sites."""
+        """The identity of the edits: equal for equal edits at equal sites."""
         return self.manifest.content_hash
 
 
 def content_hash(sites: Sequence[EditSite], columns_hash: str) -> str:
-    """SHA-256 over sites and numbers of the edits, in order. columns_hash: of all columns as one edit."""
+    """Return the SHA-256 over the edits' sites and numbers, in order. columns_hash: of all columns as one edit."""
     digest = hashlib.sha256()
     for site in sites:
         digest.update(f"{site.layer} {site.positions} {site.rank}\n".encode())
@@ -79,24 +80,21 @@ def content_hash(sites: Sequence[EditSite], columns_hash: str) -> str:
 
 
 def read_artifact(folder: Path) -> tuple[bytes, bytes]:
-    """The bytes of an artifact folder's two files, unchecked: what `parse_artifact` takes.
+    """Return the unchecked bytes of an artifact folder's manifest and edits, the arguments of `parse_artifact`.
 
-    Raises OSError; ManifestError when one is too large to read.
+    Raises OSError; ManifestError when a file is too large.
     """
     return _bounded(folder / MANIFEST_FILE), _bounded(folder / EDITS_FILE)
 
 
 def load_history(folder: Path) -> History | None:
-    """Read an artifact folder's history; None when it has none.
-
-    Raises ManifestError.
-    """
+    """Return an artifact folder's training history, or None. Raises ManifestError."""
     file = folder / HISTORY_FILE
     return History.parse(_bounded(file)) if file.exists() else None
 
 
 def check_artifact(manifest_bytes: bytes, edits_bytes: bytes) -> Artifact:
-    """Check an artifact's two files.
+    """Check the bytes of an artifact's manifest and edits.
 
     Raises ManifestError, ShapeError, DtypeError, NonFiniteError, PositionsError or HashMismatch.
     """
@@ -116,7 +114,7 @@ def check_artifact(manifest_bytes: bytes, edits_bytes: bytes) -> Artifact:
 
 
 def pack(folder: Path) -> bytes:
-    """The artifact as one zip file for the wire."""
+    """Return the artifact folder as a zip file for the wire."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for name in (*REQUIRED_FILES, HISTORY_FILE):
@@ -126,15 +124,15 @@ def pack(folder: Path) -> bytes:
 
 
 def unpack(data: bytes, folder: Path, *, max_bytes: int = MAX_BYTES) -> Artifact:
-    """Check a zipped artifact and write it to a new folder; nothing is written when it is refused.
+    """Check a zipped artifact and write it to a new folder; a refused one writes nothing.
 
-    Raises an InterventionError; ManifestError when it is not a zip of exactly an artifact's files within `max_bytes`.
+    Raises an InterventionError; ManifestError for a zip with other files, or with a file above `max_bytes`.
     """
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             names = sorted(archive.namelist())
             if names not in (sorted(REQUIRED_FILES), sorted([*REQUIRED_FILES, HISTORY_FILE])):
-                expected = f"exactly {MANIFEST_FILE} and {EDITS_FILE}, and perhaps {HISTORY_FILE}"
+                expected = f"{MANIFEST_FILE}, {EDITS_FILE} and optionally {HISTORY_FILE}"
                 raise ManifestError(f"the archive holds {names}; expected {expected}")
             contents = {name: _read_member(archive, name, max_bytes) for name in names}
     except UNREADABLE as cause:
@@ -150,7 +148,7 @@ def _check_fit(sites: Sequence[EditSite], columns: Columns, base: BaseFingerprin
     found, hidden_size = columns["A"].shape
     rank = sum(site.rank for site in sites)
     if found != rank:
-        raise ShapeError(f"{EDITS_FILE} holds {found} columns; by the manifest the edits have {rank}")
+        raise ShapeError(f"{EDITS_FILE} holds {found} columns; the manifest declares {rank}")
     if hidden_size != base.hidden_size:
         raise ShapeError(f"edits have hidden size {hidden_size}; the base has {base.hidden_size}")
     highest = max(site.layer for site in sites)
@@ -165,7 +163,7 @@ def _bounded(path: Path) -> bytes:
 
 
 def _read_member(archive: zipfile.ZipFile, name: str, max_bytes: int) -> bytes:
-    # The size in the directory may lie, so what is read is bounded, not what is declared.
+    # The archive's directory may declare a false size, so bound the bytes that are read.
     with archive.open(name) as member:
         content = member.read(max_bytes + 1)
     if len(content) > max_bytes:
@@ -174,10 +172,7 @@ def _read_member(archive: zipfile.ZipFile, name: str, max_bytes: int) -> bytes:
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write a new folder of files, whole or not at all.
-
-    Raises OSError when it exists.
-    """
+    """Write files to a new folder atomically. Raises OSError when the folder exists."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial-"))
     try:

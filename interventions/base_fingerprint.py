@@ -1,7 +1,7 @@
-"""The fingerprint of a base model's folder.
+"""The fingerprint of a base model's folder: architecture, sizes, and hashes of weights, tokenizer and chat template.
 
-The hash of the weights is over the checkpoint's tensors as stored, sorted by name: it does not depend on how they are
-split into files, nor on the dtype that the model is loaded in.
+The weights' hash covers the stored tensors sorted by name. It depends neither on their split into files nor on the
+dtype in which the model is loaded.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ CHUNK_BYTES = 4 << 20  # read at once
 
 
 def fingerprint(folder: Path) -> BaseFingerprint:
-    """Identify the base model in a folder with config.json, *.safetensors and tokenizer.json.
+    """Return the fingerprint of a folder with config.json, *.safetensors and tokenizer.json. Reads every weight once.
 
-    Reads every weight once. Raises ManifestError when a part is missing.
+    Raises ManifestError when a part is missing.
     """
     config = _text_config(json.loads(_read(folder / "config.json")))
     return BaseFingerprint(
@@ -41,7 +41,7 @@ def fingerprint(folder: Path) -> BaseFingerprint:
 def _weights_hash(folder: Path) -> str:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise ManifestError(f"{folder} holds no *.safetensors: other weight formats are never read")
+        raise ManifestError(f"{folder} holds no *.safetensors, the only format of weights that is read")
     tensors: dict[str, tuple[Path, _Stored]] = {}
     for file in files:
         tensors.update({name: (file, stored) for name, stored in _stored(file).items()})
@@ -63,7 +63,7 @@ def _weights_hash(folder: Path) -> str:
 
 @dataclass(frozen=True)
 class _Stored:
-    """Where a file holds a tensor's bytes. dtype: torch's name of it."""
+    """The place of a tensor's bytes in its file. dtype: torch's name."""
 
     dtype: str
     shape: list[int]
@@ -72,11 +72,8 @@ class _Stored:
 
 
 def _stored(file: Path) -> dict[str, _Stored]:
-    """Read a safetensors file's header: 8 bytes that hold its length, then JSON with offsets of what comes after.
-
-    The bytes are wanted as they are: for bfloat16, numpy has no type, and torch is not loaded for a hash.
-    """
-    with safe_open(file, framework="numpy"):  # refuses a header whose offsets are not the file's
+    """Return tensors' places by name from the header: 8 bytes of length, then JSON. numpy cannot load bfloat16."""
+    with safe_open(file, framework="numpy"):  # refuses a header with offsets outside the file
         pass
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
@@ -85,7 +82,7 @@ def _stored(file: Path) -> dict[str, _Stored]:
     found = {}
     for name, entry in header.items():
         if entry["dtype"] not in TORCH_NAMES:
-            raise ManifestError(f"{file} stores {name!r} as {entry['dtype']}; known are {', '.join(TORCH_NAMES)}")
+            raise ManifestError(f"{file} stores {name!r} as {entry['dtype']}; expected one of {', '.join(TORCH_NAMES)}")
         start, end = entry["data_offsets"]
         found[name] = _Stored(TORCH_NAMES[entry["dtype"]], entry["shape"], 8 + length + start, end - start)
     return found
@@ -97,7 +94,7 @@ def _tokenizer_hash(folder: Path) -> str:
 
 
 def _chat_template_hash(folder: Path) -> str | None:
-    """Of the template's text, wherever the format of the day keeps it; None when there is none."""
+    """Return the hash of the chat template, which transformers has kept in different files; None without one."""
     file = folder / "chat_template.jinja"
     if file.is_file():
         template: Any = file.read_text("utf-8")

@@ -1,4 +1,4 @@
-"""The checksum of a model in memory, to show that nothing has changed its weights."""
+"""The checksum of a model in memory, which proves that nothing has changed its weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 
 def model_checksum(model: nn.Module) -> str:
-    """SHA-256 over the parameters of a model in memory, to show that nothing has changed them."""
+    """Return the SHA-256 over the names, types, shapes and numbers of a model's parameters."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {parameter.dtype} {list(parameter.shape)}\n".encode())
@@ -18,6 +18,6 @@ def model_checksum(model: nn.Module) -> str:
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
-    # A view where it can be, not a copy: the largest tensors are a good part of the model.
+    # A view where possible: copying the largest tensor would take a good part of the model's memory.
     tensor = tensor.to_dense() if tensor.is_mkldnn else tensor
     return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -1,7 +1,7 @@
-"""The numbers of edits without torch: their names and types, the checks, the hash, and reading them as numpy arrays.
+"""The rank columns of edits as numpy arrays: their names, types, checks and hash, without torch.
 
-The server's HTTP process checks uploads with this module alone. `edit.LowRankEdit` holds the same numbers as tensors,
-to compute with, and passes the same checks.
+The server's HTTP process checks uploads with this module. `edit.LowRankEdit` holds the same columns as tensors and
+passes the same checks.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from reftserve.interventions.intervention_errors import DtypeError, ManifestErro
 TENSORS = ("A", "b", "U", "act", "scale")
 Columns = dict[str, NDArray[Any]]
 
-# safetensors' names of types, and torch's: hashes and messages have torch's.
+# safetensors' name of each type, and torch's name, which hashes and messages use.
 TORCH_NAMES = {
     "F64": "float64",
     "F32": "float32",
@@ -45,7 +45,7 @@ TORCH_NAMES = {
 
 
 class Activation(IntEnum):
-    """The function that a rank column applies to h · A + b, by its name in transformers' ACT2FN."""
+    """The function that a rank column applies to h · A + b, named as in transformers' ACT2FN."""
 
     LINEAR = 0
     RELU = 1
@@ -56,13 +56,13 @@ class Activation(IntEnum):
 
 
 def read_columns(edits_bytes: bytes, file: str) -> Columns:
-    """Read and check the columns of an artifact's edits. file: its name, for messages.
+    """Read and check the columns of an artifact's edits. file: the file's name, for messages.
 
-    Raises ManifestError when it is no safetensors file of exactly the five tensors, else what `check_columns` raises.
+    Raises ManifestError unless it is a safetensors file of exactly the five tensors, and the errors of `check_columns`.
     """
     try:
         found = {name: _array(tensor) for name, tensor in deserialize(edits_bytes)}  # type: ignore[no-untyped-call]
-    except (SafetensorError, ValueError, TypeError, OverflowError) as cause:  # the last three: absurd shapes
+    except (SafetensorError, ValueError, TypeError, OverflowError) as cause:  # numpy's errors for absurd shapes
         raise ManifestError(f"{file} is not a safetensors file: {cause}") from cause
     if found.keys() != set(TENSORS):
         missing, surplus = sorted(set(TENSORS) - found.keys()), sorted(found.keys() - set(TENSORS))
@@ -74,9 +74,10 @@ def read_columns(edits_bytes: bytes, file: str) -> Columns:
 
 
 def check_columns(columns: Mapping[str, Any]) -> None:
-    """Check that arrays, numpy's or torch's, form an edit: by name A [rank, hidden], b [rank], U, act, scale.
+    """Check that numpy arrays or torch tensors form an edit.
 
-    Raises ShapeError, DtypeError or NonFiniteError when they do not.
+    columns: by name, A and U [rank, hidden]; b, act and scale [rank].
+    Raises ShapeError, DtypeError or NonFiniteError.
     """
     A = columns["A"]
     if A.ndim != 2 or 0 in A.shape:
@@ -100,7 +101,7 @@ def check_columns(columns: Mapping[str, Any]) -> None:
 
 
 def hash_columns(columns: Columns) -> str:
-    """SHA-256 over shapes, types and numbers, as `LowRankEdit.content_hash` has it."""
+    """Return the SHA-256 over shapes, types and numbers, equal to `LowRankEdit.content_hash`."""
     digest = hashlib.sha256()
     for name in TENSORS:
         array = columns[name]
@@ -110,13 +111,13 @@ def hash_columns(columns: Columns) -> str:
 
 
 def dtype_name(array: Any) -> str:
-    """The name of an array's or a tensor's type: `float32`."""
+    """Return the name of an array's or a tensor's type, such as `float32`."""
     return str(array.dtype).removeprefix("torch.")
 
 
 def _array(tensor: Mapping[str, Any]) -> NDArray[Any]:
     name = TORCH_NAMES.get(tensor["dtype"], tensor["dtype"])
-    # numpy has no bfloat16 and no 8-bit floats; no artifact may hold them either.
+    # numpy has no bfloat16 and no 8-bit floats, which artifacts may not hold.
     try:
         dtype = np.dtype(name)
     except TypeError as cause:

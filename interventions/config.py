@@ -1,4 +1,4 @@
-"""The configuration of an intervention, as plain data: a plan has it before anything is trained."""
+"""The configuration of an intervention as plain data, known before training."""
 
 from __future__ import annotations
 

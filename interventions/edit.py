@@ -16,7 +16,7 @@ edits are composed by concatenation.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -63,6 +63,14 @@ class LowRankEdit:
 
     def __post_init__(self) -> None:
         check_columns({name: getattr(self, name) for name in TENSORS})
+
+    @classmethod
+    def of_checked(cls, columns: Mapping[str, Tensor]) -> LowRankEdit:
+        """Wrap columns that `check_columns` has accepted: a load is checked between two steps, so only once."""
+        edit = object.__new__(cls)
+        for name in TENSORS:
+            object.__setattr__(edit, name, columns[name])
+        return edit
 
     @property
     def rank(self) -> int:

@@ -1,4 +1,4 @@
-"""Interventions as tensors: read from an artifact folder, and written to one. `artifact.py` has format and checks."""
+"""Interventions as tensors: reads and writes artifact folders. `artifact.py` defines their format and checks."""
 
 from __future__ import annotations
 
@@ -28,10 +28,7 @@ from reftserve.interventions.manifest import BaseFingerprint, EditEntry, Manifes
 
 @dataclass(frozen=True, eq=False)
 class Intervention:
-    """A published intervention: its manifest, and the columns of all its edits as one edit.
-
-    sites: of its edits, in the order of their columns.
-    """
+    """An intervention read from an artifact. columns: those of all edits as one edit. sites: in the columns' order."""
 
     manifest: Manifest
     columns: LowRankEdit
@@ -39,12 +36,12 @@ class Intervention:
 
     @property
     def content_hash(self) -> str:
-        """Identity of what it does; equal for equal edits at equal sites."""
+        """The identity of the edits: equal for equal edits at equal sites."""
         return self.manifest.content_hash
 
     @cached_property
     def edits(self) -> tuple[PlacedEdit, ...]:
-        """The edits one by one, views of `columns`."""
+        """The single edits, as views of `columns`."""
         parts = zip(self.sites, self.columns.split([site.rank for site in self.sites]), strict=True)
         return tuple(PlacedEdit(site.layer, site.positions, part) for site, part in parts)
 
@@ -62,7 +59,7 @@ def save_artifact(
     provenance: Provenance | None = None,
     history: History | None = None,
 ) -> Manifest:
-    """Write a new artifact folder; it must not exist. Raises OSError with nothing left behind."""
+    """Write a new artifact folder atomically and return its manifest. Raises OSError when the folder exists."""
     sites = tuple(EditSite(placed.layer, placed.positions, placed.edit.rank) for placed in edits)
     columns = compose([placed.edit for placed in edits])
     manifest = Manifest(
@@ -87,18 +84,12 @@ def save_artifact(
 
 
 def load_artifact(folder: Path) -> Intervention:
-    """Read and check an artifact folder.
-
-    Raises an InterventionError that says what is wrong and what was expected; OSError when files cannot be read.
-    """
+    """Read and check an artifact folder. Raises an InterventionError, or OSError for an unreadable file."""
     return parse_artifact(*read_artifact(folder))
 
 
 def parse_artifact(manifest_bytes: bytes, edits_bytes: bytes) -> Intervention:
-    """Check an artifact's two files.
-
-    Raises ManifestError, ShapeError, DtypeError, NonFiniteError, PositionsError or HashMismatch.
-    """
+    """Check an artifact's bytes and return its tensors. Raises the errors of `check_artifact`."""
     artifact = check_artifact(manifest_bytes, edits_bytes)
-    columns = LowRankEdit(**{name: torch.from_numpy(array) for name, array in artifact.columns.items()})
+    columns = LowRankEdit.of_checked({name: torch.from_numpy(array) for name, array in artifact.columns.items()})
     return Intervention(artifact.manifest, columns, artifact.sites)

@@ -1,4 +1,4 @@
-"""The HTTP application: routers, error handlers, and the life of the engine and the worker around it."""
+"""The HTTP application: its services, routers, error handlers and child processes."""
 
 from __future__ import annotations
 
@@ -42,10 +42,7 @@ ROUTERS = (chat, completions, classify, models, files, fine_tuning, evals, inter
 
 
 def open_services(settings: Settings) -> Services:
-    """Everything that the application serves with; the engine is not started yet.
-
-    Raises NotFound when there is no base model.
-    """
+    """Create the application's services, without starting the engine. Raises NotFound when there is no base model."""
     base = open_base(settings)
     store = open_store(settings, base.fingerprint)
     store.sweep()
@@ -79,7 +76,7 @@ def open_services(settings: Settings) -> Services:
 
 
 def create_app(services: Services, on_engine_failure: Callable[[str], None]) -> FastAPI:
-    """The application. on_engine_failure: told why, when the engine cannot start at all."""
+    """Create the application. on_engine_failure: called with the reason if the engine's first start fails."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -96,7 +93,7 @@ def create_app(services: Services, on_engine_failure: Callable[[str], None]) -> 
         await services.engine.stop()
         services.database.close()
 
-    # The pages of /docs come with the package: servers often stand where no content network can be reached.
+    # FastAPIOffline serves the pages of /docs itself, because many servers cannot reach a content network.
     app: FastAPI = FastAPIOffline(
         title="ReftServe", version=version("reftserve"), lifespan=lifespan, dependencies=[Depends(check_parameters)]
     )

@@ -1,4 +1,4 @@
-"""The commands that need the server extra: `serve`, `worker`, `doctor`. The client's CLI loads them when installed."""
+"""The commands `serve`, `worker` and `doctor`, which the client's CLI adds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ console = Console()
 
 
 def explained(command: Callable[..., None]) -> Callable[..., None]:
-    """Wrap a command: what its user can mend is one line on standard error and exit code 1, not a traceback."""
+    """Wrap a command: an error that the user can fix becomes one line on standard error and exit code 1."""
 
     @wraps(command)
     def run(**flags: Any) -> None:
@@ -78,12 +78,11 @@ COMMON = ("model", "data", "config", "device")
 def serve(settings: Settings) -> None:
     """Serve a base model and its interventions over HTTP.
 
-    The environment, a TOML file and these flags give settings, in that order of rising precedence; docs/settings.md
-    lists them all.
+    Settings come from the environment, a TOML file and these flags, in order of rising precedence (docs/settings.md).
     """
     from reftserve.server.base.folder import resolve_model_folder
 
-    resolve_model_folder(settings)  # before the imports that take longer
+    resolve_model_folder(settings)  # fail before the slow imports
     from reftserve.server.main import serve as run_server
 
     run_server(settings)
@@ -103,10 +102,10 @@ def serve(settings: Settings) -> None:
     "activation_cache_disk_bytes",
 )
 def worker(settings: Settings) -> None:
-    """Run a training worker apart from the server, on the same data folder; several share the jobs."""
+    """Run a separate training worker on the server's data folder. Several workers share the jobs."""
     from reftserve.server.base.folder import resolve_model_folder
 
-    resolve_model_folder(settings)  # before torch, which takes seconds
+    resolve_model_folder(settings)  # fail before torch is imported, which takes seconds
     from reftserve.server.training.worker import run
 
     run(settings)
@@ -116,18 +115,18 @@ def worker(settings: Settings) -> None:
 @explained
 @takes_settings(*COMMON, "host", "port")
 def doctor(settings: Settings) -> None:
-    """Check that this machine can serve; exits with 1 when something is in the way."""
+    """Check that this machine can serve; exit with code 1 when a check fails."""
     checks: list[tuple[str, Callable[[Settings], str]]] = [
         ("python", lambda _: platform.python_version()),
         ("base model", _check_model),
         ("data folder", _check_data),
         ("port", _check_port),
-        ("torch", _check_torch),  # last: it takes seconds
+        ("torch", _check_torch),  # last, because the import takes seconds
     ]
     failed = 0
     for name, check in checks:
         if failed and check is _check_torch:
-            console.print("[yellow]left[/]  torch: not checked while something else is wrong")
+            console.print("[yellow]left[/]  torch: not checked, because another check failed")
             break
         try:
             console.print(f"[green]ok[/]    {name}: {check(settings)}", highlight=False)

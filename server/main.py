@@ -1,4 +1,4 @@
-"""`reftserve serve`: one server on one data folder and one port, or a clear word why not."""
+"""Runs `reftserve serve`: locks the data folder, binds the port and serves HTTP."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ GRACE_S = 10
 def serve(settings: Settings) -> None:
     """Serve until interrupted.
 
-    Raises Conflict when another server has the data folder or something has the port, NotFound when there is no base
-    model, ServerError when the engine cannot start.
+    Raises Conflict when the data folder or the port is in use, NotFound when there is no base model, ServerError when
+    the engine cannot start.
     """
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
     failures: list[str] = []
@@ -60,7 +60,7 @@ def _data_folder(settings: Settings) -> Iterator[None]:
     except Timeout as cause:
         pid = pid_file.read_text() if pid_file.exists() else "unknown"
         raise Conflict(
-            f"another server (process {pid}) has the data folder {settings.data.resolve()}; stop it, or give this one "
+            f"another server (process {pid}) uses the data folder {settings.data.resolve()}; stop it, or choose "
             "another folder with --data"
         ) from cause
 

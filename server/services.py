@@ -1,4 +1,4 @@
-"""The services that a running server is made of. A router gets those that it names (`api/dependencies.py`)."""
+"""The services of one server; `api/dependencies.py` gives routers the ones they use."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from reftserve.server.training.job_service import JobService
 
 @dataclass(frozen=True)
 class Services:
-    """One server's services. The engine's client and the evaluator run beside requests; no router reaches them."""
+    """One server's services. Routers do not use the engine's client and the evaluator, which run in the background."""
 
     settings: Settings
     base: Base

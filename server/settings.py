@@ -1,10 +1,9 @@
-"""The one settings object: every field with its unit and its reason; no other module of the server reads `REFTSERVE_*`.
+"""The settings of a server; no other module of the server reads `REFTSERVE_*`.
 
 Sources in rising precedence: the environment (`REFTSERVE_*`), a TOML file (`REFTSERVE_CONFIG` or `--config`), the
-command line. Child processes (engine, worker) get the resolved object as JSON, never the sources.
+command line. The engine and the worker get the resolved object as JSON, never the sources.
 
-`server/settings_reference.py` makes the flags of the command line and `docs/settings.md` from these fields, so a
-description stands here once. Names end with their unit: `_bytes`, `_s`.
+`settings_reference.py` makes flags and docs/settings.md from these fields. Names end with their unit: `_bytes`, `_s`.
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ from pydantic_settings import (
 from rapidfuzz import process
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-HEARTBEAT_S = 1.0  # between two signs of life of a training worker
+HEARTBEAT_S = 1.0  # a training worker's interval between heartbeats
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ENV_PREFIX = "REFTSERVE_"
-# Variables with our prefix that are no settings: two of the client's and one of the tests'.
+# Variables with our prefix that are not settings: two are the client's, one is the tests'.
 OTHER_VARIABLES = frozenset({"REFTSERVE_URL", "REFTSERVE_API_KEY", "REFTSERVE_TEST_MODEL"})
 
 
@@ -39,7 +38,7 @@ class SettingsError(ValueError):
 
 @dataclass(frozen=True)
 class Unset:
-    """In the annotation of a setting whose default is None: what the server uses then."""
+    """Annotates a setting whose default is None with the value that the server then uses."""
 
     meaning: str
 
@@ -51,14 +50,14 @@ def _parse_size(value: object) -> int:
     try:
         return int(_SIZE.validate_python(value))
     except ValidationError as cause:
-        raise ValueError(f"{value!r} is no size; write bytes, or a unit: 1073741824, 512MiB, 2GiB") from cause
+        raise ValueError(f"{value!r} is not a size; write bytes, or use a unit: 1073741824, 512MiB, 2GiB") from cause
 
 
 Bytes = Annotated[int, BeforeValidator(_parse_size)]
 
 
 class ServerSettings(BaseModel):
-    """Where the server listens and where it keeps its data."""
+    """The address of the server and the places of its data."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -66,17 +65,17 @@ class ServerSettings(BaseModel):
     host: str = Field(
         "127.0.0.1",
         description="Address to listen on. The default admits this machine only; 0.0.0.0 admits every network, and "
-        "the server does not authenticate anybody",
+        "the server has no authentication",
     )
     port: int = Field(8000, ge=0, le=65535, description="TCP port to listen on; 0 takes a free one")
     data: Path = Field(
-        Path("reftserve-data"), description="Folder for the database, artifacts, uploaded files and models"
+        Path("reftserve-data"), description="Folder of the database, artifacts, uploaded files and models"
     )
     database_url: Annotated[str | None, Unset("SQLite in the data folder")] = Field(
-        None, description="SQLAlchemy URL of the database; PostgreSQL when several machines share it"
+        None, description="SQLAlchemy URL of the database; use PostgreSQL if several machines share it"
     )
     blob_url: Annotated[str | None, Unset("the data folder")] = Field(
-        None, description="fsspec URL for files and artifacts, such as s3://bucket/prefix"
+        None, description="fsspec URL of files and artifacts, such as s3://bucket/prefix"
     )
     worker: bool = Field(
         True, description="Start a training worker and keep it running; without it, run `reftserve worker`"
@@ -84,41 +83,41 @@ class ServerSettings(BaseModel):
 
 
 class BaseModelSettings(BaseModel):
-    """Which base model the process serves, where it computes, and in which numbers."""
+    """The base model, its device and its number formats."""
 
     model_config = ConfigDict(frozen=True)
 
-    model: str = Field(DEFAULT_MODEL, description="Hugging Face id, or a folder with a model in that format")
+    model: str = Field(DEFAULT_MODEL, description="Hugging Face id, or a folder with a model in Hugging Face's format")
     served_model_name: Annotated[str | None, Unset("the id, or the folder's name")] = Field(
         None, description="Name of the base model in the API"
     )
-    device: str = Field("auto", description="Where to compute: cpu, cuda, or auto, which takes CUDA where it is found")
+    device: str = Field("auto", description="Device to compute on: cpu, cuda, or auto, which uses CUDA if available")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Numbers to compute in; auto is float32 on the CPU and bfloat16 on CUDA"
+        "auto", description="Number format to compute in; auto is float32 on the CPU and bfloat16 on CUDA"
     )
     quantization: Literal["none", "int8"] = Field(
         "none",
-        description="int8 computes linear layers in 8 bits, faster and a little less exact; it needs the CPU's kernels",
+        description="int8 computes linear layers in 8 bits: faster and slightly less exact. It needs the CPU kernels",
     )
     cpu_kernels: Literal["auto", "always", "never"] = Field(
         "auto",
-        description="On the CPU in float32, kernels that a C++ compiler builds at the first start. auto takes each "
-        "kernel that is faster than torch's operations, measured then; without a compiler, none, with a warning. "
-        "always takes all, never takes none. int8 needs them",
+        description="Use of our C++ kernels on the CPU, which the first start compiles. auto uses each kernel that is "
+        "as fast as torch's operations, as measured at the first start; without a compiler it warns and uses none. "
+        "always uses all, never uses none. int8 needs them",
     )
     cuda_graphs: bool = Field(
         True,
-        description="On CUDA, record decode steps once and replay them; otherwise small models wait for Python",
+        description="On CUDA, record decode steps once and replay them; otherwise Python slows small models down",
     )
     override_fingerprint: bool = Field(
         False,
-        description="Accept interventions of a base with other weights, another tokenizer or another chat template. "
-        "Another architecture or other sizes are always refused",
+        description="Accept interventions for a base with other weights, another tokenizer or another chat template. "
+        "A different architecture or size is always refused",
     )
 
 
 class EngineSettings(BaseModel):
-    """How much memory the engine takes and how it fills a step."""
+    """The memory of the engine and the size of its steps."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -126,24 +125,28 @@ class EngineSettings(BaseModel):
         None, ge=1, description="CPU threads of the engine"
     )
     kv_cache_bytes: Bytes = Field(
-        1 << 30, gt=0, description="Memory for the keys and values of all layers. Bounds the tokens in flight"
+        1 << 30,
+        gt=0,
+        description="Memory for the keys and values of all layers. It limits the tokens of running requests",
     )
-    block_size: int = Field(32, ge=1, description="Tokens in a block of the KV cache, the unit that requests share")
-    prefix_cache: bool = Field(True, description="Keep the keys and values of prompts for prompts that begin alike")
+    block_size: int = Field(32, ge=1, description="Tokens in a block of the KV cache; requests share whole blocks")
+    prefix_cache: bool = Field(True, description="Reuse cached keys and values for prompts with the same beginning")
     max_batch_tokens: int = Field(
-        512, ge=1, description="Tokens that one step computes at most; a longer prompt is read in chunks"
+        512, ge=1, description="Largest number of tokens in a step; a longer prompt is read in chunks"
     )
-    max_sequences: int = Field(64, ge=1, description="Answers that the engine generates at once; others wait")
+    max_sequences: int = Field(
+        64, ge=1, description="Largest number of answers generated at the same time; others wait"
+    )
     bank_bytes: Bytes = Field(256 << 20, gt=0, description="Device memory for hot interventions")
     host_bytes: Bytes = Field(
         1 << 30,
         gt=0,
-        description="Host memory for interventions that were read from disk. Those of queued requests come on top",
+        description="Host memory for interventions read from disk. Those of queued requests come on top",
     )
 
 
 class TrainingSettings(BaseModel):
-    """What training may take from the machine, and how long its state is kept."""
+    """The resources of training, and how long its state is kept."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -152,49 +155,53 @@ class TrainingSettings(BaseModel):
     )
     worker_yields: bool = Field(
         True,
-        description="Training takes fewer CPU threads while cores are busy, which may round sums in another order. "
-        "Without it, a job's result is the same to the bit whatever else the machine does",
+        description="Train on fewer CPU threads while other processes use the cores, which may change the rounding of "
+        "sums. Without it, a job's result is the same to the bit under any load",
     )
     worker_niceness: int = Field(
         8, ge=0, le=19, description="CPU priority of training: 0 is the engine's, 19 is the lowest"
     )
     activation_cache_bytes: Bytes = Field(
-        1 << 30, ge=0, description="Memory of a job for activations that its steps share"
+        1 << 30, ge=0, description="A job's memory for activations that its steps share"
     )
     activation_cache_disk_bytes: Bytes = Field(
-        4 << 30, ge=0, description="Disk of a job for activations that find no room in that memory"
+        4 << 30, ge=0, description="A job's disk space for activations beyond activation_cache_bytes"
     )
     checkpoint_steps: int = Field(10, ge=1, description="Optimizer steps between durable checkpoints of a job")
     lease_s: float = Field(
-        10.0, gt=0, description="Time without a sign of life after which another worker takes over a job"
+        10.0, gt=0, description="Another worker takes over a job after this time without a heartbeat"
     )
     keep_jobs_s: float = Field(
-        7 * 86400.0, ge=0, description="Time in which a failed or cancelled job can be retried from its checkpoint"
+        7 * 86400.0, ge=0, description="A failed or cancelled job can be retried from its checkpoint for this time"
     )
 
 
 class LimitSettings(BaseModel):
-    """What a request, an upload and an owner may take."""
+    """Limits of requests, uploads and owners."""
 
     model_config = ConfigDict(frozen=True)
 
-    max_queue: int = Field(1024, ge=1, description="Answers that wait or run; a request for more gets status 429")
-    max_stop_strings: int = Field(16, ge=1, description="Stop strings of a request")
-    max_interventions: int = Field(8, ge=1, description="Interventions that one request composes")
-    max_file_bytes: Bytes = Field(512 << 20, gt=0, description="Size of an uploaded data set; more gets status 413")
+    max_queue: int = Field(
+        1024, ge=1, description="Largest number of answers that wait or run; a request above it gets status 429"
+    )
+    max_stop_strings: int = Field(16, ge=1, description="Largest number of stop strings in a request")
+    max_interventions: int = Field(8, ge=1, description="Largest number of interventions in a request")
+    max_file_bytes: Bytes = Field(
+        512 << 20, gt=0, description="Largest uploaded data set; a larger one gets status 413"
+    )
     max_artifact_bytes: Bytes = Field(
-        256 << 20, gt=0, description="Size of an uploaded intervention; more gets status 413"
+        256 << 20, gt=0, description="Largest uploaded intervention; a larger one gets status 413"
     )
     max_owner_bytes: Bytes = Field(
-        16 << 30, gt=0, description="Uploaded files of one owner together; more gets status 413"
+        16 << 30, gt=0, description="Total size of an owner's uploaded files; an upload above it gets status 413"
     )
     max_owner_interventions_bytes: Bytes = Field(
-        16 << 30, gt=0, description="Published interventions of one owner together; more gets status 413"
+        16 << 30, gt=0, description="Total size of an owner's interventions; publishing above it gets status 413"
     )
     max_jobs_bytes: Bytes = Field(
         64 << 30,
         gt=0,
-        description="Data copies and checkpoints of all jobs together; past it, those of ended jobs go first",
+        description="Total size of data copies and checkpoints of all jobs. Above it, files of ended jobs are deleted",
     )
 
 
@@ -212,7 +219,7 @@ class Settings(ServerSettings, BaseModelSettings, EngineSettings, TrainingSettin
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Return flags over TOML over environment; a child process is given every field, and reads no source."""
+        """Return the sources: flags, TOML file, environment. A child process gets every field and reads no source."""
         given = init_settings()
         if given.keys() >= settings_cls.model_fields.keys():
             return (init_settings,)
@@ -222,7 +229,7 @@ class Settings(ServerSettings, BaseModelSettings, EngineSettings, TrainingSettin
 
     @classmethod
     def from_flags(cls, **flags: Any) -> Settings:
-        """Read settings from all sources; a flag of None was not given.
+        """Read settings from all sources. flags: None means not given.
 
         Raises SettingsError for an unknown name or an unreadable file, ValidationError for a value out of range.
         """
@@ -237,12 +244,12 @@ class Settings(ServerSettings, BaseModelSettings, EngineSettings, TrainingSettin
 
     @property
     def resolved_database_url(self) -> str:
-        """SQLAlchemy URL of the tables."""
+        """The SQLAlchemy URL of the database."""
         return self.database_url or f"sqlite:///{self.data.resolve() / 'reftserve.db'}"
 
     @property
     def weights_folder(self) -> Path:
-        """Where the file of the base's weights is that all processes map on the CPU."""
+        """The folder of the weights file that all processes map on the CPU."""
         return self.data.resolve() / "weights"
 
     @property
@@ -252,7 +259,7 @@ class Settings(ServerSettings, BaseModelSettings, EngineSettings, TrainingSettin
 
     @property
     def resolved_blob_url(self) -> str:
-        """Fsspec URL below which files and artifacts are kept."""
+        """The fsspec URL of the folder of files and artifacts."""
         return self.blob_url or str(self.data.resolve() / "blobs")
 
 
@@ -267,32 +274,29 @@ GROUPS: dict[str, type[BaseModel]] = {
 
 
 def unknown_variables(environment: Mapping[str, str]) -> list[str]:
-    """Return the variables that have our prefix and no meaning, in any case: pydantic-settings ignores case."""
+    """Return the variables with our prefix that name no setting. Like pydantic-settings, this ignores case."""
     settings = {ENV_PREFIX + name.upper() for name in Settings.model_fields}
     ours = (name for name in environment if name.upper().startswith(ENV_PREFIX))
     return sorted(name for name in ours if name.upper() not in settings | OTHER_VARIABLES)
 
 
 def _refuse_unknown(names: list[str], *, prefix: str = "") -> None:
-    """Raise SettingsError when there are any; near names are looked for behind the prefix, which all names share."""
+    """Raise SettingsError with similar names if there are unknown names. prefix: ignored in the comparison."""
     sentences = []
     for name in names:
         near = process.extract(name[len(prefix) :].lower(), sorted(Settings.model_fields), limit=2, score_cutoff=75)
         known = [prefix + (field.upper() if prefix else field) for field, _, _ in near]
-        sentences.append(f"{name} is no setting" + (f"; did you mean {' or '.join(known)}?" if known else ""))
+        sentences.append(f"{name} is not a setting" + (f"; did you mean {' or '.join(known)}?" if known else ""))
     if sentences:
         raise SettingsError(". ".join(sentences))
 
 
 def _readable(file: Path) -> Path:
-    """Return the file; pydantic-settings would pass over one that is missing.
-
-    Raises SettingsError when it cannot be read or is no TOML.
-    """
+    """Return the file, or raise SettingsError unless it is readable TOML; pydantic-settings ignores a missing file."""
     try:
         tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as cause:
         raise SettingsError(f"settings file {file}: {cause.strerror}") from cause
     except ValueError as cause:
-        raise SettingsError(f"settings file {file} is no TOML: {cause}") from cause
+        raise SettingsError(f"settings file {file} is not valid TOML: {cause}") from cause
     return file

@@ -1,6 +1,6 @@
-"""What a person reads about a setting: its flag, its variable, its type, and its default with the unit.
+"""Describes each setting for people: flag, environment variable, type, and default with its unit.
 
-`commands.py` makes flags from it and `docs/generate_settings.py` the page, so both say what `settings.py` says.
+`commands.py` makes the flags and `docs/generate_settings.py` docs/settings.md, so both agree with `settings.py`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ WORDS = {int: "integer", float: "number", str: "text", Path: "path", bool: "true
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting in words. default: as a person would write it, with its unit."""
+    """One setting in words. default: with its unit, as a person would write it."""
 
     name: str
     group: str
@@ -36,23 +36,23 @@ class Setting:
 
     @property
     def is_switch(self) -> bool:
-        """Whether it is on or off."""
+        """Whether the setting is true or false."""
         return self.type == WORDS[bool]
 
     @property
     def variable(self) -> str:
-        """The environment variable."""
+        """The name of the environment variable."""
         return ENV_PREFIX + self.name.upper()
 
     @property
     def flag(self) -> str:
-        """The flag of the command line, in typer's notation."""
+        """The command line's flag, in typer's notation."""
         dashed = self.name.replace("_", "-")
         return f"--{dashed}/--no-{dashed}" if self.is_switch else f"--{dashed}"
 
 
 def settings_reference() -> dict[str, Setting]:
-    """Return every setting by its name, in the order of groups and fields."""
+    """Return all settings by name, in the order of groups and fields."""
     return {
         name: _describe(name, group, field)
         for group, section in GROUPS.items()
@@ -61,9 +61,9 @@ def settings_reference() -> dict[str, Setting]:
 
 
 def takes_settings(*names: str) -> Callable[[Callable[[Settings], None]], Callable[..., None]]:
-    """Give a command one flag for each named setting; it is called with the settings that result.
+    """Decorate a command with a flag for each named setting, and call it with the resulting settings.
 
-    Flags are text for typer, but for switches: pydantic parses and checks them as it does the other sources.
+    Except for switches, typer passes flags as text: pydantic parses and checks them like the other sources.
     """
     reference = settings_reference()
 
@@ -73,7 +73,7 @@ def takes_settings(*names: str) -> Callable[[Callable[[Settings], None]], Callab
             command(Settings.from_flags(**flags))
 
         parameters = [_flag(reference[name]) for name in names]
-        del run.__wrapped__  # typer would follow it and see `settings`
+        del run.__wrapped__  # typer would follow it to the parameter `settings`
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return run
@@ -111,7 +111,7 @@ def _describe(name: str, group: str, field: FieldInfo) -> Setting:
 
 
 def _unwrap(annotation: Any) -> tuple[Any, tuple[str, ...]]:
-    """The type below Optional, and the choices of a Literal."""
+    """Return the type without Optional, and the choices of a Literal."""
     if get_origin(annotation) in (Union, types.UnionType):
         annotation = next(part for part in get_args(annotation) if part is not type(None))
     return annotation, get_args(annotation) if get_origin(annotation) is Literal else ()

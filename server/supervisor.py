@@ -1,4 +1,4 @@
-"""Keeps the server's child processes alive: engine and worker are started again, with growing pauses, when they end."""
+"""Restarts the engine and the worker when they end, after growing pauses."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 30.0
 STABLE_S = 60.0
 STOP_TIMEOUT_S = 5.0
-GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA's, AMD's, and either's under Windows
+GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA's, AMD's, and both under WSL
 
 
 async def keep_engine(engine: EngineClient, metrics: Metrics, on_failure: Callable[[str], None]) -> None:
-    """Start the engine whenever it is not there.
+    """Keep the engine running.
 
-    on_failure: told why, when the very first start fails: then the settings are wrong, and trying again is no use.
+    on_failure: called with the reason if the first start fails. Then the settings are wrong and a retry is useless.
     """
     first = True
 
@@ -51,30 +51,30 @@ async def keep_engine(engine: EngineClient, metrics: Metrics, on_failure: Callab
 
 
 async def keep_worker(settings: Settings, engine: EngineClient) -> None:
-    """Start the training worker whenever it is not there.
+    """Keep the training worker running.
 
-    On a GPU it waits for the engine, whose weights it borrows, and ends with it. On the CPU both load at once: they
-    meet at the locks of the compiled kernels and of the weights file, each of which is held alone.
-    Through its standard input it gets the settings, and in a line of their own the weights that the engine lends.
+    On a GPU the worker borrows the engine's weights, so it starts after the engine and ends with it. On the CPU both
+    load at the same time; the locks of the compiled kernels and of the weights file order their work.
+    The worker's standard input gets two lines of JSON: the settings, and the weights that the engine lends.
     """
 
     async def once() -> None:
         lent = (await engine.until_ready()).lent if may_be_on_gpu(settings) else []
-        # This engine's end, not that of one which may have taken its place by the time that the worker runs.
+        # Wait for the end of this engine, not of its successor, which may run before the worker does.
         ends = [asyncio.ensure_future(engine.ended())] if lent else []
         command = [sys.executable, "-m", "reftserve.server.training.worker"]
         process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.PIPE)
         ends.append(asyncio.create_task(process.wait()))
         try:
-            assert process.stdin is not None  # noqa: S101 - it was asked for in the line above
+            assert process.stdin is not None  # noqa: S101 - the line above requested it
             process.stdin.write(settings.model_dump_json().encode() + b"\n" + msgspec.json.encode(lent) + b"\n")
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has ended
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the worker has ended
                 await process.stdin.drain()
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             if ends[-1].done():
                 logger.error("the worker ended with code %d", process.returncode)
             else:
-                logger.warning("the worker ends with the engine, whose weights it has borrowed")
+                logger.warning("stopping the worker, because the engine whose weights it borrowed has ended")
         finally:
             for end in ends:
                 end.cancel()
@@ -85,9 +85,9 @@ async def keep_worker(settings: Settings, engine: EngineClient) -> None:
 
 
 def may_be_on_gpu(settings: Settings) -> bool:
-    """Whether the engine may compute on a GPU; only torch could say for sure, and this process does not load it.
+    """Whether the engine may compute on a GPU, judged by the setting and by the drivers' device files.
 
-    Where it says so and there is none, the worker waits for the engine and borrows nothing.
+    Only torch would know, and this process does not load it. Without a GPU the worker then waits and borrows nothing.
     """
     if settings.device == "auto":
         return any(Path(driver).exists() for driver in GPU_DRIVERS)

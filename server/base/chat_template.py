@@ -1,9 +1,9 @@
-"""Chat templates as transformers renders them, without transformers.
+"""Renders chat templates exactly as transformers does, without transformers.
 
-The same Jinja environment as `transformers.utils.chat_template_utils` makes: sandboxed, for templates come from model
-repositories; blocks trimmed; `{% break %}` and `{% continue %}`; `{% generation %}`, which marks what is learned and
-changes no text; `tojson` that escapes no HTML; `raise_exception`, `strftime_now`, and harmless forms of `dict` and
-`namespace`. `tests/server/base/test_chat_template.py` compares both over the templates of many families.
+The Jinja environment is that of `transformers.utils.chat_template_utils`: sandboxed, because templates come from model
+repositories; trimmed blocks; `{% break %}` and `{% continue %}`; `{% generation %}`, which marks the learned part and
+does not change the text; `tojson` without HTML escapes; `raise_exception`; `strftime_now`; and restricted forms of
+`dict` and `namespace`. `tests/server/base/test_chat_template.py` compares both over the templates of many families.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def render_template(
     add_generation_prompt: bool,
     special_tokens: Mapping[str, str],
 ) -> str:
-    """Render a conversation. special_tokens: `bos_token` and its like, which templates name.
+    """Render a conversation to text. special_tokens: texts by name, such as `bos_token`, for use in the template.
 
     Raises jinja2.TemplateError when the template is broken or refuses the messages.
     """
@@ -44,12 +44,12 @@ def render_template(
 
 
 class _Generation(Extension):
-    """`{% generation %}...{% endgeneration %}` is its body, in a scope of its own as transformers' has it."""
+    """`{% generation %}...{% endgeneration %}` renders its body in a scope of its own, as in transformers."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja2's own declaration
 
     def parse(self, parser: Parser) -> nodes.Node:
-        """Make a call block, whose caller is the body."""
+        """Return a call block whose caller is the body."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
@@ -59,13 +59,13 @@ class _Generation(Extension):
 
 
 class _Dict:
-    """`dict(...)` and `dict.fromkeys(...)` for templates: the type itself would lead out of the sandbox."""
+    """`dict(...)` and `dict.fromkeys(...)` for templates; the type itself would open a way out of the sandbox."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
 
     def fromkeys(self, *args: Any) -> dict[Any, Any]:
-        """As dict's."""
+        """Return `dict.fromkeys(*args)`."""
         return dict.fromkeys(*args)
 
 
@@ -73,7 +73,7 @@ class _Namespace(Namespace):
     """A namespace whose attributes cannot begin with an underscore."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
-        # No parameter named self, as in jinja2's own, so that `namespace(self=...)` works.
+        # Like jinja2's own, without a parameter named self, so that `namespace(self=...)` works.
         self, *given = args
         attributes = dict(*given, **kwargs)
         for name in attributes:
@@ -117,4 +117,4 @@ def _raise(message: str) -> NoReturn:
 
 
 def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)  # the operator's own time, as transformers has it
+    return datetime.now().strftime(form)  # local time, as in transformers

@@ -1,6 +1,6 @@
 """The base model on disk: its folder, tokenizer and fingerprint.
 
-A model with a hub id is searched in `<data>/models/<organisation>--<name>`, then in the hub's cache, then in the hub.
+A model with a hub id is looked up in `<data>/models/<organisation>--<name>`, then in the hub's cache, then in the hub.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def resolve_model_folder(settings: Settings) -> Path:
     if as_folder.is_dir():
         raise NotFound(f"{as_folder} has no config.json: not a Hugging Face model folder", code="model_not_found")
     if not HUB_ID.fullmatch(settings.model):
-        raise NotFound(f"{as_folder} is no folder with a model, nor can it be a hub id", code="model_not_found")
+        raise NotFound(f"{as_folder} is neither a folder with a model nor a valid hub id", code="model_not_found")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -124,7 +124,7 @@ def _kept_fingerprint(folder: Path, cache: Path) -> BaseFingerprint:
 def _max_context(folder: Path) -> int:
     """Read the context length from config.json; architectures have several names for it.
 
-    Raises NotFound when there is none: transformers' default for the architecture is known to transformers alone.
+    Raises NotFound when there is none; only transformers knows its default for the architecture.
     """
     config = json.loads((folder / "config.json").read_text("utf-8"))
     config |= config.get("text_config", {})

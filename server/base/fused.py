@@ -1,8 +1,7 @@
-"""Modules of the frozen base that the CPU kernels compute in fewer passes: RMS norms, gated MLPs, attention.
+"""Fused forms of the frozen base's modules on the CPU: RMS norms and gated MLPs; `fused_attention.py` has attention.
 
-A module is taken for one by its parts, and replaced only when the kernel's output equals its own on a probe: what looks
-like one of them and is something else stays as it is. So does a module whose kernel is slower than torch's operations
-(`kernel_choice.py`).
+A module is recognised by its submodules. It is replaced only if the fused form gives the same output on a probe and the
+kernel is faster than torch's operations (`kernel_choice.py`); every other module stays as it is.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from reftserve.server.base.kernel_choice import ALL_KERNELS, ROWS, KernelChoice,
 from reftserve.server.base.panels import is_linear, joined
 from reftserve.server.base.replacement import equal, random_rows, replace_modules
 
-# The numbers of cpu_kernels/activation.h, by what `torch.nn.functional` computes for them.
+# The numbers of cpu_kernels/activation.h, and torch's function for each.
 ACTIVATIONS: dict[int, Callable[[Tensor], Tensor]] = {
     0: nn.functional.silu,
     1: lambda x: nn.functional.gelu(x, approximate="tanh"),
@@ -42,7 +41,7 @@ class FusedRMSNorm(nn.Module):
 
 
 class FusedMLP(nn.Module):
-    """down(act(gate(x)) * up(x)), gate and up as one product, float32."""
+    """down(act(gate(x)) * up(x)) in float32, with gate and up as one product."""
 
     def __init__(self, gate_up: nn.Module, down: nn.Module, activation: int) -> None:
         super().__init__()
@@ -55,7 +54,7 @@ class FusedMLP(nn.Module):
 
 
 class Int8FusedMLP(nn.Module):
-    """The same in integers (`int8.Int8Linear`), `down` precise."""
+    """down(act(gate(x)) * up(x)) in int8 (`int8.Int8Linear`), with a precise `down`."""
 
     def __init__(self, gate_up: Int8Weight, down: Int8Weight, activation: int) -> None:
         super().__init__()
@@ -70,13 +69,13 @@ class Int8FusedMLP(nn.Module):
         return out
 
 
-@torch.no_grad()  # not inference mode: what is made under it cannot be kept for a way back
+@torch.no_grad()  # not inference mode: autograd cannot save tensors created in inference mode
 def fuse_modules(model: nn.Module, *, int8: bool, kernels: KernelChoice = ALL_KERNELS) -> None:
-    """Replace a float32 model's modules by their fused forms, where their kernels run. Linear layers keep their form.
+    """Replace a float32 model's norms, MLPs and attention by fused forms where `kernels` allows; see the module.
 
-    Attention modules are replaced where the model's attention is ours (`attention.ATTENTION`).
+    Other linear layers stay as they are. Attention changes only if the model uses our function (`attention.ATTENTION`).
     """
-    # Norms first: attention may hold some.
+    # Norms first: attention modules may contain norms.
     for form in (_norm, partial(_mlp, int8=int8), partial(fused_attention, int8=int8)):
         replace_modules(model, partial(form, kernels=kernels))
 
@@ -90,7 +89,7 @@ def _norm(module: nn.Module, *, kernels: KernelChoice) -> FusedRMSNorm | None:
         return None
     size = weight.shape[0]
     probe = random_rows(size)
-    # Gemma's weights are what is added to 1.
+    # Gemma's norm multiplies by 1 + weight.
     for candidate in (weight.detach().clone(), 1.0 + weight.detach()):
         fused = FusedRMSNorm(candidate, epsilon)
         if equal(fused(probe), module(probe)):

@@ -1,9 +1,10 @@
-"""Attention of the frozen base as the CPU's kernels compute it: one product for query, key and value, rotary embeddings
-(Su et al. 2021), in place where nothing needs a gradient, attention as the step has it, the output projection.
+"""The fused form of the frozen base's attention modules on the CPU, and the probe that decides where it fits.
 
-In transformers' code rotary embeddings alone are fourteen operations a layer, and how many there are is what bounds a
-step of few rows. Here too a module is taken for one by its parts, and replaced only when on a probe it gives attention
-the same tensors and makes the same of its answer: that says whether rotation, norms and scale are these.
+One product computes query, key and value. A kernel rotates them (Su et al. 2021), in place if no gradient is needed.
+transformers' rotation alone is fourteen operations a layer, and the number of operations bounds a step of few rows.
+
+A module is recognised by its submodules. It is replaced only if, on a probe, both forms pass the same tensors to
+attention and return the same output, so rotation, norms and scale agree.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from reftserve.server.base.kernel_choice import ROWS, KernelChoice, Trial
 from reftserve.server.base.panels import JoinedLinear, PanelLinear, is_linear, joined
 from reftserve.server.base.replacement import equal, random_rows
 
-ROTATION = "position_embeddings"  # the argument of transformers' attention modules that brings cosines and sines
+ROTATION = "position_embeddings"  # transformers' argument for cosines and sines
 
 
 class FusedAttention(nn.Module):
-    """One layer's attention, float32. qkv: query, key and value as one product. norms: of each head's query and key."""
+    """One layer's attention in float32. qkv: query, key and value as one layer. norms: of each head's query and key."""
 
     def __init__(
         self,
@@ -51,13 +52,13 @@ class FusedAttention(nn.Module):
     def forward(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **unused: Any
     ) -> tuple[Tensor, None]:
-        """hidden_states: [1, tokens, hidden]; position_embeddings: cosines and sines, [1, tokens, what is rotated]."""
+        """hidden_states: [1, tokens, hidden]; position_embeddings: cosines and sines, [1, tokens, rotated size]."""
         query, key, value = self.qkv.parts(hidden_states[0])
         if self.q_norm is not None and self.k_norm is not None:
             query = self.q_norm(query.view(len(query), -1, self.head_dim)).flatten(1)
             key = self.k_norm(key.view(len(key), -1, self.head_dim)).flatten(1)
         cosines, sines = position_embeddings
-        if query.requires_grad:  # in place leaves nothing to go back by
+        if query.requires_grad:  # autograd cannot differentiate the kernel that works in place
             query, key = torch.ops.reftserve.rotated(query, key, cosines[0], sines[0], self.head_dim)
         else:
             torch.ops.reftserve.rotate(query, key, cosines[0], sines[0], self.head_dim)
@@ -73,7 +74,7 @@ class FusedAttention(nn.Module):
 
 
 def fused_attention(module: nn.Module, *, int8: bool, kernels: KernelChoice) -> FusedAttention | None:
-    """The fused form of an attention module, by its parts: four projections, and perhaps norms of queries and keys."""
+    """Return the fused form of a module with four projections and perhaps query and key norms, or None."""
     parts = dict(module.named_children())
     q, k, v, o = (parts.pop(f"{name}_proj", None) for name in "qkvo")
     norms = (parts.pop("q_norm"), parts.pop("k_norm")) if parts.keys() == {"q_norm", "k_norm"} else None
@@ -83,7 +84,7 @@ def fused_attention(module: nn.Module, *, int8: bool, kernels: KernelChoice) -> 
         return None
     x = random_rows(q.in_features)
     expected = _probed(module, x, rotates=True)
-    if expected is None or _probed(module, x, rotates=False):  # some layers of a model may be given no rotation
+    if expected is None or _probed(module, x, rotates=False):  # a model may call this layer without a rotation
         return None
     call = expected.call
     shape = f"{call.query.shape[0]}+{call.key.shape[0]}x{call.query.shape[-1]}"
@@ -99,7 +100,7 @@ def fused_attention(module: nn.Module, *, int8: bool, kernels: KernelChoice) -> 
         scale=call.scale,
         window=call.window,
     )
-    # Numbers of two sizes, since some models clamp theirs.
+    # Probe at two magnitudes, because some models clamp large values.
     for factor in (1.0, 1e4):
         found, expected = (_probed(each, factor * x, rotates=True) for each in (fused, module))
         if found is None or expected is None or not all(map(equal, found.tensors, expected.tensors)):
@@ -111,7 +112,7 @@ def fused_attention(module: nn.Module, *, int8: bool, kernels: KernelChoice) -> 
 
 @dataclass(frozen=True)
 class _Call:
-    """What a module gives to attention."""
+    """The arguments of a module's call to attention."""
 
     layer: int
     query: Tensor
@@ -123,7 +124,7 @@ class _Call:
 
 @dataclass(frozen=True)
 class _Probed:
-    """How a module called attention, and its output."""
+    """A module's call to attention and its output on a probe."""
 
     call: _Call
     output: Tensor
@@ -135,7 +136,7 @@ class _Probed:
 
 @dataclass
 class _Recorder:
-    """A step whose attention records how it is called, and answers with numbers that depend on nothing."""
+    """A step that records calls to attention and always returns the same random numbers."""
 
     calls: list[_Call] = field(default_factory=list)
 
@@ -148,20 +149,20 @@ class _Recorder:
 
 
 def _probed(module: nn.Module, x: Tensor, *, rotates: bool) -> _Probed | None:
-    """What a module does with the input x, and random cosines and sines or none; None where it wants other input."""
+    """Run the module on x, with random cosines and sines if `rotates`; None unless it calls attention exactly once."""
     recorder = _Recorder()
     size: int = module.head_dim  # type: ignore[assignment]
     rotation = random_rows(size, 2 * x.shape[1]).chunk(2, dim=1) if rotates else None
     with attention_step(recorder):
         try:
             output, _ = module(hidden_states=x, attention_mask=None, **{ROTATION: rotation})
-        except Exception:  # whatever a module says to a probe, it only keeps its own form
+        except Exception:  # a module that fails on the probe keeps its own form
             return None
     return _Probed(recorder.calls[0], output) if len(recorder.calls) == 1 else None
 
 
 def _rotation_trials(call: _Call) -> list[Trial]:
-    """Rotations of queries and keys like those of `call`: in place, and as transformers' code has them."""
+    """Return trials of rotating queries and keys of the call's shapes: in place, and by transformers' operations."""
     dim = call.query.shape[-1]
 
     def rotated(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
@@ -183,5 +184,5 @@ def _rotation_trials(call: _Call) -> list[Trial]:
 
 
 def _heads(rows: Tensor, size: int) -> Tensor:
-    """[tokens, heads * size] -> [heads, tokens, size]."""
+    """Reshape [tokens, heads * size] to [heads, tokens, size]."""
     return rows.view(len(rows), -1, size).transpose(0, 1)

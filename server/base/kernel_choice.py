@@ -1,12 +1,12 @@
-"""Which operations the CPU's kernels compute, and which ones torch computes: both are timed once, and the faster runs.
+"""Chooses between the CPU kernels and torch's operations: both are timed once, and the faster one runs.
 
-No kernel is the faster one on every processor: without AVX-512 torch's products were 25 times as fast as ours. Wherever
-a kernel may take the place of torch's operations, the code asks a `KernelChoice` and brings both as trials.
+No kernel is faster on every processor: without AVX-512, torch's products were 25 times as fast as ours. Code that can
+use a kernel asks a `KernelChoice` and passes both forms as trials.
 
-Engine and worker must choose alike, and each later start must choose as the first one did: both compute from one file
-of weights, whose layout follows the choice (`weights.py`), and a resumed job ends as it would have, to the bit. So the
-measured times stay in a file beside the weights. The file's name holds a hash of kernels and processor, so another
-processor measures anew. Threads are not in it: engine and worker may have different numbers of them.
+The engine, the worker and every later start must choose alike: the layout of their shared weights file depends on the
+choice (`weights.py`), and a resumed job must give the same result to the bit. So a file next to the weights stores the
+measured ratios. Its name holds a hash of kernels and processor, so another processor measures again. The hash omits the
+number of threads, which may differ between the engine and the worker.
 
     kernels-<hash>.json   {"linear 576x1536": 0.61, ...}   our time in units of torch's
 """
@@ -31,11 +31,11 @@ from reftserve.server.base.model_errors import KernelsUnavailable
 
 logger = logging.getLogger(__name__)
 ROWS = (1, 32)  # a step of one request, and a step of many
-# A kernel runs up to this ratio: with ours a row is the same to the bit in any batch, and equal speeds, measured again,
-# differ by half as much.
+# A kernel may be slower by this ratio, because its rows are the same to the bit in any batch. Repeated measurements of
+# equal speeds differ by half as much.
 MOST_RATIO = 1.25
 ROUNDS = 50
-TRIAL_S = 0.0025  # a trial ends then; one round is the least
+TRIAL_S = 0.0025  # a trial's time limit; it runs at least one round
 
 Run = Callable[[], object]
 Clock = Callable[[], float]
@@ -53,32 +53,32 @@ Measure = Callable[[str, Sequence[Trial]], float]
 
 
 class KernelChoice(Protocol):
-    """Answers whether a kernel takes the place of torch's operations. missing: why there are no kernels, if so."""
+    """Decides whether a kernel replaces torch's operations. missing: why no kernels are available, or empty."""
 
     missing: str
 
     def load(self) -> bool:
-        """Make `torch.ops.reftserve` available and return True; False where torch computes everything."""
+        """Make `torch.ops.reftserve` available and return True; return False if torch computes everything."""
         ...
 
     def takes(self, kernel: str, shape: str, trials: Trials) -> bool:
-        """Return whether the kernel runs at this shape. trials: both forms at the row counts that matter."""
+        """Whether the kernel runs at this shape. trials: both forms at each row count in `ROWS`."""
         ...
 
     def describe(self) -> str:
-        """Return in one line which kernels run, which operations are torch's, and for which instruction set."""
+        """Return one line for the log: which kernels run, what torch computes, and the instruction set."""
         ...
 
 
 class AllKernels:
-    """Every kernel runs, whatever its speed. march: the processor that they are compiled for, in GCC's words."""
+    """Runs every kernel regardless of its speed. march: GCC's name of the processor to compile for."""
 
     def __init__(self, march: str = NATIVE) -> None:
         self.missing = ""
         self._march = march
 
     def load(self) -> bool:
-        """Load them. Raises KernelsUnavailable when they cannot be compiled."""
+        """Load the kernels and return True. Raises KernelsUnavailable when they cannot be compiled."""
         load_kernels(self._march)
         return True
 
@@ -92,7 +92,7 @@ class AllKernels:
 
 
 class NoKernels:
-    """Torch computes everything."""
+    """Runs no kernel: torch computes everything."""
 
     missing = "cpu_kernels is never"
 
@@ -110,10 +110,10 @@ class NoKernels:
 
 
 class FasterKernels:
-    """Each kernel runs where it was measured to be as fast as torch's operations.
+    """Runs each kernel that was measured to be as fast as torch's operations, within `MOST_RATIO`.
 
-    folder: where the file of the measured times is; None keeps them in this object. measure: returns a kernel's time
-    over torch's, given its name and trials. march: see `AllKernels`.
+    folder: holds the file of measured ratios; None keeps them in this object. measure: returns the kernel's time over
+    torch's, from its name and trials. march: see `AllKernels`.
     """
 
     def __init__(self, folder: Path | None, *, measure: Measure | None = None, march: str = NATIVE) -> None:
@@ -124,7 +124,7 @@ class FasterKernels:
         self._ratios: dict[str, float] = {}
 
     def load(self) -> bool:
-        """Load the kernels; where they cannot be compiled, warn once and return False."""
+        """Load the kernels and return True; if they cannot be compiled, warn once and return False."""
         if self._is_loaded is None:
             try:
                 load_kernels(self._march)
@@ -136,7 +136,7 @@ class FasterKernels:
         return self._is_loaded
 
     def takes(self, kernel: str, shape: str, trials: Trials) -> bool:
-        """Return whether the kernel was as fast as torch's operations when the first process measured it."""
+        """Whether the kernel was as fast as torch's operations when the first process measured it."""
         key = f"{kernel} {shape}"
         if key not in self._ratios:
             self._ratios[key] = self._shared_ratio(key, functools.partial(self._measured, kernel, trials))
@@ -160,7 +160,7 @@ class FasterKernels:
             return self._measure(kernel, trials())
 
     def _shared_ratio(self, key: str, measured: Callable[[], float]) -> float:
-        """The ratio in the file; where it has none, measure under the file's lock and add it."""
+        """Return the ratio from the file; if it is missing, measure it under the file's lock and store it."""
         if self._folder is None:
             return measured()
         file = self._folder / f"kernels-{_hardware(self._march)}.json"
@@ -169,7 +169,7 @@ class FasterKernels:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(FileLock(self._folder / "kernels.lock"))
             except OSError as cause:
-                logger.warning("the choice of CPU kernels holds for this process alone: %s", cause)
+                logger.warning("cannot store the choice of CPU kernels for other processes: %s", cause)
                 return measured()
             ratios = _read(file)
             if key not in ratios:
@@ -184,7 +184,7 @@ ALL_KERNELS = AllKernels()
 def kernel_choice(mode: Literal["auto", "always", "never"], folder: Path | None) -> KernelChoice:
     """Return the choice that the setting `cpu_kernels` names. folder: see `FasterKernels`."""
     if mode == "auto":
-        # Without a folder the process is the only place that can remember.
+        # Without a folder the measured ratios live as long as the process.
         return _process_choice() if folder is None else FasterKernels(folder)
     return ALL_KERNELS if mode == "always" else NoKernels()
 
@@ -195,9 +195,9 @@ def _process_choice() -> FasterKernels:
 
 
 def time_ratio(trials: Sequence[Trial], *, clock: Clock = time.thread_time) -> float:
-    """Return the kernel's time over torch's, the geometric mean of all trials; of each form the best round counts.
+    """Return the kernel's time divided by torch's: the geometric mean over trials of the best rounds' ratio.
 
-    On one thread and by that thread's own time, which does not pass while other processes have the core.
+    Runs on one thread and measures that thread's CPU time, so other processes do not distort it.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -223,13 +223,13 @@ def _ratio(trial: Trial, clock: Clock) -> float:
 
 
 def _read(file: Path) -> dict[str, float]:
-    """The measured ratios; none where the file is not there or holds anything else."""
+    """Return the file's ratios by key; empty if the file is missing or unreadable."""
     try:
         found = msgspec.json.decode(file.read_bytes(), type=dict[str, float])
     except FileNotFoundError:
         return {}
     except (msgspec.DecodeError, OSError) as cause:
-        logger.warning("the choice of CPU kernels is made anew, %s cannot be read: %s", file, cause)
+        logger.warning("measuring the CPU kernels again, because %s cannot be read: %s", file, cause)
         return {}
     return {key: ratio for key, ratio in found.items() if ratio > 0}
 
@@ -240,7 +240,7 @@ def _write(file: Path, ratios: dict[str, float]) -> None:
         partial.write_bytes(msgspec.json.format(msgspec.json.encode(ratios)))
         partial.replace(file)
     except OSError as cause:
-        logger.warning("the choice of CPU kernels holds for this process alone: %s", cause)
+        logger.warning("cannot store the choice of CPU kernels for other processes: %s", cause)
         partial.unlink(missing_ok=True)
 
 
@@ -254,7 +254,7 @@ def _instruction_set() -> str:
 
 
 def _processor() -> str:
-    """The name of the processor: equal features do not say equal speed."""
+    """Return the processor's model name; processors with equal features can differ in speed."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     return next((line for line in lines if line.startswith("model name")), "")

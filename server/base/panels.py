@@ -1,9 +1,9 @@
-"""Linear layers of the frozen base in float32, packed for the CPU's kernel (cpu_kernels/linear.cpp) where it is faster.
+"""Float32 linear layers of the frozen base, packed for the CPU kernel (cpu_kernels/linear.cpp) where it is faster.
 
-Weights lie in panels of output channels, which the kernel streams from memory once, for y = x W^T and for the y W of a
-gradient. torch's own `linear` goes to MKL and brings the weight into its kernel's layout at every call. Panels replace
-the plain weights, so they cost no memory; where the language-model head shares its weight with the embedding, rows of
-the embedding are read from the head's panels. `benchmarks/linears.py` measures them.
+A panel holds 48 output channels. The kernel reads each panel from memory once, for y = x W^T and for the y W of a
+gradient; torch's `linear` calls MKL, which repacks the weight at every call. Panels replace the plain weights, so they
+cost no memory. An embedding tied to the language-model head reads its rows from the head's panels.
+`benchmarks/linears.py` measures the kernel.
 """
 
 from __future__ import annotations
@@ -22,10 +22,7 @@ from reftserve.server.base.replacement import random_rows, replace_modules
 
 
 class PanelLinear(nn.Module):
-    """y = x W^T + b for one layer, or several that read one tensor, in float32. weight: W in panels, [panels, in, 48].
-
-    The weights never change: a gradient goes to x alone.
-    """
+    """y = x W^T + b in float32 for layers with the same input. weight: W in panels, [panels, in, 48]; frozen."""
 
     def __init__(self, layers: Sequence[Linear]) -> None:
         super().__init__()
@@ -46,12 +43,12 @@ class PanelLinear(nn.Module):
         return torch.split(self.forward(x), self.sizes, dim=-1)
 
     def unpacked(self) -> Tensor:
-        """W of a single layer as a new tensor, [out, in]."""
+        """Return a single layer's W as a new tensor, [out, in]."""
         return self.weight.transpose(1, 2).flatten(0, 1)[: self.out_features]
 
 
 class PanelEmbedding(nn.Module):
-    """Rows of a weight that a linear layer has in panels, [panels, size, 48]: it is not kept twice."""
+    """An embedding that reads its rows from a linear layer's panels, [panels, size, 48], and keeps no copy."""
 
     def __init__(self, panels: nn.Parameter) -> None:
         super().__init__()
@@ -68,12 +65,12 @@ TRIAL_WEIGHTS = 1 << 20
 
 
 def is_linear(module: nn.Module | None) -> TypeGuard[Linear]:
-    """Whether it is a plain linear layer or a packed one; what is derived from them may compute something else."""
+    """Whether this is a plain or a packed linear layer. A subclass may compute something else, so it does not count."""
     return type(module) in (nn.Linear, PanelLinear)
 
 
 class JoinedLinear(nn.Module):
-    """y = x W^T + b for several plain layers that read one tensor, by torch. weight: W of all, [out of all, in]."""
+    """y = x W^T + b by torch, for several plain layers with the same input. weight: [out of all layers, in]."""
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         super().__init__()
@@ -93,18 +90,18 @@ class JoinedLinear(nn.Module):
 
 
 def joined(layers: Sequence[Linear]) -> PanelLinear | JoinedLinear:
-    """Return layers that read one tensor as one layer, in the form that they have: in panels, or all plain."""
+    """Join layers with the same input into one layer: plain if all are plain, else in panels."""
     plain = [layer for layer in layers if isinstance(layer, nn.Linear)]
     return JoinedLinear(plain) if len(plain) == len(layers) else PanelLinear(layers)
 
 
 def takes_kernels(model: nn.Module) -> bool:
-    """Whether the CPU's kernels can compute a model: all of it is float32, on the CPU."""
+    """Whether the CPU kernels can compute the model: all its parameters are float32 on the CPU."""
     return {(p.dtype, p.device.type) for p in model.parameters()} == {(torch.float32, "cpu")}
 
 
 def pack_linears(model: nn.Module, kernels: KernelChoice) -> None:
-    """Bring a model's linear layers into panels if our product is the faster one for the shape with most weights."""
+    """Pack the model's linear layers into panels if the kernel is faster for the shape that holds most weights."""
     plain = [module for module in model.modules() if type(module) is nn.Linear]
     if not plain:
         return
@@ -118,7 +115,7 @@ def pack_linears(model: nn.Module, kernels: KernelChoice) -> None:
 
 
 def _linear_trials(layer: nn.Linear) -> list[Trial]:
-    """A layer, or as many of its outputs as are measured quickly."""
+    """Return trials of the layer, cut to its first `TRIAL_WEIGHTS` weights so that timing is quick."""
     out_features = min(layer.out_features, max(1, TRIAL_WEIGHTS // layer.in_features))
     plain = nn.Linear(layer.in_features, out_features, bias=False, device="meta")
     plain.weight = nn.Parameter(layer.weight.detach()[:out_features], requires_grad=False)
@@ -128,10 +125,7 @@ def _linear_trials(layer: nn.Linear) -> list[Trial]:
 
 
 def use_panels(model: nn.Module) -> None:
-    """Bring a frozen model's plain linear layers into panels, and with them embeddings that share their weight.
-
-    The model is one that `takes_kernels`.
-    """
+    """Pack a frozen model's linear layers into panels; tied embeddings read from these. Requires `takes_kernels`."""
     embedded = {id(m.weight) for m in model.modules() if type(m) is nn.Embedding and m.max_norm is None}
     tied: dict[int, nn.Parameter] = {}
 
@@ -152,7 +146,7 @@ def use_panels(model: nn.Module) -> None:
 
 
 def joined_bias(layers: Sequence[Linear]) -> Tensor | None:
-    """Biases of layers side by side; None when none has any."""
+    """Return the layers' biases concatenated, zeros for a layer without one; None if no layer has a bias."""
     if all(layer.bias is None for layer in layers):
         return None
     return torch.cat([torch.zeros(n.out_features) if n.bias is None else n.bias.detach() for n in layers])
@@ -165,7 +159,7 @@ def _panels(layer: Linear) -> Tensor:
 
 
 def _side_by_side(weights: Sequence[Tensor]) -> Tensor:
-    """Several layers' weights as one tensor: no copy where they lie so already, in the file that processes share."""
+    """Concatenate the layers' weights; a view if they are adjacent in memory, as in the shared weights file."""
     first = weights[0]
     if all(
         one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()

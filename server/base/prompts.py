@@ -47,7 +47,7 @@ def encode_completion(tokenizer: Tokenizer, text: str) -> list[int]:
     """
     ids = encode_rendered(tokenizer, text)
     if tokenizer.eos_token_id is None:
-        raise InvalidRequest("the base's tokenizer names no eos_token: nothing could say where an answer ends")
+        raise InvalidRequest("the base's tokenizer names no eos_token, so an answer could not end")
     return ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
 
 

@@ -1,14 +1,15 @@
-"""The base's tokenizer and chat template, without transformers: importing that costs seconds and half a gigabyte.
+"""The base's tokenizer and chat template, without transformers, whose import costs seconds and half a gigabyte.
 
-Token ids come from `tokenizers`, by the folder's tokenizer.json. What transformers reads beside that file is read here
-by the same rules (`PreTrainedTokenizerBase._from_pretrained`, `TokenizersBackend.__init__`, transformers 5):
+The library `tokenizers` computes token ids from the folder's tokenizer.json. The other files are read by transformers'
+rules (`PreTrainedTokenizerBase._from_pretrained`, `TokenizersBackend.__init__`, transformers 5):
 
-    tokenizer_config.json      names of special tokens; `added_tokens_decoder`, which can hold more than tokenizer.json;
-                               `chat_template`: one, or a list whose "default" counts
-    special_tokens_map.json    names of special tokens, where there is no `added_tokens_decoder`: older folders
-    added_tokens.json          tokens, in the same folders
-    chat_template.jinja        the chat template, before any other
-    add_bos_token, add_eos_token are not read: tokenizer.json's post-processor says what is put around a text
+    tokenizer_config.json      names of special tokens; `added_tokens_decoder`, sometimes with more than tokenizer.json;
+                               `chat_template`, one text or a list of named ones, of which "default" is used
+    special_tokens_map.json    names of special tokens, in older folders without `added_tokens_decoder`
+    added_tokens.json          added tokens, in the same older folders
+    chat_template.jinja        the chat template; it has precedence
+
+`add_bos_token` and `add_eos_token` are ignored: tokenizer.json's post-processor adds these tokens.
 """
 
 from __future__ import annotations
@@ -36,10 +37,7 @@ EXTRA = ("additional_special_tokens", "extra_special_tokens")
 
 @dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """A tokenizer as the server uses it. special_tokens: by the name that templates call them, `eos_token` and others.
-
-    The backend is this tokenizer's own: it neither pads nor cuts.
-    """
+    """The base's tokenizer; it never pads or truncates. special_tokens: texts by name, such as `eos_token`."""
 
     backend: Backend
     special_tokens: Mapping[str, str] = field(default_factory=dict)
@@ -50,37 +48,37 @@ class Tokenizer:
         self.backend.no_truncation()
 
     def __len__(self) -> int:
-        """Tokens in all, added ones included."""
+        """Return the number of tokens, added ones included."""
         return self.backend.get_vocab_size(with_added_tokens=True)
 
     @property
     def eos_token(self) -> str | None:
-        """The token that ends a text, if the folder says so."""
+        """The token that ends a text; None if the folder names none."""
         return self.special_tokens.get("eos_token")
 
     @cached_property
     def eos_token_id(self) -> int | None:
-        """Its id."""
+        """The id of `eos_token`, or None."""
         return None if self.eos_token is None else self.backend.token_to_id(self.eos_token)
 
     @cached_property
     def special_texts(self) -> tuple[str, ...]:
-        """The texts of all special tokens, by rising id."""
+        """The texts of all special tokens, ordered by id."""
         added = sorted(self.backend.get_added_tokens_decoder().items())
         return tuple(token.content for _, token in added if token.special)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids; with those that the tokenizer puts around a text, unless `add_special_tokens` is false."""
+        """Return the text's token ids. add_special_tokens: include BOS and others that the post-processor adds."""
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of token ids, special ones included; bytes that are no UTF-8 become U+FFFD."""
+        """Return the text of token ids, special tokens included; invalid UTF-8 becomes U+FFFD."""
         return self.backend.decode(list(token_ids), skip_special_tokens=False)
 
     def render(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
-        """Render a conversation by the chat template, which must be there.
+        """Render a conversation by the chat template.
 
-        Raises jinja2.TemplateError when the template refuses the messages.
+        Raises jinja2.TemplateError when the template refuses the messages, ValueError when there is no template.
         """
         if self.chat_template is None:
             raise ValueError("there is no chat template")
@@ -92,7 +90,7 @@ class Tokenizer:
         )
 
     def vocabulary(self, *, size: int | None = None, eos_token_ids: Sequence[int] = ()) -> LLTokenizer:
-        """The tokens as llguidance has them: half a second for a large vocabulary. size: at least so many."""
+        """Return llguidance's vocabulary; a large one takes half a second. size: its least number of tokens."""
         from llguidance import LLTokenizer
 
         ends = list(eos_token_ids) or self.eos_token_id
@@ -100,14 +98,11 @@ class Tokenizer:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Read the tokenizer in a base model's folder; runs no code from it.
-
-    Raises NotFound, saying how one is made, when there is no tokenizer.json.
-    """
+    """Read the tokenizer in a folder, without running code from it. Raises NotFound if tokenizer.json is missing."""
     file = folder / TOKENIZER_FILE
     if not file.is_file():
         raise NotFound(
-            f"{folder} holds no {TOKENIZER_FILE}; make one of its older form with transformers: "
+            f"{folder} holds no {TOKENIZER_FILE}; convert its tokenizer with transformers: "
             f'python -c "from transformers import AutoTokenizer as T; '
             f"T.from_pretrained('{folder}').save_pretrained('{folder}')\"",
             code="model_not_found",
@@ -130,7 +125,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def _add(backend: Backend, tokens: Sequence[AddedToken]) -> None:
-    """Add what is not there already, as it is."""
+    """Add the tokens that the backend does not have yet with exactly these flags."""
     there = {repr(token) for token in backend.get_added_tokens_decoder().values()}
     for token in tokens:
         if repr(token) not in there:
@@ -138,7 +133,7 @@ def _add(backend: Backend, tokens: Sequence[AddedToken]) -> None:
 
 
 def _named(config: Mapping[str, Any]) -> dict[str, str]:
-    """Special tokens by name: the usual ones, and those that a model has beside them (`image_token`)."""
+    """Return the special tokens' texts by name: the usual ones and the model's own (`image_token`)."""
     extra = config.get("extra_special_tokens")
     entries = {**config, **(extra if isinstance(extra, dict) else {})}
     named = {name: _text(value) for name, value in entries.items() if name in ATTRIBUTES or name.endswith("_token")}
@@ -146,14 +141,14 @@ def _named(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _texts(config: Mapping[str, Any], named: Mapping[str, str]) -> list[str]:
-    """The texts of all special tokens that the configuration speaks of, each once."""
+    """Return the distinct texts of all special tokens in the configuration."""
     lists = [config[name] for name in EXTRA if isinstance(config.get(name), list)]
     texts = [*named.values(), *(_text(value) for values in lists for value in values)]
     return list(dict.fromkeys(text for text in texts if text is not None))
 
 
 def _text(value: Any) -> str | None:
-    """A token's text: configurations hold it as it is, or in an object; `add_bos_token` and its like are no tokens."""
+    """Return a token's text from a string or an object; None for flags such as `add_bos_token`, which are no tokens."""
     if isinstance(value, dict):
         value = value.get("content")
     return value if isinstance(value, str) else None
@@ -165,7 +160,7 @@ def _token(entry: Mapping[str, Any]) -> AddedToken:
 
 
 def _model_eos(folder: Path, backend: Backend) -> str | None:
-    """The end of a text by the model's configuration: GPT-2's tokenizer_config.json names no token at all."""
+    """Return the eos token by config.json; GPT-2's tokenizer_config.json names no tokens."""
     found = _json(folder / "config.json").get("eos_token_id")
     return backend.id_to_token(found) if isinstance(found, int) else None
 

@@ -1,12 +1,12 @@
-"""The base's weights as engine and worker hold them: one copy for both, on the CPU in a file that each of them maps.
+"""Shares one copy of the base's weights between the engine and the worker: on the CPU, a file that both map.
 
-Each process loads the base by itself, brings its weights into the forms that it computes from, and then exchanges them
-for those in the file, which is named by their hash and made by whoever comes first. They are compared to the bit, so
-what is damaged, cut off or somebody else's is never used, but made anew. Mapped pages are the page cache's: they are in
-memory once, whoever reads them. On a GPU the engine lends its own to the worker (`cuda_weights.py`).
+Each process loads the base, packs its weights, and then replaces them by the tensors in the file. The first process
+writes the file, whose name is the weights' hash. Both copies are compared to the bit, and a damaged, truncated or
+foreign file is written again. Mapped pages belong to the page cache and occupy memory once for all processes. On a GPU
+the engine lends its weights to the worker (`cuda_weights.py`).
 
-    <hash>.weights   the panels in the order of `named_parameters`, then plain weights, then biases and norms, each
-                     from a multiple of 64 bytes on
+    <hash>.weights   panels in the order of `named_parameters`, then plain weights, then biases and norms; each tensor
+                     starts at a multiple of 64 bytes
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ def load_base(
     shared: Path | None,
     lent: Sequence[LentTensor] = (),
 ) -> PreTrainedModel:
-    """The frozen base, its linear layers packed for the CPU's kernels where `kernels` takes them.
+    """Load the frozen base, with its linear layers packed for the CPU kernels if `kernels` chooses them.
 
-    shared: the folder of the file for all processes, if the device is the CPU; None leaves the weights private.
-    lent: the weights of the engine, if the device is a GPU; none makes a copy there.
-    Raises KernelsUnavailable when `kernels` demands kernels that cannot be compiled, and what `load_model` raises.
+    shared: folder of the shared weights file, used on the CPU; None keeps the weights private.
+    lent: the engine's weights, used on a GPU; without them the process makes its own copy there.
+    Raises KernelsUnavailable when `kernels` requires kernels that cannot be compiled, and the errors of `load_model`.
     """
     if lent and device.type == "cuda":
         model = load_model(folder, dtype, torch.device("cpu"))
         borrow_weights(model, lent)
-        return model.to(device)  # what is not borrowed
+        return model.to(device)  # moves the buffers, and parameters that were not borrowed
     model = load_model(folder, dtype, device)
     if takes_kernels(model) and kernels.load():
         pack_linears(model, kernels)
@@ -61,12 +61,12 @@ def load_base(
 
 
 def share_weights(model: nn.Module, folder: Path) -> None:
-    """Let a frozen model on the CPU read its parameters from a file in `folder`; whoever writes to them is ended.
+    """Replace the parameters of a frozen model on the CPU by read-only tensors of the weights file in `folder`.
 
-    Other files of weights go when one is made: the base of the day alone is worth its room. Where it cannot be made,
-    the model keeps its private weights, and the log says so.
+    A process that writes to them is killed. Writing a new file deletes those of other bases. If the file cannot be
+    written, the model keeps its private weights and the function logs a warning.
     """
-    # Panels, then plain weights, then biases: weights of layers that are computed as one lie side by side.
+    # In this order weights of layers that are later joined into one are adjacent, so joining copies nothing.
     parameters = sorted(model.parameters(), key=lambda parameter: -parameter.dim())
     file = folder / f"{model_checksum(model)}.weights"
     try:
@@ -77,7 +77,7 @@ def share_weights(model: nn.Module, folder: Path) -> None:
                 _write(file, parameters)
                 found = _mapped(file, parameters)
         if found is None:
-            raise OSError(f"{file} does not hold what was written to it")
+            raise OSError(f"{file} changed after it was written")
     except OSError as cause:
         _stay_private(parameters, cause)
         return
@@ -85,15 +85,15 @@ def share_weights(model: nn.Module, folder: Path) -> None:
 
 
 def borrow_weights(model: nn.Module, lent: Sequence[LentTensor]) -> None:
-    """Let a frozen model on the CPU read its parameters from the engine's memory on a GPU, and from then on be there.
+    """Replace the parameters of a frozen model on the CPU by the engine's tensors on the GPU.
 
-    Where that cannot be opened, or holds anything else, the model keeps its own, and the log says so.
+    If they cannot be opened or differ, the model keeps its own parameters and the function logs a warning.
     """
     parameters = list(model.parameters())
     try:
         found = [open_lent(one) for one in lent]
         if not _are_equal(found, parameters):
-            raise RuntimeError("what the engine lends are not the weights of this base")
+            raise RuntimeError("the weights that the engine lends differ from this base's")
     except RuntimeError as cause:
         _stay_private(parameters, cause)
         return
@@ -111,14 +111,14 @@ def _exchange(parameters: Sequence[Tensor], others: Sequence[Tensor]) -> None:
 
 
 def _mapped(file: Path, parameters: Sequence[Tensor]) -> list[Tensor] | None:
-    """The file's tensors, read-only; None where it is not there or holds anything else than these parameters."""
+    """Return the file's tensors, read-only; None if the file is missing or its content differs from the parameters."""
     offsets, size = _layout(parameters)
     if not file.is_file() or file.stat().st_size != size:
         return None
     with file.open("rb") as opened:
         mapping = mmap.mmap(opened.fileno(), size, prot=mmap.PROT_READ)
     with warnings.catch_warnings():
-        # That nobody can write to it is what it is for.
+        # The buffer is read-only on purpose.
         warnings.filterwarnings("ignore", message="The given buffer is not writable")
         whole = torch.frombuffer(mapping, dtype=torch.uint8)
     found = [
@@ -127,13 +127,14 @@ def _mapped(file: Path, parameters: Sequence[Tensor]) -> list[Tensor] | None:
     ]
     if not _are_equal(found, parameters):
         return None
-    mapping.madvise(mmap.MADV_DONTNEED)  # who does not compute from them, as an int8 engine, should not count as a user
+    # Comparing touched every page. An int8 engine does not read these weights, so it must not count as their user.
+    mapping.madvise(mmap.MADV_DONTNEED)
     return found
 
 
 def _write(file: Path, parameters: Sequence[Tensor]) -> None:
     for old in file.parent.glob("*.weights"):
-        old.unlink()  # whoever has it mapped keeps it
+        old.unlink()  # a process that has mapped the file keeps its pages
     partial = file.with_name("partial")
     offsets, size = _layout(parameters)
     try:
@@ -149,7 +150,7 @@ def _write(file: Path, parameters: Sequence[Tensor]) -> None:
 
 
 def _layout(parameters: Sequence[Tensor]) -> tuple[list[int], int]:
-    """Where each parameter begins, and where the last one ends."""
+    """Return each parameter's offset and the size of the file, in bytes."""
     offsets, end = [], 0
     for parameter in parameters:
         offsets.append(-(-end // ALIGNMENT) * ALIGNMENT)
@@ -158,7 +159,7 @@ def _layout(parameters: Sequence[Tensor]) -> tuple[list[int], int]:
 
 
 def _are_equal(found: Sequence[Tensor], parameters: Sequence[Tensor]) -> bool:
-    """To the bit; parameters are on the CPU."""
+    """Whether types, shapes and bits agree. parameters: on the CPU."""
     return len(found) == len(parameters) and all(
         (one.dtype, one.shape) == (other.dtype, other.shape) and torch.equal(_bytes(one.cpu()), _bytes(other))
         for one, other in zip(found, parameters, strict=True)

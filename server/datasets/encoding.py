@@ -1,4 +1,4 @@
-"""From examples to token ids, exactly as serving renders the prompt and the model should go on."""
+"""Encodes examples to token ids, exactly as serving renders the prompt and the model should continue it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from reftserve.server.base.tokenizer import Tokenizer
 from reftserve.server.datasets.examples import Example, Instruction
 from reftserve.server.datasets.source_location import SourceLocation
 
-# Stanford Alpaca's own wording: what a base without a chat template has most likely seen.
+# Stanford Alpaca's wording, which a base without a chat template has most likely seen in training.
 _WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n"
@@ -24,7 +24,7 @@ _WITHOUT_INPUT = (
 
 @dataclass(frozen=True)
 class EncodedExample:
-    """Token ids of a prompt and of what should follow it, end of turn included. location: its row."""
+    """Token ids of a prompt and of its completion with the end of turn. location: the example's row in the file."""
 
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
@@ -32,14 +32,14 @@ class EncodedExample:
 
     @property
     def length(self) -> int:
-        """Tokens in all."""
+        """Return the number of tokens of prompt and completion."""
         return len(self.prompt_ids) + len(self.completion_ids)
 
 
 def encode(tokenizer: Tokenizer, example: Example) -> EncodedExample:
-    """Token ids exactly as serving would render the prompt and produce the answer.
+    """Return an example's token ids, rendered as serving renders its prompt and generates its answer.
 
-    Raises InvalidRequest when the base has no chat template for a chat, or it refuses the messages.
+    Raises InvalidRequest when a chat meets a base without a chat template, or a template that refuses the messages.
     """
     prompt = example.prompt
     if isinstance(prompt, Instruction):
@@ -55,7 +55,7 @@ def encode(tokenizer: Tokenizer, example: Example) -> EncodedExample:
 
 
 def _instruction_prompt(asked: Instruction, *, has_template: bool) -> tuple[ChatMessage, ...] | str:
-    """A user's message, the input a paragraph below the instruction; a base without a template gets Alpaca's text."""
+    """Return a user's message with instruction and input as paragraphs; without a chat template, Alpaca's text."""
     if has_template:
         text = f"{asked.instruction}\n\n{asked.input}" if asked.input else asked.instruction
         return (ChatMessage(role="user", content=text),)

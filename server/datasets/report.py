@@ -1,4 +1,4 @@
-"""What is in a data set: said before a job is queued, so that nobody waits for a run to find out."""
+"""Reports on a data set before a job is queued: sizes, token lengths, splits and warnings."""
 
 from __future__ import annotations
 
@@ -21,10 +21,9 @@ from reftserve.server.errors import InvalidRequest
 def make_report(
     tokenizer: Tokenizer, training: Path, validation: Path | None, *, max_length: int, seed: int
 ) -> DataReport:
-    """Read and encode the files, and split them as the job would. max_length: tokens.
+    """Read, encode and split the files as the job would, and return the report. max_length: tokens.
 
-    Raises InvalidRequest when nothing could be learned or scored: a row that the base cannot render, too few examples,
-    all of them too long.
+    Raises InvalidRequest when the base cannot render a row, there are too few examples, or all are too long.
     """
     learned = _encoded(tokenizer, training, "training_file", max_length)
     held_out = None if validation is None else _encoded(tokenizer, validation, "validation_file", max_length)
@@ -45,7 +44,7 @@ def make_report(
 
 @dataclass(frozen=True)
 class _EncodedFile:
-    """A file's examples as text and as tokens, and those that are not too long."""
+    """A file's examples as text and as tokens. fitting: those of at most max_length tokens."""
 
     examples: list[Example]
     encoded: list[EncodedExample]
@@ -96,8 +95,8 @@ def _warnings(report: DataReport) -> list[str]:
     found = [warning for name, file in files if file is not None for warning in _file_warnings(name, file, report)]
     if report.leaked and report.validation is not None:
         found.append(
-            f"{report.leaked} of {report.validation.examples} validation examples have a prompt of the training data; "
-            f"they are left out, for a score on them would say nothing"
+            f"{report.leaked} of {report.validation.examples} validation examples are left out, because the "
+            f"training data has their prompts"
         )
     return found
 
@@ -112,7 +111,7 @@ def _file_warnings(name: str, file: FileReport, report: DataReport) -> list[str]
     if file.duplicates:
         found.append(f"{file.duplicates} of {file.examples} {name} examples repeat another one exactly")
     if file.conflicts:
-        found.append(f"{file.conflicts} {name} prompts have different targets; is that meant?")
+        found.append(f"{file.conflicts} {name} prompts have different targets; is this intended?")
     if file.targets == 1:
-        found.append(f"all {name} targets are the same: whatever the prompt, that answer would be right")
+        found.append(f"all {name} targets are the same, so one answer is right for every prompt")
     return found

@@ -1,7 +1,7 @@
-"""Rows of tables: CSV and Parquet, read batch by batch through Arrow, which is loaded with the first such file.
+"""Reads rows of CSV and Parquet files in batches through Arrow, which is imported with the first of these files.
 
-Columns are the fields of one kind of row. A chat's `messages` is JSON in CSV, and in Parquet JSON or a list of structs.
-A Parquet file says how much it unfolds to, and single values can stand for thousands of cells: both are bounded.
+Columns are the fields of one kind of row. `messages` of a chat is JSON, or in Parquet also a list of structs. Parquet
+compresses and stores repeated values once, so the declared and the actual unfolded size are both bounded.
 """
 
 from __future__ import annotations
@@ -26,10 +26,7 @@ BUFFER_BYTES = 1 << 20
 
 
 def read_csv(path: Path) -> Iterator[tuple[SourceLocation, dict[str, Any]]]:
-    """The rows of comma-separated UTF-8 with a header; cells may be quoted and then hold anything.
-
-    Raises InvalidRequest that says what cannot be read.
-    """
+    """Yield the rows of comma-separated UTF-8 with a header. Raises InvalidRequest for an unreadable file."""
     import pyarrow as pa
     from pyarrow import csv
 
@@ -37,22 +34,19 @@ def read_csv(path: Path) -> Iterator[tuple[SourceLocation, dict[str, Any]]]:
         _arrow_errors("CSV"),
         csv.open_csv(
             path,
-            # No row may be longer than a block.
+            # A row can be at most as long as a block.
             read_options=csv.ReadOptions(block_size=MAX_CELL_BYTES, use_threads=False),
             parse_options=csv.ParseOptions(newlines_in_values=True),
             convert_options=csv.ConvertOptions(column_types=dict.fromkeys(FIELDS, pa.string())),
         ) as reader,
     ):
         _check_columns(reader.schema.names)
-        # As a spreadsheet, and Arrow's own errors, count: the header is row 1.
+        # The header is row 1, as in spreadsheets and in Arrow's errors.
         yield from _numbered(reader, first=2)
 
 
 def read_parquet(path: Path) -> Iterator[tuple[SourceLocation, dict[str, Any]]]:
-    """The rows of a Parquet file.
-
-    Raises InvalidRequest that says what cannot be read, or which limit the file goes over.
-    """
+    """Yield the rows of a Parquet file. Raises InvalidRequest if it is unreadable or exceeds a limit."""
     from pyarrow import parquet
 
     with _arrow_errors("Parquet"):
@@ -64,7 +58,7 @@ def read_parquet(path: Path) -> Iterator[tuple[SourceLocation, dict[str, Any]]]:
         with parquet.ParquetFile(
             path,
             metadata=metadata,
-            # Arrow would unfold these before anyone could look at them.
+            # Keep repeated texts folded until `_text_bytes` has checked their size.
             read_dictionary=[column.path for column in columns if column.physical_type == "BYTE_ARRAY"],
             buffer_size=BUFFER_BYTES,
             page_checksum_verification=True,
@@ -87,10 +81,7 @@ def _numbered(batches: Iterator[pa.RecordBatch], *, first: int) -> Iterator[tupl
 
 
 def _text_bytes(batch: pa.RecordBatch) -> int:
-    """Bytes of all texts, each cell counted that a dictionary's value stands in.
-
-    Raises InvalidRequest when one of them is too long.
-    """
+    """Return the bytes of all texts, a repeated one once for each cell. Raises InvalidRequest for one too long."""
     import pyarrow.compute as pc
 
     total = 0
@@ -105,7 +96,7 @@ def _text_bytes(batch: pa.RecordBatch) -> int:
 
 
 def _leaves(array: pa.Array) -> Iterator[pa.Array]:
-    """The arrays of values that a nested one is made of."""
+    """Yield the arrays of plain values inside a nested array."""
     import pyarrow as pa
 
     if pa.types.is_struct(array.type):
@@ -118,7 +109,7 @@ def _leaves(array: pa.Array) -> Iterator[pa.Array]:
 
 
 def _lengths(leaf: pa.Array) -> pa.Array:
-    """The bytes of each text; null for what is none."""
+    """Return the bytes of each text; null for other types."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -130,7 +121,7 @@ def _lengths(leaf: pa.Array) -> pa.Array:
 
 
 def _check_columns(names: Sequence[str]) -> None:
-    """Raises InvalidRequest unless the columns are the fields of one kind of row, each once."""
+    """Raise InvalidRequest unless the columns are the fields of one kind of row, each once."""
     kind = row_kind(names)
     found = ", ".join(map(repr, names[:20]))
     if kind is None:
@@ -138,7 +129,7 @@ def _check_columns(names: Sequence[str]) -> None:
     missing = [name for name, field in kind.model_fields.items() if field.is_required() and name not in names]
     unknown = [name for name in names if name not in kind.model_fields]
     repeated = [name for name, count in Counter(names).items() if count > 1]
-    for wrong, what in ((missing, "is missing"), (unknown, "is unknown: remove it"), (repeated, "is there twice")):
+    for wrong, what in ((missing, "is missing"), (unknown, "is unknown: remove it"), (repeated, "occurs twice")):
         if wrong:
             raise file_error(f"column {wrong[0]!r} {what}; the columns are {found}, expected {KINDS}")
 
@@ -150,9 +141,9 @@ def _arrow_errors(kind: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, UnicodeDecodeError) as cause:
-        # Arrow reports corrupt data as an OSError too, but one that no system call has made.
+        # Arrow also reports corrupt data as an OSError, but without the errno of a system call.
         if isinstance(cause, OSError) and cause.errno is not None:
             raise
-        if "straddling" in str(cause):  # what Arrow says of a row that is longer than a block
+        if "straddling" in str(cause):  # Arrow's message about a row longer than a block
             raise file_error(f"a row has more than {MAX_CELL_BYTES} bytes, or a quote is never closed") from cause
-        raise file_error(f"this cannot be read as {kind}: {cause}") from cause
+        raise file_error(f"the file cannot be read as {kind}: {cause}") from cause

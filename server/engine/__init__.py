@@ -4,7 +4,7 @@ process.py -> engine.py (one step at a time) -> scheduler.py -> runner.py -> sam
 
 messages.py, config.py     everything that crosses to and from the HTTP process
 engine.py                  requests, steps, outputs        sequence.py          one request's state
-scheduler.py               what the next step computes     block_allocator.py   who has which KV blocks
+scheduler.py               chunks of the next step         block_allocator.py   holders of KV blocks
 prefix_cache.py            keys of KV blocks               kv_cache/            keys and values, attention over them
 loader.py                  artifacts from disk             bank.py              rank rows of hot interventions
 edit_plan.py               edited rows of a step           decode_graphs.py     recorded decode steps on CUDA

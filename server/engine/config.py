@@ -8,7 +8,7 @@ import msgspec
 
 
 class EngineConfig(msgspec.Struct, frozen=True):
-    """Sizes and paths of one engine. Every field is a resolved one of `Settings`.
+    """Sizes and paths of one engine. Every field is the resolved value of a setting.
 
     weights_folder: folder of the weights file that all processes map on the CPU; None for private weights.
     """

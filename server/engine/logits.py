@@ -1,7 +1,7 @@
 """Adjusts logits before sampling, and computes log-probabilities of tokens.
 
-Adjustments are in place and only on rows that ask for them. A row depends only on its own request, and a batch without
-such rows costs nothing.
+Adjustments are in place and only on rows whose request asks for them; other rows cost nothing. A row depends only on
+its own request.
 """
 
 from __future__ import annotations

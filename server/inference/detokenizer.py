@@ -1,4 +1,4 @@
-"""From tokens to text, piece by piece: no half characters, and stop strings found across token boundaries."""
+"""Turns tokens into text incrementally, with whole characters and with stop strings across token boundaries."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ from collections.abc import Sequence
 from reftserve.server.base.tokenizer import Tokenizer
 
 REPLACEMENT = "\ufffd"
-CONTEXT = 5  # tokens before a text that decide how it begins
-# An unfinished character has at most 3 bytes, and a token at least one: of more tokens that make no text, those before
-# the last 3 are no character and never will be.
+CONTEXT = 5  # tokens before a text that decide its first characters
+# An unfinished character has at most 3 bytes and a token has at least one, so only the last 3 tokens can still become a
+# character.
 UNFINISHED = 3
-LONGEST_TAIL = 16  # tokens that make no text, before those are given up: decoding them again each time is quadratic
+LONGEST_TAIL = 16  # tokens to decode again while they form no text: without a limit the cost is quadratic
 
 
 class Detokenizer:
-    """The text of one answer. Text is held back while it could still become something else: a character whose bytes
-    are not complete, or the beginning of a stop string.
+    """The text of one answer. Holds back incomplete characters and possible beginnings of stop strings.
 
-    prompt_ids: what the answer goes on from: many tokenizers drop a space at the beginning of what they decode.
-    hidden_token_ids: without text. min_tokens: what is certain before so many tokens is never part of a stop string.
+    prompt_ids: the prompt; many tokenizers drop a leading space when they decode an answer alone.
+    hidden_token_ids: tokens without text. min_tokens: stop strings count only after this many tokens.
     """
 
     def __init__(
@@ -36,17 +35,17 @@ class Detokenizer:
         self._stops = stops
         self._hidden = frozenset(hidden_token_ids)
         self._token_ids = list(prompt_ids[-CONTEXT:])
-        # Decoding begins at `_prefix`: a few tokens before the text that is new, for tokenizers that put a space
-        # between words only when there is a word before.
+        # Decoding begins at `_prefix`, a few tokens before the new text, because some tokenizers put a space between
+        # words only after an earlier word.
         self._prefix, self._read = 0, len(self._token_ids)
         self._num_context = len(self._token_ids)
         self._pending = ""
         self.stopped = False
 
     def add(self, token_ids: Sequence[int], *, last: bool = False) -> str:
-        """Take new tokens; the text that is certain now. With `last`, all that is left.
+        """Add tokens and return the text that is now certain. last: return all remaining text.
 
-        Once `stopped` is true a stop string was found: what comes before it has been returned, nothing more will be.
+        Sets `stopped` when it finds a stop string, and returns the text before it; later calls return "".
         """
         if self.stopped:
             return ""
@@ -67,7 +66,7 @@ class Detokenizer:
         if not last and text.endswith(REPLACEMENT):
             end -= UNFINISHED
             given_up = self._tokenizer.decode(self._token_ids[self._prefix : end])
-            # Where a character lies across the end, the next token moves it on.
+            # If a character crosses `end`, wait for the next token.
             if end - self._read < LONGEST_TAIL or not text.startswith(given_up):
                 return ""
             text = given_up
@@ -75,7 +74,7 @@ class Detokenizer:
         return text[len(before) :]
 
     def _held_back(self) -> int:
-        """Length of the longest end of the pending text that a stop string begins with."""
+        """Return the length of the longest suffix of the pending text that a stop string starts with."""
         lengths = [
             length
             for stop in self._stops

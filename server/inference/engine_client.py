@@ -1,7 +1,7 @@
-"""The engine as the HTTP process sees it: start it, send requests, get streams of tokens.
+"""The HTTP process's side of the engine: starts the process, sends requests, returns streams of tokens.
 
-One task receives; each request has a queue that it puts into and the request's generator takes from. The queues are
-unbounded: a slow client costs memory for its own tokens, never a step of the engine.
+One task receives all outputs and puts each into its request's queue; the request's generator takes it from there. The
+queues are unbounded: a slow client costs memory for its own tokens but never delays the engine.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ STOP_TIMEOUT_S = 5.0
 
 
 class EngineClient:
-    """One engine process. After it has died, `start` starts a fresh one."""
+    """One engine process. After its death, `start` starts a new one."""
 
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
@@ -49,7 +49,7 @@ class EngineClient:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._is_ready = asyncio.Event()
         self.ready: Ready | None = None
-        self.dtype: str | None = None  # what the latest engine computes in; stays when that has ended
+        self.dtype: str | None = None  # the latest engine's, also after its end
         self.stats: EngineStats | None = None
 
     @property
@@ -59,14 +59,11 @@ class EngineClient:
 
     @property
     def num_requests(self) -> int:
-        """Requests that wait or run."""
+        """Return the number of waiting and running requests."""
         return len(self._queues)
 
     async def start(self) -> Ready:
-        """Start the process and wait until its model is loaded.
-
-        Raises EngineDied with the reason when it cannot start.
-        """
+        """Start the process and wait until its model is loaded. Raises EngineDied with the reason for a failure."""
         self._folder = tempfile.TemporaryDirectory(prefix="reftserve-")
         address = f"ipc://{Path(self._folder.name) / 'engine'}"
         self._socket = self._context.socket(zmq.PAIR)
@@ -75,10 +72,10 @@ class EngineClient:
         command = [sys.executable, "-m", "reftserve.server.engine.process", "--socket", address]
         try:
             self._process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.PIPE)
-            assert self._process.stdin is not None  # noqa: S101 - it was asked for in the line above
+            assert self._process.stdin is not None  # noqa: S101 - the line above requested it
             self._process.stdin.write(msgspec.json.encode(self._config) + b"\n")
             await self._process.stdin.drain()
-        except OSError as cause:  # no memory for a process, or one that ended before it read
+        except OSError as cause:  # no memory for a process, or it ended before it read its input
             raise EngineDied(f"the engine could not be started: {cause}") from cause
         self.ready = await self._first_message(self._socket, self._process)
         self.dtype = self.ready.dtype
@@ -87,22 +84,19 @@ class EngineClient:
         return self.ready
 
     async def until_ready(self) -> Ready:
-        """Until a process runs whose model is loaded."""
+        """Wait until an engine with a loaded model is running."""
         while self.ready is None:
             await self._is_ready.wait()
         return self.ready
 
     def ended(self) -> Awaitable[int]:
-        """The end of the process that is there now, for whatever reason: its exit code.
-
-        Raises EngineDied when none was started.
-        """
+        """Return an awaitable of the current process's exit code. Raises EngineDied when none was started."""
         if self._process is None:
             raise EngineDied("the engine was not started")
         return self._process.wait()
 
     async def wait(self) -> int:
-        """Until the process ends, for whatever reason; then every running request fails. Returns its exit code."""
+        """Wait until the process ends, fail all running requests, and return its exit code."""
         code = await self.ended()
         self._close()
         for request_id, queue in self._queues.items():
@@ -110,7 +104,7 @@ class EngineClient:
         return code
 
     async def stop(self) -> None:
-        """End the process; without it nothing is left to save."""
+        """Stop the process and close the connection. The engine has no state to save."""
         if self._process is not None and self._process.returncode is None:
             self._process.terminate()
             try:
@@ -121,9 +115,9 @@ class EngineClient:
         self._close()
 
     async def generate(self, request: Submit) -> AsyncGenerator[TokenOutput]:
-        """Tokens of a request as they come; the last output has a finish reason. Closing the iterator cancels.
+        """Yield a request's outputs; the last one has a finish reason. Closing the iterator cancels the request.
 
-        Raises EngineDied when the engine is not there or dies meanwhile.
+        Raises EngineDied when the engine does not run or dies meanwhile.
         """
         if not self.is_alive:
             raise EngineDied("the engine is not running")
@@ -153,7 +147,7 @@ class EngineClient:
         ended = asyncio.ensure_future(process.wait())
         await asyncio.wait([received, ended], return_when=asyncio.FIRST_COMPLETED)
         if not received.done():
-            # What it said before it ended may still be on its way.
+            # Its last message may still arrive.
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(asyncio.shield(received), 1.0)
         ended.cancel()
@@ -171,7 +165,7 @@ class EngineClient:
             if isinstance(message, StepOutput):
                 self.stats = message.stats
                 for output in message.outputs:
-                    # Outputs of a request that was closed while they were on their way go nowhere.
+                    # Drop the outputs of a request that has been closed meanwhile.
                     if output.request_id in self._queues:
                         self._queues[output.request_id].put_nowait(output)
 

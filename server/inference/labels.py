@@ -1,7 +1,7 @@
-"""Label sets: which of some texts a model finds likeliest as the answer to a prompt.
+"""Label sets: a model's probabilities of given texts as the answer to a prompt.
 
-A label is the whole answer, its end of turn included: without it "no" would be likelier than "none" wherever that is,
-as its beginning. Log-probabilities of its tokens add up to the label's; probabilities are their softmax over the set.
+A label includes the end of turn. Otherwise "no" would always be likelier than "none", which starts with it. A label's
+log-probability is the sum over its tokens; probabilities are the softmax over the set.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ Normalization = Literal["none", "tokens"]
 
 @dataclass(frozen=True)
 class LabelledPrompt:
-    """Token ids of a prompt, and of each label as its answer, end of turn included."""
+    """Token ids of a prompt, and of each label as its answer with the end of turn."""
 
     prompt_ids: list[int]
     label_ids: list[list[int]]
 
 
 def label_chat(tokenizer: Tokenizer, messages: Sequence[ChatMessage], labels: Sequence[str]) -> LabelledPrompt:
-    """A conversation, and each label as the assistant's next turn.
+    """Encode a conversation, and each label as the assistant's next turn.
 
     Raises InvalidRequest when the base has no chat template or the template refuses the messages.
     """
@@ -39,15 +39,15 @@ def label_chat(tokenizer: Tokenizer, messages: Sequence[ChatMessage], labels: Se
 
 
 def label_texts(tokenizer: Tokenizer, texts: Sequence[str], labels: Sequence[str]) -> list[LabelledPrompt]:
-    """Plain texts, and each label as how they go on and end."""
+    """Encode plain texts, and each label as their completion."""
     label_ids = [encode_completion(tokenizer, label) for label in labels]
     return [LabelledPrompt(encode_text(tokenizer, text), label_ids) for text in texts]
 
 
 def probabilities(logprobs: Sequence[Sequence[float]], normalize: Normalization) -> list[float]:
-    """Of each label within the set, from the log-probabilities of its tokens.
+    """Return each label's probability within the set. logprobs: for each label, those of its tokens.
 
-    normalize: `tokens` takes a label's mean over its tokens, so that long ones are not unlikely for being long.
+    normalize: `tokens` uses the mean over a label's tokens, so that long labels have no disadvantage.
     """
     scores = [math.fsum(each) / (len(each) if normalize == "tokens" else 1) for each in logprobs]
     largest = max(scores)

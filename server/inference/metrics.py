@@ -1,4 +1,4 @@
-"""Prometheus metrics of one server, in a registry of its own."""
+"""Prometheus metrics of one server, in their own collector registry."""
 
 from __future__ import annotations
 
@@ -18,26 +18,28 @@ LATENCY_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
 class Metrics:
-    """What operators scrape. engine_stats: the engine's latest figures, None before its first step."""
+    """The metrics. engine_stats: returns the engine's latest statistics, None before its first step."""
 
     def __init__(self, engine_stats: Callable[[], EngineStats | None]) -> None:
         self._registry = CollectorRegistry()
         self.requests = Counter(
-            "reftserve_requests", "Requests for tokens or scores, by outcome", ["outcome"], registry=self._registry
+            "reftserve_requests", "Generation and scoring requests, by outcome", ["outcome"], registry=self._registry
         )
         self.first_token_s = Histogram(
             "reftserve_time_to_first_token_seconds",
-            "From the request's arrival to its first token",
+            "Time from a request's arrival to its first token",
             buckets=LATENCY_BUCKETS_S,
             registry=self._registry,
         )
         self.engine_starts = Counter("reftserve_engine_starts", "Starts of the engine", registry=self._registry)
-        self.ready = Gauge("reftserve_ready", "1 when model, worker and database are there", registry=self._registry)
+        self.ready = Gauge(
+            "reftserve_ready", "1 when model, worker and database are available", registry=self._registry
+        )
         self._registry.register(_EngineCollector(engine_stats))
 
     @contextmanager
     def request(self, *, is_metered: bool) -> Iterator[FirstTokenTimer]:
-        """Count one request by its outcome: finished, error, or cancelled when the client goes away."""
+        """Count a request by its outcome: finished, error, or cancelled when the client disconnects."""
         if not is_metered:
             yield FirstTokenTimer(None)
             return
@@ -54,19 +56,19 @@ class Metrics:
             self.requests.labels(outcome).inc()
 
     def render(self) -> bytes:
-        """The text format."""
+        """Return the metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
 
 class FirstTokenTimer:
-    """Observes once how long a request waited for its first token. histogram: None observes nothing."""
+    """Measures a request's time to its first token, once. histogram: None records nothing."""
 
     def __init__(self, histogram: Histogram | None) -> None:
         self._histogram = histogram
         self._began = time.monotonic()
 
     def first_token(self) -> None:
-        """Note that a token is there; only the first call counts."""
+        """Observe the time at the first call; later calls do nothing."""
         if self._histogram is not None:
             self._histogram.observe(time.monotonic() - self._began)
             self._histogram = None

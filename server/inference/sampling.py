@@ -1,4 +1,4 @@
-"""From a request's fields to the engine's sampling parameters, with OpenAI's defaults."""
+"""Turns a request's fields into the engine's sampling parameters, with OpenAI's defaults."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ MAX_STOP_CHARACTERS = 256
 
 
 def check_sampling(request: GenerationFields, base: Base, max_stop_strings: int) -> None:
-    """What fields say about each other and about the base; raises InvalidRequest."""
+    """Check the fields against each other and against the base. Raises InvalidRequest."""
     stops = request.stops
     if len(stops) > max_stop_strings:
-        raise InvalidRequest(f"{len(stops)} stop strings; at most {max_stop_strings} are taken", param="stop")
+        raise InvalidRequest(f"{len(stops)} stop strings; at most {max_stop_strings} are allowed", param="stop")
     if any(not 0 < len(stop) <= MAX_STOP_CHARACTERS for stop in stops):
         raise InvalidRequest(f"stop strings must have 1 to {MAX_STOP_CHARACTERS} characters", param="stop")
     vocabulary = base.fingerprint.vocab_size
@@ -26,25 +26,27 @@ def check_sampling(request: GenerationFields, base: Base, max_stop_strings: int)
     if isinstance(request, ChatCompletionRequest) and request.top_logprobs is not None and not request.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs: true", param="top_logprobs")
     if request.max_tokens == 0 and not (isinstance(request, CompletionRequest) and request.echo):
-        raise InvalidRequest("max_tokens is 0 without echo: nothing would be answered", param="max_tokens")
+        raise InvalidRequest("max_tokens is 0 without echo, so the answer would be empty", param="max_tokens")
 
 
 def sampling_params(
     request: GenerationFields, eos_token_ids: tuple[int, ...], *, max_tokens: int, answer: int, grammar: str
 ) -> SamplingParams:
-    """Parameters of answer number `answer`. Raises InvalidRequest where `min_tokens` cannot be had."""
+    """Return the parameters of answer number `answer`. Raises InvalidRequest when `min_tokens` is impossible."""
     min_tokens = request.min_tokens or 0
     if min_tokens > max_tokens:
         raise InvalidRequest(f"min_tokens is {min_tokens}; at most {max_tokens} can be generated", param="min_tokens")
     if min_tokens and grammar:
-        raise InvalidRequest("min_tokens cannot hold where the answer's form says when it ends", param="min_tokens")
+        raise InvalidRequest(
+            "min_tokens cannot be combined with structured output, whose grammar decides the end", param="min_tokens"
+        )
     return SamplingParams(
         max_tokens=max_tokens,
         temperature=1.0 if request.temperature is None else request.temperature,
         top_p=1.0 if request.top_p is None else request.top_p,
         top_k=request.top_k or 0,
         min_p=request.min_p or 0.0,
-        # Answers to one prompt differ, and are still reproducible: the n-th has the seed plus n.
+        # The n-th answer uses seed + n: answers to one prompt differ and are reproducible.
         seed=secrets.randbits(63) if request.seed is None else request.seed + answer,
         stop_token_ids=() if request.ignore_eos else eos_token_ids,
         repetition_penalty=request.repetition_penalty or 1.0,

@@ -1,4 +1,4 @@
-"""What an answer must look like: from a request's fields to a grammar in llguidance's notation."""
+"""Turns a request's response format into a grammar in llguidance's notation."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
 MAX_GRAMMAR_CHARACTERS = 64 << 10
-# As Python and most of what models have read write JSON. Where spaces are free, small models write them for ever.
+# The style of Python and of most training texts. With free whitespace, small models write spaces for ever.
 JSON_STYLE: JsonCompileOptions = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 def grammar_of(request: GenerationFields) -> str:
-    """The grammar that a request's answer must follow; "" when it may be anything.
+    """Return the grammar of a request's answer; "" for an unconstrained answer.
 
     Raises InvalidRequest for a schema, expression or grammar that is wrong, too large, or given twice.
     """
@@ -37,7 +37,7 @@ def _from_structured_outputs(wanted: StructuredOutputs) -> str:
     given = wanted.model_dump(by_alias=True, exclude_none=True)
     if len(given) != 1:
         names = ", ".join(field.alias or name for name, field in StructuredOutputs.model_fields.items())
-        raise InvalidRequest(f"give exactly one of {names}; {len(given)} are there", param="structured_outputs")
+        raise InvalidRequest(f"give exactly one of {names}; found {len(given)}", param="structured_outputs")
     [(kind, value)] = given.items()
     param = f"structured_outputs.{kind}"
     if kind == "json":
@@ -53,14 +53,14 @@ def _from_schema(schema: dict[str, Any] | str, param: str) -> str:
     try:
         grammar = LLMatcher.grammar_from_json_schema(schema, defaults=JSON_STYLE)
     except ValueError as cause:
-        raise InvalidRequest(f"{param} is no JSON schema: {cause}", param=param, code="invalid_schema") from cause
+        raise InvalidRequest(f"{param} is not a JSON schema: {cause}", param=param, code="invalid_schema") from cause
     return _checked(grammar, param)
 
 
 def _checked(grammar: str, param: str) -> str:
     if len(grammar) > MAX_GRAMMAR_CHARACTERS:
         raise InvalidRequest(
-            f"{param} has {len(grammar)} characters; at most {MAX_GRAMMAR_CHARACTERS} are taken", param=param
+            f"{param} has {len(grammar)} characters; at most {MAX_GRAMMAR_CHARACTERS} are allowed", param=param
         )
     is_error, messages = LLMatcher.validate_grammar_with_warnings(grammar)
     if is_error:

@@ -63,13 +63,13 @@ def test_flags_reach_the_settings() -> None:
     ("command", "variables", "reason"),
     [
         ("serve --quantization int4", {}, "quantization: Input should be 'none' or 'int8'"),
-        ("serve --kv-cache-bytes two", {}, "kv_cache_bytes: 'two' is no size"),
+        ("serve --kv-cache-bytes two", {}, "kv_cache_bytes: 'two' is not a size"),
         ("serve --port 99999", {}, "port: Input should be less than or equal to 65535"),
         ("worker --worker-threads none", {}, "worker_threads: Input should be a valid integer"),
         ("doctor --config none.toml", {}, "settings file none.toml: No such file"),
-        ("serve", {"REFTSERVE_PROT": "1"}, "REFTSERVE_PROT is no setting; did you mean REFTSERVE_PORT"),
-        ("worker", {"REFTSERVE_PROT": "1"}, "REFTSERVE_PROT is no setting; did you mean REFTSERVE_PORT"),
-        ("doctor", {"REFTSERVE_PROT": "1"}, "REFTSERVE_PROT is no setting; did you mean REFTSERVE_PORT"),
+        ("serve", {"REFTSERVE_PROT": "1"}, "REFTSERVE_PROT is not a setting; did you mean REFTSERVE_PORT"),
+        ("worker", {"REFTSERVE_PROT": "1"}, "REFTSERVE_PROT is not a setting; did you mean REFTSERVE_PORT"),
+        ("doctor", {"REFTSERVE_PROT": "1"}, "REFTSERVE_PROT is not a setting; did you mean REFTSERVE_PORT"),
     ],
 )
 def test_a_wrong_setting_is_one_line(command: str, variables: dict[str, str], reason: str) -> None:

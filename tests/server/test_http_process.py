@@ -50,7 +50,7 @@ def test_the_application_opens_renders_and_tokenizes_without_them(tiny_llama_fol
 def test_a_command_says_that_there_is_no_model_without_them(command: str, tmp_path: Path) -> None:
     ended = run(COMMAND, command, "--model", str(tmp_path / "none"), "--data", str(tmp_path))
     assert ended.returncode == 1
-    assert "is no folder with a model" in " ".join((ended.stdout + ended.stderr).split())
+    assert "is neither a folder with a model" in " ".join((ended.stdout + ended.stderr).split())
     assert "torch" not in ended.stderr
 
 

@@ -30,7 +30,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_environment(
 def test_a_misspelt_variable_is_refused_with_near_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REFTSERVE_MAX_SEQUENCE", "8")
     with pytest.raises(
-        SettingsError, match="REFTSERVE_MAX_SEQUENCE is no setting; did you mean REFTSERVE_MAX_SEQUENCES"
+        SettingsError, match="REFTSERVE_MAX_SEQUENCE is not a setting; did you mean REFTSERVE_MAX_SEQUENCES"
     ):
         Settings.from_flags()
 
@@ -38,13 +38,13 @@ def test_a_misspelt_variable_is_refused_with_near_names(monkeypatch: pytest.Monk
 def test_a_misspelt_name_in_the_file_is_refused_with_near_names(tmp_path: Path) -> None:
     file = tmp_path / "settings.toml"
     file.write_text('quantisation = "int8"\n')
-    with pytest.raises(SettingsError, match="quantisation is no setting; did you mean quantization"):
+    with pytest.raises(SettingsError, match="quantisation is not a setting; did you mean quantization"):
         Settings.from_flags(config=file)
 
 
 def test_a_variable_that_resembles_nothing_is_refused_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REFTSERVE_XYZZY", "1")
-    with pytest.raises(SettingsError, match=r"REFTSERVE_XYZZY is no setting$"):
+    with pytest.raises(SettingsError, match=r"REFTSERVE_XYZZY is not a setting$"):
         Settings.from_flags()
 
 
@@ -74,7 +74,7 @@ def test_a_size_has_a_unit_or_is_bytes(written: str | int, number: int, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("written", "reason"), [("2 gigs", "is no size"), ("0", "greater than 0"), ("-1MiB", "is no size")]
+    ("written", "reason"), [("2 gigs", "is not a size"), ("0", "greater than 0"), ("-1MiB", "is not a size")]
 )
 def test_a_size_that_makes_no_sense_is_refused(written: str, reason: str) -> None:
     with pytest.raises(ValidationError, match=reason):

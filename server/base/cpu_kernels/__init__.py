@@ -1,12 +1,12 @@
-"""The CPU kernels, in C++: compiled once for this machine's processor, then `torch.ops.reftserve.*`.
+"""The CPU kernels in C++: compiled once for this machine's processor, then available as `torch.ops.reftserve.*`.
 
-attention.cpp       paged_attention: a packed step against the cache, nothing gathered
-span_attention.cpp  span_attention: a training pass against what is kept, nothing padded
-linear.cpp          pack_linear, linear, linear_transposed: float32, each row the same to the bit in any batch
-int8.cpp            int8_linear, int8_gated_mlp: what stands around torch's integer product
+attention.cpp       paged_attention: a packed step against the paged cache, without gathering
+span_attention.cpp  span_attention: a training pass against cached keys and values, without padding
+linear.cpp          pack_linear, linear, linear_transposed: float32; a row is the same to the bit in any batch
+int8.cpp            int8_linear, int8_gated_mlp: rounding and scaling around torch's integer product
 elementwise.cpp     rms_norm, gated_activation, rotate, rotated
-edits.cpp           edit_rows: a step's edits at one layer, nothing gathered
-autograd.cpp        the way back: of linear, span_attention, rms_norm, gated_activation, rotated
+edits.cpp           edit_rows: a step's edits at one layer, without gathering
+autograd.cpp        backward passes of linear, span_attention, rms_norm, gated_activation, rotated
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ SOURCES = (
 )
 HEADERS = ("vector.h", "activation.h", "kernels.h")
 FLAGS = ("-O3", "-std=c++20", "-fopenmp", "-Wno-psabi", "-fno-math-errno")
-NATIVE = "native"  # GCC's word for the processor that it runs on
+NATIVE = "native"  # GCC's name for the processor it runs on
 
 
 @functools.cache
 def load_kernels(march: str = NATIVE) -> None:
-    """Make `torch.ops.reftserve` available. The first time on a machine takes three quarters of a minute of compiling.
+    """Make `torch.ops.reftserve` available. The first call on a machine compiles for about 45 seconds.
 
-    march: GCC's name of the processor to compile for; a process can load the kernels for one of them.
-    Raises KernelsUnavailable when no compiler can make them.
+    march: GCC's name of the processor to compile for; a process can load the kernels for one processor only.
+    Raises KernelsUnavailable when they cannot be compiled.
     """
     name = f"reftserve_kernels_{identity(march)}"
-    # ninja comes with this environment, whose scripts need not be on the path.
+    # ninja is installed in this environment, whose scripts may be missing from PATH.
     os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
     try:
         build = Path(cpp_extension._get_build_directory(name, verbose=False))
         with FileLock(build / "reftserve.lock"):
-            # torch's own lock is a file that a process leaves behind when it is killed, and then waits for.
+            # A killed process leaves torch's own lock file behind, and the next one would wait for it for ever.
             (build / "lock").unlink(missing_ok=True)
             cpp_extension.load(
                 name,
@@ -72,7 +72,7 @@ def load_kernels(march: str = NATIVE) -> None:
 def identity(march: str = NATIVE, *more: str) -> str:
     """Return a hash of the sources, the flags, torch's version, the processor's features and `more`.
 
-    A cache of compiled kernels is shared by all versions and may move with its disk to another processor.
+    All versions share one cache of compiled kernels, and its disk may move to another processor.
     """
     cpuinfo = Path("/proc/cpuinfo")
     text = cpuinfo.read_text().split("\n\n")[0] if cpuinfo.is_file() else platform.processor()

@@ -1,14 +1,14 @@
 // Attention of a packed step over the paged cache, in float32: prompts and decodes alike, nothing gathered.
 //
 //   query [heads, tokens, dim]   key, value [kv_heads, tokens, dim]   out [tokens, heads, value_dim]
-//   key_cache   [blocks, kv_heads, dim, block_size]    transposed: a query meets sixteen keys in one instruction
+//   key_cache   [blocks, kv_heads, dim, block_size]    transposed: one instruction multiplies a query with sixteen keys
 //   value_cache [blocks, kv_heads, block_size, value_dim]
 //   tables [sequences, n]; rows [sequences + 1]: a sequence's tokens in the packed step; starts [sequences]: position of
 //   its first one
 //
-// Sizes of blocks and of values are padded to whole vectors by whoever allocates the cache. Query heads that share a
-// key-value head, and up to kRows tokens of a sequence, make the *lines* of one task; softmax is computed online over the
-// sequence's blocks (Milakov and Gimelshein 2018), so a line's result depends on its own sequence only, to the bit.
+// The allocator of the cache pads the sizes of blocks and of values to whole vectors. A task has a *line* for each of
+// up to kRows tokens of a sequence and each query head that shares the key-value head. Softmax is online over the
+// sequence's blocks (Milakov and Gimelshein 2018), so a line's result depends only on its own sequence, to the bit.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -123,7 +123,7 @@ struct Step {
       const int64_t keys = std::min(block_size, end - at);
       const float* block_keys = keys_of(block, head);
       const float* block_values = values_of(block, head);
-      // The values come while the scores are computed: without, memory is idle meanwhile.
+      // Prefetch the values while the scores are computed; memory would be idle otherwise.
       for (int64_t f = 0; f < keys * padded_value; f += kWidth) __builtin_prefetch(block_values + f);
       by_fours(lines, [&]<int L>(int64_t line) {
         score_lines<L>(queries + line * dim, dim, block_keys, padded_size, scores + line * padded_size);
@@ -142,8 +142,8 @@ struct Step {
       if (at + keys <= begin + 1) {
         weigh(0, lines, keys);
       } else {
-        // Even at weight zero no token may meet a later one's value: an edit there may have overflowed, and the block
-        // of the earlier one may be shared with requests that do not have that edit.
+        // Skip later tokens' values even at weight zero: an edit there may have overflowed, and other requests
+        // without that edit may share this token's block.
         for (int64_t token = 0; token < count; ++token)
           weigh(token * group, group, std::clamp<int64_t>(begin + token + 1 - at, 0, keys));
       }
@@ -154,8 +154,8 @@ struct Step {
     }
   }
 
-  // Scores of one line's block become weights: e^(score - largest) in [from, to), 0 elsewhere. What was summed before
-  // is to be multiplied by `decay`.
+  // Turns the scores of one line's block into weights: e^(score - largest) in [from, to), 0 elsewhere. Sums over
+  // earlier blocks must be multiplied by `decay`.
   void soften(float* scores, int64_t from, int64_t to, float& largest, float& total, float& decay) const {
     constexpr float kNothing = -std::numeric_limits<float>::infinity();
     for (int64_t key = 0; key < std::min(from, padded_size); ++key) scores[key] = kNothing;
@@ -202,14 +202,14 @@ at::Tensor paged_attention(const at::Tensor& query, const at::Tensor& key, const
     int64_t sequence, first, count;
   };
   std::vector<Task> tasks;
-  // A sequence of one task, as each is that decodes, has its keys and values written by it. The others' come before.
+  // A sequence with one task, such as a decoding one, stores its keys and values in that task; others store them first.
   std::vector<int64_t> longer;
   for (int64_t sequence = 0; sequence < sequences; ++sequence) {
     if (step.tokens_of(sequence) > kRows) longer.push_back(sequence);
     for (int64_t first = step.rows[sequence]; first < step.rows[sequence + 1]; first += kRows)
       tasks.push_back({sequence, first, std::min(kRows, step.rows[sequence + 1] - first)});
   }
-  // Later tokens have longer to look back: the long tasks go first.
+  // Later tokens attend to more keys, so these longer tasks go first.
   std::reverse(tasks.begin(), tasks.end());
   for_each(static_cast<int64_t>(longer.size()) * step.kv_heads,
            [&](int64_t i) { step.write(longer[i / step.kv_heads], i % step.kv_heads); });

@@ -1,5 +1,5 @@
-// The way back through a frozen base: gradients go to what comes from below, never to weights or to what is kept, and have
-// none of their own. Under inference mode, as the engine computes, none of this is entered.
+// Backward passes through the frozen base. Only activations get gradients, never weights or cached keys and values, and
+// gradients cannot be differentiated again. The engine computes in inference mode, which skips this file.
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -66,7 +66,7 @@ struct Rotated : Function<Rotated> {
   }
 };
 
-// before is a vector so that it counts as one argument: of a list, each tensor would await a gradient.
+// `before` is a vector, which counts as one argument; each tensor of a list would need a gradient.
 struct SpanAttention : Function<SpanAttention> {
   static at::Tensor forward(AutogradContext* context, const at::Tensor& query, const at::Tensor& key,
                             const at::Tensor& value, const std::vector<at::Tensor>& before, at::IntArrayRef rows,
@@ -94,7 +94,7 @@ std::tuple<at::Tensor, at::Tensor> apply_rotated(const at::Tensor& query, const 
   return {both[0], both[1]};
 }
 
-// In place leaves nothing to go back by.
+// An operation in place keeps no input for a backward pass.
 void rotate_without_way_back(at::Tensor& query, at::Tensor& key, const at::Tensor& cosines, const at::Tensor& sines,
                              int64_t dim) {
   TORCH_CHECK(!at::GradMode::is_enabled() || !(query.requires_grad() || key.requires_grad()),

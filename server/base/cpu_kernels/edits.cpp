@@ -1,9 +1,9 @@
-// The edits of a step in place, on packed rows of a layer's output (edit_plan.py has the same in torch's products):
+// Applies a step's edits in place to packed rows of a layer's output (edit_plan.py has the same in torch's products):
 //
 //   h[row] += sum_i scale_i act_i(h[row] . A[column_i] + b[column_i]) U[column_i]
 //
-// Nothing is gathered: a row reads its columns where they lie in the bank, which rows of one prompt find in the cache. It
-// takes its sums in the order of the columns, whatever is edited beside it.
+// Nothing is gathered: a row reads its columns directly from the bank, and rows of one prompt find them in the cache.
+// Sums follow the order of the columns, so a row's result does not depend on the other rows.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -13,7 +13,7 @@
 namespace reftserve {
 namespace {
 
-// Of a column: interventions/edit.py's Activation.
+// A column's activation: the numbers of `Activation` in interventions/columns.py.
 enum EditActivation : int8_t { kLinear = 0, kRelu, kGelu, kTanh, kSigmoid, kSilu };
 
 float edit_activation(float x, int8_t activation) {
@@ -33,7 +33,7 @@ struct Bank {
   const int8_t* act;
   int64_t size;
 
-  // y[m] = act(x . A[columns[m]] + b[columns[m]]) * scale[m]: what is loaded of x serves M columns.
+  // y[m] = act(x . A[columns[m]] + b[columns[m]]) * scale[m]; each load of x serves M columns.
   template <int M>
   void read(const float* x, const int64_t* columns, const float* scale, float* y) const {
     Vec sums[M] = {};
@@ -54,8 +54,8 @@ struct Bank {
   }
 };
 
-// hidden [tokens, size] is edited at rows [edited]; row i has the columns and scales [groups, rank] of group owners[i], of
-// which the first 0 is the end: the bank's row 0 is nobody's.
+// Edits hidden [tokens, size] at rows [edited]. Row i has the columns and scales [groups, rank] of group owners[i], up
+// to the first column 0: the bank's row 0 belongs to no intervention.
 void edit_rows(at::Tensor& hidden, const at::Tensor& rows, const at::Tensor& owners, const at::Tensor& columns,
                const at::Tensor& scale, const at::Tensor& A, const at::Tensor& b, const at::Tensor& U,
                const at::Tensor& act) {

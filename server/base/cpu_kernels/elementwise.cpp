@@ -1,5 +1,4 @@
-// What stands between the linear layers of most decoders, each in one pass over its rows: RMS norm, gated activation,
-// rotary embedding.
+// Elementwise operations of most decoders, each in one pass over the rows: RMS norm, gated activation, rotation.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -35,7 +34,7 @@ at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double epsilo
   return out;
 }
 
-// From the gradient of its output that of x: norm (g - x norm^2 mean(g x)), g = gradient * weight.
+// The gradient of x: norm (g - x norm^2 mean(g x)), where g = gradient of the output * weight.
 at::Tensor rms_norm_backward(const at::Tensor& gradient, const at::Tensor& x, const at::Tensor& weight, double epsilon) {
   const at::Tensor dense = x.contiguous(), from_above = gradient.contiguous();
   at::Tensor out = at::empty(dense.sizes(), dense.options());
@@ -79,7 +78,7 @@ at::Tensor gated_activation(const at::Tensor& gate_up, int64_t activation) {
   return out;
 }
 
-// From the gradient of its output that of gate_up.
+// The gradient of gate_up, from the gradient of the output.
 at::Tensor gated_activation_backward(const at::Tensor& gradient, const at::Tensor& gate_up, int64_t activation) {
   const at::Tensor dense = gate_up.contiguous(), from_above = gradient.contiguous();
   const int64_t size = dense.size(-1) / 2, rows = dense.numel() / (2 * size);
@@ -98,8 +97,8 @@ at::Tensor gated_activation_backward(const at::Tensor& gradient, const at::Tenso
   return out;
 }
 
-// Rotary embeddings in place (Su et al. 2021), of the first cosines.size(-1) numbers of each head, halves as pairs.
-//   query, key [rows, heads * dim], rows apart by any stride   cosines, sines [rows, rotated]
+// Rotates the first cosines.size(-1) numbers of each head in place (Su et al. 2021); pairs are (i, i + half).
+//   query, key [rows, heads * dim], any row stride   cosines, sines [rows, rotated]
 void rotate(at::Tensor& query, at::Tensor& key, const at::Tensor& cosines, const at::Tensor& sines, int64_t dim) {
   TORCH_CHECK(query.stride(-1) == 1 && key.stride(-1) == 1, "queries and keys must have dense rows");
   const at::Tensor cos = cosines.contiguous(), sin = sines.contiguous();
@@ -124,7 +123,7 @@ void rotate(at::Tensor& query, at::Tensor& key, const at::Tensor& cosines, const
   }
 }
 
-// The same in new tensors, dense.
+// The same into new dense tensors.
 std::tuple<at::Tensor, at::Tensor> rotated(const at::Tensor& query, const at::Tensor& key, const at::Tensor& cosines,
                                            const at::Tensor& sines, int64_t dim) {
   at::Tensor new_query = query.clone(at::MemoryFormat::Contiguous), new_key = key.clone(at::MemoryFormat::Contiguous);

@@ -1,9 +1,9 @@
-// Linear layers in integers: activations rounded by row, weights by output channel, products exact, so that a row's result
-// does not depend on the rows beside it. The product itself is torch's `_int_mm`; here is what stands around it, in one
-// pass each: rounding before, scaling and splitting behind, and the whole of a gated MLP without floats in memory.
+// Int8 linear layers: activations are rounded per row and weights per output channel. Integer products are exact, so a
+// row's result does not depend on the other rows. torch's `_int_mm` computes large products. This file rounds inputs,
+// scales and splits outputs in one pass each, and computes a gated MLP without floats in memory.
 //
-// *Precise* layers round twice: what the first rounding leaves, at most half a step, is rounded to 1/254 of a step and
-// multiplied too, as further rows of the same product; then only the weights are inexact.
+// *Precise* layers round twice: the remainder of the first rounding, at most half a step, is rounded to 1/254 of a step
+// and multiplied as further rows of the same product. Then only the weights are inexact.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/_int_mm.h>
 #include <ATen/ops/empty.h>
@@ -19,16 +19,16 @@ namespace reftserve {
 namespace {
 
 constexpr float kMax = 127.0f;
-constexpr float kTiny = 1e-12f;           // a row of zeros has a scale too
+constexpr float kTiny = 1e-12f;           // keeps the scale of a row of zeros above zero
 constexpr float kResidualSteps = 254.0f;  // half a step is 127 of these
 
-// Up to so many rows a product is bound by reading its weights, which plain loops do faster than torch's product.
+// Up to this many rows, reading the weights bounds a product, and plain loops are faster than torch's product.
 constexpr int64_t kFewRows = 8;
 
-// Rows for which a channel's weights are read once, where plain loops take them all.
+// Rows that share one read of a channel's weights in the plain loops.
 constexpr int64_t kTile = 64;
 
-// Without these instructions torch's product is a loop that is many times slower than ours.
+// Without these instructions torch's product is many times slower than our loops.
 bool has_fast_int_mm() {
 #if defined(__x86_64__)
   static const bool has_vnni = __builtin_cpu_supports("avx512vnni");
@@ -38,7 +38,7 @@ bool has_fast_int_mm() {
 #endif
 }
 
-// products[row * stride] = x[row] . weight for M rows: each turn of the loop becomes a multiply-add of sixteen-bit pairs.
+// products[row * stride] = x[row] . weight for M rows; the loop compiles to multiply-adds of sixteen-bit pairs.
 template <int M>
 void dot_rows(const int16_t* __restrict x, const int8_t* __restrict weight, int64_t size, int32_t* __restrict products,
               int64_t stride) {
@@ -50,7 +50,7 @@ void dot_rows(const int16_t* __restrict x, const int8_t* __restrict weight, int6
   for (int m = 0; m < M; ++m) products[m * stride] = sums[m];
 }
 
-// integers [rows, size] times weight [out, size], exactly: [rows, out] int32.
+// The exact product of integers [rows, size] and weight [out, size]: [rows, out] int32.
 at::Tensor product(const at::Tensor& integers, const at::Tensor& weight) {
   const int64_t rows = integers.size(0), size = integers.size(1), out = weight.size(0);
   if (rows > kFewRows && has_fast_int_mm()) return at::_int_mm(integers, weight.t());
@@ -58,7 +58,7 @@ at::Tensor product(const at::Tensor& integers, const at::Tensor& weight) {
   const int8_t* narrow = integers.const_data_ptr<int8_t>();
   thread_local std::vector<int16_t> wide;
   wide.assign(narrow, narrow + rows * size);
-  const int16_t* x = wide.data();  // the threads below have vectors of their own by that name
+  const int16_t* x = wide.data();  // `wide` is thread-local; the threads below must read this one
   const int8_t* weights = weight.const_data_ptr<int8_t>();
   int32_t* to = products.data_ptr<int32_t>();
   for (int64_t tile = 0; tile < rows; tile += kTile) {
@@ -75,7 +75,7 @@ at::Tensor product(const at::Tensor& integers, const at::Tensor& weight) {
   return products;
 }
 
-// Rounded rows [rows, or twice as many if precise; size] and the scale of each row.
+// Rounded rows [rows, size], with the remainders' rows after them if precise, and each row's scale.
 struct Rounded {
   at::Tensor integers, scales;
   bool precise;
@@ -93,7 +93,7 @@ struct Rounded {
       largest = magnitude > largest ? magnitude : largest;
       nothing += value * 0.0f;
     });
-    // An infinity or a NaN anywhere makes `nothing` NaN: the whole row is then visibly wrong.
+    // An infinity or NaN makes `nothing` NaN, so that the whole row becomes NaN.
     const float scale = std::max(maximum(largest), kTiny) * (1.0f / kMax) + sum(nothing);
     scales.data_ptr<float>()[row] = scale;
     int8_t* to = integers.data_ptr<int8_t>() + row * size;
@@ -113,7 +113,7 @@ struct Rounded {
   }
 };
 
-// From products back to floats: x W^T + b of one row, for columns at ... at + count.
+// Converts products to floats: x W^T + b of one row, for columns [at, at + count).
 struct Scaled {
   const int32_t* products;
   const float *row_scales, *channel_scales, *bias;
@@ -154,7 +154,7 @@ at::Tensor output_like(const at::Tensor& x, int64_t size) {
   return at::empty(sizes, x.options());
 }
 
-// x W^T + b, cut into outputs of these sizes: layers that read one tensor are one product.
+// x W^T + b, split into outputs of these sizes: layers with the same input are one product.
 std::vector<at::Tensor> int8_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& scale,
                                     const std::optional<at::Tensor>& bias, bool precise, at::IntArrayRef sizes) {
   const Rounded rounded = rounded_rows(x, precise);

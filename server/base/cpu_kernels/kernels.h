@@ -1,4 +1,4 @@
-// Kernels that have a way back (autograd.cpp), each described where it is defined.
+// Kernels with a backward pass (autograd.cpp). Each is described at its definition.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -1,14 +1,13 @@
-// y = x W^T + b in float32, and on the way back y W, from one form of the weights. A row's sums are taken in one order
-// whatever stands beside it, so its result is the same to the bit in any batch.
+// y = x W^T + b in float32, and y W for the backward pass, from the same packed weights. The order of a row's sums does
+// not depend on the other rows, so a row's result is the same to the bit in any batch.
 //
-//   x [rows, in]   weight [panels, in, kPanel]: kPanel output channels side by side, the last panel padded with zeros.
-//   Several layers that read one x stand one behind the other, each from a panel of its own on.
+//   x [rows, in]   weight [panels, in, kPanel]: kPanel output channels a panel, the last panel padded with zeros.
+//   Layers with the same x are concatenated; each starts at a new panel.
 //
-// A task is one panel and up to kRows rows, kTile at a time: the panel comes from memory once, a few kilobytes ahead of
-// the first tile, and is read again from the second-level cache, where the next panel is on its way meanwhile, as are
-// the rows. So memory bounds it at a few rows, arithmetic at many. For y W a task takes kPanel input channels and turns
-// their part of the panels around first, a chunk at a time, in that cache: four shuffles for sixteen numbers, which each
-// row then multiplies.
+// A task multiplies one panel with up to kRows rows, in tiles of kTile rows. The first tile prefetches the panel from
+// memory; the others read it from the second-level cache while the next panel is prefetched. So memory bounds a
+// product of few rows, and arithmetic one of many. For y W, a task takes kPanel input channels. It first transposes
+// their part of the panels, kChunk panels at a time, in that cache; this costs four shuffles for sixteen numbers.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -27,11 +26,11 @@ constexpr int64_t kVectors = 3;
 constexpr int64_t kPanel = kVectors * kWidth;
 constexpr int64_t kTile = 8;
 constexpr int64_t kRows = 128;
-constexpr int64_t kAhead = 32;  // input channels of its panel that a first tile has on their way: 6 kB
-constexpr int64_t kChunk = 16;  // panels that are turned around at once: 150 kB
+constexpr int64_t kAhead = 32;  // input channels that the first tile prefetches: 6 kB
+constexpr int64_t kChunk = 16;  // panels transposed at once: 150 kB
 
-// out[row, :] = x[row, :depth] . panel + bias for R rows, `in` numbers apart. `onto`: added to what out holds. `ahead`:
-// weights that are fetched meanwhile, as many as are read; behind their end that is no error, and fetches nothing.
+// out[row, :] = x[row, :depth] . panel + bias for R rows; x has row stride `in`. onto: add to out instead of the bias.
+// ahead: weights to prefetch, as many as are read; prefetching past the end of memory is harmless.
 template <int R, bool onto = false>
 void multiply_tile(const float* x, int64_t in, int64_t depth, const float* panel, const float* bias, float* out,
                    int64_t stride, int64_t columns, const float* ahead) {
@@ -53,14 +52,14 @@ void multiply_tile(const float* x, int64_t in, int64_t depth, const float* panel
     }
 }
 
-// Calls tile<R>(row) for the rows [begin, end), kTile at a time as long as there are so many.
+// Calls tile<kTile>(row) for the rows [begin, end), and smaller tiles for the remainder.
 template <class Tile>
 void for_tiles(int64_t begin, int64_t end, const Tile& tile) {
   for (; begin + kTile <= end; begin += kTile) tile.template operator()<kTile>(begin);
   by_fours(end - begin, [&]<int R>(int64_t rest) { tile.template operator()<R>(begin + rest); });
 }
 
-// Output channels of a panel: `count` from `first` on.
+// Output channels of a panel: [first, first + count).
 struct Columns {
   int64_t first, count;
 };
@@ -75,7 +74,7 @@ std::vector<Columns> columns_of_panels(at::IntArrayRef sizes) {
   return columns;
 }
 
-// Panels of one layer, up to kChunk of them, and their output channels: `count` from `first` on.
+// Up to kChunk panels of one layer, and their output channels: [first, first + count).
 struct Chunk {
   int64_t panel, panels, first, count;
 };
@@ -94,7 +93,8 @@ std::vector<Chunk> chunks_of_panels(at::IntArrayRef sizes) {
   return chunks;
 }
 
-// Input channels first to first + kPanel of panels [count, in, kPanel], as [count * kPanel, kPanel]; zeros from `in` on.
+// Transposes input channels [first, first + kPanel) of panels [count, in, kPanel] to [count * kPanel, kPanel], with
+// zeros for channels >= `in`.
 void turn_around(const float* panels, int64_t in, int64_t first, int64_t count, float* to) {
   for (int64_t panel = 0; panel < count; ++panel)
     for (int64_t k = 0; k < kPanel; k += kWidth)
@@ -105,14 +105,14 @@ void turn_around(const float* panels, int64_t in, int64_t first, int64_t count, 
 #pragma GCC unroll 16
         for (int64_t i = 0; i < kWidth; ++i) {
           block[i] = i < lines ? load(from + i * kPanel) : Vec{};
-          __builtin_prefetch(from + (in + i) * kPanel);  // of the next panel
+          __builtin_prefetch(from + (in + i) * kPanel);  // the next panel's
         }
         transpose(block);
         for (int64_t i = 0; i < kWidth; ++i) store(to + (panel * kPanel + v + i) * kPanel + k, block[i]);
       }
 }
 
-// weight [out, in] as panels.
+// Packs weight [out, in] into panels.
 at::Tensor pack_linear(const at::Tensor& weight) {
   const at::Tensor dense = weight.contiguous();
   const int64_t out = dense.size(0), in = dense.size(1), panels = (out + kPanel - 1) / kPanel;
@@ -143,12 +143,12 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& packed, const std::opti
   const float *from = dense.const_data_ptr<float>(), *weights = packed.const_data_ptr<float>();
   const float* added = bias ? bias->const_data_ptr<float>() : nullptr;
   float* to = result.data_ptr<float>();
-  // All panels for the first rows, then for the next: the threads stay side by side in the weights.
+  // All panels for the first rows, then for the next ones, so that all threads read neighbouring weights.
   for_each((rows + kRows - 1) / kRows * panels, [&](int64_t task) {
     const int64_t panel = task % panels, begin = task / panels * kRows, end = std::min(rows, begin + kRows);
     const Columns mine = columns[panel];
     const float *weight = weights + panel * in * kPanel, *shift = added ? added + mine.first : nullptr;
-    // The thread that takes this panel takes the one after the next, most likely.
+    // The panel that this thread most likely takes next.
     const int64_t next = panel + at::get_num_threads();
     const float* ahead = next < panels ? weights + next * in * kPanel : nullptr;
     for_tiles(begin, end, [&]<int R>(int64_t row) {

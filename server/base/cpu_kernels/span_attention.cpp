@@ -1,14 +1,14 @@
-// Attention of training passes in float32: spans of several examples side by side, each after keys and values of its own
-// that are kept and constant. Nothing is padded to the widest span; the way back gives the gradients of what is new.
+// Attention of a training pass in float32: packed spans of several examples, each after its own cached, constant keys
+// and values. Nothing is padded to the widest span. Only the spans' own queries, keys and values get gradients.
 //
 //   query [heads, rows, dim]   key, value [kv_heads, rows, dim]   out [rows, heads, dim]
-//   before   of each span [2, kv_heads, start, dim], keys and values of the tokens before it
-//   rows     of each span, how many tokens it has
+//   before   for each span [2, kv_heads, start, dim]: cached keys and values of the tokens before it
+//   rows     for each span: its number of tokens
 //
-// A task is a span and one key-value head: it brings the keys and values together in its thread's scratch, and turns
-// around what a product wants so; of a thousand keys of 64 numbers that stays in the second-level cache. Up to kTokens of
-// its tokens, times the query heads that share the head, are the *lines* of one product; none goes further than the last
-// of them sees. The way back computes the weights again instead of keeping them.
+// A task is one span and one key-value head. It gathers keys and values in its thread's scratch memory and transposes
+// the keys; a thousand keys of 64 numbers fit the second-level cache. A product has a *line* for each of up to kTokens
+// tokens and each query head that shares the key-value head. It covers the keys that the last of these tokens sees. The
+// backward pass recomputes the attention weights instead of storing them.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -33,7 +33,7 @@ struct Matrix {
   float* operator[](int64_t row) const { return data + row * width; }
 };
 
-// Room for a task's matrices, zero to begin with; a thread's tasks use the same memory one after another, if it is small.
+// Zeroed memory for a task's matrices. The next task of the thread reuses small allocations.
 class Scratch {
  public:
   Scratch() = default;
@@ -58,7 +58,7 @@ class Scratch {
 };
 thread_local std::deque<std::vector<float>> Scratch::parts_;
 
-// out (+)= a b, of the first lines of a, rows of b and columns of both: `columns` of them, in whole vectors.
+// out (+)= a b for L lines of a, the first `depth` rows of b and V vectors of columns.
 template <int L, int V, bool onto>
 void product_tile(const Matrix& a, int64_t line, int64_t depth, const Matrix& b, int64_t column, const Matrix& out) {
   Vec sums[L][V] = {};
@@ -85,7 +85,7 @@ void product(const Matrix& a, int64_t lines, int64_t depth, const Matrix& b, int
   });
 }
 
-// to = from^T; both have whole blocks of sixteen in both directions.
+// to = from^T; both sizes are multiples of sixteen.
 void turn(const Matrix& from, const Matrix& to) {
   for (int64_t row = 0; row < from.rows; row += kWidth)
     for (int64_t column = 0; column < from.width; column += kWidth) {
@@ -111,7 +111,7 @@ struct Heads {
 };
 
 struct Span {
-  int64_t first, rows, start;  // first: of its rows in the pass
+  int64_t first, rows, start;  // first: the span's first row in the pass
   at::Tensor before;           // contiguous
 };
 
@@ -134,7 +134,7 @@ std::vector<Span> spans_of(const at::Tensor& query, const at::Tensor& key, const
   return spans;
 }
 
-// A span and one key-value head: what its lines meet, and what they make of it.
+// One span and key-value head: keys K, values V, queries Q and attention weights P.
 struct Task {
   Task(const Span& span, int64_t head, int64_t group, const Heads& query, const Heads& key, const Heads& value,
        double scale, int64_t window)
@@ -147,7 +147,7 @@ struct Task {
     turn(K, KT);
   }
 
-  // Keys (0) or values (1): those before, then the span's own.
+  // Copies keys (which = 0) or values (1): the cached ones, then the span's own.
   void gather(const Matrix& to, const Heads& own, int64_t which) const {
     const float* before =
         span.before.const_data_ptr<float>() + (which * span.before.size(1) + head) * span.start * dim;
@@ -157,10 +157,10 @@ struct Task {
     }
   }
 
-  // The last of `count` tokens from `token` of the span on sees so many keys.
+  // The number of keys that the last of tokens [token, token + count) of the span sees.
   int64_t seen(int64_t token, int64_t count) const { return span.start + token + count; }
 
-  // Q and the weights P of these tokens. Returns how many lines that are.
+  // Computes Q and the weights P of these tokens. Returns the number of lines.
   int64_t weigh(int64_t token, int64_t count) const {
     const int64_t lines = count * group, columns = padded(seen(token, count));
     for (int64_t line = 0; line < lines; ++line) {
@@ -175,7 +175,7 @@ struct Task {
     return lines;
   }
 
-  // softmax of scores in [from, end), zero elsewhere in `columns`.
+  // Softmax over scores [from, end); zero in the other columns.
   static void soften(float* scores, int64_t columns, int64_t from, int64_t end) {
     constexpr float kNothing = -std::numeric_limits<float>::infinity();
     std::fill(scores, scores + from, kNothing);
@@ -198,7 +198,7 @@ struct Task {
 
   const Span& span;
   const Heads& query;
-  int64_t head, group, window, dim, keys, most;  // most: lines at once
+  int64_t head, group, window, dim, keys, most;  // most: largest number of lines
   float scale;
   Scratch scratch;
   Matrix K, V, KT, Q, P;
@@ -238,7 +238,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> span_attention_backward(
   const Heads q(query), k(key), v(value), g(gradient.transpose(0, 1));
   const int64_t heads = query.size(0), kv_heads = key.size(0), group = heads / kv_heads, dim = query.size(2);
   const int64_t tokens = query.size(1);
-  // Rows outermost, as what they flow back to has them.
+  // Rows are the outermost dimension, as in the projections' outputs.
   at::Tensor of_query = at::empty({tokens, heads, dim}, query.options());
   at::Tensor of_key = at::empty({tokens, kv_heads, dim}, query.options());
   at::Tensor of_value = at::empty({tokens, kv_heads, dim}, query.options());
@@ -251,7 +251,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> span_attention_backward(
     Scratch& scratch = task.scratch;
     const Matrix VT = scratch.matrix(padded(dim), task.keys), G = scratch.matrix(task.most, dim);
     const Matrix dP = scratch.matrix(task.most, task.keys), dQ = scratch.matrix(task.most, dim);
-    // Of the span's own keys: the weights that each has in the lines, and their gradients.
+    // For each of the span's own keys: its weights in all lines, and their gradients.
     const Matrix own = scratch.matrix(span.rows, task.most), d_own = scratch.matrix(span.rows, task.most);
     const Matrix dK = scratch.matrix(span.rows, dim), dV = scratch.matrix(span.rows, dim);
     turn(task.V, VT);
@@ -262,7 +262,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> span_attention_backward(
         std::memcpy(G[line], g.at(head * group + line % group, span.first + token + line / group), dim * sizeof(float));
       product(G, lines, dim, VT, columns, dP);
       for (int64_t line = 0; line < lines; ++line) {
-        // Of softmax's scores: P (dP - sum of P dP).
+        // The gradient of the scores: P (dP - sum of P dP).
         float *weights = task.P[line], *slopes = dP[line];
         Vec sums{};
         for (int64_t at = 0; at < columns; at += kWidth) sums += load(weights + at) * load(slopes + at);

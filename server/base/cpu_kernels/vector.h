@@ -1,5 +1,5 @@
-// Sixteen floats at once, as GCC's and Clang's vector extensions: they become AVX-512, AVX2 or NEON as the processor has
-// it. Also what every kernel needs: exp, sums and maxima across a vector, and a fair split of work over torch's threads.
+// Vectors of sixteen floats by GCC's and Clang's vector extensions, which compile to AVX-512, AVX2 or NEON. Also exp,
+// sums and maxima across a vector, and a dynamic split of work over torch's threads.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -22,7 +22,7 @@ inline Vec load(const float* from) { return *reinterpret_cast<const Vec*>(from);
 inline void store(float* to, Vec value) { *reinterpret_cast<Vec*>(to) = value; }
 inline Vec broadcast(float value) { return Vec{} + value; }
 
-// The first `count` of sixteen, the rest zero: for the ends of rows.
+// Loads `count` of sixteen numbers at the end of a row; the rest are zero.
 inline Vec load_part(const float* from, int64_t count) {
   if (count == kWidth) return load(from);
   Vec value{};
@@ -34,7 +34,7 @@ inline void store_part(float* to, Vec value, int64_t count) {
   std::memcpy(to, &value, count * sizeof(float));
 }
 
-// Eight lanes of a and b in turns, from `first` on.
+// Interleaves eight lanes of a and b, starting at lane `first`.
 template <int first>
 inline Vec zip(Vec a, Vec b) {
 #ifdef __clang__
@@ -45,7 +45,7 @@ inline Vec zip(Vec a, Vec b) {
   return __builtin_shuffle(a, b, IntVec{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23} + first);
 #endif
 }
-// Sixteen rows of sixteen become columns: zipping the halves four times brings every number to its place.
+// Transposes sixteen rows of sixteen: zipping the halves four times moves every number to its place.
 inline void transpose(Vec (&rows)[kWidth]) {
 #pragma GCC unroll 4
   for (int pass = 0; pass < 4; ++pass) {
@@ -60,7 +60,7 @@ inline void transpose(Vec (&rows)[kWidth]) {
   }
 }
 
-// Calls task(at, count) for each sixteen of `size` numbers, and for what is left at the end.
+// Calls task(at, count) for each sixteen of `size` numbers, and for the remainder.
 template <class Task>
 inline void for_each_vector(int64_t size, const Task& task) {
   int64_t at = 0;
@@ -78,7 +78,7 @@ inline float maximum(Vec value) {
   for (int64_t i = 1; i < kWidth; ++i) best = value[i] > best ? value[i] : best;
   return best;
 }
-// To the nearest integer, ties to even, for |value| < 2^22.
+// Rounds to the nearest integer, ties to even, for |value| < 2^22.
 inline Vec round_even(Vec value) {
   constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: the fraction has no bits left
   return (value + kMagic) - kMagic;
@@ -116,7 +116,7 @@ void for_each(int64_t count, const Task& task) {
   });
 }
 
-// Calls task<L>(line) for all lines, L = 4 at a time and the rest at once: what is loaded serves L lines.
+// Calls task<L>(line) for all lines: L = 4 at a time, then the remainder at once. One load serves L lines.
 template <class Task>
 void by_fours(int64_t lines, const Task& task) {
   int64_t line = 0;
@@ -126,7 +126,7 @@ void by_fours(int64_t lines, const Task& task) {
   if (lines - line == 1) task.template operator()<1>(line);
 }
 
-// Runs task(row) for all rows of `size` numbers, on several threads where that is worth their start.
+// Runs task(row) for all rows of `size` numbers, on several threads if the work exceeds the cost of starting them.
 template <class Task>
 void for_rows(int64_t rows, int64_t size, const Task& task) {
   constexpr int64_t kWorthAThread = 8192;

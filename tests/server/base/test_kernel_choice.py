@@ -235,7 +235,7 @@ def test_where_the_choice_cannot_be_kept_it_holds_for_the_process_and_the_log_sa
     for _ in range(2):
         assert kernels.takes("linear", "1x1", lambda: [Trial(int, int)])
     assert measure.asked == ["linear"]
-    assert "holds for this process alone" in caplog.text
+    assert "cannot store the choice of CPU kernels" in caplog.text
 
 
 def test_the_choice_is_described_in_one_line() -> None:

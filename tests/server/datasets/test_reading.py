@@ -123,7 +123,7 @@ GOOD = b'{"prompt": "a", "completion": "b"}'
         ("set.json", b"[" * 100_000, "row 1: JSON that is nested too deeply"),
         ("set.csv", b"prompt;completion\na;b\n", "the columns are 'prompt;completion'; expected .*commas"),
         ("set.csv", b"prompt,completion,id\na,b,1\n", "column 'id' is unknown: remove it"),
-        ("set.csv", b"prompt,prompt,completion\na,b,c\n", "column 'prompt' is there twice"),
+        ("set.csv", b"prompt,prompt,completion\na,b,c\n", "column 'prompt' occurs twice"),
         ("set.csv", b"instruction,input\na,b\n", "column 'output' is missing"),
         ("set.csv", b"prompt,completion\na,b\na,b,c\n", "Row #3: Expected 2 columns, got 3"),
         ("set.csv", b"prompt,completion\na,b\na,\n", "row 3: field completion: empty answer"),

@@ -97,7 +97,7 @@ def test_prompts_on_both_sides_are_leaks(report) -> None:  # type: ignore[no-unt
     assert found.leaked == 3
     assert found.splits.model_dump() == {"train": 30, "validation": 1, "test": 1}
     assert found.validation is not None
-    assert "3 of 5 validation examples have a prompt of the training data" in found.warnings[0]
+    assert "3 of 5 validation examples are left out" in found.warnings[0]
 
 
 def test_few_short_targets_again_and_again_are_labels(report) -> None:  # type: ignore[no-untyped-def]
