@@ -14,7 +14,7 @@ BEGIN, END = (
     "<!-- end of rooms -->",
 )
 LAYERS = "inside the server: each room stands on those below it"
-NAME_WIDTH = 14
+NAME_WIDTH = 20
 
 
 def drawing() -> str:
@@ -29,13 +29,13 @@ def drawing() -> str:
 
 
 def _layer(modules: list[str]) -> list[str]:
-    rows = [f"{module.removeprefix('reftserve.server.'):<{NAME_WIDTH}}{_summary(module)}" for module in modules]
+    rows = [f"{module:<{NAME_WIDTH}}{_summary(module)}" for module in modules]
     return ["─" * 110, *rows]
 
 
 def _summary(module: str) -> str:
     """Return the first line of a module's docstring."""
-    path = ROOT / module.removeprefix("reftserve.").replace(".", "/")
+    path = ROOT / "server" / module
     source = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     docstring = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or ""
     return docstring.split("\n", 1)[0]

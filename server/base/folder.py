@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from reftserve.interventions.base_fingerprint import fingerprint
+from reftserve.interventions.intervention_errors import InterventionError
 from reftserve.interventions.manifest import BaseFingerprint
 from reftserve.server.base.tokenizer import Tokenizer, load_tokenizer
 from reftserve.server.errors import NotFound
@@ -94,6 +95,13 @@ def open_base(settings: Settings) -> Base:
     The data folder caches the hash of the weights until the files change. Raises NotFound when there is no model.
     """
     folder = resolve_model_folder(settings)
+    try:
+        return _open_folder(folder, settings)
+    except (InterventionError, KeyError, ValueError) as cause:  # no weights, no config, JSON that is none
+        raise NotFound(f"{folder} is no complete base model: {cause!s}", code="model_not_found") from cause
+
+
+def _open_folder(folder: Path, settings: Settings) -> Base:
     tokenizer = load_tokenizer(folder)
     return Base(
         name=model_name(settings),
@@ -113,6 +121,9 @@ def _kept_fingerprint(folder: Path, cache: Path) -> BaseFingerprint:
     if key not in known:
         cache.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{cache}.lock"):
+            known = json.loads(cache.read_text()) if cache.is_file() else {}
+            if key in known:  # another process has hashed the weights meanwhile
+                return BaseFingerprint(**known[key])
             # Keep the current base only, so that the file stays small.
             known = {key: fingerprint(folder).model_dump()}
             scratch = cache.with_suffix(".partial")
@@ -127,7 +138,7 @@ def _max_context(folder: Path) -> int:
     Raises NotFound when there is none; only transformers knows its default for the architecture.
     """
     config = json.loads((folder / "config.json").read_text("utf-8"))
-    config |= config.get("text_config", {})
+    config |= config.get("text_config") or {}
     for name in CONTEXT_FIELDS:
         if isinstance(config.get(name), int):
             return int(config[name])

@@ -1,4 +1,5 @@
-"""Chooses between the CPU kernels and torch's operations: both are timed once, and the faster one runs.
+"""Chooses between the CPU kernels and torch's operations: both are timed once, and ours runs
+unless it takes more than 1.25 of torch's time.
 
 No kernel is faster on every processor: without AVX-512, torch's products were 25 times as fast as ours. Code that can
 use a kernel asks a `KernelChoice` and passes both forms as trials.

@@ -116,7 +116,7 @@ def row_examples(row: Any, location: SourceLocation) -> list[Example]:
     """
     if not isinstance(row, dict):
         raise location.error(f"{type(row).__name__}; expected an object")
-    kind = row_kind(row)
+    kind = row_kind([name for name, value in row.items() if value is not None])
     if kind is None:
         found = ", ".join(map(repr, list(row)[:20])) or "no field"
         raise location.error(f"field messages is missing: found {found}; expected {KINDS}")

@@ -104,9 +104,9 @@ class Database:
 
 def _read_json(stored: str | bytes) -> Any:
     # Rows older than the check of requests may hold half a surrogate pair, which an answer cannot encode.
-    text = stored if isinstance(stored, str) else stored.decode()
-    value = json.loads(text)
-    return whole(value) if "\\ud" in text.lower() else value
+    decoded = stored if isinstance(stored, str) else stored.decode()
+    value = json.loads(decoded)
+    return whole(value) if "\\ud" in decoded.lower() else value
 
 
 def _configure_sqlite(connection: sqlite3.Connection, record: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -84,6 +85,22 @@ def test_doctor_names_what_is_in_the_way(tmp_path: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert result.returncode == 1
     assert f"wrong base model: {tmp_path} " in result.stdout
+
+
+@pytest.mark.parametrize("damage", ["no weights", "no config", "config without sizes", "config that is no JSON"])
+def test_an_incomplete_model_folder_is_one_line(damage: str, tiny_llama_folder: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_llama_folder, tmp_path / "model")
+    if damage == "no weights":
+        (model / "model.safetensors").unlink()
+    else:
+        config = {"no config": None, "config without sizes": "{}", "config that is no JSON": "{"}[damage]
+        (model / "config.json").unlink()
+        if config is not None:
+            (model / "config.json").write_text(config)
+    said = run("serve", "--model", str(model), "--data", str(tmp_path / "data"), "--port", "0", code=1)
+    assert "error:" in said.splitlines()[-1]
+    assert str(model) in said.splitlines()[-1]
+    assert "Traceback" not in said
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])

@@ -78,6 +78,13 @@ def test_rows_of_different_kinds_can_stand_in_one_json_file(tmp_path: Path) -> N
         assert [example.target for example in read_examples(tmp_path / filename, filename)] == ["b"] * 3
 
 
+def test_a_field_that_is_null_does_not_say_what_kind_a_row_is(tmp_path: Path) -> None:
+    row = {"messages": None, "instruction": None, "prompt": "a", "completion": "b"}
+    write_lines(tmp_path / "rows.jsonl", [row])
+    (example,) = read_examples(tmp_path / "rows.jsonl")
+    assert (example.prompt, example.target) == ("a", "b")
+
+
 def test_a_byte_order_mark_and_blank_lines_are_no_error(tmp_path: Path) -> None:
     row = json.dumps(COMPLETIONS[0])
     for filename, content in (
