@@ -18,28 +18,60 @@
 Threads may share a Client. Its base model's id is `client.base_model`; AsyncClient has `await client.base_model()`.
 """
 
-from reftserve.client._async.client import AsyncClient
-from reftserve.client._async.evals import AsyncRun
-from reftserve.client._async.jobs import AsyncJob
-from reftserve.client._async.streams import AsyncTextStream
-from reftserve.client._sync.client import Client
-from reftserve.client._sync.evals import Run
-from reftserve.client._sync.jobs import Job
-from reftserve.client._sync.streams import TextStream
-from reftserve.client.exceptions import (
-    BadRequest,
-    Conflict,
-    ConnectionFailed,
-    EvalRunEnded,
-    JobEnded,
-    NotFound,
-    Overloaded,
-    ReftServeError,
-    ResponseError,
-    ServerFault,
-    StreamFailed,
-    Unavailable,
-)
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from reftserve.client._async.client import AsyncClient
+    from reftserve.client._async.evals import AsyncRun
+    from reftserve.client._async.jobs import AsyncJob
+    from reftserve.client._async.streams import AsyncTextStream
+    from reftserve.client._sync.client import Client
+    from reftserve.client._sync.evals import Run
+    from reftserve.client._sync.jobs import Job
+    from reftserve.client._sync.streams import TextStream
+    from reftserve.client.exceptions import (
+        BadRequest,
+        Conflict,
+        ConnectionFailed,
+        EvalRunEnded,
+        JobEnded,
+        NotFound,
+        Overloaded,
+        ReftServeError,
+        ResponseError,
+        ServerFault,
+        StreamFailed,
+        Unavailable,
+    )
+
+_MODULES = {
+    "_async.client": ("AsyncClient",),
+    "_async.evals": ("AsyncRun",),
+    "_async.jobs": ("AsyncJob",),
+    "_async.streams": ("AsyncTextStream",),
+    "_sync.client": ("Client",),
+    "_sync.evals": ("Run",),
+    "_sync.jobs": ("Job",),
+    "_sync.streams": ("TextStream",),
+    "exceptions": (
+        "BadRequest",
+        "Conflict",
+        "ConnectionFailed",
+        "EvalRunEnded",
+        "JobEnded",
+        "NotFound",
+        "Overloaded",
+        "ReftServeError",
+        "ResponseError",
+        "ServerFault",
+        "StreamFailed",
+        "Unavailable",
+    ),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "AsyncClient",
@@ -63,3 +95,16 @@ __all__ = [
     "TextStream",
     "Unavailable",
 ]
+
+if not TYPE_CHECKING:  # a type checker would accept any name of a module with __getattr__
+
+    def __getattr__(name: str) -> Any:
+        """Import a name's module at its first use: the server takes the wire types without httpx and rich."""
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
