@@ -1,6 +1,7 @@
-"""The evals of the API: a data set with criteria, and its runs: create, list, get, cancel, delete.
+"""The eval service creates, lists, gets, cancels and deletes evals (a data set with criteria) and their runs.
 
-A run exists once its row is committed with status `queued`; the evaluator finds it there, after a restart too.
+A run exists once its row is committed with status `queued`. The evaluator (`evaluator.py`) takes it from there, also
+after a restart.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ _CRITERIA: TypeAdapter[list[TestingCriterion]] = TypeAdapter(list[TestingCriteri
 
 
 def criteria_of(row: Eval) -> list[TestingCriterion]:
-    """An eval's criteria, names and labels filled in."""
+    """Return an eval's criteria, with names and labels filled in."""
     return _CRITERIA.validate_python(row.criteria)
 
 
 class EvalService:
-    """Evals of all owners, and their runs.
+    """The evals of all owners and their runs.
 
-    served: tells what the engine answers with, or raises Unavailable. max_interventions: that a run can be composed of.
+    served: returns the engine's fingerprint, or raises Unavailable. max_interventions: the limit of a composition.
     """
 
     def __init__(
@@ -50,9 +51,9 @@ class EvalService:
         self._max_interventions = max_interventions
 
     def create(self, owner: str, request: EvalCreate) -> Eval:
-        """Check the criteria against the data set, and keep them.
+        """Check the criteria against the data set, and store the eval.
 
-        Raises InvalidRequest or NotFound, naming the field.
+        Raises InvalidRequest or NotFound with the field's name.
         """
         file_id = request.data_source_config.file_id
         file = self._store.files.get(owner, file_id, param="data_source_config.file_id")
@@ -79,7 +80,7 @@ class EvalService:
         return self.get(owner, identity)
 
     def get(self, owner: str, eval_id: str) -> Eval:
-        """One eval with its runs, oldest first.
+        """Return one eval with its runs, oldest first.
 
         Raises NotFound.
         """
@@ -91,7 +92,7 @@ class EvalService:
         return row
 
     def list_page(self, owner: str, *, after: str | None, limit: int) -> tuple[list[Eval], bool]:
-        """Evals, newest first, after the one with id `after`; and whether there are more."""
+        """Return evals, newest first, after the one with id `after`, and whether more follow."""
         query = select(Eval).where(Eval.owner == owner).order_by(Eval.id.desc()).limit(limit + 1)
         if after is not None:
             query = query.where(Eval.id < self.get(owner, after).id)
@@ -100,7 +101,7 @@ class EvalService:
         return rows[:limit], len(rows) > limit
 
     def delete(self, owner: str, eval_id: str) -> None:
-        """Delete an eval with its runs; one that is in progress stops.
+        """Delete an eval with its runs. A run in progress stops.
 
         Raises NotFound.
         """
@@ -109,9 +110,9 @@ class EvalService:
             session.delete(session.get_one(Eval, eval_id))
 
     def create_run(self, owner: str, eval_id: str, request: EvalRunCreate) -> EvalRun:
-        """Queue a run; versions are those that the names mean now.
+        """Queue a run with the versions that its names mean now.
 
-        Raises InvalidRequest or NotFound, naming the field; Unavailable before the engine is ready for the first time.
+        Raises InvalidRequest or NotFound with the field's name; Unavailable before the engine is first ready.
         """
         row = self.get(owner, eval_id)
         file = self._store.files.get(owner, row.file_id, param="eval_id")
@@ -144,7 +145,7 @@ class EvalService:
         return run
 
     def get_run(self, owner: str, eval_id: str, run_id: str) -> EvalRun:
-        """One run.
+        """Return one run.
 
         Raises NotFound.
         """
@@ -155,9 +156,9 @@ class EvalService:
         return run
 
     def require_served(self, run: EvalRun) -> None:
-        """Refuse a run whose other items would be another base's.
+        """Check that the run was made for the current fingerprint, so that all its items have one.
 
-        Raises Conflict, naming all that differs.
+        Raises Conflict with every difference.
         """
         if run.served is None:
             return  # made before runs recorded it
@@ -165,13 +166,13 @@ class EvalService:
             self._served().require(ServingFingerprint(**run.served))
         except FingerprintMismatch as cause:
             raise Conflict(
-                f"the run was made for another base than {self._base.name!r} now is: {cause}", code=cause.code
+                f"the run was made for another base than the current {self._base.name!r}: {cause}", code=cause.code
             ) from cause
 
     def cancel_run(self, owner: str, eval_id: str, run_id: str) -> EvalRun:
-        """Stop a run; items that are at the engine are not kept.
+        """Cancel a run. Items that the engine is computing are dropped.
 
-        Raises NotFound, or Conflict when it has ended.
+        Raises NotFound; Conflict when the run has ended.
         """
         self.get_run(owner, eval_id, run_id)
         with self._store.database.session() as session:
@@ -184,7 +185,7 @@ class EvalService:
         return run
 
     def delete_run(self, owner: str, eval_id: str, run_id: str) -> None:
-        """Delete a run with its items; one that is in progress stops.
+        """Delete a run with its items. A run in progress stops.
 
         Raises NotFound.
         """
@@ -195,7 +196,7 @@ class EvalService:
     def items(
         self, owner: str, eval_id: str, run_id: str, *, after: int, status: str | None, limit: int
     ) -> tuple[list[EvalItem], bool]:
-        """Items of a run in the order of the data set, from behind number `after`; and whether there are more."""
+        """Return items of a run, in the data set's order, after number `after`, and whether more follow."""
         self.get_run(owner, eval_id, run_id)
         query = select(EvalItem).where(EvalItem.run_id == run_id, EvalItem.number > after)
         if status is not None:

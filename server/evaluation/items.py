@@ -1,7 +1,8 @@
-"""One example, evaluated: texts to score, a greedy answer, and the criteria's verdict on them.
+"""The evaluation of one example: score and generate its texts at the engine, then measure each criterion.
 
-Both go through the door to the engine: `InferenceService.score` and `complete`. /v1/classify uses the same `score`,
-`LabelledPrompt` and `probabilities`; only its prompts come from requests, and these from data sets.
+Both use the door to the engine: `InferenceService.score` and `complete`. /v1/classify uses the same `score`,
+`LabelledPrompt` and `probabilities`, with prompts from requests instead of data sets. The criteria are in
+`criteria.py`, and `evaluator.py` schedules the items of a run.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from reftserve.server.inference.generation import RequestContext
 from reftserve.server.inference.labels import LabelledPrompt
 from reftserve.server.inference.service import InferenceService
 
-PRIORITY = 6  # behind every request of the next minute
+PRIORITY = 6  # after every request that arrives within the next minute
 
 
 @dataclass(frozen=True)
 class RunTarget:
-    """What all items of a run share: its criteria, the edits that it runs. max_tokens: of a greedy answer."""
+    """The criteria and the composition that all items of a run share. max_tokens: limit of a greedy answer."""
 
     run_id: str
     criteria: list[TestingCriterion]
@@ -41,7 +42,7 @@ class RunTarget:
 
 @dataclass(frozen=True)
 class ItemOutcome:
-    """An item's scores by the names of its criteria, or the error that prevented them. output: the greedy answer."""
+    """An item's scores by criterion name, or the error that prevented them. output: the greedy answer."""
 
     number: int
     measured: dict[str, Score] | EvalError
@@ -50,10 +51,10 @@ class ItemOutcome:
 
 @dataclass(frozen=True)
 class _Question:
-    """An example as the engine is asked about it.
+    """An example, encoded for the engine.
 
-    scored: the prompt with the distinct texts to score. reference: the index of the data's answer among them, when a
-    criterion needs it. labels: the indices of each criterion's labels, by the criterion's name.
+    scored: the prompt with the distinct texts to score. reference: the index of the data's answer among these texts,
+    if a criterion needs it. labels: the indices of each criterion's labels, by criterion name.
     """
 
     scored: LabelledPrompt
@@ -62,7 +63,7 @@ class _Question:
 
 
 async def evaluate(inference: InferenceService, target: RunTarget, number: int, example: Example) -> ItemOutcome:
-    """Evaluate one example; an error of the example itself is an outcome too.
+    """Evaluate one example. An error of the example itself is an outcome, not an exception.
 
     Raises Unavailable when the engine dies.
     """
@@ -77,7 +78,7 @@ async def evaluate(inference: InferenceService, target: RunTarget, number: int, 
             )
             logprobs = score.logprobs
         if needs_output(target.criteria):
-            # Comes second, so that it finds its prompt in the prefix cache.
+            # Runs second: its prompt is then in the prefix cache.
             output = await inference.complete(
                 target.context, f"{request_id}-answered", question.scored.prompt_ids, max_tokens=target.max_tokens
             )

@@ -1,4 +1,7 @@
-"""What scores depend on beside data and interventions: a run begins and ends on the same."""
+"""The serving fingerprint identifies base, dtype and quantization; a run keeps one from its first item to its last.
+
+Apart from data and interventions, scores depend on nothing else.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,9 @@ class ServingFingerprint(BaseFingerprint):
 
 
 def serving_fingerprint(base: Base, *, dtype: str | None, quantization: str) -> ServingFingerprint:
-    """Return what the engine answers with. dtype: what it said when it was ready; None: it never was.
+    """Return the engine's fingerprint. dtype: as the ready engine reported it; None: it has not been ready yet.
 
-    Raises Unavailable when the engine has not been ready yet: it alone knows what `auto` is on this machine.
+    Raises Unavailable without a dtype: only the engine knows what `auto` means on its machine.
     """
     if dtype is None:
         raise Unavailable("the engine is not ready yet; ask again in a moment")

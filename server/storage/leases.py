@@ -1,15 +1,15 @@
-"""Leases: one process at a time works on a job or on a run of an eval, for as long as it gives signs of life.
+"""Leases let one process at a time work on a job or a run of an eval, as long as it renews its lease.
 
-A process takes a row together with a lease, which ends unless it is renewed, and a fence: a number that grows with each
-change of hands. Every write of the work compares the fence in its own transaction. So a process that was given up for
-dead and wakes up finds its lease lost before it can write, or publish, anything.
+A process takes a row with a lease, which expires unless renewed, and a fence, a number that grows with each change of
+owner. Every write compares the fence in its own transaction. So a process that was presumed dead and wakes up loses
+its lease before it can write or publish anything.
 
     queued ──take──► running ─release─► ended, or paused
                      ▲     │
-                     └─take┘  by another process, once the lease has ended
+                     └─take┘  by another process, once the lease has expired
 
-Leases are renewed by time, not by progress: a step may take longer than a lease. Work that hangs therefore keeps its
-row until its process ends or somebody cancels it, which needs no answer from the process.
+A timer renews leases, not progress: a step may take longer than a lease. So hanging work keeps its row until its
+process ends or the work is cancelled; cancelling needs no answer from the process.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from reftserve.server.errors import ServerError
 from reftserve.server.storage.database import Database
 from reftserve.server.storage.tables import Leased
 
-MAX_ATTEMPTS = 20  # leases in a row without progress, after which the work fails
+MAX_ATTEMPTS = 20  # after this many leases in a row without progress the work fails
 RENEWALS_PER_LEASE = 4
 Row = TypeVar("Row", bound=Leased)
 
 
 class LeaseLost(Exception):
-    """The row is no longer this process's: it was paused, cancelled, deleted or taken over. Nothing was written."""
+    """The row was paused, cancelled, deleted or taken over. Nothing was written."""
 
 
 @dataclass(frozen=True)
 class Lease(Generic[Row]):
-    """The right to work on a row until it changes hands. attempt: how often it was taken since it last got further."""
+    """The right to work on a row until another process owns it. attempt: leases of the row since its last progress."""
 
     table: type[Row]
     id: str
@@ -48,12 +48,12 @@ class Lease(Generic[Row]):
 
 
 def worker_id() -> str:
-    """Return a name for this process that no other process has, now or later."""
+    """Return a name that is unique among all processes, now and later."""
     return f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
 
 
 class Leases(Generic[Row]):
-    """The leases of one process on rows of one table. lease_s: seconds until a lease ends unless renewed."""
+    """The leases of one process on rows of one table. lease_s: seconds until a lease expires unless renewed."""
 
     def __init__(self, database: Database, table: type[Row], worker: str, *, lease_s: float) -> None:
         self._database = database
@@ -62,8 +62,8 @@ class Leases(Generic[Row]):
         self._lease_s = lease_s
 
     def take(self) -> Lease[Row] | None:
-        """Take the oldest row that waits, or whose lease has ended; None when there is none."""
-        # Read first: an idle process must not lock the database with each poll.
+        """Take the oldest row that is queued or whose lease has expired; return None if there is none."""
+        # Read first: an idle process must not lock the database with every poll.
         with self._database.reading() as session:
             if session.scalar(self._waiting(self._database.now(session))) is None:
                 return None
@@ -78,7 +78,7 @@ class Leases(Generic[Row]):
             return self._lend(row, now)
 
     def take_ended(self, row_id: str) -> Lease[Row] | None:
-        """Take a row that has ended, to clear up after it; None while it lives or another process holds it."""
+        """Take an ended row to clean up after it; return None if it has not ended or another process holds it."""
         with self._database.session() as session:
             now = self._database.now(session)
             table = self._table
@@ -94,9 +94,9 @@ class Leases(Generic[Row]):
             session.execute(update(self._table).where(mine).values(lease_expires_at=expires_at))
 
     def release(self, *, in_order: bool = True) -> None:
-        """Give all leases back, so that another process need not wait for their end.
+        """Give all leases back, so that other processes need not wait for them to expire.
 
-        in_order: the process leaves through no fault of the work, so the attempt does not count.
+        in_order: the work did not cause the release, so the attempt does not count.
         """
         with self._database.session() as session:
             query = select(self._table).where(self._table.lease_worker == self._worker)
@@ -118,33 +118,33 @@ class Leases(Generic[Row]):
 
 
 def require_attempts_left(lease: Lease[Any], milestone: str) -> None:
-    """Raise ServerError when processes have ended again and again before the work reached its milestone."""
+    """Raise ServerError when MAX_ATTEMPTS processes in a row have ended before the work reached its milestone."""
     if lease.attempt > MAX_ATTEMPTS:
-        raise ServerError(f"{MAX_ATTEMPTS} times in a row a process ended before {milestone}", code="worker_lost")
+        raise ServerError(f"{MAX_ATTEMPTS} processes in a row ended before {milestone}", code="worker_lost")
 
 
 def require_lease(session: Session, lease: Lease[Row], *, lock: bool = True) -> Row:
-    """Return the lease's row. lock: until this transaction ends; without, for a transaction that only reads.
+    """Return the lease's row. lock: until this transaction ends; False: for a transaction that only reads.
 
-    Raises LeaseLost when it has changed hands or is gone.
+    Raises LeaseLost when the row's fence has changed or the row is deleted.
     """
     row = session.get(lease.table, lease.id, with_for_update=lock)
     if row is None:
-        raise LeaseLost(f"{lease.id} is gone")
+        raise LeaseLost(f"the lease on {lease.id} is lost: the row is deleted")
     if row.fence != lease.fence:
-        raise LeaseLost(f"{lease.id} has changed hands: fence {row.fence}, and this lease has {lease.fence}")
+        raise LeaseLost(f"the lease on {lease.id} is lost: its fence is {lease.fence}, the row's is {row.fence}")
     return row
 
 
 def release_lease(row: Leased) -> None:
-    """Free a row; the process that held it finds the lease lost at its next write."""
+    """Free a row. The process that held it gets LeaseLost at its next write."""
     row.fence += 1
     row.lease_worker = None
     row.lease_expires_at = None
 
 
 def is_held(row: Leased, now: float) -> bool:
-    """Say whether a process works on the row."""
+    """Return whether a process holds the row."""
     return row.lease_expires_at is not None and row.lease_expires_at >= now
 
 

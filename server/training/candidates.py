@@ -1,9 +1,9 @@
-"""What the recipe tries where a user leaves it open: a few candidates, and for how long, by the size of the data.
+"""Candidates: the few settings that the recipe tries for open decisions, and the number of epochs for a data size.
 
-They begin at the paper's recipes (one middle layer at `l1`; all layers at a lower rate) and were chosen by runs by hand
-on 200 rows of SST-2 and TREC, one seed; `benchmarks/recipes.py` compares them with a grid. A candidate that edits no
-prefix computes a prompt once for all epochs and then little more than its answers; one that does computes everything
-again in every step. So the latter stand in the list only as long as that is a small job.
+The candidates start from the paper's recipes (one middle layer at `l1`; all layers at a lower rate). Manual runs on
+200 rows of SST-2 and TREC with one seed selected them; `benchmarks/recipes.py` compares them with a grid.
+A suffix-only candidate computes each prompt once for all epochs, and then little more than the answers. A candidate
+that edits the prefix recomputes everything in every step, so it is tried only on small data.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from reftserve.client.schemas import DataReport
 from reftserve.interventions.manifest import BaseFingerprint
 from reftserve.server.training.plan import Plan, Variant
 
-STEPS = 150  # optimizer steps that small data gets
-EPOCHS = (3, 12)  # at least and at most
-ANSWER_TOKENS = 40_000  # of all epochs together, before there are fewer of them
-PREFIX_TOKENS = 60_000  # of all epochs together: up to here prompts may be computed again in every step
+STEPS = 150  # optimizer steps on small data
+EPOCHS = (3, 12)  # minimum and maximum
+ANSWER_TOKENS = 40_000  # summed over all epochs; more of them mean fewer epochs
+PREFIX_TOKENS = 60_000  # summed over all epochs; more of them exclude candidates that edit the prefix
 
 
 @dataclass(frozen=True)
 class DataSize:
-    """What the recipe looks at: how many examples train, and the tokens of a typical one."""
+    """The size of the data: the number of training examples, and the tokens of a typical one."""
 
     examples: int
     prompt_tokens: int
@@ -33,13 +33,13 @@ class DataSize:
 
     @classmethod
     def of(cls, report: DataReport) -> DataSize:
-        """The medians of the training file."""
+        """Take the medians of the training file."""
         training = report.training
         return cls(report.splits.train, training.prompt_tokens.p50, training.completion_tokens.p50)
 
 
 def epochs(size: DataSize, batch_size: int) -> int:
-    """Passes over the data: many over little data, few over long answers."""
+    """Return the number of epochs: many for little data, few for long answers."""
     for_steps = math.ceil(STEPS / math.ceil(size.examples / batch_size))
     affordable = ANSWER_TOKENS // (size.examples * size.completion_tokens)
     fewest, most = EPOCHS
@@ -47,7 +47,7 @@ def epochs(size: DataSize, batch_size: int) -> int:
 
 
 class Candidate(NamedTuple):
-    """What is trained where, and how fast."""
+    """Layers, positions, rank and learning rate of an intervention."""
 
     layers: list[int]
     positions: str
@@ -56,7 +56,7 @@ class Candidate(NamedTuple):
 
 
 def known_good(base: BaseFingerprint) -> list[Candidate]:
-    """All candidates, whatever they cost; the first is what is trained when there is no search."""
+    """Return all candidates, whatever their cost; a run without a search takes the first."""
     everywhere = list(range(base.num_layers))
     found = (
         Candidate(_spread(4, base), "l1", 8, 2e-3),
@@ -71,9 +71,9 @@ def known_good(base: BaseFingerprint) -> list[Candidate]:
 def candidates(
     plan: Plan, size: DataSize, base: BaseFingerprint, *, given: Collection[str], rate_factor: float = 1.0
 ) -> list[Variant]:
-    """Different variants of a plan, of which there is at least one.
+    """Return different variants of a plan, at least one.
 
-    given: fields that the user decided, which all of them keep. rate_factor: on every learning rate.
+    given: fields that the user set; every variant keeps them. rate_factor: multiplies every learning rate.
     """
     found: list[Variant] = []
     for known in known_good(base):
@@ -86,7 +86,7 @@ def candidates(
 
 
 def _spread(count: int, base: BaseFingerprint) -> list[int]:
-    """So many layers at equal distances, the ends left out; fewer where the base has hardly more."""
+    """Return `count` layers at equal distances, without the two ends; fewer in a base with few layers."""
     return sorted({round(number / (count + 1) * (base.num_layers - 1)) for number in range(1, count + 1)})
 
 

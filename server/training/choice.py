@@ -1,29 +1,28 @@
-"""Which of several trials a sweep takes: of those within one standard error of the best, the cheapest.
+"""The choice among a sweep's trials: the cheapest of those within one standard error of the best.
 
-A validation loss is an estimate from few examples. Where two trials differ by less than the error of that estimate, the
-rounding of a processor decides which loss is lower, and the same job published an intervention of 14,000 parameters on
-one machine and of 277,000 on another. So trials within the error count as equals, and what they cost decides (the
-one-standard-error rule, Breiman et al. 1984):
+A validation loss is an estimate from few examples. If two trials differ by less than its error, the rounding of the
+processor decides which loss is lower: the same job published an intervention of 14,000 parameters on one machine and
+of 277,000 on another. So trials within the error count as equals, and the cost decides (the one-standard-error rule,
+Breiman et al. 1984):
 
-    difference   the trial's loss a token minus the best trial's, on the same examples
-    error        the standard error of that difference, paired by example: what is hard for both trials cancels out
+    difference   the trial's loss per token minus the best trial's, on the same examples
+    error        the standard error of the difference, paired by example: difficulty common to both trials cancels
     equals       all trials whose difference is at most its error
-    chosen       of the equals the one of the lowest cost, then of the fewest parameters, then the first
+    chosen       the equal of the lowest cost, then of the fewest parameters, then the first
 
-The cost is that of the positions, in training and in serving:
+The positions determine the cost, in training and in serving:
 
-    cost  positions         what they cost
+    cost  positions         effect
     0     l1, l7            trains on a prompt's end against kept activations, shares the base's cached prefix
     1     f7, f7+l7         computes every prompt in every step, shares no cached prefix
     2     prompt            the same, and edits every row of a prompt
-    3     generated, all    edits every token that is decoded
+    3     generated, all    edits every decoded token
 
-The loss of a trial is the lowest that it has reached, in whatever epoch. The loss of its newest weights goes up and
-down from epoch to epoch by more than the error: a trial of the demo had 0.202 after 57 steps and 0.254 after 76.
+A trial's loss is the lowest that it has reached in any epoch. The loss of the newest weights varies between epochs by
+more than the error: a trial of the demo had 0.202 after 57 steps and 0.254 after 76.
 
-Whom a sweep drops on the way is chosen in the same manner: trials are ranked by choosing one, then one of the rest, and
-so on, and the last are dropped. A trial that is clearly worse than the best stands behind all of its equals, and of
-equals the dearest stands last.
+Halvings use the same rule: it chooses one trial, then one of the rest, and so on, and the last are dropped. So a trial
+that is clearly worse than the best ranks behind all equals, and the most expensive equal ranks last among them.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ from reftserve.server.training.scores import paired_difference
 
 
 class Cost(NamedTuple):
-    """What a trial is compared by where losses do not decide. positions: the cost in the module's table."""
+    """The cost of a trial, which decides among equals. positions: the cost in the module's table."""
 
     positions: int
     parameters: int
@@ -54,7 +53,7 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Contender:
-    """A validated trial. losses: [examples], sums over an example's tokens, when the trial's loss was lowest."""
+    """A validated trial. losses: [examples], sums over an example's tokens, from when the trial's loss was lowest."""
 
     number: int
     losses: NDArray[np.float64]
@@ -62,12 +61,11 @@ class Contender:
 
 
 class Choice(BaseModel):
-    """Why a trial was chosen, for the job's plan, in whose sweep the trials have their numbers.
+    """The record of a choice, stored in the job's plan; trials have their numbers in the plan's sweep.
 
-    step: the optimizer step after which the trials were compared. ranked: those that were compared, in their order, of
-    which the first `kept` went on. best: the trial of the lowest validation loss. chosen: the trial that was ranked
-    first. difference: the chosen trial's loss a token minus the best one's. standard_error: of that difference; None
-    with a single example, from which no error can be told.
+    step: the optimizer step after which the trials were compared. ranked: the compared trials by rank; the first
+    `kept` went on. best: the trial of the lowest validation loss. chosen: the trial that ranked first. difference: the
+    chosen trial's loss per token minus the best one's. standard_error: of the difference; None with a single example.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -83,7 +81,7 @@ class Choice(BaseModel):
 
 
 def rank(contenders: Sequence[Contender], tokens: NDArray[np.int64]) -> list[Contender]:
-    """Order trials: the one that is chosen of all, the one that is chosen of the rest, and so on.
+    """Order trials by rank: the choice among all, then the choice among the rest, and so on.
 
     tokens: [examples], the completion tokens of each example.
     """
@@ -96,12 +94,12 @@ def rank(contenders: Sequence[Contender], tokens: NDArray[np.int64]) -> list[Con
 
 
 def choose(contenders: Sequence[Contender], tokens: NDArray[np.int64]) -> Contender:
-    """Return the trial that the module's rule takes of at least one. tokens: as of `rank`."""
+    """Return the trial that the module's rule chooses. contenders: at least one. tokens: as for `rank`."""
     return _choose(contenders, tokens)[1]
 
 
 def explain(contenders: Sequence[Contender], tokens: NDArray[np.int64], *, step: int, kept: int) -> Choice:
-    """Record why the trials are ranked as they are, for the job's plan. tokens: as of `rank`."""
+    """Return the record of the trials' ranking. tokens: as for `rank`."""
     best, chosen = _choose(contenders, tokens)
     difference, error = paired_difference(chosen.losses, best.losses, tokens)
     return Choice(
@@ -117,7 +115,7 @@ def explain(contenders: Sequence[Contender], tokens: NDArray[np.int64], *, step:
 
 
 def _choose(contenders: Sequence[Contender], tokens: NDArray[np.int64]) -> tuple[Contender, Contender]:
-    """Return the trial of the lowest loss, and the one that is chosen."""
+    """Return the trial of the lowest loss, and the chosen one."""
     best = min(contenders, key=lambda each: (each.losses.sum(), each.number))
     equals = [each for each in contenders if _is_within_error(each, best, tokens)]
     return best, min(equals, key=lambda each: (each.cost, each.number))

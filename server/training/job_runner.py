@@ -1,8 +1,7 @@
-"""One job's run under its lease: begin, advance (again and again), publish.
+"""The job runner carries one job from its lease to its end: begin, advance (repeated), publish.
 
-Each can be repeated after a crash: begin copies the data and goes to the newest checkpoint; advance goes on to
-the next; publish makes the artifact and hands it to the registry, which takes it once, in the transaction that ends the
-job.
+Each step can be repeated after a crash. `begin` copies the data and loads the newest checkpoint. `advance` trains to
+the next checkpoint. `publish` writes the artifact; the registry accepts it once, in the transaction that ends the job.
 """
 
 from __future__ import annotations
@@ -52,14 +51,14 @@ METRICS_FILE_FIELDS = ("step", "train_loss", "learning_rate", "valid_loss", "val
 
 
 class Paused(Exception):
-    """Somebody wants the job to rest before it has taken a step."""
+    """A pause was requested before the job's first step."""
 
 
 class JobRunner:
-    """The runs of one worker, one after the other.
+    """Runs the jobs of one worker, one after the other.
 
-    activation_cache_bytes, activation_cache_disk_bytes: room for a job's activations (`activation_cache.py`), in memory
-    and in files in `scratch`. A job that has succeeded leaves them to the next job until `forget`.
+    activation_cache_bytes, activation_cache_disk_bytes: budgets for a job's activations (`activation_cache.py`) in
+    memory and in files in `scratch`. A job that succeeds leaves its activations to the next job until `forget`.
     """
 
     def __init__(
@@ -84,21 +83,21 @@ class JobRunner:
             activation_cache_disk_bytes,
             scratch,
         )
-        self._log = JobRepository(store.database)
+        self._repository = JobRepository(store.database)
         self._pace = Pace()
         self._caches: ActivationCaches | None = None
 
     def execute(self, lease: Lease[Job]) -> None:
-        """From where the job stands to its end, its pause, or the loss of the lease; then its memory is free again.
+        """Run the job from its current state to its end, a pause or the loss of the lease; then free its memory.
 
-        Raises one of `DATABASE_ERRORS` when the database is lost; the job resumes from its checkpoint when it is taken
-        again.
+        Raises one of `DATABASE_ERRORS` when the database is lost. The next worker that takes the job resumes it from
+        its checkpoint.
         """
         succeeded = False
         try:
             succeeded = self._run(lease)
         except LeaseLost as cause:
-            # As text: a record that keeps the exception keeps the trainer with it.
+            # Logged as text: a log record that holds the exception would hold the trainer's memory too.
             logger.warning("%s", str(cause))
         finally:
             if not succeeded:
@@ -106,17 +105,17 @@ class JobRunner:
             _free_memory()
 
     def forget(self) -> None:
-        """No job follows: what the last one has left takes no memory any more."""
+        """Free the activations that the last job left for a next one."""
         if self._caches is not None:
             self._caches = None
             _free_memory()
 
     def begin(self, lease: Lease[Job]) -> Sweep:
-        """Check the base, copy and check the data; the job's trials at its newest checkpoint.
+        """Check the base, copy and check the data, and return the job's trials at its newest checkpoint.
 
-        Raises ServerError when data or base are gone, or the job has ended too many workers; Paused.
+        Raises Paused; ServerError when the data is gone, the base differs, or too many workers ended during the job.
         """
-        job = self._log.get(lease.id)
+        job = self._repository.get(lease.id)
         require_attempts_left(lease, "the job's next checkpoint")
         self._require_base(job)
         plan = Plan.model_validate(job.plan)
@@ -126,11 +125,11 @@ class JobRunner:
         checkpoint = self._files.newest_checkpoint(lease)
         if checkpoint is not None:
             sweep.load(checkpoint)
-            self._log.event(lease, f"Resumed from the checkpoint at step {sweep.step}")
+            self._repository.event(lease, f"Resumed from the checkpoint at step {sweep.step}")
             return sweep
         trials = f"{len(sweep.running)} trials, up to " if len(sweep.running) > 1 else ""
         parameters = max(trial.trainer.intervention.num_parameters for trial in sweep.running)
-        self._log.event(
+        self._repository.event(
             lease,
             f"Training {trials}{parameters} parameters on {len(splits.train)} examples for {sweep.total_steps} steps; "
             f"{len(splits.validation)} examples select, {len(splits.test)} score",
@@ -138,27 +137,27 @@ class JobRunner:
         return sweep
 
     def advance(self, lease: Lease[Job], sweep: Sweep) -> bool:
-        """Train to the next checkpoint; False when the job was paused on the way."""
+        """Train to the next checkpoint, and return whether it was reached; False: the job was paused."""
         until = min(sweep.step + self._checkpoint_steps, sweep.total_steps)
         while sweep.step < until and not sweep.has_ended:
-            if self._log.pause_requested(lease):
+            if self._repository.pause_requested(lease):
                 self._save_checkpoint(lease, sweep)
-                if self._log.pause(lease, f"The job was paused after {sweep.step} steps"):
+                if self._repository.pause(lease, f"The job was paused after {sweep.step} steps"):
                     return False
             self._one_step(lease, sweep)
         self._save_checkpoint(lease, sweep)
         return True
 
     def publish(self, lease: Lease[Job], sweep: Sweep) -> str:
-        """Score base and best intervention on the test split, publish, and end the job; `name@version`."""
-        job = self._log.get(lease.id)
+        """Score base and best intervention on the test split, publish, end the job, and return `name@version`."""
+        job = self._repository.get(lease.id)
         trainer = sweep.leader
         choices = [choice.model_dump() for choice in sweep.choices]
         if sweep.diverged:
-            self._log.event(
+            self._repository.event(
                 lease,
-                f"Training diverged at step {trainer.step}; published are the weights of step "
-                f"{(trainer.best or {})['step']}, the best before. A lower learning_rate may do better",
+                f"Training diverged at step {trainer.step}; the published weights are the best before it, of step "
+                f"{(trainer.best or {})['step']}. A lower learning_rate may help",
                 level="warn",
             )
         edits = trainer.best_edits()
@@ -166,7 +165,7 @@ class JobRunner:
             "base": trainer.evaluate(trainer.splits.test, []),
             "intervention": trainer.evaluate(trainer.splits.test, edits),
         }
-        self._log.event(lease, f"Test scores of base and intervention: {scores}", data={"test": scores})
+        self._repository.event(lease, f"Test scores of base and intervention: {scores}", data={"test": scores})
         results = self._store.files.put_result(
             job.owner,
             job.id,
@@ -182,7 +181,7 @@ class JobRunner:
                 "succeeded",
                 f"Published {published_id}",
                 fine_tuned_model=published_id,
-                # Of several trials, the one that was published; and still, which they were.
+                # The plan of the published trial, together with the sweep that it came from.
                 plan={**trainer.plan.model_dump(mode="json"), "sweep": job.plan["sweep"], "choices": choices},
                 trained_tokens=trainer.trained_tokens,
                 result_files=[results.id],
@@ -196,7 +195,7 @@ class JobRunner:
         return published.id
 
     def fail(self, lease: Lease[Job], cause: Exception) -> None:
-        """End the job with a reason; its last checkpoint stays for a retry."""
+        """End the job as failed with `cause`; its last checkpoint stays for a retry."""
         if not isinstance(cause, ServerError):
             logger.error("job %s failed", lease.id, exc_info=cause)
         error = {
@@ -204,10 +203,10 @@ class JobRunner:
             "message": str(cause) or type(cause).__name__,
             "param": getattr(cause, "param", None),
         }
-        self._log.end(lease, "failed", f"The job failed: {error['message']}", level="error", error=error)
+        self._repository.end(lease, "failed", f"The job failed: {error['message']}", level="error", error=error)
 
     def _run(self, lease: Lease[Job]) -> bool:
-        """Whether the job has succeeded."""
+        """Run the job, and return whether it succeeded."""
         try:
             sweep = self.begin(lease)
             while not sweep.has_ended:
@@ -216,8 +215,8 @@ class JobRunner:
             self.publish(lease, sweep)
             return True
         except Paused:
-            # A pause that has been withdrawn since does not happen.
-            return not self._log.pause(lease, "The job was paused while its data was prepared") and self._run(lease)
+            # If the pause was withdrawn in the meantime, the job runs.
+            return not self._repository.pause(lease, "The job was paused during data preparation") and self._run(lease)
         except (LeaseLost, *DATABASE_ERRORS):
             raise
         except Exception as cause:
@@ -241,7 +240,7 @@ class JobRunner:
         if trials > 1:
             data["trials"] = trials
         data |= scores
-        self._log.progress(
+        self._repository.progress(
             lease,
             f"Step {metrics.step}/{sweep.total_steps}: training loss {metrics.loss:.4f}",
             data,
@@ -249,7 +248,7 @@ class JobRunner:
         )
 
     def _trainers(self, lease: Lease[Job], job: Job, plan: Plan, splits: Splits) -> list[Trainer]:
-        """One for each trial, on the caches of the job before if they hold for this one."""
+        """Make a trainer for each trial, on the previous job's caches if they are valid for this job."""
         data = dataset_hash(list(self._data(job).values()))
         caches = self._caches
         if caches is None or not caches.is_valid_for(data, cache_sites(plan).values()):
@@ -257,7 +256,7 @@ class JobRunner:
             caches = self._caches = ActivationCaches(self._packed, arena, data=data)
 
         def poll() -> None:
-            if self._log.pause_requested(lease):
+            if self._repository.pause_requested(lease):
                 raise Paused
 
         return make_trainers(caches, splits, plan, seed=job.seed, poll=poll)
@@ -269,15 +268,15 @@ class JobRunner:
             self._base.fingerprint.require(BaseFingerprint(**job.base))
         except FingerprintMismatch as cause:
             raise Conflict(
-                f"the job was made for another base than {self._base.name!r} now is: {cause}",
+                f"the job was made for another base than the current {self._base.name!r}: {cause}",
                 param="model",
                 code=cause.code,
             ) from cause
 
     def _data(self, job: Job) -> dict[str, Path]:
-        """The job's copies of its data sets, made now if it has none.
+        """Return the job's copies of its data sets, and make missing ones.
 
-        Raises NotFound when there is no copy and the uploaded file has gone.
+        Raises NotFound when a copy is missing and the uploaded file is deleted.
         """
         copies = {}
         for name, file_id in (("training", job.training_file), ("validation", job.validation_file)):
@@ -298,9 +297,9 @@ class JobRunner:
         encoded = [encode(self._base.tokenizer, example) for example in read_examples(path)]
         fitting = [example for example in encoded if example.length <= plan.max_length]
         if len(fitting) < len(encoded):
-            self._log.event(
+            self._repository.event(
                 lease,
-                f"{path.stem}: left out {len(encoded) - len(fitting)} of {len(encoded)} examples, longer than "
+                f"{path.stem}: left out {len(encoded) - len(fitting)} of {len(encoded)} examples that are longer than "
                 f"max_length, {plan.max_length} tokens",
                 level="warn",
             )
@@ -354,7 +353,7 @@ class JobRunner:
         )
 
     def _steps(self, job_id: str) -> list[dict[str, Any]]:
-        """What was measured at each step; of one that was done again after a crash, the last time."""
+        """Return the metrics of each step; a step that was repeated after a crash has those of the last time."""
         by_step = {e.data["step"]: e.data for e in reversed(self._all_events(job_id)) if e.data and "step" in e.data}
         return [by_step[step] for step in sorted(by_step)]
 
@@ -366,11 +365,11 @@ class JobRunner:
         return buffer.getvalue().encode()
 
     def _all_events(self, job_id: str) -> Sequence[Any]:
-        return self._log.events(job_id, before=None, limit=10**9)
+        return self._repository.events(job_id, before=None, limit=10**9)
 
 
 def _free_memory() -> None:
-    """Return the memory that trainers used now, not when the collector gets to it."""
+    """Return unused memory of past trainers to the operating system and the GPU's other processes."""
     trim_heap()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,6 +1,6 @@
-"""A plan: every decision of a training run, made before the job exists and kept with it.
+"""The plan holds every decision of a training run. It is made before the job exists and stored with it.
 
-`recipe.py` makes plans of what a user asked for; whoever trains reads nothing else.
+`recipe.py` makes the plan from the user's request; training reads the plan alone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from reftserve.interventions.positions import Positions
 
 
 class Variant(BaseModel):
-    """What a trial of a sweep changes in the plan; None leaves it."""
+    """The fields that a trial of a sweep changes in the plan; None keeps the plan's value."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -28,8 +28,8 @@ class Variant(BaseModel):
 class Plan(BaseModel):
     """Every decision of a training run.
 
-    max_length: tokens of prompt and completion together. sweep: the trials, when there are several.
-    early_stopping_epochs: epochs without a better validation loss; None: goes on to the end.
+    max_length: tokens of prompt and completion together. sweep: the trials, if there are several.
+    early_stopping_epochs: epochs without a better validation loss before the run ends; None: never.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -52,27 +52,27 @@ class Plan(BaseModel):
 
     @property
     def trials(self) -> list[Plan]:
-        """The plan of each trial; without a sweep it is the only one."""
+        """The plan of each trial; without a sweep there is one."""
         return [self.varied(variant) for variant in self.sweep or [Variant()]]
 
     def varied(self, variant: Variant) -> Plan:
-        """The plan of one trial."""
+        """Return the plan of one trial."""
         return self.model_copy(update={**variant.model_dump(exclude_none=True), "sweep": []})
 
     @property
     def edited(self) -> tuple[Positions, ...]:
-        """The positions, prefix and suffix apart where they have weights of their own."""
+        """The positions; untied prefix and suffix are two entries."""
         positions = Positions.parse(self.positions)
         return (positions,) if self.tied else tuple(positions.split())
 
     @property
     def edits_prefix(self) -> bool:
-        """Whether a prompt's first tokens are edited, so that nothing before its end is constant in all layers."""
+        """Whether the plan edits a prompt's first tokens, so that no part of the prompt is constant in all layers."""
         return any(positions.first or positions.prompt for positions in self.edited)
 
     @property
     def intervention(self) -> InterventionConfig:
-        """What is trained."""
+        """The configuration of the trained intervention."""
         return InterventionConfig(
             family=self.family,
             layers=tuple(self.layers),
@@ -83,5 +83,5 @@ class Plan(BaseModel):
         )
 
     def steps_per_epoch(self, examples: int) -> int:
-        """Optimizer steps that one pass over `examples` examples takes."""
+        """Return the optimizer steps of one pass over `examples` examples."""
         return math.ceil(examples / self.batch_size)

@@ -1,7 +1,7 @@
-"""From what a user asked for to a complete plan: every decision that was left open is made here.
+"""The recipe turns a user's request into a complete plan: it makes every decision that the request leaves open.
 
-Where a user names no hyperparameters, several candidates (`candidates.py`) are trained side by side in a sweep; where
-some are named, one run takes what is open from the first of them.
+Without hyperparameters in the request, the plan is a sweep over several candidates (`candidates.py`). With some given,
+the plan is a single run, and the first candidate fills in the rest. Training itself is in `trainer.py`.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ MAX_LENGTH = 1024
 
 
 def token_limit(method: Method | None, max_context: int) -> int:
-    """Tokens that an example may have. max_context: the base's.
+    """Return the longest allowed example, in tokens. max_context: the base's context length.
 
-    Raises InvalidRequest when the user asked for more than that.
+    Raises InvalidRequest when the request asks for more than the base's context.
     """
     hyper = _asked(method, None).hyper
     if hyper.max_length is None:
@@ -54,9 +54,9 @@ def make_plan(
     max_length: int,
     seed: int = 0,
 ) -> Plan:
-    """Resolve a job's `method` (and OpenAI's older `hyperparameters`) for data of this size.
+    """Make the plan for a job's `method` and OpenAI's older `hyperparameters`. max_length: tokens.
 
-    Raises InvalidRequest that names the field and what is right.
+    Raises InvalidRequest with the field's name and its valid values.
     """
     asked = _asked(method, legacy)
     reft, hyper = asked.reft, asked.hyper
@@ -95,7 +95,7 @@ def make_plan(
 
 @dataclass(frozen=True)
 class _Asked:
-    """What the user decided, in ReFT's terms. searches: whether candidates are tried for what was left open."""
+    """The user's decisions in ReFT's terms. searches: whether candidates are tried for the open decisions."""
 
     reft: ReftMethod
     hyper: ReftHyperparameters
@@ -132,9 +132,9 @@ def _asked(method: Method | None, legacy: SupervisedHyperparameters | None) -> _
 
 
 def variants(sweep: ReftSweep, base: BaseFingerprint, *, seed: int) -> list[Variant]:
-    """Up to `trials` different combinations; of more, and of ranges, random ones.
+    """Return at most `trials` combinations of the sweep's values, drawn at random from a larger grid or from ranges.
 
-    Raises InvalidRequest that names the field and what is right.
+    Raises InvalidRequest with the field's name and its valid values.
     """
     for rank in sweep.rank or ():
         _check_rank(rank, base, "sweep.rank")
@@ -161,7 +161,7 @@ def variants(sweep: ReftSweep, base: BaseFingerprint, *, seed: int) -> list[Vari
     lists = {field: values for field, values in given.items() if values}
     grid = [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
     draw.shuffle(grid)
-    if ranges:  # every trial draws its own numbers, so combinations may come again
+    if ranges:  # every trial draws its own numbers, so a combination may repeat
         grid = [grid[number % len(grid)] for number in range(sweep.trials)]
     return [
         Variant(**change, **{field: _drawn(draw, asked) for field, asked in ranges.items()})

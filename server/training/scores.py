@@ -1,4 +1,4 @@
-"""Scores of completions, teacher-forced: from the logits of their tokens, examples one after another."""
+"""Teacher-forced scores of completions, computed from the logits of their tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.nn import functional
 
 @dataclass
 class Score:
-    """What was found of each example, from which the means are taken. losses: sums over an example's tokens."""
+    """Losses and token counts of each example, [examples], and hits. losses: sums over an example's tokens."""
 
     losses: list[float] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
@@ -23,7 +23,7 @@ class Score:
     exact: int = 0
 
     def add(self, logits: Tensor, labels: Tensor, counts: Sequence[int]) -> None:
-        """Count examples of so many completion tokens. logits: [targets, vocabulary]. labels: [targets]."""
+        """Add examples. counts: completion tokens of each. logits: [targets, vocabulary]. labels: [targets]."""
         right = logits.argmax(dim=-1) == labels
         each = functional.cross_entropy(logits.float(), labels, reduction="none")
         self.losses += torch.stack([part.sum() for part in torch.split(each, list(counts))]).tolist()
@@ -32,15 +32,15 @@ class Score:
         self.exact += sum(bool(part.all()) for part in torch.split(right, list(counts)))
 
     def reordered(self, order: Sequence[int]) -> Score:
-        """Return the same score with its examples in another order, given by their numbers now."""
+        """Return the same score with its examples in another order. order: their current indices."""
         losses, counts = [self.losses[number] for number in order], [self.counts[number] for number in order]
         return Score(losses, counts, self.correct, self.exact)
 
     def means(self) -> dict[str, float]:
-        """Loss a token and its standard error, token_accuracy, exact_match: the share of wholly greedy completions.
+        """Return the loss per token, its standard error, token_accuracy, and exact_match (share of greedy completions).
 
-        The loss is a ratio of sums over examples; its error is that of the ratio estimator, linearised (Cochran 1977,
-        2.11). Of a single example it is 0: nothing is known of it.
+        The loss is a ratio of sums over examples; its error is that of the linearised ratio estimator (Cochran 1977,
+        2.11). With a single example the error is unknown and given as 0.
         """
         tokens, examples = sum(self.counts), len(self.counts)
         loss = math.fsum(self.losses) / tokens
@@ -56,10 +56,10 @@ class Score:
 def paired_difference(
     one: NDArray[np.float64], other: NDArray[np.float64], tokens: NDArray[np.int64]
 ) -> tuple[float, float | None]:
-    """Return one's loss a token minus the other's, and the standard error of the difference.
+    """Return the difference in loss per token, `one` minus `other`, and its standard error.
 
-    Paired: `one`, `other` and `tokens` are of the same examples in one order, [examples]; losses are sums over an
-    example's tokens. The error is that of `Score.means`; None with a single example, of which nothing is known.
+    one, other: losses of the same examples in the same order, summed over an example's tokens. tokens: their counts.
+    All are [examples]. The error is that of `Score.means`; None with a single example, where it is unknown.
     """
     differences = one - other
     total = int(tokens.sum())

@@ -1,13 +1,12 @@
-"""The trials of one job, side by side: of several, half is dropped again and again, and the last one is published.
+"""A sweep trains the trials of one job side by side, drops the worse half several times, and publishes the last one.
 
-Successive halving (Jamieson and Talwalkar 2016): with n trials the halves are dropped after 1/n, 2/n, 4/n ... of the
-steps, but not before the learning rate has risen, by their rank in `choice.py`; all n together cost about as much as
-1 + log2(n) / 2 of them alone. Trials of one cache share their forward passes. A job without a sweep is a sweep of one
-trial. A trial that diverges takes no more steps; the best weights that it had may still win.
+Successive halving (Jamieson and Talwalkar 2016): with n trials, the sweep drops half of them after 1/n, 2/n, 4/n ...
+of the steps, but not before the warm-up ends. All n together cost about as much as 1 + log2(n) / 2 of them alone.
+Trials on one cache share their forward passes. A job without a sweep is a sweep of one trial. A diverged trial takes
+no more steps; its best weights may still win.
 
-Trials are ranked by the lowest validation loss that each has reached, but those within one standard error are equals,
-of which the cheapest comes first. So a processor's rounding decides neither which trials are dropped nor which one is
-published. `choices` records why.
+`choice.py` ranks the trials, so that a processor's rounding decides neither which trials are dropped nor which one is
+published. `choices` records the reasons.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from reftserve.server.training.trainer import StepMetrics, Trainer, advance
 
 @dataclass
 class Trial:
-    """One trainer, by its number in the plan. diverged: its newest weights or losses are no numbers any more."""
+    """One trainer with its number in the plan. diverged: its newest weights or losses are not finite."""
 
     number: int
     trainer: Trainer
@@ -39,19 +38,19 @@ class Trial:
 
     @property
     def best_loss(self) -> float:
-        """The validation loss of its best weights; infinite while there are none, or none that is a number."""
+        """The validation loss of the best weights; infinite if there are none or their loss is not finite."""
         loss = (self.trainer.best or {}).get("loss", math.inf)
         return loss if math.isfinite(loss) else math.inf
 
     @property
     def contender(self) -> Contender:
-        """Return the lowest losses and the cost by which the trial is ranked, once it has been validated."""
+        """The lowest losses and the cost that rank the trial, once it has been validated."""
         plan, parameters = self.trainer.plan, self.trainer.intervention.num_parameters
         return Contender(self.number, np.array(self.trainer.lowest_losses), Cost.of(plan.edited, parameters))
 
     @property
     def row(self) -> dict[str, Any]:
-        """What the table of the sweep says of it; its scores are those of its best weights, by which it is ranked."""
+        """The trial's row in the sweep's table, with the scores of its best weights."""
         plan, best = self.trainer.plan, dict(self.trainer.best or {})
         varied = {name: getattr(plan, name) for name in ("layers", "positions", "rank", "learning_rate", "dropout")}
         row = {"trial": self.number, **varied, "steps": self.trainer.step, "best_step": best.pop("step", None)}
@@ -62,7 +61,7 @@ class Trial:
 class Sweep:
     """Trials that take their steps together.
 
-    patience: epochs without a better validation loss of the leader, after which the job ends; None goes on to the end.
+    patience: epochs without a better validation loss of any running trial before the job ends; None: never.
     Raises ValueError when the trials differ in their number of steps.
     """
 
@@ -80,29 +79,27 @@ class Sweep:
 
     @property
     def running(self) -> list[Trial]:
-        """Trials that take steps."""
+        """The trials that still take steps."""
         return [trial for trial in self._trials if not trial.diverged]
 
     @property
     def diverged(self) -> bool:
-        """Whether the trial that leads has diverged."""
+        """Whether the leading trial has diverged."""
         return self._leading.diverged
 
     @property
     def step(self) -> int:
-        """Steps that have been done."""
+        """The number of finished steps."""
         return max(trial.trainer.step for trial in self._trials)
 
     @property
     def leader(self) -> Trainer:
-        """The trial, not dropped, that ranks first so far, or simply the first."""
+        """The trainer of the trial that ranks first so far; before any validation, of the first trial."""
         return self._leading.trainer
 
     @property
     def has_ended(self) -> bool:
-        """Whether there is nothing left to do: all steps are done, no trial has become better for long, or no
-        trial is left that takes any.
-        """
+        """Whether all steps are done, the patience with all trials is spent, or every trial has diverged."""
         if self.step >= self.total_steps or not self.running:
             return True
         waited = self.step - max(trial.trainer.lowest_step for trial in self.running)
@@ -110,7 +107,7 @@ class Sweep:
 
     @property
     def remaining_steps(self) -> int:
-        """Steps that are left, of all trials together, halvings considered."""
+        """The steps that all trials together still have to take, with the halvings to come."""
         left, trials, step = 0, len(self.running), self.step
         for stop in [*sorted(rung for rung in self._rungs if rung > step), self.total_steps]:
             left += trials * (stop - step)
@@ -119,25 +116,25 @@ class Sweep:
 
     @property
     def validates(self) -> bool:
-        """Whether the trials are to be validated after the last step."""
+        """Whether a validation is due after the last step."""
         return self.step % self.steps_per_epoch == 0 or self.step in self._rungs
 
     @property
     def table(self) -> list[dict[str, Any]]:
-        """All trials: the leader, what is left beside it, and those that were dropped, the latest first."""
+        """The rows of all trials: the kept ones by rank, then the dropped ones, latest first."""
         return [*(trial.row for trial in self._ranked), *reversed(self._dropped)]
 
     @property
     def choices(self) -> list[Choice]:
-        """Return why trials were ranked as they were: each time that some were dropped, and now if several are left."""
+        """The reasons for each ranking: one for each halving, and one for now if several trials are left."""
         left = self._contenders(self._trials)
         now = [explain(left, self._tokens, step=self.step, kept=1)] if len(left) > 1 else []
         return [*self._choices, *now]
 
     def advance(self) -> StepMetrics:
-        """One optimizer step of every running trial; what the one of them did that ranks first.
+        """Do one optimizer step of every running trial, and return the metrics of the first in rank.
 
-        Raises NonFiniteError when the last trial diverges and has had no weights that were validated.
+        Raises NonFiniteError when the last trial diverges without validated weights.
         """
         running, leading = self.running, self._first_of(self.running)
         found: dict[int, StepMetrics] = {}
@@ -152,9 +149,9 @@ class Sweep:
         return found[leading.number]
 
     def validate(self) -> dict[str, float]:
-        """Validate the running trials, and drop the half that ranks last when it is time; the scores of the first.
+        """Validate the running trials, drop the last half if it is due, and return the scores of the first in rank.
 
-        Raises NonFiniteError when the last trial diverges and has had no weights that were validated.
+        Raises NonFiniteError when the last trial diverges without validated weights.
         """
         scores: dict[int, dict[str, float]] = {}
         for trial in self.running:
@@ -178,7 +175,7 @@ class Sweep:
         (folder / "sweep.json").write_text(json.dumps(meta))
 
     def load(self, folder: Path) -> None:
-        """Go on from a checkpoint of the same trials."""
+        """Resume from a checkpoint of the same trials."""
         meta: dict[str, Any] = json.loads((folder / "sweep.json").read_text())
         diverged = {trial["number"]: trial["diverged"] for trial in meta["trials"]}
         self._trials = [trial for trial in self._trials if trial.number in diverged]
@@ -190,7 +187,7 @@ class Sweep:
 
     @property
     def _ranked(self) -> list[Trial]:
-        """The trials in their rank; those without validated weights come last."""
+        """The trials by rank; those without validated weights come last."""
         by_number = {trial.number: trial for trial in self._trials}
         ranked = [by_number[each.number] for each in rank(self._contenders(self._trials), self._tokens)]
         return ranked + [trial for trial in self._trials if trial not in ranked]
@@ -200,7 +197,7 @@ class Sweep:
         return self._first_of(self._trials)
 
     def _first_of(self, trials: Sequence[Trial]) -> Trial:
-        """Return the trial that ranks first of at least one."""
+        """Return the trial that ranks first. trials: at least one."""
         contenders = self._contenders(trials)
         if not contenders:
             return trials[0]
@@ -211,9 +208,9 @@ class Sweep:
         return [trial.contender for trial in trials if math.isfinite(trial.best_loss)]
 
     def _drop(self, kept: int) -> None:
-        """Keep so many trials, the first in rank, and record why.
+        """Keep the first `kept` running trials by rank, and record the reason.
 
-        A trial that has diverged costs no steps and takes nobody's place; of several the first in rank may still win.
+        The first diverged trial stays too: it costs no steps and may still win.
         """
         ranked = self._ranked
         self._choices.append(explain(self._contenders(ranked), self._tokens, step=self.step, kept=kept))
@@ -223,7 +220,7 @@ class Sweep:
         self._trials = sorted(staying, key=lambda trial: trial.number)
 
     def _stop(self, trial: Trial, cause: NonFiniteError) -> None:
-        """No more steps of a trial that has diverged; without weights that were validated it is dropped."""
+        """Stop a diverged trial, and drop it if it has no validated weights."""
         trial.diverged = True
         if trial.trainer.best is not None:
             return
@@ -236,18 +233,18 @@ class Sweep:
 def make_trainers(
     caches: ActivationCaches, splits: Splits, plan: Plan, *, seed: int, poll: Callable[[], object] = lambda: None
 ) -> list[Trainer]:
-    """One for each trial of the plan; poll: called while their caches are filled; may raise.
+    """Make a trainer for each trial of the plan. poll: called while the caches are filled; it may raise.
 
-    Trials share a cache, but those that edit no prefix keep theirs from those that do.
+    Suffix-only trials share one cache, and trials that edit the prefix share another.
     """
     shared = {alike: caches.get(*places) for alike, places in cache_sites(plan).items()}
-    for _, cache in sorted(shared.items()):  # cheap ones have first choice of room
+    for _, cache in sorted(shared.items()):  # suffix-only trials get room first
         cache.fill([*splits.train, *splits.validation], poll=poll)
     return [Trainer(shared[trial.edits_prefix], splits, trial, seed=seed) for trial in plan.trials]
 
 
 def cache_sites(plan: Plan) -> dict[bool, tuple[int, frozenset[Positions]]]:
-    """Of the trials that edit no prefix, and those that do: the lowest edited layer, and all positions."""
+    """Map "edits the prefix" to the lowest edited layer and all positions of the trials of which that is true."""
     found = {}
     for edits_prefix in {trial.edits_prefix for trial in plan.trials}:
         alike = [trial for trial in plan.trials if trial.edits_prefix is edits_prefix]
@@ -257,7 +254,7 @@ def cache_sites(plan: Plan) -> dict[bool, tuple[int, frozenset[Positions]]]:
 
 
 def rungs(total_steps: int, trials: int, *, first: int = 0) -> dict[int, int]:
-    """After which steps how many trials are kept, none before `first`: halvings that would come earlier come then."""
+    """Map each halving's step to the number of trials that it keeps. Halvings due before step `first` wait for it."""
     halvings = math.ceil(math.log2(trials))
     steps = (max(1, first, total_steps >> (halvings - number)) for number in range(halvings))
     return {step: math.ceil(trials / 2 ** (number + 1)) for number, step in enumerate(steps)}

@@ -1,14 +1,14 @@
-"""The trainer: one intervention, one frozen base, optimizer steps that can stop and go on exactly where they were.
+"""The trainer trains one intervention on one frozen base. It can stop after any step and resume bit for bit.
 
-Everything that a step depends on follows from the plan, the seed and the number of the step (order of the examples,
-learning rate, dropout), so a checkpoint is the weights, the optimizer's moments and the best weights so far.
+The plan, the seed and the step's number determine the order of the examples, the learning rate and the dropout. So a
+checkpoint holds only the weights, the optimizer's moments and the best weights so far.
 
-Best by validation loss, but of states whose losses are within the newest one's standard error the newest: by then the
-learning rate has fallen. On labels, where the loss of a fine model rises again as it becomes sure of its errors, the
-lowest loss alone took early weights with fewer right answers (docs/decisions.md).
+The best weights are those of the lowest validation loss, or newer ones whose loss is within their standard error of it:
+by then the learning rate has fallen. On labels, the loss of a good model rises again as it becomes sure of its errors;
+there the lowest loss alone selected early weights with fewer right answers (docs/decisions.md).
 
-`advance` takes several trainers of one cache a step further in the same forward passes: the rows of a pass belong to
-different trainers, each one's edits touch only its own, so no gradient reaches another.
+`advance` does one step of several trainers of one cache in shared forward passes. Each row of a pass belongs to one
+trainer, and each trainer's edits touch only its own rows, so gradients never mix.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from reftserve.server.training.spans import Batch, VarlenRows
 from reftserve.server.training.varlen import RowEdit
 
 BUCKET_BATCHES = 16
-MAX_ROWS = 2048  # of one pass with gradients, which keeps every layer's activations
+MAX_ROWS = 2048  # per pass: a pass with gradients keeps the activations of every layer
 
 Place = tuple[int, Positions, Callable[[Tensor], Tensor]]
 
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """What one optimizer step did. tokens: completion tokens that it learned from."""
+    """The metrics of one optimizer step. tokens: the completion tokens that it trained on."""
 
     step: int
     loss: float
@@ -52,9 +52,9 @@ class StepMetrics:
 
 
 class Trainer:
-    """AdamW on the intervention's parameters, gradients clipped; the base never changes.
+    """AdamW on the intervention's parameters, with clipped gradients; the base never changes.
 
-    Raises ValueError when the cache does not hold for the plan's layers and positions.
+    Raises ValueError when the cache is not valid for the plan's layers and positions.
     """
 
     def __init__(self, cache: ActivationCache, splits: Splits, plan: Plan, *, seed: int) -> None:
@@ -74,7 +74,7 @@ class Trainer:
         self.trained_tokens = 0
         self.best: dict[str, float] | None = None
         self.lowest_loss, self.lowest_step = math.inf, 0
-        self.lowest_losses: list[float] = []  # then, of each validation example, summed over its tokens
+        self.lowest_losses: list[float] = []  # at lowest_step: per validation example, summed over its tokens
         self._best_state: dict[str, Tensor] = {}
 
     def advance(self) -> StepMetrics:
@@ -82,19 +82,19 @@ class Trainer:
         return advance([self])[0]
 
     def places(self) -> list[Place]:
-        """What the step edits where: layer, positions, and what is added to the rows there, which has gradients."""
+        """Return the step's edits: layer, positions, and the function from rows to their delta, with gradients."""
         return [
             (layer, positions, self._delta(number, family))
             for number, (layer, positions, family) in enumerate(self.intervention.placed())
         ]
 
     def batch(self) -> list[EncodedExample]:
-        """The examples of the next step."""
+        """Return the examples of the next step."""
         epoch, index = divmod(self.step, self.steps_per_epoch)
         return [self.splits.train[i] for i in self._epoch_batches(epoch)[index]]
 
     def update(self, loss: float, tokens: int) -> StepMetrics:
-        """Take the optimizer's step with the gradients that are there."""
+        """Apply the accumulated gradients and return the step's metrics."""
         learning_rate = self._learning_rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -107,13 +107,13 @@ class Trainer:
 
     @property
     def warmup_steps(self) -> int:
-        """Steps in which the learning rate rises."""
+        """The number of steps in which the learning rate rises."""
         return math.ceil(self.plan.warmup_ratio * self.total_steps)
 
     def validate(self) -> dict[str, float]:
-        """Score the validation split, and remember the weights unless older ones are clearly better.
+        """Score the validation split, and keep the weights unless older ones are better by more than the error.
 
-        Raises NonFiniteError when weights or loss are no finite numbers.
+        Raises NonFiniteError when weights or loss are not finite.
         """
         found = self.score(self.splits.validation, self.intervention.lower())
         score = found.means()
@@ -127,7 +127,7 @@ class Trainer:
         return score
 
     def best_edits(self) -> tuple[PlacedEdit, ...]:
-        """The edits of the best weights, on the CPU."""
+        """Return the edits of the best weights, on the CPU."""
         current = {name: tensor.clone() for name, tensor in self.intervention.state_dict().items()}
         self.intervention.load_state_dict(self._best_state)
         edits = self.intervention.lower()
@@ -135,7 +135,7 @@ class Trainer:
         return tuple(PlacedEdit(e.layer, e.positions, e.edit.to(torch.device("cpu"))) for e in edits)
 
     def evaluate(self, examples: Sequence[EncodedExample], edits: Sequence[PlacedEdit]) -> dict[str, float]:
-        """Score examples with edits; without any, that is the base."""
+        """Return the mean scores of examples with edits; without edits, the base's."""
         return self.score(examples, edits).means()
 
     @torch.no_grad()
@@ -148,17 +148,17 @@ class Trainer:
             logits = self.cache.logits(rows, _row_edits(rows, [places]))
             score.add(logits, rows.labels, [span.targets for span in rows.scored])
             order += [span.example for span in rows.scored]
-        # Passes put examples in an order of their own, which differs between trials; pairs of losses need one order.
+        # Passes order the examples differently in each trial; paired losses need one order.
         numbers = {example: number for number, example in enumerate(order)}
         return score.reordered([numbers[example] for example in examples])
 
     def save(self, folder: Path, name: str = "state") -> None:
-        """Write a checkpoint into an existing folder: two files of this name."""
+        """Write a checkpoint into an existing folder: `name`.safetensors and `name`.json."""
         tensors = {f"intervention.{key}": t for key, t in self.intervention.state_dict().items()}
         tensors |= {f"best.{key}": t for key, t in self._best_state.items()}
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{key}": t for key, t in state.items()}
-        # Not save_file: to it a full disk is no OSError.
+        # save_file raises no OSError on a full disk.
         state_bytes = save({key: t.detach().cpu().contiguous() for key, t in tensors.items()})
         (folder / f"{name}.safetensors").write_bytes(state_bytes)
         meta = {
@@ -171,7 +171,7 @@ class Trainer:
         (folder / f"{name}.json").write_text(json.dumps(meta))
 
     def load(self, folder: Path, name: str = "state") -> None:
-        """Go on from a checkpoint of the same plan, seed and data."""
+        """Resume from a checkpoint of the same plan, seed and data."""
         tensors = load_file(folder / f"{name}.safetensors", device=str(self.cache.packed.device))
         self.intervention.load_state_dict(_below("intervention.", tensors))
         self._best_state = _below("best.", tensors)
@@ -179,7 +179,7 @@ class Trainer:
         state: dict[int, dict[str, Tensor]] = {}
         for key, tensor in _below("optimizer.", tensors).items():
             index, moment = key.split(".", 1)
-            if tensor.dim():  # fused AdamW walks a parameter and its moments in the order of memory
+            if tensor.dim():  # fused AdamW needs the moments in the parameter's memory layout
                 tensor = torch.empty_like(parameters[int(index)]).copy_(tensor)
             state.setdefault(int(index), {})[moment] = tensor
         whole = self.optimizer.state_dict()
@@ -187,17 +187,16 @@ class Trainer:
         meta: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
         self.step, self.trained_tokens, self.best = meta["step"], meta["trained_tokens"], meta["best"]
         self.lowest_loss, self.lowest_step = meta["lowest"]
-        # A checkpoint of an older version has neither these losses nor their weights: the best weights stand in.
+        # A checkpoint of an older version has no such losses; those of the best weights replace them.
         self.lowest_losses = meta["lowest_losses"] if "lowest_losses" in meta else self._losses_of_best()
 
     def _losses_of_best(self) -> list[float]:
         return self.score(self.splits.validation, self.best_edits()).losses if self.best is not None else []
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
-        """Weight decay for all but orthonormal matrices.
+        """Return the optimizer's groups: weight decay for all parameters except orthonormal matrices.
 
-        For them it has no meaning: their parameter's diagonal holds the columns' signs, and decay would shrink
-        the columns.
+        Their parameter's diagonal holds the signs of the columns, and decay would shrink the columns.
         """
         named = list(self.intervention.named_parameters())
         decayed = [parameter for name, parameter in named if "parametrizations" not in name]
@@ -206,7 +205,7 @@ class Trainer:
         return [{"params": params, "weight_decay": decay} for params, decay in groups if params]
 
     def _learning_rate(self, step: int) -> float:
-        """Linear warm-up from 0 to the plan's rate, then linear decay to 0, as transformers' and pyreft's trainers."""
+        """Return the rate of a step: linear warm-up from 0, then linear decay to 0, as in transformers and pyreft."""
         warmup = self.warmup_steps
         rising, falling = step / max(1, warmup), (self.total_steps - step) / max(1, self.total_steps - warmup)
         return self.plan.learning_rate * (rising if step < warmup else falling)
@@ -217,14 +216,14 @@ class Trainer:
             if not self.plan.dropout:
                 return family(hidden) - hidden
             with torch.random.fork_rng(devices=[]):
-                # Seeded for each module: the same in whatever pass; hash of ints is the same in every process.
+                # A seed per module makes dropout independent of the pass; hash of ints is equal in every process.
                 torch.manual_seed(hash((self.seed, self.step, number)))
                 return family(hidden) - hidden
 
         return delta
 
     def _epoch_batches(self, epoch: int) -> list[list[int]]:
-        """The epoch's batches: random, but of examples of like length, so that little is padding."""
+        """Return the epoch's batches, as indices: random, but of examples of similar length, for little padding."""
         rng = random.Random(self.seed * 1_000_003 + epoch)  # noqa: S311 - an order, not a secret
         order = list(range(len(self.splits.train)))
         rng.shuffle(order)
@@ -238,7 +237,7 @@ class Trainer:
 
 
 def advance(trainers: Sequence[Trainer]) -> list[StepMetrics]:
-    """One optimizer step of each trainer, all of one cache, in passes that they share."""
+    """Do one optimizer step of each trainer in shared passes. trainers: all of one cache."""
     cache = trainers[0].cache
     batches = [Batch(t.batch(), t.plan.edited, at_random=t.plan.dropout > 0) for t in trainers]
     places = [trainer.places() for trainer in trainers]
@@ -251,10 +250,10 @@ def advance(trainers: Sequence[Trainer]) -> list[StepMetrics]:
         logits = cache.logits(rows, _row_edits(rows, places))
         each = functional.cross_entropy(logits.float(), rows.labels, reduction="none")
         counts = [span.targets for span in rows.scored]
-        # A trainer's loss is the mean over all its tokens of the step, whatever the passes.
+        # A trainer's loss is the mean over all its tokens of the step, however they are split into passes.
         shares = torch.tensor([1 / tokens[span.batch] for span in rows.scored], device=each.device)
         weighted = each * shares.repeat_interleave(torch.tensor(counts, device=each.device))
-        if weighted.requires_grad:  # not where all prompts of the pass are too short for the positions
+        if weighted.requires_grad:  # false if all prompts of the pass are too short for the positions
             weighted.sum().backward()  # type: ignore[no-untyped-call]
         sums = torch.stack([part.sum() for part in torch.split(weighted.detach(), counts)]).tolist()
         for span, loss in zip(rows.scored, sums, strict=True):
@@ -263,7 +262,7 @@ def advance(trainers: Sequence[Trainer]) -> list[StepMetrics]:
 
 
 def _row_edits(rows: VarlenRows, places: Sequence[Sequence[Place]]) -> dict[int, list[RowEdit]]:
-    """What a pass adds where. places: of each batch."""
+    """Return the edits of a pass by layer. places: those of each batch."""
     touched: defaultdict[tuple[int, Positions], list[Tensor]] = defaultdict(list)
     for span, offset in zip(rows.spans, rows.offsets, strict=True):
         for positions in {positions for _, positions, _ in places[span.batch]}:

@@ -1,7 +1,7 @@
-"""The forward pass of training: a frozen base over packed rows (`spans.py`), nothing padded but inside attention,
-and on the CPU not there either where prefixes are kept.
+"""The forward pass of training runs the frozen base over packed rows (`spans.py`).
 
-The layers up to the lowest edited one are constant, so a pass may begin with the kept output of that layer.
+Only attention pads rows, and on the CPU not even attention does if prefixes are kept. The layers up to the lowest
+edited one are constant, so a pass may begin with the kept output of that layer.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from reftserve.server.training.varlen_attention import Prefixes, Seen, SpanAtten
 
 @dataclass(frozen=True)
 class RowEdit:
-    """What is added to rows [edited] of a layer's output: `delta` of those rows, [edited, hidden]."""
+    """An edit of a layer's output: `delta`, a function of the rows [edited, hidden], is added to rows [edited]."""
 
     rows: Tensor
     delta: Callable[[Tensor], Tensor]
 
 
 class VarlenModel:
-    """A frozen base whose forward passes run over packed rows. Takes the model over: its attention is replaced.
+    """A frozen base whose forward passes run over packed rows. It replaces the attention of the model it is given.
 
-    kernels: which of the CPU's kernels compute, in float32; torch computes the rest.
+    kernels: the CPU kernels to use, in float32; torch computes the rest.
     """
 
     def __init__(self, model: PreTrainedModel, *, kernels: KernelChoice = ALL_KERNELS) -> None:
@@ -59,7 +59,7 @@ class VarlenModel:
         prefixes: Prefixes | None = None,
         begin: tuple[int, Tensor] | None = None,
     ) -> Tensor:
-        """Logits [targets, vocabulary]. begin: a layer and its kept output [rows, hidden]; the pass starts there."""
+        """Return logits [targets, vocabulary]. begin: a layer and its kept output [rows, hidden] to start from."""
         with ExitStack() as stack:
             if begin is not None:
                 layer, hidden = begin
@@ -76,9 +76,9 @@ class VarlenModel:
 
     @torch.no_grad()
     def constants(self, rows: VarlenRows, layer: int, seen: Seen, *, above: bool) -> Tensor:
-        """The base's output of a layer, [rows, hidden]; `seen` is told the keys and values of the layers above it.
+        """Return the base's output of a layer, [rows, hidden], and give `seen` the keys and values of layers above it.
 
-        above: whether anyone wants those.
+        above: whether to compute the layers above.
         """
         found: list[Tensor] = []
 
@@ -109,7 +109,7 @@ class VarlenModel:
 
     @contextmanager
     def _replaced(self, numbers: Sequence[int], output: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """These layers compute `output` of their input instead; hooks on them run as ever."""
+        """Make these layers compute `output` of their input instead. Their hooks still run."""
         for number in numbers:
             self.layers[number].forward = lambda hidden_states, *_, **__: output(hidden_states)
         try:
@@ -120,7 +120,7 @@ class VarlenModel:
 
 
 def _add(edits: Sequence[RowEdit], hidden: Tensor) -> Tensor:
-    """Edit hidden [1, rows, hidden] out of place, so that gradients flow; every edit reads the unedited rows."""
+    """Edit hidden [1, rows, hidden] out of place, for gradients. Every edit reads the unedited rows."""
     rows = edited = hidden[0]
     for edit in edits:
         edited = edited.index_add(0, edit.rows, edit.delta(rows[edit.rows]).to(hidden.dtype))

@@ -1,8 +1,8 @@
-"""The training worker: a process of its own that takes jobs, one after the other, and carries them to their end.
+"""The training worker is a separate process that takes jobs and runs them one after the other (`job_runner.py`).
 
-Started by the server (`python -m reftserve.server.training.worker`: standard input has the settings in its first line
-and the weights that the engine lends in its second, both as JSON; when it ends the server has gone and so does the
-worker), or apart from it by `reftserve worker`, as often as there is work for: leases decide who runs what.
+The server starts it as `python -m reftserve.server.training.worker`. The first line of standard input holds the
+settings and the second the weights that the engine lends, both as JSON; the end of standard input means that the
+server has ended, and ends the worker. `reftserve worker` starts further workers anywhere; leases assign the jobs.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ EXIT_S = 5.0
 
 
 def main() -> None:
-    """Entry point of the supervised process."""
+    """Run the supervised process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which ends this process
     settings = Settings.model_validate_json(sys.stdin.readline())
     lent = msgspec.json.decode(sys.stdin.readline(), type=list[LentTensor])
@@ -56,9 +56,9 @@ def main() -> None:
 
 
 def run(settings: Settings, lent: Sequence[LentTensor] = ()) -> NoReturn:
-    """Work until the process is ended; on SIGTERM and Ctrl-C the job in hand is free at once for another worker.
+    """Work until the process ends; SIGTERM and Ctrl-C free the current job at once for another worker.
 
-    lent: weights of an engine on the same GPU (`cuda_weights.py`), which must live as long.
+    lent: weights of an engine on the same GPU (`cuda_weights.py`), which must outlive the worker.
     Raises NotFound when there is no base model.
     """
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
@@ -80,8 +80,8 @@ def run(settings: Settings, lent: Sequence[LentTensor] = ()) -> NoReturn:
             try:
                 work(runs, files, leases)
             except DATABASE_ERRORS as cause:
-                # As text: a record that keeps the exception keeps the trainer with it.
-                logger.warning("the database is lost; again in %.0f s: %s", LOST_S, str(cause))
+                # Logged as text: a log record that holds the exception would hold the trainer's memory too.
+                logger.warning("the database is lost; retrying in %.0f s: %s", LOST_S, str(cause))
             runs.forget()
             trim_heap()
             time.sleep(LOST_S)
@@ -92,7 +92,7 @@ def run(settings: Settings, lent: Sequence[LentTensor] = ()) -> NoReturn:
 def open_job_runner(
     settings: Settings, store: Store, base: Base, leases: Leases[Job], lent: Sequence[LentTensor] = ()
 ) -> tuple[JobRunner, JobFiles]:
-    """What a worker works with, the base's weights included."""
+    """Load the base, and return the worker's job runner and job files."""
     device = resolve_device(settings.device)
     kernels = kernel_choice(settings.cpu_kernels, settings.weights_folder)
     model = load_base(
@@ -130,9 +130,9 @@ def open_job_runner(
 
 
 def work(runs: JobRunner, files: JobFiles, leases: Leases[Job]) -> NoReturn:
-    """Take jobs as they come, and carry each as far as it goes.
+    """Take and run jobs forever.
 
-    Raises what is in `DATABASE_ERRORS` when the database was lost; called again, it first gives up what it had in hand.
+    Raises one of `DATABASE_ERRORS` when the database is lost; the next call first releases this process's leases.
     """
     leases.release(in_order=False)
     swept_at = -SWEEP_S
@@ -157,8 +157,8 @@ def _beat(settings: Settings, leases: Leases[Job]) -> NoReturn:
             leases.renew()
             file.touch()
         except (SQLAlchemyError, StorageFull, OSError):
-            # The next beat tries again; if none comes through in time, the lease is lost, and the run notices.
-            logger.exception("no sign of life could be given")
+            # The next beat retries. If none succeeds in time, the lease is lost, and the run ends at its next write.
+            logger.exception("the worker could not renew its leases")
         time.sleep(pause_s)
 
 
@@ -171,7 +171,7 @@ def _exit_with_parent() -> NoReturn:
         pass
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(EXIT_S)
-    # In the middle of something long. The lease runs out, and the job goes on from its last checkpoint.
+    # A long operation blocks the exit. The lease expires, and another worker resumes from the last checkpoint.
     os._exit(0)
 
 

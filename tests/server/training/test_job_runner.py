@@ -294,7 +294,7 @@ def test_a_job_that_diverges_publishes_its_best_weights_and_says_so(
     place.worker().work()
     assert place.job(job_id).status == "succeeded"
     warning = next(event for event in place.repository.events(job_id, before=None, limit=99) if event.level == "warn")
-    assert "diverged at step 8; published are the weights of step 5" in warning.message
+    assert "diverged at step 8; the published weights are the best before it, of step 5" in warning.message
     steps = [
         event for event in place.repository.events(job_id, before=None, limit=99) if event.data and "step" in event.data
     ]
