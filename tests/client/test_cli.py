@@ -1,4 +1,4 @@
-"""The command line as a user types it, against a running server."""
+"""The command line against a running server."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_files_train_jobs_and_interventions(run, tmp_path: Path) -> None:  # typ
     assert "deleted" in run("files", "delete", file["id"])
 
 
-def test_errors_are_one_line_and_the_exit_code_says_so(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_an_error_is_one_line_with_a_nonzero_exit_code(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     unknown = run("chat", "hi", "--model", "nothing-like-it", code=1)
     assert unknown.startswith("error: ")
     assert "'nothing-like-it'" in unknown
@@ -91,7 +91,7 @@ def test_errors_are_one_line_and_the_exit_code_says_so(run, tmp_path: Path) -> N
         (["files", "list"], "http://127.0.0.1:9", "error: no answer from the server at http://127.0.0.1:9"),
     ],
 )
-def test_a_wrong_path_or_url_is_one_line(words: list[str], url: str, expected: str, tmp_path: Path) -> None:
+def test_a_wrong_path_or_url_gives_a_one_line_error(words: list[str], url: str, expected: str, tmp_path: Path) -> None:
     environment = {**os.environ, "REFTSERVE_URL": url}
     done = subprocess.run(
         [str(REFTSERVE), *words], capture_output=True, text=True, env=environment, cwd=tmp_path, check=False
@@ -108,7 +108,7 @@ def test_a_wrong_path_or_url_is_one_line(words: list[str], url: str, expected: s
         (TimeoutError("run r is still queued after 3 seconds"), "error: run r is still queued after 3 seconds\n"),
     ],
 )
-def test_a_failure_of_the_system_is_one_line(
+def test_a_system_failure_gives_a_one_line_error(
     cause: OSError, expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*_: object) -> None:
@@ -121,7 +121,7 @@ def test_a_failure_of_the_system_is_one_line(
     assert capsys.readouterr().err == expected
 
 
-def test_doctor_names_what_is_in_the_way(run, tiny_llama_folder: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_doctor_names_every_problem(run, tiny_llama_folder: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     good = run("doctor", "--model", str(tiny_llama_folder), "--data", str(tmp_path), "--port", "0")
     assert "base model: tiny-llama" in good
     bad = subprocess.run(
@@ -134,7 +134,7 @@ def test_doctor_names_what_is_in_the_way(run, tiny_llama_folder: Path, tmp_path:
     assert "wrong base model" in bad.stdout
 
 
-def test_without_the_server_extra_serve_says_how_to_get_it(tmp_path: Path) -> None:
+def test_without_the_server_extra_serve_explains_the_installation(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\nfor name in ('torch', 'transformers', 'fastapi', 'pydantic_settings', 'sqlalchemy'):\n"
         "    sys.modules[name] = None\n"

@@ -1,4 +1,4 @@
-"""The Python client against a running server, blocking and asynchronous."""
+"""The blocking and the asynchronous Python client against a running server."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_interventions_are_named_as_model_or_composed(client: Client, trained: s
 
 
 @pytest.mark.parametrize("kind", ["prompt", "messages"])
-def test_a_stream_says_what_the_whole_answer_says(client: Client, kind: str) -> None:
+def test_a_stream_has_the_text_of_the_whole_answer(client: Client, kind: str) -> None:
     whole = (client.generate if kind == "prompt" else client.chat)("the fox", max_tokens=12, temperature=0)
     arguments = {"prompt": "the fox"} if kind == "prompt" else {"messages": "the fox"}
     with client.stream(**arguments, max_tokens=12, temperature=0) as pieces:  # type: ignore[arg-type]
@@ -60,7 +60,7 @@ def test_a_stream_says_what_the_whole_answer_says(client: Client, kind: str) -> 
         client.stream("a", messages="b")
 
 
-def test_a_path_is_uploaded_and_trained_and_the_job_tells_all(client: Client, tmp_path: Path) -> None:
+def test_a_path_is_uploaded_and_trained_and_the_job_reports_its_progress(client: Client, tmp_path: Path) -> None:
     path = tmp_path / "greetings.jsonl"
     path.write_bytes(chat_lines(24))
     job = client.train(path, name="from-path", seed=1, metadata={"who": "test"}, **QUICK)  # type: ignore[arg-type]
@@ -83,7 +83,7 @@ def test_a_path_is_uploaded_and_trained_and_the_job_tells_all(client: Client, tm
     again.wait(timeout_s=120)
 
 
-def test_a_data_set_can_be_looked_at_before_anything_is_trained(client: Client, tmp_path: Path) -> None:
+def test_a_data_set_can_be_inspected_before_training(client: Client, tmp_path: Path) -> None:
     path = tmp_path / "greetings.jsonl"
     path.write_bytes(chat_lines(24))
     jobs = [job.id for job in client.jobs.list()]
@@ -96,7 +96,7 @@ def test_a_data_set_can_be_looked_at_before_anything_is_trained(client: Client, 
         client.check_data(client.files.upload(chat_lines(9)))
 
 
-def test_a_cancelled_job_raises_when_waited_for(client: Client) -> None:
+def test_waiting_for_a_cancelled_job_raises(client: Client) -> None:
     file = client.files.upload(chat_lines(24), filename="bytes.jsonl")
     job = client.train(file, name="never", n_epochs=1000, batch_size=1, layers=[1], rank=1)
     with pytest.raises(TimeoutError, match="goes on"):
@@ -107,7 +107,7 @@ def test_a_cancelled_job_raises_when_waited_for(client: Client) -> None:
     assert job.status == "cancelled"
 
 
-def test_a_job_rests_goes_on_and_is_tried_again(client: Client) -> None:
+def test_a_job_is_paused_resumed_and_retried(client: Client) -> None:
     file = client.files.upload(chat_lines(24), filename="bytes.jsonl")
     job = client.train(file, name="restless", n_epochs=1000, batch_size=1, layers=[1], rank=1)
     job.pause()
@@ -122,9 +122,7 @@ def test_a_job_rests_goes_on_and_is_tried_again(client: Client) -> None:
         job.pause()
 
 
-def test_an_intervention_goes_out_and_comes_back_under_another_name(
-    client: Client, trained: str, tmp_path: Path
-) -> None:
+def test_a_downloaded_intervention_uploads_under_another_name(client: Client, trained: str, tmp_path: Path) -> None:
     folder = client.interventions.download("greeter", tmp_path / "greeter")
     assert sorted(path.name for path in folder.iterdir()) == ["edits.safetensors", "history.json", "manifest.json"]
     copy = client.interventions.upload("copy", folder)
@@ -145,7 +143,7 @@ def test_an_intervention_goes_out_and_comes_back_under_another_name(
     assert "copy" not in [row.name for row in client.interventions.list()]
 
 
-def test_errors_say_what_the_server_said(client: Client) -> None:
+def test_errors_carry_the_servers_message(client: Client) -> None:
     with pytest.raises(NotFound, match="no-such") as not_found:
         client.chat("hi", model="no-such")
     assert (not_found.value.status, not_found.value.code, not_found.value.param) == (404, "model_not_found", "model")
@@ -185,7 +183,7 @@ def test_the_asynchronous_client_does_the_same(server: RunningServer, client: Cl
     asyncio.run(use())
 
 
-def test_the_manifest_says_where_an_intervention_comes_from(client: Client, trained: str) -> None:
+def test_the_manifest_records_an_interventions_provenance(client: Client, trained: str) -> None:
     version = client.interventions.version("greeter")
     provenance = version.manifest["provenance"]
     assert {"dataset_hash", "hyperparameters", "losses", "scores", "seconds", "seed", "code_version"} <= set(provenance)

@@ -1,4 +1,4 @@
-"""Curves in text, by what is seen of them."""
+"""Curves drawn as text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from reftserve.client.curve import MARK, draw
 
 
 def plotted(lines: list[str]) -> list[str]:
-    """The characters inside the frame."""
+    """Return the characters inside the frame."""
     return [line.rstrip()[:-1].replace("┤", "│").split("│", 1)[1] for line in lines if line.rstrip().endswith("│")]
 
 
@@ -41,18 +41,18 @@ def test_the_scale_is_written_at_its_ends_and_the_width_is_kept(width: int) -> N
     assert [len(line) for line in lines] == [width] * 7
 
 
-def test_a_jump_is_drawn_joined() -> None:
+def test_a_jump_is_drawn_as_a_connected_line() -> None:
     plot = plotted(draw({0: 0.0, 1: 8.0, 2: 8.0}, {}, width=20, height=9))
     assert all(any(map(is_line, row)) for row in plot)
 
 
-def test_many_values_in_a_column_show_as_their_mean() -> None:
+def test_several_values_in_one_column_are_drawn_as_their_mean() -> None:
     noisy = {step: 1.0 if step % 2 else -1.0 for step in range(4000)}
     plot = plotted(draw(noisy, {0: 1.0, 1: -1.0}, width=29, height=8))
     assert {index for index, row in enumerate(plot) if any(map(is_line, row))} == {2}
 
 
-def test_marks_stand_where_their_values_are() -> None:
+def test_marks_are_drawn_at_their_values() -> None:
     plot = plotted(draw({0: 0.0, 10: 0.0}, {0: 1.0, 10: 0.5}, width=20, height=8))
     assert plot[0][0] == MARK
     assert plot[2][-1] == MARK
@@ -64,13 +64,13 @@ def test_one_value_and_equal_values_are_drawn_too() -> None:
         assert "".join(plotted(draw(line, marks, width=20, height=6))).strip()
 
 
-def test_without_values_or_room_nothing_is_drawn() -> None:
+def test_without_values_or_space_nothing_is_drawn() -> None:
     assert draw({}, {}, width=40, height=8) == []
     assert draw({1: 1.0, 2: 2.0}, {}, width=80, height=1) == []
     assert draw({1: 1.0, 2: 2.0}, {}, width=1, height=8) == []
 
 
-def test_the_command_line_starts_without_the_library_that_draws_and_drawing_needs_no_numpy() -> None:
+def test_the_command_line_starts_without_the_plotting_library_and_plots_without_numpy() -> None:
     code = "import sys, reftserve.client.cli; assert 'plotext' not in sys.modules\n"
     code += "from reftserve.client.curve import draw; draw({1: 1.0}, {}, 40, 8); assert 'numpy' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,4 +1,4 @@
-"""Classification and evals by the Python client and the command line, against a running server."""
+"""Classification and evals with the Python client and the command line, against a running server."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_base_and_interventions_are_compared(client: Client, trained: str, data:
     assert client.evals.delete(made.id).deleted
 
 
-def test_a_run_that_is_cancelled_says_so_to_who_waits(client: Client, data: Path) -> None:
+def test_waiting_for_a_cancelled_run_raises(client: Client, data: Path) -> None:
     made = client.evals.create(data, ["exact_match"])
     blocking = client.evals.run(made.id, max_tokens=100)
     run = client.evals.run(made.id)
@@ -123,6 +123,6 @@ def test_the_command_line_prints_base_and_interventions_side_by_side(
     ]
 
 
-def test_the_command_line_says_what_is_wrong(server: RunningServer, data: Path) -> None:
+def test_the_command_line_reports_the_error(server: RunningServer, data: Path) -> None:
     assert "takes no argument" in evaluated(server, "eval", str(data), "--criterion", "f1=yes", code=2)
     assert "unclosed group" in evaluated(server, "eval", str(data), "--criterion", "regex=(a", code=1)

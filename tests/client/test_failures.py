@@ -1,4 +1,4 @@
-"""What the client does when a server is busy, gone, or breaks off: against a server that misbehaves on purpose."""
+"""The client against a server that is busy, unreachable, or breaks connections on purpose."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from reftserve.client import Client, ConnectionFailed, Overloaded, ReftServeErro
 
 
 class Misbehaving:
-    """Answers each request with the next of the given answers; counts them."""
+    """A server that gives each request the next prepared answer, and counts requests."""
 
     def __init__(self, *answers: Response) -> None:
         self.answers = list(answers)
@@ -68,7 +68,7 @@ def broken(*chunks: bytes) -> Response:
 
 
 @pytest.mark.parametrize("status", [429, 503])
-def test_busy_and_unavailable_are_tried_again(status: int) -> None:
+def test_busy_and_unavailable_servers_are_retried(status: int) -> None:
     server = Misbehaving(error(status), error(status), MODELS)
     with serving(server) as client:
         assert client.models.list()[0].id == "base"
@@ -90,14 +90,14 @@ def test_retries_end_and_retry_after_is_honoured() -> None:
 
 
 @pytest.mark.parametrize("status", [400, 404, 409, 413, 500, 507])
-def test_what_another_attempt_cannot_mend_is_not_tried_again(status: int) -> None:
+def test_permanent_errors_are_not_retried(status: int) -> None:
     server = Misbehaving(error(status))
     with serving(server) as client, pytest.raises(ReftServeError):
         client.models.list()
     assert len(server.requests) == 1
 
 
-def test_a_broken_connection_is_tried_again_only_where_twice_does_what_once_does() -> None:
+def test_a_broken_connection_is_retried_only_for_idempotent_requests() -> None:
     server = Misbehaving(broken(b"x"), MODELS)
     with serving(server) as client:
         assert client.models.list()[0].id == "base"
@@ -113,7 +113,7 @@ def chunk(text: str) -> bytes:
     return f"data: {body}\n\n".encode()
 
 
-def test_a_stream_that_fails_on_the_way_keeps_what_came_before() -> None:
+def test_a_stream_that_breaks_keeps_the_pieces_before() -> None:
     failure = b'data: {"error": {"message": "engine died", "type": "server_error", "param": null, "code": "x"}}\n\n'
     for answer, expected in (
         (StreamingResponse(iter([chunk("one"), failure]), media_type="text/event-stream"), StreamFailed),
@@ -174,7 +174,7 @@ def test_a_local_file_wins_over_an_id_and_only_hexadecimal_is_an_id(
     assert server.requests == []
 
 
-def test_an_answer_that_is_no_error_object_is_still_told() -> None:
+def test_an_error_without_an_error_object_is_still_reported() -> None:
     with (
         serving(Misbehaving(PlainTextResponse("a proxy's page", 502))) as client,
         pytest.raises(ReftServeError, match="HTTP 502: a proxy's page"),

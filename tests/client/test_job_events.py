@@ -1,4 +1,4 @@
-"""A job's events in the clients: each once and in order, whatever happens to the server meanwhile."""
+"""A job's events reach the clients once and in order, also across failures of the server."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def asynchronous(url: str, job_id: str, seen: Callable[[FineTuningEvent], None])
 
 
 @pytest.mark.parametrize("watch", [blocking, asynchronous])
-def test_events_go_on_where_they_were_when_the_server_restarts(api: JobsApi, watch: Watch) -> None:
+def test_events_resume_after_a_server_restart(api: JobsApi, watch: Watch) -> None:
     job_id = api.add_job()
     api.add_events(job_id, *(step(number) for number in range(1, 4)))
     steps: list[int] = []
@@ -67,7 +67,7 @@ def test_events_go_on_where_they_were_when_the_server_restarts(api: JobsApi, wat
 
 
 @pytest.mark.parametrize("is_busy", [False, True])
-def test_a_time_limit_ends_the_watching_and_not_the_job(api: JobsApi, *, is_busy: bool) -> None:
+def test_a_time_limit_ends_the_watching_not_the_job(api: JobsApi, *, is_busy: bool) -> None:
     job_id = api.add_job()
 
     def watch() -> None:
@@ -82,7 +82,7 @@ def test_a_time_limit_ends_the_watching_and_not_the_job(api: JobsApi, *, is_busy
     assert 0.5 < time.monotonic() - began < 3
 
 
-def test_a_server_that_does_not_come_back_is_given_up(api: JobsApi, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_watching_fails_if_the_server_stays_down(api: JobsApi, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retries, "RECONNECT_S", 0.5)
     with Client(api.url) as client:
         events = client.jobs.get(api.add_job()).events()
@@ -93,7 +93,7 @@ def test_a_server_that_does_not_come_back_is_given_up(api: JobsApi, monkeypatch:
     api.start()
 
 
-def test_waiting_shows_losses_speed_and_time_to_go_and_raises_when_the_job_fails(
+def test_waiting_shows_losses_speed_and_remaining_time_and_raises_on_failure(
     api: JobsApi, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
@@ -114,7 +114,7 @@ def free_port() -> str:
         return str(taken.getsockname()[1])
 
 
-def test_the_events_of_a_training_job_outlive_kill_9_of_its_server(tiny_llama_folder: Path, tmp_path: Path) -> None:
+def test_the_events_of_a_training_job_survive_kill_9_of_its_server(tiny_llama_folder: Path, tmp_path: Path) -> None:
     flags = ("--port", free_port())
     server = RunningServer(tiny_llama_folder, tmp_path, *flags).wait_until_ready()
     try:

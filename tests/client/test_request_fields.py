@@ -1,4 +1,4 @@
-"""What every request model keeps to: null is "not given", and no string holds half a surrogate pair."""
+"""The rules of every request model: null means "not given", and no string holds half a surrogate pair."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HALF = "\ud800"
 HELLO = {"role": "user", "content": "hello"}
 FORMAT: dict[str, Any] = {"schema": {"type": "object"}}
 
-# The least that each model takes. A model that is missing here fails the first test.
+# The smallest valid body of each model. The first test fails if a model is missing here.
 LEAST: dict[type[Request], dict[str, Any]] = {
     generation.TextPart: {"type": "text", "text": "a"},
     generation.ChatMessage: HELLO,
@@ -83,7 +83,7 @@ def optional_fields() -> list[Any]:
 
 
 def broken_fields() -> list[Any]:
-    """Each field that takes strings, lists of strings or free objects, with half a surrogate pair in it."""
+    """Return half a surrogate pair for each field of strings, lists of strings or free objects."""
     found = []
     for kind in LEAST:
         for field, schema in schema_of(kind)["properties"].items():
@@ -118,7 +118,7 @@ def test_null_is_the_default(kind: type[Request], field: str) -> None:
 
 
 @pytest.mark.parametrize("kind", LEAST, ids=lambda kind: kind.__name__)
-def test_a_required_field_that_is_null_is_missing(kind: type[Request]) -> None:
+def test_a_null_required_field_counts_as_missing(kind: type[Request]) -> None:
     for field in schema_of(kind).get("required", []):
         with pytest.raises(ValidationError) as refused:
             kind.model_validate({**LEAST[kind], field: None})
@@ -126,7 +126,7 @@ def test_a_required_field_that_is_null_is_missing(kind: type[Request]) -> None:
 
 
 @pytest.mark.parametrize("kind", LEAST, ids=lambda kind: kind.__name__)
-def test_an_unknown_field_is_ignored_when_it_says_nothing_and_refused_by_its_name_when_it_does(
+def test_an_unknown_field_is_ignored_if_empty_and_refused_by_name_otherwise(
     kind: type[Request],
 ) -> None:
     for nothing in (None, [], {}):
@@ -140,7 +140,7 @@ def test_an_unknown_field_is_ignored_when_it_says_nothing_and_refused_by_its_nam
 
 
 @pytest.mark.parametrize(("kind", "field", "value"), broken_fields())
-def test_half_a_surrogate_pair_is_refused_by_its_field(kind: type[Request], field: str, value: Any) -> None:
+def test_half_a_surrogate_pair_is_refused_with_its_field(kind: type[Request], field: str, value: Any) -> None:
     with pytest.raises(ValidationError) as refused:
         kind.model_validate({**LEAST[kind], field: value})
     error = refused.value.errors()[0]
@@ -148,7 +148,7 @@ def test_half_a_surrogate_pair_is_refused_by_its_field(kind: type[Request], fiel
     assert error["type"] in ("half_surrogate_pair", "string_unicode")
 
 
-def test_a_value_deeper_than_calls_can_go_is_looked_through() -> None:
+def test_a_value_nested_beyond_the_recursion_limit_is_checked() -> None:
     deep: Any = [HALF]
     for _ in range(100_000):
         deep = [deep]
@@ -164,17 +164,17 @@ def test_a_value_deeper_than_calls_can_go_is_looked_through() -> None:
         {"role": "assistant", "content": None, "refusal": None, "annotations": [], "audio": None, "tool_calls": []},
     ],
 )
-def test_an_assistant_that_said_nothing_has_an_empty_text(turn: dict[str, Any]) -> None:
+def test_an_assistant_message_without_content_has_an_empty_text(turn: dict[str, Any]) -> None:
     assert ChatMessage.model_validate(turn).text == ""
 
 
 @pytest.mark.parametrize("role", ["system", "developer", "user", "tool"])
-def test_nobody_else_may_leave_the_content_out(role: str) -> None:
+def test_only_an_assistant_may_omit_the_content(role: str) -> None:
     with pytest.raises(ValidationError, match="content"):
         ChatMessage.model_validate({"role": role, "content": None})
 
 
-def test_our_own_answer_goes_back_in_unchanged() -> None:
+def test_our_own_answer_is_accepted_as_input_unchanged() -> None:
     for text in ("", "hi"):
         turn = AssistantMessage(content=text).model_dump()
         assert ChatMessage.model_validate(turn) == ChatMessage(role="assistant", content=text)

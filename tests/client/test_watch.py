@@ -1,4 +1,4 @@
-"""`reftserve jobs watch`: a picture in a terminal, elsewhere a line for each event; Ctrl-C ends only the watching."""
+"""`reftserve jobs watch` draws in a terminal, prints a line per event elsewhere, and Ctrl-C ends only the watching."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def piped(api: JobsApi, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 class Terminal:
-    """A command in a terminal of 100 by 40; `shown` is everything it has written there."""
+    """A command in a terminal of 100 by 40 characters. shown: everything it has written there."""
 
     def __init__(self, *words: str) -> None:
         ours, theirs = pty.openpty()
@@ -63,7 +63,7 @@ class Terminal:
             stdout=theirs,
             stderr=theirs,
             env=environment,
-            # As a shell in a terminal does; where these tests run in the background it may be ignored.
+            # As a shell does; SIGINT may be ignored if these tests run in the background.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         os.close(theirs)
@@ -89,10 +89,10 @@ class Terminal:
                 while chunk := file.read(4096):
                     self.shown += chunk.decode(errors="replace")
             except OSError:
-                return  # Linux's way to say that the other side is closed
+                return  # on Linux: the other side is closed
 
 
-def test_in_a_terminal_it_draws_status_figures_and_the_curve_until_the_job_has_ended(api: JobsApi) -> None:
+def test_in_a_terminal_watch_draws_status_figures_and_curve_until_the_job_ends(api: JobsApi) -> None:
     job = trained(api, None)
     terminal = Terminal("--url", api.url, "jobs", "watch", job)
     terminal.wait_for("step 3/10")
@@ -107,7 +107,7 @@ def test_in_a_terminal_it_draws_status_figures_and_the_curve_until_the_job_has_e
     assert "Published tone@1" in terminal.shown
 
 
-def test_elsewhere_it_prints_a_line_for_each_event_then_the_job(api: JobsApi) -> None:
+def test_without_a_terminal_watch_prints_a_line_per_event_then_the_job(api: JobsApi) -> None:
     job = trained(api, "succeeded")
     lines = piped(api, "jobs", "watch", job).stdout.splitlines()
     assert lines[0].startswith("Created job")
@@ -131,7 +131,7 @@ def test_a_job_that_does_not_succeed_is_an_error(api: JobsApi) -> None:
     assert done.stderr.startswith("error: ")
 
 
-def test_ctrl_c_ends_the_watching_and_not_the_job(api: JobsApi) -> None:
+def test_ctrl_c_ends_the_watching_not_the_job(api: JobsApi) -> None:
     job = trained(api, None)
     terminal = Terminal("--url", api.url, "jobs", "watch", job)
     terminal.wait_for("step 3/10")
@@ -143,12 +143,12 @@ def test_ctrl_c_ends_the_watching_and_not_the_job(api: JobsApi) -> None:
 
 
 class Still:
-    """A job that nothing is asked of."""
+    """A job that makes no requests."""
 
     id, status, data = "ftjob-1", "running", SimpleNamespace(suffix="tone")
 
 
-def test_a_loss_that_is_no_number_is_shown_and_left_out_of_the_curve() -> None:
+def test_a_non_finite_loss_is_shown_and_left_out_of_the_curve() -> None:
     view = JobView(Still())  # type: ignore[arg-type]
     for number, loss in ((1, 1.0), (2, None), (3, 0.5)):
         metrics = {**step(number), "train_loss": loss}

@@ -1,4 +1,4 @@
-"""The images without a Docker daemon: linted, their wheel built from the copied files, their commands tried."""
+"""The images, checked without a Docker daemon: lint them, build the wheel from the copied files, run the commands."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def instructions(name: str, word: str) -> list[str]:
 
 @pytest.mark.parametrize("name", DOCKERFILES)
 def test_hadolint_finds_nothing(name: str) -> None:
-    # Pinned Debian versions vanish from the mirrors with each point release; the base image pins the release.
+    # Mirrors drop pinned Debian versions with each point release; the base image pins the release.
     command = [str(BIN / "hadolint"), "--ignore", "DL3008", str(ROOT / name)]
     found = subprocess.run(command, capture_output=True, text=True)
     assert (found.returncode, found.stdout) == (0, "")
@@ -50,7 +50,7 @@ def test_the_copied_files_build_a_wheel_with_every_module_and_kernel(name: str, 
 
 
 @pytest.mark.parametrize("name", DOCKERFILES)
-def test_what_is_installed_is_pinned_and_exists(name: str) -> None:
+def test_installed_packages_are_pinned_and_exist(name: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     install = next(line for line in instructions(name, "RUN") if "pip install" in line)
     assert "--constraint constraints.txt" in install, "as the Makefile does"
@@ -60,7 +60,7 @@ def test_what_is_installed_is_pinned_and_exists(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DOCKERFILES)
-def test_the_environment_is_of_settings_that_exist(name: str) -> None:
+def test_every_environment_variable_is_a_setting(name: str) -> None:
     from reftserve.server.settings import Settings
 
     for variable in re.findall(r"REFTSERVE_(\w+)=", (ROOT / name).read_text()):

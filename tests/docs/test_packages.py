@@ -1,4 +1,4 @@
-"""Every package's docstring lists its modules, so that a newcomer finds a file from the room's door."""
+"""Every package's docstring lists its modules, so that a newcomer can find a file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the pages name exists: files, commands, flags, settings, variables, endpoints, fields and codes."""
+"""Everything that the pages name exists: files, commands, flags, settings, variables, endpoints, fields and codes."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ READERS_OWN = {"reviews.jsonl"}
 SOURCES = ("server", "client", "interventions", "benchmarks", "examples", "tests", "docs", "docker")
 WIDE = {**os.environ, "COLUMNS": "400", "NO_COLOR": "1"}
 REFTSERVE = Path(sys.executable).parent / "reftserve"
-# Words that settings begin with, when they have several: a name of this kind is a setting or a field of the API.
+# First words of several settings: a name that begins with one is a setting or a field of the API.
 SETTING_PREFIXES = {name.split("_")[0] for name in Settings.model_fields if "_" in name}
 
 
 def quoted(page: str) -> list[str]:
-    """What stands in backticks, and each line of a block of code."""
+    """Return the texts in backticks, and each line of a code block."""
     text = (ROOT / page).read_text()
     blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines()]
@@ -35,14 +35,14 @@ def quoted(page: str) -> list[str]:
 
 @cache
 def files() -> list[str]:
-    """Every file of the repository's sources, from its root."""
+    """Return every source file, relative to the repository's root."""
     found = [path for folder in SOURCES for path in (ROOT / folder).rglob("*")]
     return [str(path.relative_to(ROOT)) for path in [*found, *ROOT.glob("*")] if "__pycache__" not in path.parts]
 
 
 @cache
 def source(*folders: str) -> str:
-    """The text of all Python files below the folders."""
+    """Return the text of all Python files in the folders."""
     return "\n".join(path.read_text() for folder in folders for path in sorted((ROOT / folder).rglob("*.py")))
 
 
@@ -54,7 +54,7 @@ def help_of(*command: str) -> str:
 
 
 def commands(page: str) -> list[list[str]]:
-    """The words of each `reftserve ...` line, without the prompt and the comment."""
+    """Return the words of each `reftserve ...` line, without the prompt and the comment."""
     lines = (line.removeprefix("$ ").split("#")[0].strip() for line in quoted(page))
     return [line.split()[1:] for line in lines if line.startswith("reftserve ")]
 
@@ -84,7 +84,7 @@ def test_every_command_line_has_a_command_and_flags_that_exist(page: str) -> Non
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_flag_is_one_of_a_command_or_of_a_script(page: str) -> None:
+def test_every_flag_belongs_to_a_command_or_a_script(page: str) -> None:
     known = "".join(help_of(command) for command in ("serve", "worker", "doctor", "chat", "train"))
     known += help_of() + source("benchmarks", "docs")
     for text in quoted(page):
@@ -118,7 +118,7 @@ def test_every_setting_and_variable_exists(page: str) -> None:
 
 @cache
 def kernels() -> str:
-    """The text of the C++ kernels, whose operations pages name."""
+    """Return the text of the C++ kernels, whose operations the pages name."""
     return "\n".join(
         path.read_text() for path in (ROOT / "server" / "base" / "cpu_kernels").iterdir() if path.is_file()
     )
@@ -155,7 +155,7 @@ def test_every_endpoint_of_the_reference_is_a_route_and_every_route_is_there() -
 
 def test_every_field_of_a_generation_request_is_in_the_reference() -> None:
     text = (ROOT / "docs" / "http.md").read_text()
-    unnamed = {"best_of", "suffix"}  # accepted at OpenAI's default only
+    unnamed = {"best_of", "suffix"}  # accepted only with OpenAI's default value
     for name in {**ChatCompletionRequest.model_fields, **CompletionRequest.model_fields}:
         assert name in unnamed or f"`{name}`" in text or f"`{name}." in text, name
 
@@ -166,7 +166,7 @@ def test_the_classification_of_the_reference_is_a_request() -> None:
     assert ClassifyRequest.model_validate(json.loads(body)).labels == ["good", "bad"]
 
 
-def test_every_code_of_an_error_is_one_that_the_server_gives() -> None:
+def test_every_error_code_on_a_page_is_one_that_the_server_gives() -> None:
     codes = set(re.findall(r'code="(\w+)"', source("server"))) | set(re.findall(r'code = "(\w+)"', source("server")))
     table = (ROOT / "docs" / "http.md").read_text().split("## Status codes")[1]
     named = set(re.findall(r"`([a-z]+(?:_[a-z]+)+)`", table)) - set(Settings.model_fields)

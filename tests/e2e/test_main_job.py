@@ -1,4 +1,4 @@
-"""What users do, on the real model: serve, upload, train, generate with and without, over HTTP and from the client."""
+"""A user's workflow on the real model: serve, upload, train, generate with and without, over HTTP and the client."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.real_model, pytest.mark.timeout(600)]
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 HELD_OUT = [json.loads(line)["messages"] for line in (EXAMPLES / "sentiment.heldout.jsonl").read_text().splitlines()]
-# Enough to tell; the demo trains the whole set for all of its epochs.
+# Enough for a difference; the demo trains on the whole set for all epochs.
 TRAINED_ON = 80
 
 
@@ -57,7 +57,9 @@ def test_an_intervention_trained_from_an_upload_answers_better(client: Client, s
     assert scores["intervention"]["loss"] < scores["base"]["loss"]
 
 
-def test_it_is_a_thousandth_of_a_percent_and_changes_nothing_for_others(client: Client, sentiment: str) -> None:
+def test_the_intervention_is_a_thousandth_of_a_percent_and_does_not_affect_other_requests(
+    client: Client, sentiment: str
+) -> None:
     version = client.interventions.version("sentiment")
     assert version.parameters < 134_515_008 / 1000
     question = HELD_OUT[0][0]["content"]
@@ -66,8 +68,10 @@ def test_it_is_a_thousandth_of_a_percent_and_changes_nothing_for_others(client: 
     assert answer(client, question) == before
 
 
-def test_the_server_says_what_attach_says(client: Client, sentiment: str, smollm2_folder: Path, tmp_path: Path) -> None:
-    """The reference: one request at a time, forward hooks on the plain model, float32."""
+def test_the_servers_answer_equals_that_of_attach(
+    client: Client, sentiment: str, smollm2_folder: Path, tmp_path: Path
+) -> None:
+    """The reference runs one request at a time, with forward hooks on the plain float32 model."""
     model = AutoModelForCausalLM.from_pretrained(smollm2_folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(smollm2_folder)
     edits = load_artifact(client.interventions.download("sentiment", tmp_path / "sentiment")).edits

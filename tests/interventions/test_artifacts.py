@@ -1,4 +1,4 @@
-"""Artifacts: what is saved comes back, what is not whole or not ours is refused, nothing is ever unpickled."""
+"""Artifacts load as saved; damaged or foreign ones are refused; nothing is ever unpickled."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def artifact(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("positions", ["f2+l2", "l1", "prompt", "all"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_what_is_saved_comes_back(tmp_path: Path, positions: str, *, tied: bool) -> None:
+def test_a_saved_artifact_loads_unchanged(tmp_path: Path, positions: str, *, tied: bool) -> None:
     folder = make(tmp_path / "a", positions, tied=tied)
     found = load_artifact(folder)
     expected = TrainableIntervention(InterventionConfig("loreft", (0, 3), positions, 2, tied), 8).lower()
@@ -78,15 +78,15 @@ def test_what_is_saved_comes_back(tmp_path: Path, positions: str, *, tied: bool)
     assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["edits.safetensors", "manifest.json"]
 
 
-def test_columns_are_those_of_all_edits_and_the_edits_are_views_of_them(artifact: Path) -> None:
+def test_columns_hold_all_edits_and_the_edits_are_views_of_them(artifact: Path) -> None:
     found = load_artifact(artifact)
     assert found.columns.content_hash == compose([placed.edit for placed in found.edits]).content_hash
     for placed in found.edits:
         assert placed.edit.A.untyped_storage().data_ptr() == found.columns.A.untyped_storage().data_ptr()
 
 
-def test_the_content_hash_of_what_was_published_never_changes(tmp_path: Path) -> None:
-    """Rows of the registry and artifacts elsewhere hold it: a new way of computing it must give the old one."""
+def test_the_content_hash_of_a_published_artifact_never_changes(tmp_path: Path) -> None:
+    """Registries and artifacts elsewhere store the hash, so new code must compute the old value."""
     edits = [
         PlacedEdit(
             layer,
@@ -112,7 +112,7 @@ def changed(tensors: dict[str, torch.Tensor], name: str, value: torch.Tensor) ->
 
 
 def with_shape(tensors: dict[str, torch.Tensor], name: str, shape: list[int]) -> bytes:
-    """A file whose header gives a tensor without numbers this shape."""
+    """Return a file whose header gives an empty tensor this shape."""
     saved = save({**tensors, name: torch.zeros(0)})
     size = int.from_bytes(saved[:8], "little")
     header = json.loads(saved[8 : 8 + size])
@@ -142,7 +142,7 @@ def with_shape(tensors: dict[str, torch.Tensor], name: str, shape: list[int]) ->
         (lambda t: pickle.dumps(t), ManifestError, "not a safetensors file"),
     ],
 )
-def test_edits_that_are_not_what_the_manifest_says_are_refused(
+def test_edits_that_contradict_the_manifest_are_refused(
     artifact: Path, change: Callable[[dict[str, torch.Tensor]], bytes], error: type[InterventionError], words: str
 ) -> None:
     tensors = load((artifact / "edits.safetensors").read_bytes())
@@ -165,7 +165,7 @@ def test_edits_that_are_not_what_the_manifest_says_are_refused(
         (("content_hash",), "0" * 64, HashMismatch),
     ],
 )
-def test_a_manifest_that_is_not_of_the_format_is_refused(
+def test_an_invalid_manifest_is_refused(
     artifact: Path, path: tuple[str | int, ...], value: object, error: type[InterventionError]
 ) -> None:
     manifest = json.loads((artifact / "manifest.json").read_bytes())
@@ -178,7 +178,7 @@ def test_a_manifest_that_is_not_of_the_format_is_refused(
 
 
 @given(data=st.data())
-def test_no_damaged_byte_gets_in_unnoticed(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def test_every_damaged_byte_is_detected(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     folder = tmp_path_factory.getbasetemp() / "damaged"
     if not folder.exists():
         make(folder)
@@ -199,12 +199,12 @@ def zipped(**members: bytes) -> bytes:
 
 
 def damaged(archive: bytes) -> bytes:
-    """Its first member's compressed bytes are no deflate stream any more."""
+    """Return the archive with an invalid deflate stream in its first member."""
     at = 30 + len("manifest.json")
     return archive[:at] + b"\xff" * 20 + archive[at + 20 :]
 
 
-def test_an_archive_of_anything_else_is_refused_and_nothing_is_written(artifact: Path, tmp_path: Path) -> None:
+def test_an_archive_with_other_files_is_refused_and_nothing_is_written(artifact: Path, tmp_path: Path) -> None:
     good = {name: (artifact / name).read_bytes() for name in ("manifest.json", "edits.safetensors")}
     target = tmp_path / "new" / "artifact"
     for data, words in [

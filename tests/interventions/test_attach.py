@@ -1,4 +1,4 @@
-"""attach(): edits on any Hugging Face decoder, found by structure. The engine's oracle, the trainer's forward pass."""
+"""attach() edits any Hugging Face decoder, found by structure. It is the oracle of engine and training."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def intervention(model: PreTrainedModel, positions: str = "f2+l2", **options: ob
     hidden = model.config.get_text_config().hidden_size
     made = TrainableIntervention(InterventionConfig("loreft", (0, 2), positions, rank=2, **options), hidden)  # type: ignore[arg-type]
     for name, parameter in made.named_parameters():
-        if "parametrizations" not in name:  # torch keeps signs there, which are no numbers to add to
+        if "parametrizations" not in name:  # torch keeps signs there, so nothing may be added
             parameter.data += 0.3 * torch.randn_like(parameter)
     return made
 
@@ -42,7 +42,7 @@ def ids() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_generate_with_a_cache_is_what_one_teacher_forced_pass_says(name: str, ids: torch.Tensor) -> None:
+def test_generate_with_a_cache_equals_one_teacher_forced_pass(name: str, ids: torch.Tensor) -> None:
     model = tiny_model(name)
     for positions in ("f2+l2", "l1", "prompt", "generated", "all"):
         edits = intervention(model, positions).lower()
@@ -92,7 +92,7 @@ def test_rows_of_a_padded_batch_are_edited_as_alone() -> None:
                 torch.testing.assert_close(together[row, : len(prompt)], model(prompt[None]).logits[0], **CLOSE)
 
 
-def test_two_interventions_at_one_place_read_the_same_unedited_state(ids: torch.Tensor) -> None:
+def test_two_interventions_at_one_layer_read_the_same_unedited_state(ids: torch.Tensor) -> None:
     model = tiny_llama()
     first, second = intervention(model).lower(), intervention(model, "l1").lower()
     with torch.no_grad(), attach(model, [*first, *second], 11):
@@ -130,9 +130,7 @@ def test_nothing_is_left_on_the_model_even_after_an_error(ids: torch.Tensor) -> 
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_a_fingerprint_depends_on_what_a_model_is_not_on_how_it_is_stored(
-    tiny_llama_folder: Path, tmp_path: Path
-) -> None:
+def test_a_fingerprint_depends_on_the_model_not_on_its_files(tiny_llama_folder: Path, tmp_path: Path) -> None:
     found = fingerprint(tiny_llama_folder)
     assert (found.architecture, found.hidden_size, found.num_layers) == ("LlamaForCausalLM", 32, 4)
     copy = tmp_path / "copy"

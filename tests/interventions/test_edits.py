@@ -1,4 +1,4 @@
-"""Edits: the canonical form, its composition, and every family lowering to it."""
+"""Edits: the canonical form, its composition, and the lowering of every family to it."""
 
 from __future__ import annotations
 
@@ -61,19 +61,19 @@ def test_a_composition_is_the_parallel_sum_of_its_members(ranks: list[int], seed
 
 
 @given(scale=st.floats(-10, 10), seed=seeds)
-def test_scale_multiplies_what_is_added_and_zero_adds_nothing(scale: float, seed: int) -> None:
+def test_scale_multiplies_the_delta_and_zero_adds_nothing(scale: float, seed: int) -> None:
     one, h = edit(3, 8, seed), rows(4, 8, seed)
     torch.testing.assert_close(one.scaled(scale).delta(h), scale * one.delta(h), atol=1e-4, rtol=1e-4)
     assert torch.equal(one.scaled(0).apply(h), h)
 
 
-def test_the_dtype_of_hidden_states_is_kept_and_the_edits_own_is_computed_in() -> None:
+def test_an_edit_computes_in_its_dtype_and_returns_that_of_the_hidden_states() -> None:
     one, h = edit(2, 8, 0), rows(3, 8, 1).bfloat16()
     assert one.apply(h).dtype == torch.bfloat16
     assert torch.equal(one.apply(h), one.apply(h.float()).bfloat16())
 
 
-def test_what_is_no_edit_is_refused_with_what_would_be() -> None:
+def test_an_invalid_edit_is_refused_with_the_expected_form() -> None:
     good = edit(2, 8, 0)
     fields = {"A": good.A, "b": good.b, "U": good.U, "act": good.act, "scale": good.scale}
     for name, wrong, error, words in [
@@ -95,7 +95,7 @@ def test_what_is_no_edit_is_refused_with_what_would_be() -> None:
         compose([good, edit(2, 9, 0)])
 
 
-def test_the_content_hash_is_equal_exactly_for_equal_edits() -> None:
+def test_content_hashes_are_equal_exactly_for_equal_edits() -> None:
     one = edit(2, 8, 0)
     assert one.content_hash == edit(2, 8, 0).content_hash
     others = [edit(2, 8, 1), one.scaled(2), edit(2, 8, 0, act=1), compose([one, one])]
@@ -108,7 +108,7 @@ def test_every_family_lowers_to_an_edit_with_the_same_effect(name: str, rank: in
     torch.manual_seed(seed)
     module = FAMILIES[name](8, rank, dropout=0.3).eval()
     for name_, parameter in module.named_parameters():
-        if "parametrizations" not in name_:  # torch keeps signs there, which are no numbers to add to
+        if "parametrizations" not in name_:  # torch keeps signs there, so nothing may be added
             parameter.data += 0.3 * torch.randn_like(parameter)
     h = rows(5, 8, seed)
     torch.testing.assert_close(module.lower().apply(h), module(h), **CLOSE)
@@ -127,14 +127,14 @@ def test_the_rows_of_R_are_orthonormal_after_optimizer_steps(name: str) -> None:
     torch.testing.assert_close(R @ R.T, torch.eye(4), **CLOSE)
 
 
-def test_dropout_is_in_training_only() -> None:
+def test_dropout_acts_in_training_only() -> None:
     module = FAMILIES["loreft"](16, 2, dropout=0.5)
     h = rows(20, 16, 0)
     assert (module(h) == 0).any()
     assert not (module.eval()(h) == 0).any()
 
 
-def test_untied_weights_are_two_edits_and_tied_ones_one() -> None:
+def test_untied_weights_are_two_edits_and_tied_weights_are_one() -> None:
     def places(positions: str, *, tied: bool) -> list[tuple[int, str]]:
         config = InterventionConfig("loreft", (1, 3), positions, rank=2, tied=tied)
         return [(placed.layer, str(placed.positions)) for placed in TrainableIntervention(config, 8).lower()]
@@ -144,7 +144,7 @@ def test_untied_weights_are_two_edits_and_tied_ones_one() -> None:
     assert places("prompt", tied=False) == places("prompt", tied=True)
 
 
-def test_the_seed_alone_decides_the_initial_weights() -> None:
+def test_the_seed_alone_determines_the_initial_weights() -> None:
     config = InterventionConfig("loreft", (0, 1), "l1", rank=2)
     hashes = [[p.edit.content_hash for p in TrainableIntervention(config, 8, seed=seed).lower()] for seed in (0, 0, 1)]
     assert hashes[0] == hashes[1] != hashes[2]

@@ -1,4 +1,4 @@
-"""The history of a training run: whole when it is short, evenly thinned when it is long, checked when it is read."""
+"""The history of a training run: complete if short, evenly thinned if long, checked on reading."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_short_run_is_kept_whole_in_six_digits() -> None:
 
 
 @pytest.mark.parametrize(("count", "epoch"), [(1001, 100), (5000, 500), (100_000, 10), (2000, 1), (3000, 2)])
-def test_a_long_run_is_thinned_evenly_and_scores_stay(count: int, epoch: int) -> None:
+def test_a_long_run_is_thinned_evenly_and_keeps_its_scores(count: int, epoch: int) -> None:
     history = History.of_steps(steps(count, epoch=epoch))
     assert 450 <= len(history.step) <= 1000
     assert (history.step[0], history.step[-1]) == (1, count)
@@ -46,7 +46,7 @@ def test_a_long_run_is_thinned_evenly_and_scores_stay(count: int, epoch: int) ->
     assert len(history.model_dump_json()) < 60_000
 
 
-def test_numbers_that_are_not_finite_are_unknown() -> None:
+def test_non_finite_numbers_become_unknown() -> None:
     history = History.of_steps([{"step": 1, "train_loss": float("nan"), "learning_rate": 0.1}])
     assert history.train_loss == [None]
     assert History.parse(history.model_dump_json().encode()) == history
@@ -66,13 +66,13 @@ def test_numbers_that_are_not_finite_are_unknown() -> None:
         ({"valid": {str(i): [None, None] for i in range(33)}}, "valid: .*32"),
     ],
 )
-def test_a_file_that_is_not_of_the_form_is_refused_by_what_is_wrong(change: dict[str, object], words: str) -> None:
+def test_an_invalid_history_file_is_refused_with_the_reason(change: dict[str, object], words: str) -> None:
     assert History.parse(json.dumps(COLUMNS).encode()).valid == {"loss": [None, 0.5]}
     with pytest.raises(ManifestError, match=words):
         History.parse(json.dumps({**COLUMNS, **change}).encode())
 
 
-def test_an_artifact_carries_its_history_and_does_without(tmp_path: Path) -> None:
+def test_an_artifact_may_have_a_history_or_none(tmp_path: Path) -> None:
     bare = make_artifact(tmp_path / "bare")
     assert load_history(bare) is None
     history = History.of_steps(steps(5, epoch=5))

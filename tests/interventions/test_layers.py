@@ -1,4 +1,4 @@
-"""edit_layer(): the one forward hook through which attach(), training and the engine edit a decoder layer."""
+"""edit_layer() is the forward hook with which attach(), training and the engine edit a decoder layer."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class WithWeights(nn.Module):
 HIDDEN = torch.zeros(1, 3, 2)
 
 
-def test_a_layer_gives_the_returned_states_until_the_handle_is_removed() -> None:
+def test_a_layer_outputs_the_returned_states_until_the_handle_is_removed() -> None:
     layer = Plain()
     with edit_layer(layer, lambda hidden: hidden * 5):
         assert torch.equal(layer(HIDDEN), HIDDEN + 5)
     assert torch.equal(layer(HIDDEN), HIDDEN + 1)
 
 
-def test_the_rest_of_a_tuple_is_kept() -> None:
+def test_the_other_elements_of_a_tuple_are_kept() -> None:
     layer = WithWeights()
     with edit_layer(layer, lambda hidden: hidden * 5):
         hidden, weights = layer(HIDDEN)
@@ -36,7 +36,7 @@ def test_the_rest_of_a_tuple_is_kept() -> None:
     assert weights == "attention weights"
 
 
-def test_without_returned_states_the_layer_gives_its_own_tensor_as_it_was_written_to() -> None:
+def test_without_returned_states_the_layer_outputs_its_own_modified_tensor() -> None:
     seen: list[Tensor] = []
 
     def write(hidden: Tensor) -> None:

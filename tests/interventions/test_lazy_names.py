@@ -1,4 +1,4 @@
-"""Names of the package load their modules when they are used, and mean the same whatever was loaded before."""
+"""The package's names load their modules on first use, and mean the same in any import order."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ except ManifestError as refused:
 """
 
 
-def test_what_the_http_process_needs_loads_no_torch() -> None:
+def test_the_names_that_the_http_process_uses_load_no_torch() -> None:
     ended = subprocess.run([sys.executable, "-c", TORCH_FREE], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     assert "not a readable zip file" in ended.stdout
 
 
-def test_every_public_name_is_there_after_all_modules_were_loaded() -> None:
+def test_every_public_name_exists_after_all_modules_are_loaded() -> None:
     for module in pkgutil.iter_modules(reftserve.interventions.__path__):
         importlib.import_module(f"reftserve.interventions.{module.name}")
     for name in reftserve.interventions.__all__:

@@ -1,4 +1,4 @@
-"""Householder's parametrization is torch's own in value and gradient; it is small, and begins where it is told to."""
+"""Householder equals torch's parametrization in value and gradient; it is small and begins at a given matrix."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from reftserve.interventions.families.orthonormal import Householder, orthonorma
 
 
 def torchs(hidden: int, rank: int, base: Tensor) -> nn.Module:
-    """torch's own parametrization, with the product of the reflections below base's diagonal as its fixed matrix."""
+    """Return torch's parametrization, with the product of the reflections below base's diagonal as its fixed matrix."""
     module = nn.utils.parametrizations.orthogonal(nn.Linear(hidden, rank, bias=False).double())
     factors = 2 / (1 + base.square().sum(dim=0))
     square = torch.cat([base, base.new_zeros(hidden, hidden - rank)], dim=1)
@@ -21,7 +21,7 @@ def torchs(hidden: int, rank: int, base: Tensor) -> nn.Module:
 
 
 @given(st.integers(1, 8), st.integers(1, 24), st.integers(0, 2**31), st.floats(0.0, 3.0))
-def test_value_and_gradient_are_torchs(rank: int, more: int, seed: int, spread: float) -> None:
+def test_value_and_gradient_equal_torchs(rank: int, more: int, seed: int, spread: float) -> None:
     hidden = rank + more
     torch.manual_seed(seed)
     found = orthonormal(hidden, rank).double()
@@ -42,7 +42,7 @@ def test_value_and_gradient_are_torchs(rank: int, more: int, seed: int, spread: 
 
 
 @given(st.integers(1, 8), st.integers(1, 24), st.integers(0, 2**31))
-def test_it_begins_at_the_matrix_that_it_is_given(rank: int, more: int, seed: int) -> None:
+def test_the_parametrization_begins_at_the_given_matrix(rank: int, more: int, seed: int) -> None:
     torch.manual_seed(seed)
     matrix = nn.init.orthogonal_(torch.empty(rank + more, rank))
     module = orthonormal(rank + more, rank)
@@ -52,7 +52,7 @@ def test_it_begins_at_the_matrix_that_it_is_given(rank: int, more: int, seed: in
     torch.testing.assert_close(module.weight, torch.eye(rank + more, rank), rtol=0, atol=0)
 
 
-def test_loaded_and_converted_it_is_the_matrix_that_was_saved() -> None:
+def test_the_saved_matrix_survives_loading_and_conversion() -> None:
     saved, other = orthonormal(9, 3), orthonormal(9, 3)
     assert not torch.equal(other.weight, saved.weight)
     other.load_state_dict(saved.state_dict())
@@ -61,17 +61,17 @@ def test_loaded_and_converted_it_is_the_matrix_that_was_saved() -> None:
     assert other.weight.dtype == torch.float64
 
 
-def test_nothing_that_it_keeps_is_larger_than_the_matrix() -> None:
+def test_no_saved_tensor_is_larger_than_the_matrix() -> None:
     assert {tuple(tensor.shape) for tensor in orthonormal(64, 4).state_dict().values()} == {(64, 4)}
 
 
-def test_the_gradient_is_that_of_the_value() -> None:
+def test_the_gradient_agrees_with_finite_differences() -> None:
     torch.manual_seed(0)
     module = orthonormal(7, 3).double()
     parametrization = module.parametrizations.weight[0]
     assert isinstance(parametrization, Householder)
     start = module.parametrizations.weight.original.detach()
-    below = torch.ones(7, 3).tril(-1).bool()  # the diagonal holds signs: nothing is learned through it
+    below = torch.ones(7, 3).tril(-1).bool()  # the diagonal holds signs and gets no gradient
 
     def value(numbers: torch.Tensor) -> torch.Tensor:
         return parametrization(start.masked_scatter(below, numbers))

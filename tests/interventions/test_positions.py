@@ -1,4 +1,4 @@
-"""Positions: the paper's notation, and which tokens it means."""
+"""Positions: the paper's notation and the tokens that it selects."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ anything = st.one_of(ends, st.sampled_from(["prompt", "generated", "all"]).map(P
         ("all", 3, 5, [0, 1, 2, 3, 4]),
     ],
 )
-def test_the_notation_means_these_tokens(text: str, n_prompt: int, length: int, expected: list[int]) -> None:
+def test_each_notation_selects_its_tokens(text: str, n_prompt: int, length: int, expected: list[int]) -> None:
     assert Positions.parse(text).indices(n_prompt, 0, length).tolist() == expected
 
 
 @given(positions=anything, n_prompt=prompts, extra=st.integers(0, 20), cuts=st.lists(st.integers(0, 60), max_size=5))
-def test_however_a_request_is_chunked_each_token_is_met_once(
+def test_each_token_is_selected_once_under_any_chunking(
     positions: Positions, n_prompt: int, extra: int, cuts: list[int]
 ) -> None:
     length = n_prompt + extra
@@ -48,7 +48,7 @@ def test_however_a_request_is_chunked_each_token_is_met_once(
 
 
 @given(positions=ends, n_prompt=prompts)
-def test_prefix_and_suffix_never_overlap_and_split_is_all_of_them(positions: Positions, n_prompt: int) -> None:
+def test_prefix_and_suffix_never_overlap_and_split_covers_both(positions: Positions, n_prompt: int) -> None:
     parts = [part.indices(n_prompt, 0, n_prompt).tolist() for part in positions.split()]
     assert [*itertools.chain(*parts)] == positions.indices(n_prompt, 0, n_prompt).tolist()
 
@@ -59,13 +59,13 @@ def test_l1_is_the_last_prompt_token_of_every_prompt(n_prompt: int) -> None:
 
 
 @given(positions=anything)
-def test_the_canonical_text_reads_back(positions: Positions) -> None:
+def test_the_canonical_text_parses_to_the_same_positions(positions: Positions) -> None:
     assert Positions.parse(str(positions)) == positions
 
 
 @pytest.mark.parametrize(
     "text", ["", "f", "l", "+l1", "f-1", "f1+f2", "l1+f1", "f0", "f0+l0", "F1", "f1 +l1", "f9999999"]
 )
-def test_what_is_not_of_the_notation_is_refused(text: str) -> None:
+def test_invalid_notation_is_refused(text: str) -> None:
     with pytest.raises(PositionsError, match="positions"):
         Positions.parse(text)

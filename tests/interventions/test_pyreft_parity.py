@@ -1,4 +1,4 @@
-"""Ours against pyreft 0.1.0: outputs, gradients, positions and whole models, from files that pyreft itself computed.
+"""Our results against pyreft 0.1.0: outputs, gradients, positions and whole models, from files that pyreft computed.
 
 `tests/references/make_pyreft_reference.py` makes the files.
 """
@@ -36,14 +36,14 @@ def reference(family: str, activation: str) -> dict[str, Tensor]:
 
 
 def their_weights(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """pyreft's weights by our names. It gives NodiReFT a projection bias that the formula never reads."""
+    """Return pyreft's weights by our names. Its NodiReFT has a projection bias that the formula never reads."""
     return {our_name(k.removeprefix("weight.")): t for k, t in found.items() if k.startswith("weight.")}
 
 
 def loaded(family: str, found: dict[str, Tensor]) -> Family:
     weights = their_weights(found)
     if family == "noreft":
-        # W1 h + b1 - (W2 h + b2): ours has one bias, b1 - b2, with the gradient of b1.
+        # W1 h + b1 - (W2 h + b2): our single bias is b1 - b2, with the gradient of b1.
         weights["learned_source.bias"] = weights["learned_source.bias"] - weights["projection.bias"]
     rank = next(t for name, t in weights.items() if name.startswith("learned_source")).shape[0]
     ours = FAMILIES[family](found["hidden"].shape[1], rank, dropout=0.5)
@@ -61,7 +61,7 @@ def test_the_references_cover_every_family() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_outputs_and_gradients_are_those_of_pyreft(family: str) -> None:
+def test_outputs_and_gradients_equal_pyrefts(family: str) -> None:
     found = reference(family, "linear")
     ours = loaded(family, found)
     hidden = found["hidden"].clone().requires_grad_()
@@ -78,8 +78,8 @@ def test_outputs_and_gradients_are_those_of_pyreft(family: str) -> None:
 
 
 @pytest.mark.parametrize(("family", "activation"), [case for case in CASES if case[1] != "linear"])
-def test_an_edit_with_an_activation_gives_the_outputs_of_pyreft(family: str, activation: str) -> None:
-    # Families train linear columns only; an uploaded edit may have an activation at each of its columns.
+def test_the_outputs_of_an_edit_with_an_activation_equal_pyrefts(family: str, activation: str) -> None:
+    # Families train only linear columns; an uploaded edit may have an activation at each column.
     found = reference(family, activation)
     weights = their_weights(found)
     W, b = weights["learned_source.weight"], weights["learned_source.bias"]
@@ -94,7 +94,7 @@ def test_an_edit_with_an_activation_gives_the_outputs_of_pyreft(family: str, act
 
 
 @pytest.mark.parametrize("row", json.loads((REFERENCES / "positions.json").read_text()), ids=str)
-def test_positions_are_those_of_pyreft(row: dict) -> None:  # type: ignore[type-arg]
+def test_positions_equal_pyrefts(row: dict) -> None:  # type: ignore[type-arg]
     positions, n_prompt = Positions.parse(row["positions"]), row["n_prompt"]
     ours = positions.indices(n_prompt, 0, n_prompt).tolist()
     assert ours == [index for index in row["tied"] if index >= 0]
@@ -110,7 +110,7 @@ def edit_of(A: Tensor, b: Tensor, U: Tensor, activation: Activation = Activation
 
 
 def lowered(found: dict[str, Tensor], *, reads_projection: bool) -> LowRankEdit:
-    """The canonical edit of pyreft's weights; reads_projection: the formula subtracts Rh, or W2 h + b2."""
+    """Return the canonical edit of pyreft's weights. reads_projection: the formula subtracts Rh, or W2 h + b2."""
     W, b = found["W"], found["b"]
     U = found["W2"] if "W2" in found else found["Rt"].T.contiguous()
     A = W - U if reads_projection else W
@@ -136,7 +136,7 @@ def placed(case: str, positions: str, layers: list[int], *, tied: bool) -> list[
         ("last", "l1", [1], True),
         ("first", "f3", [0], True),
     ],
-)  # the families of the four: LoReFT, LoReFT, DiReFT, NoReFT
+)  # the four families: LoReFT, LoReFT, DiReFT, NoReFT
 def test_a_whole_model_answers_as_with_pyreft(case: str, positions: str, layers: list[int], *, tied: bool) -> None:
     weights = {k.removeprefix("llama."): t for k, t in MODEL_FILE.items() if k.startswith("llama.")}
     model = LlamaForCausalLM(

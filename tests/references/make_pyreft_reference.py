@@ -1,6 +1,6 @@
-"""Make the files in `pyreft/` beside this script: what pyreft 0.1.0 itself computes, for the parity test.
+"""Write the parity test's files in `pyreft/` next to this script: values that pyreft 0.1.0 computes.
 
-pyreft pins transformers 4.45.1, so it needs an environment of its own:
+pyreft pins transformers 4.45.1, so it needs a separate environment:
 
     python3.11 -m venv pyreft-venv
     pyreft-venv/bin/pip install pyreft==0.1.0 transformers==4.45.1 torch
@@ -42,8 +42,8 @@ def module(family: str, activation: str, hidden: int = HIDDEN, rank: int = RANK)
         embed_dim=hidden, low_rank_dimension=rank, dtype=torch.float32, act_fn=activation, add_bias=True, dropout=0.5
     )
     for name, parameter in made.named_parameters():
-        # As after some training, not as initialised; but torch's orthogonal parametrisation keeps signs in its
-        # diagonal, which training never moves.
+        # Weights as after some training. The diagonal is left alone: torch's orthogonal parametrisation keeps
+        # signs there, and training never changes them.
         if "parametrizations" not in name:
             parameter.data += 0.1 * torch.randn_like(parameter)
     return made.eval()
@@ -85,7 +85,7 @@ CASES = {
     "last": ("direft", [1], "l1", True),
     "first": ("noreft", [0], "f3", True),
 }
-# Long enough that pyreft pads no position: its data collator shifts padded ones onto an extra token in front.
+# Long enough that pyreft pads no position: its data collator shifts padded positions by one token.
 LENGTHS = (6, 7, 9)
 TOKENS = 11
 
@@ -132,7 +132,7 @@ def models() -> dict[str, torch.Tensor]:
 
 
 def effective(made: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """What the formula reads: R^T or W2, W, b."""
+    """Return the weights that the formula reads: R^T or W2, W, b."""
     found = {"W": made.learned_source.weight, "b": made.learned_source.bias}
     if hasattr(made, "rotate_layer"):
         found["Rt"] = made.rotate_layer.weight

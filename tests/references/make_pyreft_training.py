@@ -1,13 +1,13 @@
-"""Make `pyreft/training.safetensors`: the loss curves of pyreft 0.1.0's own trainer, for the parity test.
+"""Write `pyreft/training.safetensors` for the parity test: the loss curves of pyreft 0.1.0's trainer.
 
-In the environment of `make_pyreft_reference.py`, with `accelerate<1.0`:
+Run it in the environment of `make_pyreft_reference.py`, with `accelerate<1.0`:
 
     pyreft-venv/bin/python tests/references/make_pyreft_training.py
 
-Examples are of one length, so nothing is padded (pyreft's data collator shifts padded positions). Positions are those
-of `get_intervention_locations` for `last_position` = prompt length, as its `ReftDataset` helpers have them.
+All examples have one length, so nothing is padded (pyreft's data collator shifts padded positions). Positions come
+from `get_intervention_locations` with `last_position` = prompt length, as in its `ReftDataset` helpers.
 
-<case>.losses [steps]   <case>.batches [steps, batch]   <case>.<n>.<tensor>: the n-th intervention as it began
+<case>.losses [steps]   <case>.batches [steps, batch]   <case>.<n>.<tensor>: the n-th intervention's initial weights
 llama.<tensor>          ids [examples, tokens]          n_prompt [1]
 """
 
@@ -115,7 +115,7 @@ def main() -> None:
     )
     llama = LlamaForCausalLM(config).eval()
     ids = torch.randint(0, VOCABULARY, (EXAMPLES, TOKENS))
-    ids[:, N_PROMPT:] = ids[:, :1] % 4 + torch.arange(TOKENS - N_PROMPT)  # something that can be learned
+    ids[:, N_PROMPT:] = ids[:, :1] % 4 + torch.arange(TOKENS - N_PROMPT)  # a learnable pattern
     tensors = {f"llama.{name}": tensor.clone() for name, tensor in llama.state_dict().items()}
     tensors |= {"ids": ids, "n_prompt": torch.tensor([N_PROMPT])}
     for case in CASES:

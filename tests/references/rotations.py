@@ -1,6 +1,6 @@
-"""pyreft's rotations as ours begin: the fixed square matrix of torch's parametrization is a product of reflections.
+"""Give pyreft's rotations our initial completion: a product of reflections as torch's fixed square matrix.
 
-torch completes the first columns of that matrix at random, and what an optimizer step does depends on the rest of it.
+torch completes the first columns of that matrix at random, and optimizer steps depend on the completion.
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def begin_alike(rotate: nn.Module) -> Tensor:
-    """Give a module with an orthogonal weight [hidden, rank] our fixed matrix; the reflections below its diagonal."""
+    """Set our fixed matrix in a module with an orthogonal weight [hidden, rank].
+
+    Returns the reflections below the diagonal.
+    """
     weight = rotate.weight.detach().clone()
     hidden, rank = weight.shape
     reflections, factors = torch.geqrf(weight)

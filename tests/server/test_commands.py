@@ -1,4 +1,4 @@
-"""The commands of the server extra as a user meets them: `--help`, flags, and one line for what is wrong."""
+"""The commands of the server extra: `--help`, flags, and one-line errors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ REFTSERVE = Path(sys.executable).parent / "reftserve"
 
 
 def run(*arguments: str, code: int = 0, **variables: str) -> str:
-    """Run `python -m reftserve.server.commands`; returns what it said, of any width."""
+    """Run `python -m reftserve.server.commands`, and return its output without line wrapping."""
     command = [sys.executable, "-m", "reftserve.server.commands", *arguments]
     environment = {**os.environ, "COLUMNS": "400", "NO_COLOR": "1", **variables}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
@@ -73,13 +73,13 @@ def test_flags_reach_the_settings() -> None:
         ("doctor", {"REFTSERVE_PROT": "1"}, "REFTSERVE_PROT is not a setting; did you mean REFTSERVE_PORT"),
     ],
 )
-def test_a_wrong_setting_is_one_line(command: str, variables: dict[str, str], reason: str) -> None:
+def test_an_invalid_setting_gives_a_one_line_error(command: str, variables: dict[str, str], reason: str) -> None:
     said = run(*command.split(), code=1, **variables)
     assert said.startswith(f"error: settings: {reason}")
     assert len(said.splitlines()) == 1
 
 
-def test_doctor_names_what_is_in_the_way(tmp_path: Path) -> None:
+def test_doctor_names_every_problem(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "reftserve.server.commands", "doctor", "--model", str(tmp_path), "--port", "0"]
     environment = {**os.environ, "COLUMNS": "400"}
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
@@ -88,7 +88,9 @@ def test_doctor_names_what_is_in_the_way(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["no weights", "no config", "config without sizes", "config that is no JSON"])
-def test_an_incomplete_model_folder_is_one_line(damage: str, tiny_llama_folder: Path, tmp_path: Path) -> None:
+def test_an_incomplete_model_folder_gives_a_one_line_error(
+    damage: str, tiny_llama_folder: Path, tmp_path: Path
+) -> None:
     model = shutil.copytree(tiny_llama_folder, tmp_path / "model")
     if damage == "no weights":
         (model / "model.safetensors").unlink()
@@ -104,11 +106,11 @@ def test_an_incomplete_model_folder_is_one_line(damage: str, tiny_llama_folder: 
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
-def test_doctor_takes_the_addresses_that_serve_takes(host: str, tiny_llama_folder: Path, tmp_path: Path) -> None:
+def test_doctor_accepts_the_same_addresses_as_serve(host: str, tiny_llama_folder: Path, tmp_path: Path) -> None:
     flags = ["--model", str(tiny_llama_folder), "--data", str(tmp_path), "--port", "0", "--host", host]
     assert f"port: {host}:0 is free" in run("doctor", *flags)
 
 
-def test_version_is_the_distributions() -> None:
+def test_the_version_is_the_distributions() -> None:
     result = subprocess.run([str(REFTSERVE), "--version"], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == version("reftserve")

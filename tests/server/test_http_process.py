@@ -1,4 +1,4 @@
-"""The HTTP process knows neither torch nor transformers: it starts in a second and rests at a third of the memory."""
+"""The HTTP process imports neither torch nor transformers: it starts in a second and needs a third of the memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from api_data import BASE
 from running_server import RunningServer
 
-# With None in their place, whoever imports them is refused.
+# None in sys.modules makes their import fail.
 WITHOUT = "import sys\nsys.modules.update(dict.fromkeys(['torch', 'transformers', 'accelerate']))\n"
 APP = """
 from pathlib import Path
@@ -39,7 +39,9 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_the_application_opens_renders_and_tokenizes_without_them(tiny_llama_folder: Path, tmp_path: Path) -> None:
+def test_the_application_opens_renders_and_tokenizes_without_torch_and_transformers(
+    tiny_llama_folder: Path, tmp_path: Path
+) -> None:
     ended = run(APP, str(tiny_llama_folder), str(tmp_path))
     assert ended.returncode == 0, ended.stderr
     assert "<|im_start|>user\nhi<|im_end|>" in ended.stdout
@@ -47,7 +49,7 @@ def test_the_application_opens_renders_and_tokenizes_without_them(tiny_llama_fol
 
 
 @pytest.mark.parametrize("command", ["serve", "worker", "doctor"])
-def test_a_command_says_that_there_is_no_model_without_them(command: str, tmp_path: Path) -> None:
+def test_a_command_reports_a_missing_model_without_torch_and_transformers(command: str, tmp_path: Path) -> None:
     ended = run(COMMAND, command, "--model", str(tmp_path / "none"), "--data", str(tmp_path))
     assert ended.returncode == 1
     assert "is neither a folder with a model" in " ".join((ended.stdout + ended.stderr).split())
@@ -55,7 +57,7 @@ def test_a_command_says_that_there_is_no_model_without_them(command: str, tmp_pa
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")
-def test_a_server_that_has_answered_has_not_loaded_them(server: RunningServer) -> None:
+def test_a_server_that_has_answered_has_not_loaded_torch_or_transformers(server: RunningServer) -> None:
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="any")
     client.chat.completions.create(model=BASE, messages=[{"role": "user", "content": "hi"}], max_tokens=2)
     engine = Path(f"/proc/{server.child('engine.process').pid}/maps").read_text()

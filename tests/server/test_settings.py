@@ -1,4 +1,4 @@
-"""Settings: where they come from, what is refused, and what a person reads about them."""
+"""Settings: their sources and precedence, refused values, and their documentation."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_misspelt_name_in_the_file_is_refused_with_near_names(tmp_path: Path) 
         Settings.from_flags(config=file)
 
 
-def test_a_variable_that_resembles_nothing_is_refused_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_variable_without_a_near_name_is_refused_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REFTSERVE_XYZZY", "1")
     with pytest.raises(SettingsError, match=r"REFTSERVE_XYZZY is not a setting$"):
         Settings.from_flags()
@@ -76,7 +76,7 @@ def test_a_size_has_a_unit_or_is_bytes(written: str | int, number: int, monkeypa
 @pytest.mark.parametrize(
     ("written", "reason"), [("2 gigs", "is not a size"), ("0", "greater than 0"), ("-1MiB", "is not a size")]
 )
-def test_a_size_that_makes_no_sense_is_refused(written: str, reason: str) -> None:
+def test_an_invalid_size_is_refused(written: str, reason: str) -> None:
     with pytest.raises(ValidationError, match=reason):
         Settings(kv_cache_bytes=written)  # type: ignore[arg-type]
 
@@ -90,7 +90,7 @@ def test_a_settings_file_that_cannot_be_read_is_refused(content: str | None, rea
         Settings.from_flags(config=file)
 
 
-def test_a_child_process_gets_what_the_server_resolved_and_reads_no_source(
+def test_a_child_process_gets_the_resolved_settings_and_reads_no_source(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "settings.toml"

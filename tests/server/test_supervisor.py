@@ -1,4 +1,4 @@
-"""The server's children: an engine that comes back, and a worker that ends with the weights that it has borrowed."""
+"""The server's child processes: an engine that is restarted, and a worker that ends with its borrowed weights."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ async def kept_worker(engine: EngineClient, model: Path, data: Path) -> AsyncIte
 def children(module: str) -> list[psutil.Process]:
     found = []
     for child in psutil.Process().children():
-        with contextlib.suppress(psutil.NoSuchProcess):  # it ends
+        with contextlib.suppress(psutil.NoSuchProcess):  # the process may have ended
             if module in child.cmdline():
                 found.append(child)
     return found
@@ -67,7 +67,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 @pytest.mark.parametrize("engine_class", [EngineClient, LendingEngine], ids=["nothing is lent", "weights are lent"])
-def test_where_a_gpu_may_be_a_worker_starts_with_the_engine_and_ends_with_what_it_lends(
+def test_on_a_gpu_the_worker_starts_after_the_engine_and_ends_with_the_lent_weights(
     engine_class: type[EngineClient], tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(supervisor, "may_be_on_gpu", lambda settings: True)
@@ -94,7 +94,7 @@ def test_where_a_gpu_may_be_a_worker_starts_with_the_engine_and_ends_with_what_i
     asyncio.run(story())
 
 
-def test_on_the_cpu_a_worker_loads_beside_the_engine(tiny_llama_folder: Path, tmp_path: Path) -> None:
+def test_on_the_cpu_the_worker_loads_while_the_engine_loads(tiny_llama_folder: Path, tmp_path: Path) -> None:
     async def story() -> None:
         engine = EngineClient(config(tiny_llama_folder))
         async with kept_worker(engine, tiny_llama_folder, tmp_path):
@@ -104,7 +104,7 @@ def test_on_the_cpu_a_worker_loads_beside_the_engine(tiny_llama_folder: Path, tm
     asyncio.run(story())
 
 
-def test_an_engine_comes_back_even_where_a_restart_fails_at_first(
+def test_an_engine_is_restarted_even_if_the_first_restart_fails(
     tiny_llama_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = shutil.copytree(tiny_llama_folder, tmp_path / "model")
@@ -127,7 +127,7 @@ def test_an_engine_comes_back_even_where_a_restart_fails_at_first(
     assert failures == []
 
 
-def test_an_engine_that_never_started_is_not_tried_again(tmp_path: Path) -> None:
+def test_an_engine_that_never_started_is_not_restarted(tmp_path: Path) -> None:
     failures: list[str] = []
 
     async def story() -> None:
@@ -141,7 +141,7 @@ def test_an_engine_that_never_started_is_not_tried_again(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("driver", [True, False], ids=["a driver", "no driver"])
-def test_a_gpu_is_expected_where_it_is_asked_for_or_a_driver_is_there(
+def test_a_gpu_is_expected_if_the_settings_ask_for_it_or_a_driver_exists(
     driver: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if driver:

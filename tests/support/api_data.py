@@ -1,4 +1,4 @@
-"""Data sets and jobs for tests that talk to a server through OpenAI's client."""
+"""Data sets and jobs for tests that use a server through OpenAI's client."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ BASE = "tiny-llama"
 
 
 def chat_lines(count: int) -> bytes:
-    """A data set: a greeting in, one of two words out."""
+    """Return a data set whose answers are one of two words."""
     rows = [
         {
             "messages": [
@@ -25,7 +25,7 @@ def chat_lines(count: int) -> bytes:
 
 
 def finished(client: openai.OpenAI, job_id: str) -> openai.types.fine_tuning.FineTuningJob:
-    """The job when it has ended."""
+    """Wait for the job to end, and return it."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         job = client.fine_tuning.jobs.retrieve(job_id)

@@ -1,4 +1,4 @@
-"""A tiny random model of each architecture that is served."""
+"""Tiny random models, one for each supported architecture."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ GEMMA = {
 
 
 def tiny_model(name: str) -> PreTrainedModel:
-    """Random weights from a fixed seed, in evaluation mode."""
+    """Return a model with random weights from a fixed seed, in evaluation mode."""
     torch.manual_seed(0)
     heads = {"num_hidden_layers": 3, "num_attention_heads": 4}
     makers = {

@@ -1,4 +1,4 @@
-"""An engine over a tiny random Llama that records its logits, and the oracle: `attach()` on one request alone."""
+"""An engine over a tiny random Llama that records its logits, and its oracle: `attach()` on a single request."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from reftserve.server.engine.scheduler import Batch
 
 
 class RecordingRunner(Runner):
-    """Keeps the logits of every sampled token, by request and position."""
+    """A runner that keeps the logits of every sampled token, by request and position."""
 
     def __init__(self, model: PreTrainedModel, **sizes: int) -> None:
         super().__init__(model, **sizes)
@@ -52,7 +52,7 @@ class RecordingRunner(Runner):
 
 @dataclass
 class Run:
-    """What an engine gave for some requests."""
+    """The outputs of an engine, by request."""
 
     tokens: dict[str, list[int]] = field(default_factory=dict)
     logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
@@ -72,7 +72,7 @@ class Run:
 def run_until_done(
     engine: Engine, run: Run | None = None, max_steps: int = 5000, until: Callable[[], bool] = lambda: False
 ) -> Run:
-    """Step until nothing is left, or `until` holds; fails when it never ends."""
+    """Step until no work is left or `until` holds, and return the outputs; fail after `max_steps`."""
     run = run or Run()
     for _ in range(max_steps):
         if until() or not (engine.has_work or engine.is_loading):
@@ -84,7 +84,7 @@ def run_until_done(
 
 
 def oracle_logits(model: PreTrainedModel, tokens: list[int], n_prompt: int, edits: list[PlacedEdit]) -> Tensor:
-    """Teacher-forced logits of the tokens after the prompt, [len(tokens) - n_prompt, vocabulary], request alone."""
+    """Return teacher-forced logits of the tokens after the prompt, [len(tokens) - n_prompt, vocabulary]."""
     with torch.no_grad(), attach(model, edits, n_prompt):
         logits = model(torch.tensor([tokens]), use_cache=False).logits[0]
     return logits[n_prompt - 1 : len(tokens) - 1]
@@ -134,7 +134,7 @@ def save_random(
     seed: int = 0,
     activation: int = 0,
 ) -> Path:
-    """A published intervention with random edits at (layer, positions)."""
+    """Save an intervention with random edits at (layer, positions), and return its folder."""
     edits = [
         PlacedEdit(layer, Positions.parse(positions), random_edit(rank, hidden, seed * 100 + i, activation))
         for i, (layer, positions) in enumerate(placements)
@@ -145,7 +145,7 @@ def save_random(
 def save_edits(
     folder: Path, edits: list[PlacedEdit], *, positions: str = "prompt", rank: int = 1, hidden: int = 32
 ) -> Path:
-    """A published intervention of these edits, for the tiny Llama."""
+    """Save an intervention of these edits for the tiny Llama, and return its folder."""
     base = BaseFingerprint(architecture="LlamaForCausalLM", hidden_size=hidden, num_layers=4, vocab_size=300)
     save_artifact(folder, edits, family="loreft", positions=positions, rank=rank, base=base)
     return folder
@@ -164,16 +164,16 @@ def make_engine(
     recorded: bool = False,
     overlap: bool = False,
 ) -> Engine:
-    """A fresh engine over a tiny float32 model with caches of exactly these sizes.
+    """Make an engine over a tiny float32 model with caches of exactly these sizes.
 
-    recorded: attention and decode steps as on a GPU, by what stands in for it (recorded.py).
+    recorded: use the GPU's attention and decode steps, emulated by recorded.py.
     """
     model, tokenizer = _loaded(folder)
     hidden, layers, kv_heads, head_dim = 32, 4, 2, 8
-    # The CPU's cache pads blocks and values to sixteen.
+    # The CPU's cache pads blocks and values to multiples of sixteen.
     bytes_per_block = layers * kv_heads * 16 * -(-block_size // 16) * (head_dim + 16) * 4
     runner = RecordingRunner(
-        copy.deepcopy(model),  # the runner takes it over
+        copy.deepcopy(model),  # the runner modifies its model
         kv_cache_bytes=blocks * bytes_per_block,
         block_size=block_size,
         bank_bytes=bank_rows * 4 * (2 * hidden + 2),
@@ -194,6 +194,6 @@ def make_engine(
 
 @functools.cache
 def _loaded(folder: Path) -> tuple[PreTrainedModel, Tokenizer]:
-    """Read once: property tests make thousands of engines, and reading takes five times as long as copying."""
+    """Load once: property tests make thousands of engines, and loading takes five times as long as copying."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model.eval().requires_grad_(False), load_tokenizer(folder)

@@ -1,4 +1,4 @@
-"""A store with evals, and any number of evaluators on it in one process, whose engine finds every answer as likely."""
+"""A store with evals and any number of evaluators in one process, on a stub engine with constant logprobs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OWNER = "default"
 
 
 class StubEngine:
-    """Answers soon; `asked` are the ids of its requests."""
+    """An engine that answers after 10 ms. asked: the ids of its requests."""
 
     is_alive = True
     ready = Ready(max_context=512, device="cpu", dtype="float32")
@@ -36,15 +36,15 @@ class StubEngine:
         self.asked: list[str] = []
 
     async def generate(self, request: Submit) -> AsyncGenerator[TokenOutput]:
-        """Log-probabilities of the continuations."""
+        """Yield the same log-probability for every continuation token."""
         self.asked.append(request.request_id)
         await asyncio.sleep(0.01)
         logprobs = [[-1.0] * len(each) for each in request.continuations]
         yield TokenOutput(request.request_id, [], "stop", continuation_logprobs=logprobs)
 
 
-class EvalPlace:
-    """What the servers of one data folder share."""
+class EvalWorkspace:
+    """The state that all servers of one data folder share."""
 
     def __init__(self, model_folder: Path, data: Path) -> None:
         self.settings = Settings(model=str(model_folder), data=data, device="cpu")
@@ -55,11 +55,11 @@ class EvalPlace:
         self.engine = StubEngine()
 
     def service(self, served: ServingFingerprint) -> EvalService:
-        """The evals of a server."""
+        """Return a server's eval service."""
         return EvalService(self.store, self.base, lambda: served, max_interventions=8)
 
     def created(self, count: int) -> EvalRun:
-        """A queued run over so many examples."""
+        """Queue a run over `count` examples."""
         file = self.store.files.upload(OWNER, "set.jsonl", "fine-tune", io.BytesIO(chat_lines(count)))
         source = {"type": "file", "file_id": file.id}
         body = {"data_source_config": source, "testing_criteria": [{"type": "loss"}]}
@@ -68,22 +68,22 @@ class EvalPlace:
         return self.evals.create_run(OWNER, made.id, run)
 
     def change(self, run: EvalRun, **fields: Any) -> None:
-        """Write into a run's row."""
+        """Change fields of a run's row."""
         with self.store.database.session() as session:
             row = session.get_one(EvalRun, run.id)
             for name, value in fields.items():
                 setattr(row, name, value)
 
     def row(self, run: EvalRun) -> EvalRun:
-        """A run's row as it is now."""
+        """Return a run's current row."""
         return self.evals.get_run(OWNER, run.eval_id, run.id)
 
     def items(self, run: EvalRun) -> list[EvalItem]:
-        """What became of a run's items."""
+        """Return the items of a run."""
         return self.evals.items(OWNER, run.eval_id, run.id, after=-1, status=None, limit=1000)[0]
 
     def evaluator(self, served: ServingFingerprint | None = None) -> Evaluator:
-        """A server's evaluator. served: by another server than that of `evals`."""
+        """Make a server's evaluator. served: its fingerprint; None: the one of `evals`."""
         evals = self.evals if served is None else self.service(served)
         limits = InferenceLimits(max_queue=1024, max_interventions=8, max_stop_strings=16)
         metrics = Metrics(lambda: None)
@@ -91,7 +91,7 @@ class EvalPlace:
         return Evaluator(self.store, evals, inference, lease_s=60)
 
     def execute(self, run: EvalRun, *evaluators: Evaluator) -> EvalRun:
-        """Let evaluators work until the run has ended."""
+        """Let the evaluators work until the run ends, and return its row."""
 
         async def work() -> None:
             tasks = [asyncio.create_task(each.run_forever()) for each in evaluators]

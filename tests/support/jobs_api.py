@@ -1,4 +1,4 @@
-"""The jobs of the API in this process, without engine or worker: a test writes what a worker would have written."""
+"""The API's job endpoints in this process, without engine or worker; a test writes events in the worker's place."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from reftserve.server.training.job_service import JobService
 
 
 class JobsApi:
-    """The API on a port that it keeps over restarts. reads: how often somebody has looked for events."""
+    """The API on a port that stays the same after a restart. reads: the number of queries for events."""
 
     def __init__(self, model_folder: Path, data: Path) -> None:
         settings = Settings(model=str(model_folder), data=data)
@@ -59,20 +59,20 @@ class JobsApi:
         self._thread.start()
 
     def stop(self) -> None:
-        """Streams break off."""
+        """Stop the server and break its streams."""
         self._server.should_exit = True
         self._thread.join(10)
         assert not self._thread.is_alive()
         self._listener.close()
 
     def add_job(self, owner: str = auth.DEFAULT_OWNER) -> str:
-        """A job with its first event, `Created ...`."""
+        """Create a job with its first event, `Created ...`, and return its id."""
         file = self._store.files.upload(owner, "set.jsonl", "fine-tune", io.BytesIO(chat_lines(24)))
         request = FineTuningJobCreate(model=self._base.name, training_file=file.id, suffix="tone")
         return JobService(self._store, self._base).create(owner, request).id
 
     def add_events(self, job_id: str, *events: str | Mapping[str, Any], status: str | None = None) -> None:
-        """Messages, or data of metrics events; with a status, all in the transaction that sets it."""
+        """Write events (a text is a message, a mapping is metrics) and the status in one transaction."""
         newest = sqlalchemy.select(sqlalchemy.func.max(JobEvent.number)).where(JobEvent.job_id == job_id)
         with self.database.session() as session:
             job = session.get_one(Job, job_id)
@@ -101,14 +101,14 @@ def _owner(request: Request) -> str:
 
 
 def step(number: int, total: int = 10, **scores: float | None) -> dict[str, Any]:
-    """What a worker says of a step; the loss falls from 1 towards 0."""
+    """Return the metrics of a step; the loss falls from 1 towards 0."""
     pace = {"learning_rate": 0.004, "tokens_per_second": 1234.5, "eta_s": float(total - number)}
     return {"step": number, "total_steps": total, "train_loss": 1 / number, **pace, **scores}
 
 
 @contextmanager
 def jobs_api(model_folder: Path, data: Path) -> Iterator[JobsApi]:
-    """The API, stopped at the end."""
+    """Run the API, and stop it at the end."""
     api = JobsApi(model_folder, data)
     try:
         yield api

@@ -1,4 +1,4 @@
-"""Fixtures of every folder whose tests compute with the base: one thread, and the CPU kernels."""
+"""Fixtures for every folder whose tests compute with the base: one thread, and the CPU kernels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from reftserve.server.base.cpu_kernels import load_kernels
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Tiny products gain nothing from a second thread, and wait for it for ever where the machine has other work."""
+    """Use one thread: tiny products gain nothing from a second, and on a busy machine they wait long for it."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -21,5 +21,5 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def kernels() -> None:
-    """The CPU's kernels are there; for tests that call them without an engine."""
+    """Load the CPU kernels, for tests that call them without an engine."""
     load_kernels()

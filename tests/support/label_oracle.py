@@ -1,4 +1,4 @@
-"""The oracle of label sets: a plain forward pass of prompt and label, in transformers alone."""
+"""The oracle of label sets: a plain forward pass of prompt and label in transformers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from reftserve.interventions import Intervention, attach, load_artifact
 
 
 def download(http: httpx.Client, reference: str, folder: Path) -> Intervention:
-    """A published intervention, as the server gives it away."""
+    """Download a published intervention from the server."""
     name, version = reference.split("@")
     content = http.get(f"/v1/interventions/{name}/versions/{version}/content").content
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -24,18 +24,18 @@ def download(http: httpx.Client, reference: str, folder: Path) -> Intervention:
 
 
 class LabelOracle:
-    """Log-probabilities of texts after a prompt, one forward pass each."""
+    """Computes log-probabilities of texts after a prompt, with one forward pass each."""
 
     def __init__(self, folder: Path) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
 
     def text(self, prompt: str, label: str, *uses: tuple[Intervention, float]) -> float:
-        """Of a text that goes on with the label and ends."""
+        """Return the log-probability that the text continues with the label and ends."""
         return self._logprob(self._ids(prompt), [*self._ids(label), self.tokenizer.eos_token_id], uses)
 
     def chat(self, messages: list[dict[str, str]], label: str, *uses: tuple[Intervention, float]) -> float:
-        """Of a conversation that the assistant answers with the label."""
+        """Return the log-probability that the assistant answers the conversation with the label."""
         prompt = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return self._logprob(self._ids(prompt), self._ids(f"{label}<|im_end|>"), uses)
 

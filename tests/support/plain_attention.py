@@ -1,4 +1,4 @@
-"""What every attention of the cache is tested against: plain attention of one sequence, and chunks of made-up ones."""
+"""The reference for every attention over the cache: plain attention of one sequence, and chunks of test sequences."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from reftserve.server.engine.sequence import Sequence
 
 
 def plain_attention(query: Tensor, keys: Tensor, values: Tensor, start: int, window: int | None) -> Tensor:
-    """[heads, tokens, dim] against all keys of the sequence -> [tokens, heads, value_dim], in double precision."""
+    """Return attention over all keys, in float64: [heads, tokens, dim] -> [tokens, heads, value_dim]."""
     group = query.shape[0] // keys.shape[0]
     keys, values = (t.double().repeat_interleave(group, 0) for t in (keys, values))
     at = torch.arange(start, start + query.shape[1]).unsqueeze(1)
@@ -28,5 +28,5 @@ def chunk(blocks: list[int], start: int, stop: int) -> Chunk:
 
 
 def batch_of(chunks: list[Chunk]) -> Batch:
-    """Decode tokens last, as the scheduler packs them."""
+    """Make a batch with decode tokens last, as the scheduler packs them."""
     return Batch([c for c in chunks if not c.is_decode], [c for c in chunks if c.is_decode], stale_blocks=[])

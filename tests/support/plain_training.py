@@ -1,4 +1,4 @@
-"""Training as one would write it: padded batches, the whole model, edits attached. What the fast way must equal."""
+"""The reference for the fast training: padded batches through the whole model with attached edits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ IGNORED = -100
 def plain_loss(
     model: PreTrainedModel, examples: Sequence[EncodedExample], edits: TrainableIntervention | Sequence[PlacedEdit]
 ) -> Tensor:
-    """Mean cross-entropy over all completion tokens."""
+    """Return the mean cross-entropy over all completion tokens."""
     width = max(example.length for example in examples)
     ids = torch.zeros(len(examples), width, dtype=torch.long)
     labels = torch.full((len(examples), width), IGNORED)

@@ -1,4 +1,4 @@
-"""Artifacts and registries for tests of publishing; also what processes of their own run: `python published.py ...`."""
+"""Artifacts and registries for tests of publishing. `python published.py ...` publishes in a separate process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BASE = BaseFingerprint(architecture="LlamaForCausalLM", hidden_size=64, num_laye
 def make_artifact(
     folder: Path, *, seed: int = 0, rank: int = 2, base: BaseFingerprint = BASE, history: History | None = None
 ) -> Path:
-    """An artifact folder with random edits."""
+    """Write an artifact with random edits, and return its folder."""
     draw = torch.Generator().manual_seed(seed)
     A, U = (torch.randn(rank, base.hidden_size, generator=draw) for _ in range(2))
     edit = LowRankEdit(A, torch.zeros(rank), U, torch.zeros(rank, dtype=torch.int8), torch.ones(rank))
@@ -35,7 +35,7 @@ def make_artifact(
 def open_registry(
     folder: Path, *, blob_url: str | None = None, override: bool = False, **limits: int
 ) -> InterventionRegistry:
-    """A registry over a folder, migrated."""
+    """Open a registry in a folder, on a migrated database."""
     database = Database(f"sqlite:///{folder / 'test.db'}")
     database.migrate()
     blobs = BlobStore(blob_url or str(folder / "blobs"), cache=folder / "cache")
@@ -43,7 +43,7 @@ def open_registry(
 
 
 def main(what: str, folder: Path, artifact: Path, name: str) -> None:
-    """Publish in a process of its own, many times, on a full disk, or to be killed on the way."""
+    """Publish many times, on a full disk, or with a kill in the middle."""
     registry = open_registry(folder)
     if what == "many":
         for _ in range(10):
@@ -56,7 +56,7 @@ def main(what: str, folder: Path, artifact: Path, name: str) -> None:
         except StorageFull as cause:
             print(cause.message)
     elif what == "killed":
-        # The artifact is stored, its row is not: the worst moment.
+        # The worst moment: the artifact is stored, its row is not.
         registry._commit = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment, method-assign]
         registry.publish(OWNER, name, artifact)
 

@@ -1,4 +1,4 @@
-"""What stands in for the GPU in tests: attention of the paged cache in plain torch, and a recorder with its rules."""
+"""Emulates the GPU in tests: attention over the paged cache in plain torch, and a recorder with CUDA's rules."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from reftserve.server.engine.runner import Runner
 
 
 class PlainKernels:
-    """CudaKernels by gathering whole tables."""
+    """CudaKernels in plain torch; it gathers whole block tables."""
 
     def store(self, keys: Tensor, values: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
         for store, new in ((keys, key), (values, value)):
@@ -60,9 +60,9 @@ class PlainKernels:
 
 
 class Recording(TorchDispatchMode):
-    """Keeps every operation with its tensors. A replay computes the same operations on the same memory, and no Python.
+    """Records operations with their tensors. A replay runs the same operations on the same memory, without Python.
 
-    Like a CUDA graph it refuses what looks at a tensor's numbers, or at the host's memory, while it is recorded.
+    Like a CUDA graph, it refuses operations that read a tensor's values or host memory during recording.
     """
 
     REFUSED = ("_local_scalar_dense", "nonzero", "lift_fresh", "unique", "masked_select", "is_nonzero", "equal")
@@ -87,7 +87,7 @@ class Recording(TorchDispatchMode):
 
 
 def record(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """As `record_cuda_graph`: what is returned computes into the tensor that the recorded run returned."""
+    """Record a run, as `record_cuda_graph`; the returned function writes into the recorded run's output tensor."""
     recording = Recording()
     with recording:
         output = compute()
@@ -100,7 +100,7 @@ def record(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 
 def use_paged_cache(runner: Runner, shapes: list[LayerShape], blocks: int) -> None:
-    """Give a runner on the CPU the cache that it would have on a GPU."""
+    """Give a runner on the CPU the cache of a GPU runner."""
     size = runner.cache.block_size
     bytes_per_block = size * sum(s.kv_heads * (s.key_dim + s.value_dim) for s in shapes) * runner.model.dtype.itemsize
     runner.cache = CudaCache(

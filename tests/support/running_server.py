@@ -1,4 +1,4 @@
-"""A real server in a process of its own, for tests that talk HTTP."""
+"""A real server in a separate process, for tests over HTTP."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ READY_TIMEOUT_S = 120
 
 
 class RunningServer:
-    """A `reftserve serve` on a free port; its log is a file in the data folder."""
+    """A `reftserve serve` on a free port, with its log in the data folder."""
 
     def __init__(self, model: Path, data: Path, *flags: str, env: dict[str, str] | None = None) -> None:
         data.mkdir(parents=True, exist_ok=True)
@@ -32,7 +32,7 @@ class RunningServer:
 
     @property
     def url(self) -> str:
-        """The address, once the log says it."""
+        """Wait for the server's address in the log, and return it."""
         deadline = time.monotonic() + READY_TIMEOUT_S
         while time.monotonic() < deadline:
             for line in reversed(self.log.read_text().splitlines()):
@@ -43,7 +43,7 @@ class RunningServer:
         raise AssertionError(f"no address after {READY_TIMEOUT_S} s: {self.log.read_text()}")
 
     def wait_until_ready(self, *, worker: bool = True) -> RunningServer:
-        """Until model and database are there, and the worker if one is meant to be."""
+        """Wait until model, database and (if configured) worker are ready."""
         deadline = time.monotonic() + READY_TIMEOUT_S
         url = self.url
         while time.monotonic() < deadline:
@@ -58,21 +58,21 @@ class RunningServer:
         raise AssertionError(f"not ready after {READY_TIMEOUT_S} s: {self.log.read_text()}")
 
     def child(self, module: str) -> psutil.Process:
-        """The child process that runs a module."""
+        """Return the child process that runs a module."""
         for child in psutil.Process(self.process.pid).children(recursive=True):
             if any(module in word for word in child.cmdline()):
                 return child
         raise AssertionError(f"no child runs {module}")
 
     def metric(self, name: str) -> float:
-        """A figure from /metrics."""
+        """Return a value from /metrics."""
         for line in httpx.get(f"{self.url}/metrics").text.splitlines():
             if line.split("{")[0].split(" ")[0] == name:
                 return float(line.rsplit(" ", 1)[1])
         raise AssertionError(f"no metric {name}")
 
     def stop(self) -> None:
-        """End it as an operator would, and see that nothing is left."""
+        """Stop the server as an operator does, and check that no process is left."""
         children = psutil.Process(self.process.pid).children(recursive=True) if self.process.poll() is None else []
         self.process.send_signal(signal.SIGTERM)
         self.process.wait(30)
@@ -80,7 +80,7 @@ class RunningServer:
         assert not alive, f"left running: {alive}"
 
     def kill(self) -> None:
-        """kill -9 of the server alone; its children notice and go."""
+        """Kill the server alone with SIGKILL; its children notice and exit."""
         children = psutil.Process(self.process.pid).children(recursive=True)
         self.process.kill()
         self.process.wait(10)
@@ -92,7 +92,7 @@ class RunningServer:
 def running_server(
     model: Path, data: Path, *flags: str, worker: bool = True, env: dict[str, str] | None = None
 ) -> Iterator[RunningServer]:
-    """A server that is ready, stopped at the end."""
+    """Run a server until the end of the context, and yield it when it is ready."""
     server = RunningServer(model, data, *flags, *([] if worker else ["--no-worker"]), env=env)
     try:
         yield server.wait_until_ready(worker=worker)

@@ -1,4 +1,4 @@
-"""Tiny random models and a tokenizer, for logic that needs no trained weights."""
+"""Tiny random models and a tokenizer, for tests that need no trained weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CHAT_TEMPLATE = (
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE with 300 tokens and a ChatML template; every text can be encoded and decoded."""
+    """Return a byte-level BPE with 300 tokens and a ChatML template; it encodes and decodes every text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -35,7 +35,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_base_tokenizer(*special: str, **special_tokens: str) -> BaseTokenizer:
-    """The same as the server has it. special: further special tokens; special_tokens: by name, in place of its own."""
+    """Return the same as the server's class. special: further special tokens; special_tokens: replacements by name."""
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
     named = {**tokenizer.special_tokens_map, **special_tokens}
@@ -43,7 +43,7 @@ def tiny_base_tokenizer(*special: str, **special_tokens: str) -> BaseTokenizer:
 
 
 def tiny_llama(vocab_size: int = 300, seed: int = 0) -> LlamaForCausalLM:
-    """A random 4-layer Llama with grouped key-value heads, float32."""
+    """Return a random float32 Llama with 4 layers and grouped key-value heads."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocab_size,

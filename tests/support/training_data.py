@@ -11,7 +11,7 @@ from reftserve.server.training.plan import Plan
 
 
 def plan(**changes: object) -> Plan:
-    """A small plan with some fields changed."""
+    """Return a small plan with some fields changed."""
     fields = {
         "family": "loreft",
         "layers": [1, 2],
@@ -30,7 +30,7 @@ def plan(**changes: object) -> Plan:
 
 
 def examples(count: int, seed: int, vocabulary: int = 300, tail: int = 0) -> list[EncodedExample]:
-    """Prompts of 2 to 11 random tokens; completions of 2 that can be learned, and up to `tail` that cannot."""
+    """Return examples: prompts of 2 to 11 random tokens, completions of 2 learnable and up to `tail` random ones."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(low: int, high: int) -> tuple[int, ...]:
@@ -41,7 +41,7 @@ def examples(count: int, seed: int, vocabulary: int = 300, tail: int = 0) -> lis
 
 
 def beginning_alike(data: list[EncodedExample], seed: int, common: int, vocabulary: int = 100) -> list[EncodedExample]:
-    """The examples, each begun with one of two random texts of `common` tokens, or with a part of it."""
+    """Return the examples, each with one of two random texts of `common` tokens, or a part of it, in front."""
     draw = random.Random(seed)  # noqa: S311 - data for a test, not a secret
     texts = [tuple(draw.randrange(3, vocabulary) for _ in range(common)) for _ in range(2)]
     cuts = [draw.choice([common, draw.randint(0, common)]) for _ in data]

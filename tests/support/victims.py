@@ -1,6 +1,6 @@
-"""Servers and workers to be killed: as `reftserve serve` and `reftserve worker` make them, but quick to start.
+"""Servers and workers for tests that kill them: those of `reftserve serve` and `reftserve worker`, but fast to start.
 
-They are forked from one that has the imports behind it.
+They are forked from a process that has already imported everything.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ PROCESSES.set_forkserver_preload(["reftserve.server.main", "reftserve.server.tra
 
 
 def free_port() -> int:
-    """A port that nobody has now."""
+    """Return a port that is free now."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
 
 
 def serve(settings: Settings, log: Path) -> None:
-    """What `reftserve serve` does."""
+    """Run `reftserve serve` in this process."""
     _write_to(log)
     from reftserve.server.main import serve as run
 
@@ -38,7 +38,7 @@ def serve(settings: Settings, log: Path) -> None:
 
 
 def work(settings: Settings, log: Path) -> None:
-    """What `reftserve worker` does."""
+    """Run `reftserve worker` in this process."""
     _write_to(log)
     from reftserve.server.training.worker import run
 
@@ -52,7 +52,7 @@ def _write_to(log: Path) -> None:
 
 
 class Victim:
-    """A process that is started again each time that it is killed."""
+    """A process that can be killed and restarted."""
 
     def __init__(self, target: Callable[[Settings, Path], None], settings: Settings, log: Path) -> None:
         self._target = target
@@ -61,16 +61,16 @@ class Victim:
         self.process = self._start()
 
     def kill(self) -> None:
-        """kill -9."""
+        """Kill the process with SIGKILL."""
         self.process.kill()
         self.process.join()
 
     def restart(self) -> None:
-        """Start it again."""
+        """Start the process again."""
         self.process = self._start()
 
     def stop(self) -> None:
-        """End it as an operator would."""
+        """Stop the process as an operator does."""
         self.process.terminate()
         self.process.join(30)
         assert not self.process.is_alive(), self.log.read_text()
@@ -82,7 +82,7 @@ class Victim:
 
 
 def wait_for_answer(url: str) -> None:
-    """Until a server answers."""
+    """Wait until the server answers."""
     deadline = time.monotonic() + ANSWER_TIMEOUT_S
     while time.monotonic() < deadline:
         try:

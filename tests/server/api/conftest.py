@@ -1,4 +1,4 @@
-"""OpenAI's own client, and a bare HTTP one, for the running server."""
+"""OpenAI's client and a plain HTTP client for the running server."""
 
 from __future__ import annotations
 

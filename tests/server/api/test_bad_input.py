@@ -1,4 +1,4 @@
-"""Bad input gets a clear error in OpenAI's shape: what was wrong, where, and what would be right."""
+"""Bad input gets an error in OpenAI's format that gives the fault, its location and the expected value."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HELLO = [{"role": "user", "content": "hello"}]
 
 @pytest.fixture(autouse=True)
 def nothing_logged_as_an_error(server: RunningServer) -> Iterator[None]:
-    """A client's mistake is no error of the server: none of these tests may leave one in its log."""
+    """Check that no test leaves an error in the server's log: a client's mistake is not the server's error."""
     before = server.log.stat().st_size
     yield
     logged = server.log.read_bytes()[before:].decode(errors="replace").splitlines()
@@ -102,19 +102,19 @@ def test_the_same_intervention_twice_is_an_error(http: httpx.Client, trained: st
         ({"stop": 5}, "stop", "invalid_value"),
     ],
 )
-def test_a_wrong_field_is_named(http: httpx.Client, fields: dict[str, Any], param: str, code: str) -> None:
+def test_an_invalid_field_is_named(http: httpx.Client, fields: dict[str, Any], param: str, code: str) -> None:
     found = error(chat(http, **fields), 400)
     assert (found["param"], found["code"]) == (param, code)
 
 
-def test_invalid_json_says_where(http: httpx.Client) -> None:
+def test_the_error_of_invalid_json_gives_its_position(http: httpx.Client) -> None:
     headers = {"Content-Type": "application/json"}
     found = error(http.post("/v1/chat/completions", content=b'{"model": ', headers=headers), 400)
     assert found["code"] == "invalid_json"
     assert "byte 10" in found["message"]
 
 
-def test_half_a_character_is_no_text(http: httpx.Client) -> None:
+def test_half_a_character_is_refused(http: httpx.Client) -> None:
     body = json.dumps({"model": BASE, "messages": [{"role": "user", "content": "\ud800"}]})
     headers = {"Content-Type": "application/json"}
     found = error(http.post("/v1/chat/completions", content=body, headers=headers), 400)
@@ -122,13 +122,13 @@ def test_half_a_character_is_no_text(http: httpx.Client) -> None:
     assert "surrogate" in found["message"]
 
 
-def test_a_body_that_does_not_say_it_is_json_is_told_to(http: httpx.Client) -> None:
+def test_a_body_without_the_json_content_type_is_refused_with_advice(http: httpx.Client) -> None:
     found = error(http.post("/v1/chat/completions", content=b'{"model": "x"}'), 400)
     assert "Content-Type: application/json" in found["message"]
     assert error(http.post("/v1/chat/completions", json=[1]), 400)["code"] == "invalid_json"
 
 
-def test_a_prompt_longer_than_the_context_says_by_how_much(http: httpx.Client) -> None:
+def test_the_error_of_a_too_long_prompt_gives_its_length_and_the_context(http: httpx.Client) -> None:
     found = error(http.post("/v1/completions", json={"model": BASE, "prompt": [5] * 600, "max_tokens": 1}), 400)
     assert found["code"] == "context_length_exceeded"
     assert "600" in found["message"]
@@ -183,7 +183,7 @@ def test_an_unknown_purpose_is_refused(http: httpx.Client) -> None:
     assert error(upload(http, chat_lines(3), "party"), 400)["param"] == "purpose"
 
 
-def test_unknown_things_are_404_and_wrong_methods_405(http: httpx.Client) -> None:
+def test_unknown_paths_are_404_and_wrong_methods_405(http: httpx.Client) -> None:
     for path in ("/v1/files/file-x", "/v1/fine_tuning/jobs/ftjob-x", "/v1/interventions/x", "/v1/nothing"):
         error(http.get(path), 404)
     error(http.delete("/v1/chat/completions"), 405)
@@ -220,7 +220,7 @@ def job(http: httpx.Client, **fields: Any) -> httpx.Response:
         ),
     ],
 )
-def test_a_wrong_job_is_refused_before_it_is_queued(
+def test_an_invalid_job_is_refused_before_it_is_queued(
     http: httpx.Client, fields: dict[str, Any], status: int, param: str
 ) -> None:
     assert error(job(http, **fields), status)["param"] == param

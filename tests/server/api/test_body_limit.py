@@ -1,4 +1,4 @@
-"""A body above the limit is refused before the framework has taken it."""
+"""A body above the limit is refused before the framework reads it whole."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def app() -> FastAPI:
 
 
 def post(path: str, headers: dict[str, str], begin: bytes, mebibytes: int, end: bytes) -> tuple[httpx.Response, int]:
-    """The answer to a body that is sent piece by piece, and how many pieces were taken."""
+    """Send a body piece by piece; return the answer and the number of pieces read."""
     taken = 0
 
     async def pieces() -> AsyncIterator[bytes]:
@@ -55,7 +55,7 @@ def post(path: str, headers: dict[str, str], begin: bytes, mebibytes: int, end: 
 
 
 @pytest.mark.parametrize("declared", [{}, {"Content-Length": str(64 * MEBIBYTE)}])
-def test_an_upload_above_the_limit_is_refused_while_it_is_sent(declared: dict[str, Any]) -> None:
+def test_an_upload_above_the_limit_is_refused_during_the_transfer(declared: dict[str, Any]) -> None:
     answer, taken = post("/upload", {**MULTIPART, **declared}, BEGIN, 64, END)
     error = answer.json()["error"]
     assert (answer.status_code, error["code"], error["type"]) == (413, "payload_too_large", "invalid_request_error")
@@ -63,7 +63,7 @@ def test_an_upload_above_the_limit_is_refused_while_it_is_sent(declared: dict[st
     assert taken <= (0 if declared else 6)
 
 
-def test_an_upload_within_the_limit_is_taken() -> None:
+def test_an_upload_within_the_limit_is_accepted() -> None:
     answer, _ = post("/upload", MULTIPART, BEGIN, 4, END)
     assert (answer.status_code, answer.json()) == (200, 4 * MEBIBYTE)
 

@@ -1,4 +1,4 @@
-"""Half surrogate pairs, NUL, and numbers larger than a machine word: refused where they come in, harmless if stored."""
+"""Half surrogate pairs, NUL and numbers larger than a machine word are refused on input and harmless if stored."""
 
 from __future__ import annotations
 
@@ -75,18 +75,18 @@ EVAL = {"data_source_config": {"file_id": "file-x"}, "testing_criteria": [{"type
         ("/v1/evals/eval_x/runs", RUN, lambda text: {"metadata": {"a": text}}, "metadata"),
     ],
 )
-def test_half_a_surrogate_pair_is_refused_by_the_field(
+def test_half_a_surrogate_pair_is_refused_with_the_field(
     http: httpx.Client, path: str, body: dict[str, Any], fields: Any, param: str, broken: str
 ) -> None:
     assert error(post(http, path, {**body, **fields(broken)}))["param"] == param
 
 
-def test_a_field_whose_name_is_half_a_pair_is_refused(http: httpx.Client) -> None:
+def test_a_field_name_with_half_a_pair_is_refused(http: httpx.Client) -> None:
     assert error(post(http, "/v1/chat/completions", {**CHAT, HALF: 1}))["code"] == "invalid_value"
     assert error(post(http, "/v1/chat/completions", {**CHAT, "messages": [{"role": "user", HALF: "a"}]}))
 
 
-def test_two_halves_that_belong_together_are_a_character(http: httpx.Client) -> None:
+def test_two_matching_halves_are_a_character(http: httpx.Client) -> None:
     content = json.dumps({**CHAT, "user": "\U0001f600"})
     assert "\\ud83d\\ude00" in content
     assert http.post("/v1/chat/completions", content=content, headers=JSON).status_code == 200
@@ -98,7 +98,7 @@ def operations(http: httpx.Client) -> Iterator[tuple[str, str, list[dict[str, An
             yield method, path, operation.get("parameters", [])
 
 
-def test_no_path_or_query_parameter_reaches_a_database_with_nul(http: httpx.Client) -> None:
+def test_nul_in_a_path_or_query_parameter_never_reaches_the_database(http: httpx.Client) -> None:
     tried = 0
     for method, path, parameters in operations(http):
         for parameter in parameters:
@@ -128,7 +128,7 @@ def test_no_path_or_query_parameter_reaches_a_database_with_nul(http: httpx.Clie
         ("/v1/evals/eval_x/runs", {**RUN, "name": "a\0b"}, "name"),
     ],
 )
-def test_nul_in_a_name_or_an_id_is_refused_by_the_field(
+def test_nul_in_a_name_or_an_id_is_refused_with_the_field(
     http: httpx.Client, path: str, body: dict[str, Any], param: str
 ) -> None:
     if param == "suffix":
@@ -141,14 +141,14 @@ def test_nul_in_a_name_or_an_id_is_refused_by_the_field(
     [("utf-8", b"a\0b.jsonl"), ("raw_unicode_escape", rb"\ud800.jsonl")],
     ids=["NUL", "half a pair, by a charset of the client's"],
 )
-def test_a_files_name_is_text(http: httpx.Client, charset: str, name: bytes) -> None:
+def test_a_file_name_must_be_valid_text(http: httpx.Client, charset: str, name: bytes) -> None:
     parts = b'--x\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nfine-tune\r\n'
     parts += b'--x\r\nContent-Disposition: form-data; name="file"; filename="' + name + b'"\r\n\r\n' + chat_lines(3)
     headers = {"Content-Type": f"multipart/form-data; boundary=x; charset={charset}"}
     assert error(http.post("/v1/files", content=parts + b"\r\n--x--\r\n", headers=headers))["param"] == "file"
 
 
-def test_a_version_of_thousands_of_digits_is_not_there(
+def test_a_version_of_thousands_of_digits_is_not_found(
     http: httpx.Client, tiny_llama_folder: Path, tmp_path: Path
 ) -> None:
     artifact = pack(make_artifact(tmp_path / "artifact", base=fingerprint(tiny_llama_folder)))
@@ -179,25 +179,25 @@ def test_a_version_of_thousands_of_digits_is_not_there(
     ],
     ids=lambda fields: next(iter(fields)),
 )
-def test_a_number_that_no_machine_word_holds_is_refused(
+def test_a_number_larger_than_a_machine_word_is_refused(
     http: httpx.Client, fields: dict[str, Any], stream: bool
 ) -> None:
     found = http.post("/v1/chat/completions", json={**CHAT, **fields, "stream": stream})
     assert found.status_code in (400, 404), found.text
 
 
-def test_the_largest_top_k_answers(http: httpx.Client) -> None:
+def test_the_largest_top_k_is_accepted(http: httpx.Client) -> None:
     assert http.post("/v1/chat/completions", json={**CHAT, "top_k": 2**31 - 1}).status_code == 200
 
 
-def test_a_body_too_deep_or_with_too_long_a_number_is_no_json(http: httpx.Client) -> None:
+def test_a_body_with_too_deep_nesting_or_too_long_a_number_is_refused(http: httpx.Client) -> None:
     for value in ("[" * 100_000 + "]" * 100_000, "9" * 5000):
         content = json.dumps({**CHAT, "metadata": {"a": "VALUE"}}).replace('"VALUE"', value)
         found = http.post("/v1/chat/completions", content=content, headers=JSON)
         assert found.status_code in (200, 400), found.text
 
 
-def test_rows_from_before_break_no_list(server: RunningServer, http: httpx.Client) -> None:
+def test_rows_of_older_versions_break_no_list(server: RunningServer, http: httpx.Client) -> None:
     broken = {"a" + HALF: HALF + "b"}
     file_id = uploaded(http)
     job_id = post(http, "/v1/fine_tuning/jobs", {**JOB, "training_file": file_id}).json()["id"]

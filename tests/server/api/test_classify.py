@@ -1,4 +1,4 @@
-"""/v1/classify: label sets by log-likelihood, against a plain forward pass of each label."""
+"""/v1/classify scores label sets by log-likelihood, checked against a plain forward pass of each label."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def classify(http: httpx.Client, **fields: Any) -> dict[str, Any]:
     return found
 
 
-def test_a_text_is_classified_by_how_likely_each_label_ends_it(http: httpx.Client, oracle: LabelOracle) -> None:
+def test_a_text_is_classified_by_the_likelihood_of_each_label(http: httpx.Client, oracle: LabelOracle) -> None:
     answer = classify(http, input=LONG)
     expected = [oracle.text(LONG, label) for label in LABELS]
     (item,) = answer["data"]
@@ -46,7 +46,7 @@ def test_a_conversation_is_classified_as_serving_renders_it(http: httpx.Client, 
     assert item["logprobs"] == pytest.approx([oracle.chat(MESSAGES, label) for label in LABELS], abs=TOLERANCE)
 
 
-def test_interventions_are_named_as_everywhere_and_touch_the_prompt_alone(
+def test_interventions_are_named_as_in_chat_and_edit_the_prompt_alone(
     http: httpx.Client, oracle: LabelOracle, trained: str, tmp_path: Path
 ) -> None:
     intervention = download(http, trained, tmp_path)
@@ -101,7 +101,9 @@ def test_the_prompt_is_computed_once_for_all_labels(http: httpx.Client, server: 
         ({"input": "a", "temperature": 1}, "temperature", "unknown field"),
     ],
 )
-def test_what_is_wrong_is_said(http: httpx.Client, fields: dict[str, Any], param: str, words: str) -> None:
+def test_an_invalid_request_is_refused_with_the_reason(
+    http: httpx.Client, fields: dict[str, Any], param: str, words: str
+) -> None:
     response = http.post("/v1/classify", json={"model": BASE, "labels": LABELS, **fields})
     assert response.status_code in (400, 404), response.text
     error = response.json()["error"]

@@ -1,4 +1,4 @@
-"""Data sets in any format through the API: what is in them is said before a job is queued."""
+"""Data sets in any format through the API: a report describes them before a job is queued."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_every_format_gives_the_same_report(http: httpx.Client) -> None:
     assert all(report == reports[0] for report in reports)
 
 
-def test_a_job_on_a_parquet_file_carries_its_report_and_trains_on_what_it_says(
+def test_a_job_on_a_parquet_file_has_a_report_and_trains_on_the_reported_examples(
     http: httpx.Client, client: openai.OpenAI
 ) -> None:
     file = upload(http, "set.parquet", as_parquet())
@@ -94,7 +94,7 @@ def test_validating_queues_nothing(http: httpx.Client) -> None:
         ({"colour": 1}, 400, "colour"),
     ],
 )
-def test_both_ways_refuse_the_same(
+def test_validation_and_job_creation_refuse_the_same_data(
     http: httpx.Client, path: str, fields: dict[str, Any], status: int, param: str
 ) -> None:
     file = upload(http, "set.jsonl", chat_lines(24))

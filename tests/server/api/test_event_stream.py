@@ -1,4 +1,4 @@
-"""The events of a job as a server-sent stream: complete, in order, resumable, shared by all who watch."""
+"""A job's events as a server-sent stream: complete, in order, resumable, shared by all watchers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def path(api: JobsApi, job_id: str) -> str:
 
 
 def whole(api: JobsApi, job_id: str, **arguments: Any) -> tuple[list[dict[str, Any]], list[str]]:
-    """The events of a stream that ends by itself, and their ids as the stream gives them."""
+    """Return the events of a finished job's stream, and their ids in the stream."""
     response = httpx.get(path(api, job_id), timeout=20, **{"params": {"stream": "true"}, **arguments})
     assert response.headers["content-type"].startswith("text/event-stream")
     data = [line.removeprefix("data: ") for line in response.text.splitlines() if line.startswith("data: ")]
@@ -42,7 +42,7 @@ def numbers(events: list[dict[str, Any]]) -> list[int]:
     return [int(event["id"].rsplit("-", 1)[1]) for event in events]
 
 
-def test_a_stream_tells_what_happened_then_what_happens_and_ends_when_the_job_has_ended(api: JobsApi) -> None:
+def test_a_stream_gives_past_then_live_events_and_ends_with_the_job(api: JobsApi) -> None:
     job = api.add_job()
     api.add_events(job, "Training", step(1))
     with httpx.stream("GET", path(api, job), params={"stream": "true"}, timeout=20) as response:
@@ -60,7 +60,7 @@ def test_a_stream_tells_what_happened_then_what_happens_and_ends_when_the_job_ha
     assert events == httpx.get(path(api, job)).json()["data"][::-1], "the objects of the list"
 
 
-def test_accept_asks_for_a_stream_too_and_stream_decides(api: JobsApi) -> None:
+def test_the_accept_header_requests_a_stream_and_the_stream_field_overrides_it(api: JobsApi) -> None:
     job = api.add_job()
     api.add_events(job, "Cancelled", status="cancelled")
     accept = {"Accept": "text/event-stream"}
@@ -70,7 +70,7 @@ def test_accept_asks_for_a_stream_too_and_stream_decides(api: JobsApi) -> None:
 
 @pytest.fixture(scope="module")
 def long_job(api: JobsApi) -> str:
-    """A job that has ended after 1250 events, more than are kept for all watchers."""
+    """A job that ended after 1250 events, more than the shared buffer holds."""
     job = api.add_job()
     api.add_events(job, *(step(number, 1248) for number in range(1, 1249)))
     api.add_events(job, "Published", status="succeeded")
@@ -78,16 +78,16 @@ def long_job(api: JobsApi) -> str:
 
 
 @pytest.mark.parametrize("seen", [1, 199, 200, 201, 999, 1249, 1250])
-def test_a_stream_goes_on_behind_the_last_event_seen(api: JobsApi, long_job: str, seen: int) -> None:
+def test_a_stream_resumes_after_the_last_event_seen(api: JobsApi, long_job: str, seen: int) -> None:
     ids = whole(api, long_job)[1]
     assert len(ids) == 1250
     assert whole(api, long_job, params={"stream": "true", "after": ids[seen - 1]})[1] == ids[seen:]
-    # A browser that connects again keeps the address and adds the header.
+    # A reconnecting browser keeps the URL and adds the header.
     again = {"params": {"stream": "true", "after": ids[0]}, "headers": {"Last-Event-ID": ids[seen - 1]}}
     assert whole(api, long_job, **again)[1] == ids[seen:]
 
 
-def test_a_job_of_another_owner_is_not_there(api: JobsApi) -> None:
+def test_a_job_of_another_owner_is_not_found(api: JobsApi) -> None:
     job = api.add_job(owner="somebody")
     api.add_events(job, "Failed", status="failed")
     for found in (job, "ftjob-none"):
@@ -96,7 +96,7 @@ def test_a_job_of_another_owner_is_not_there(api: JobsApi) -> None:
     assert numbers(whole(api, job, headers={"X-Owner": "somebody"})[0]) == [1, 2]
 
 
-def test_what_is_no_event_of_the_job_is_refused_before_the_stream_begins(api: JobsApi) -> None:
+def test_an_event_id_of_another_job_is_refused_before_the_stream_begins(api: JobsApi) -> None:
     job, other = api.add_job(), api.add_job()
     own = f"ftevent-{job.removeprefix('ftjob-')}"
     for wrong in ("7", "ftevent-7", f"{own}-2", f"{own}-x", f"{own}-{'9' * 30}", f"ftevent-{other[6:]}-1"):
@@ -107,7 +107,7 @@ def test_what_is_no_event_of_the_job_is_refused_before_the_stream_begins(api: Jo
             assert repr(wrong) in error["message"]
 
 
-def test_a_loss_that_is_no_number_is_null_in_stream_and_list(api: JobsApi) -> None:
+def test_a_non_finite_loss_is_null_in_stream_and_list(api: JobsApi) -> None:
     job = api.add_job()
     api.add_events(job, {**step(1), "train_loss": float("nan")})
     api.add_events(job, "Failed", status="failed")
@@ -116,13 +116,13 @@ def test_a_loss_that_is_no_number_is_null_in_stream_and_list(api: JobsApi) -> No
     assert streamed in httpx.get(path(api, job)).json()["data"]
 
 
-def test_a_quiet_stream_is_kept_by_comments(api: JobsApi, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_comments_keep_a_quiet_stream_open(api: JobsApi, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sse, "KEEP_ALIVE_S", 0.1)
     with httpx.stream("GET", path(api, api.add_job()), params={"stream": "true"}, timeout=5) as response:
         assert next(line for line in response.iter_lines() if line.startswith(":"))
 
 
-def test_a_watcher_that_goes_away_is_watched_for_no_more(api: JobsApi) -> None:
+def test_the_server_stops_polling_for_a_disconnected_watcher(api: JobsApi) -> None:
     with httpx.stream("GET", path(api, api.add_job()), params={"stream": "true"}, timeout=5) as response:
         lines = response.iter_lines()
         next(lines)
@@ -135,7 +135,7 @@ def test_a_watcher_that_goes_away_is_watched_for_no_more(api: JobsApi) -> None:
     assert api.reads == before
 
 
-def test_many_watchers_each_see_every_event_once_and_cost_what_one_costs(api: JobsApi) -> None:
+def test_many_watchers_each_get_every_event_once_at_the_cost_of_one(api: JobsApi) -> None:
     job, steps, watchers = api.add_job(), 2400, 30
 
     def work() -> None:
@@ -151,7 +151,7 @@ def test_many_watchers_each_see_every_event_once_and_cost_what_one_costs(api: Jo
             numbers = []
             async for event in feed.follow(job, index % 2):
                 numbers.append(event.number)
-                # One reads slowly, and falls behind what is kept for all.
+                # One watcher reads slowly and falls behind the shared buffer.
                 await asyncio.sleep(0.1 if index == 0 and event.number % 100 == 0 else 0)
             return numbers
 

@@ -1,4 +1,4 @@
-"""/v1/interventions: what running requests hold, what is refused, aliases in generation."""
+"""/v1/interventions: versions in use, refused uploads, aliases in generation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LONG = {"prompt": "once", "max_tokens": 400, "temperature": 0, "ignore_eos": Tru
 
 @pytest.fixture
 def artifact(tiny_llama_folder: Path, tmp_path: Path) -> bytes:
-    """A zipped artifact with random edits for the served base."""
+    """Return a zipped artifact with random edits for the served base."""
     return pack(make_artifact(tmp_path / "artifact", base=fingerprint(tiny_llama_folder)))
 
 
@@ -33,7 +33,7 @@ def error(response: httpx.Response, status: int) -> dict[str, str]:
     return found
 
 
-def test_a_version_that_a_stream_uses_is_deleted_by_force_only_and_the_stream_ends_whole(
+def test_a_version_in_use_is_deleted_only_by_force_and_its_stream_completes(
     server: RunningServer, http: httpx.Client, artifact: bytes
 ) -> None:
     assert upload(http, "held", artifact).status_code == 201
@@ -54,7 +54,7 @@ def test_a_version_that_a_stream_uses_is_deleted_by_force_only_and_the_stream_en
     assert http.post("/v1/completions", json=body).json()["choices"][0]["text"] == expected
 
 
-def test_an_intervention_for_another_base_is_refused_and_says_what_differs(
+def test_an_intervention_for_another_base_is_refused_with_the_difference(
     http: httpx.Client, tiny_llama_folder: Path, tmp_path: Path
 ) -> None:
     base = fingerprint(tiny_llama_folder).model_copy(update={"weights_hash": "elsewhere"})
@@ -64,7 +64,7 @@ def test_an_intervention_for_another_base_is_refused_and_says_what_differs(
     assert http.get("/v1/interventions/foreign").status_code == 404
 
 
-def test_what_is_no_artifact_is_refused(http: httpx.Client, artifact: bytes) -> None:
+def test_a_file_that_is_not_an_artifact_is_refused(http: httpx.Client, artifact: bytes) -> None:
     assert error(upload(http, "bad", b"nothing"), 400)["code"] == "invalid_artifact"
     assert error(upload(http, "a/b", artifact), 400)["code"] == "invalid_name"
     buffer = io.BytesIO(artifact)
@@ -73,7 +73,7 @@ def test_what_is_no_artifact_is_refused(http: httpx.Client, artifact: bytes) -> 
     assert "edits.pkl" in error(upload(http, "bad", buffer.getvalue()), 400)["message"]
 
 
-def test_an_alias_moves_between_versions_and_is_named_in_generation(http: httpx.Client, artifact: bytes) -> None:
+def test_an_alias_moves_between_versions_and_can_be_named_in_generation(http: httpx.Client, artifact: bytes) -> None:
     for _ in range(2):
         upload(http, "moving", artifact)
     path = "/v1/interventions/moving/aliases/stable"

@@ -1,4 +1,4 @@
-"""Offsets of tokens in a text whose characters are spread over several of them."""
+"""Text offsets of tokens if a character spans several tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Null is "not given", and what the server answered goes back in as it is."""
+"""Null means "not given", and the server accepts its own messages as input."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def file_id(client: openai.OpenAI) -> str:
 
 @pytest.fixture
 def bodies(http: httpx.Client, file_id: str) -> dict[tuple[str, str], tuple[str, dict[str, Any]]]:
-    """A body for each operation that takes JSON, and the path to send it to."""
+    """Return a path and a body for each operation that takes JSON."""
     eval_id = created(http, chats(4), {"type": "loss"})
     job = {"model": BASE, "training_file": file_id, "method": {"type": "reft", "reft": {"rank": 2}}}
     return {
@@ -47,7 +47,7 @@ def bodies(http: httpx.Client, file_id: str) -> dict[tuple[str, str], tuple[str,
 
 
 def json_operations(api: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
-    """The body's schema of each operation that takes JSON, from the server's OpenAPI description."""
+    """Return the body schema of each operation that takes JSON, from the server's OpenAPI description."""
     found = {}
     for path, operations in api["paths"].items():
         for method, operation in operations.items():
@@ -64,14 +64,14 @@ def outcome(http: httpx.Client, method: str, path: str, body: dict[str, Any]) ->
 
 
 def without_identity(answer: Any) -> Any:
-    """An answer without what differs between two answers to one question."""
+    """Return an answer without the fields that differ between equal requests, such as ids."""
     if isinstance(answer, dict):
         kept = answer.keys() - {"id", "created", "created_at", "usage"}
         return {name: without_identity(answer[name]) for name in kept}
     return [without_identity(item) for item in answer] if isinstance(answer, list) else answer
 
 
-def test_every_optional_field_that_is_null_answers_as_if_it_were_not_given(
+def test_a_null_optional_field_means_not_given(
     http: httpx.Client, bodies: dict[tuple[str, str], tuple[str, dict[str, Any]]]
 ) -> None:
     operations = json_operations(http.get("/openapi.json").json())
@@ -93,7 +93,7 @@ def test_every_optional_field_that_is_null_answers_as_if_it_were_not_given(
         {"reasoning_effort": None, "prediction": None, "web_search_options": {}, "audio": None, "verbosity": None},
     ],
 )
-def test_what_the_server_does_not_know_may_say_nothing(http: httpx.Client, fields: dict[str, Any]) -> None:
+def test_an_unknown_field_may_hold_an_empty_value(http: httpx.Client, fields: dict[str, Any]) -> None:
     body = {**SHORT, "messages": [HELLO]}
     answer = outcome(http, "post", "/v1/chat/completions", body)
     assert answer[0] == 200
@@ -105,7 +105,7 @@ def test_what_the_server_does_not_know_may_say_nothing(http: httpx.Client, field
     [lambda message: message, ChatCompletionMessage.model_dump, ChatCompletionMessage.to_dict],
     ids=["object", "model_dump", "to_dict"],
 )
-def test_openais_own_message_goes_back_in_for_a_second_turn(
+def test_openais_message_object_is_accepted_in_a_second_turn(
     client: openai.OpenAI, sent_back: Callable[[ChatCompletionMessage], Any]
 ) -> None:
     messages: list[Any] = [HELLO]
@@ -120,7 +120,7 @@ def test_openais_own_message_goes_back_in_for_a_second_turn(
     assert second.usage.prompt_tokens == expected.usage.prompt_tokens
 
 
-def test_our_own_message_goes_back_in_for_a_second_turn(server: RunningServer) -> None:
+def test_our_message_object_is_accepted_in_a_second_turn(server: RunningServer) -> None:
     with Client(server.url, max_retries=0) as client:
         first = client.chat([HELLO], max_tokens=6, temperature=0).choices[0].message
         assert isinstance(first, AssistantMessage)
@@ -131,7 +131,7 @@ def test_our_own_message_goes_back_in_for_a_second_turn(server: RunningServer) -
         )
 
 
-def test_an_assistant_without_content_said_nothing(http: httpx.Client) -> None:
+def test_an_assistant_without_content_has_an_empty_text(http: httpx.Client) -> None:
     def answer(**content: Any) -> tuple[int, Any]:
         messages = [HELLO, {"role": "assistant", **content}, {"role": "user", "content": "well?"}]
         return outcome(http, "post", "/v1/chat/completions", {**SHORT, "messages": messages})

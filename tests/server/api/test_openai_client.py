@@ -1,4 +1,4 @@
-"""OpenAI's own client works unchanged: every call that the server answers, checked by the client's own types."""
+"""OpenAI's client works unchanged: every call that the server supports, checked by the client's types."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_stream_carries_the_same_text_and_its_usage(client: openai.OpenAI) -> 
     assert chunks[-1].usage.completion_tokens == 12
 
 
-def test_usage_tells_how_much_of_the_prompt_was_cached_and_a_salt_separates(client: openai.OpenAI) -> None:
+def test_usage_reports_cached_prompt_tokens_and_a_salt_separates_the_cache(client: openai.OpenAI) -> None:
     prompt = list(range(3, 103))
 
     def cached(**fields: object) -> int:
@@ -128,7 +128,7 @@ def test_a_file_can_be_uploaded_listed_read_and_deleted(client: openai.OpenAI) -
         client.files.retrieve(file.id)
 
 
-def test_a_job_trains_publishes_and_tells_about_it(client: openai.OpenAI, trained: str) -> None:
+def test_a_job_trains_publishes_and_reports_events(client: openai.OpenAI, trained: str) -> None:
     assert trained == "greeter@1"
     job = next(job for job in client.fine_tuning.jobs.list() if job.fine_tuned_model == trained)
     assert job.status == "succeeded"

@@ -1,4 +1,4 @@
-"""What is learned is what serving renders: each turn's prompt, token for token, as /v1/chat/completions computes it."""
+"""Training and serving render alike: each turn's prompt equals that of /v1/chat/completions, token for token."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TURNS += [("assistant", "yes"), ("developer", "be polite"), ("user", "why?"), ("
 
 
 def answer(http: httpx.Client, path: str, **fields: Any) -> tuple[int, str]:
-    """Tokens of the prompt, and what the model says next; with the likelihood of each token."""
+    """Return the prompt's tokens and the model's answer, with the likelihood of each token."""
     body = {"model": BASE, "max_tokens": 8, "temperature": 0, "logprobs": True if "chat" in path else 1, **fields}
     response = http.post(path, json=body)
     assert response.status_code == 200, response.text
@@ -25,7 +25,7 @@ def answer(http: httpx.Client, path: str, **fields: Any) -> tuple[int, str]:
     return found["usage"]["prompt_tokens"], choice["message"]["content"] if "chat" in path else choice["text"]
 
 
-def test_each_turns_prompt_is_the_one_that_chat_completions_would_answer(http: httpx.Client) -> None:
+def test_each_turns_prompt_is_the_one_that_chat_completions_renders(http: httpx.Client) -> None:
     messages = [{"role": role, "content": text} for role, text in TURNS]
     turns = [index for index, (role, _) in enumerate(TURNS) if role == "assistant"]
     examples = [

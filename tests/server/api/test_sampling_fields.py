@@ -1,4 +1,4 @@
-"""What requests ask of their tokens, through OpenAI's client: log-probabilities, penalties, form, priority, time."""
+"""Sampling fields through OpenAI's client: log-probabilities, penalties, formats, priority, timeouts."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def test_echo_with_log_probabilities_scores_the_prompt(client: openai.OpenAI) ->
     assert [t for chunk in chunks if chunk.logprobs for t in chunk.logprobs.tokens] == longer.logprobs.tokens
 
 
-def test_a_chosen_answer_is_the_likeliest_by_its_scored_prompts(client: openai.OpenAI) -> None:
-    """What evaluation harnesses do: greedy continuation and scores agree."""
+def test_the_greedy_answer_has_the_highest_scored_prompt(client: openai.OpenAI) -> None:
+    """Evaluation harnesses need this: the greedy continuation agrees with the scores."""
     prompt = [40, 41, 42, 43]
     greedy = complete(client, prompt, max_tokens=1, logprobs=5).choices[0].logprobs
     best = greedy.token_logprobs[0]
@@ -97,14 +97,14 @@ def test_a_bias_forces_and_forbids_tokens(client: openai.OpenAI) -> None:
     "penalty", [{"frequency_penalty": 2}, {"extra_body": {"repetition_penalty": 9.0, "ignore_eos": True}}]
 )
 def test_penalties_end_repetitions(client: openai.OpenAI, penalty: dict[str, Any]) -> None:
-    # A bias makes the model repeat itself; a penalty that grows with each repetition brings it off.
+    # A bias makes the model repeat itself; a penalty that grows with each repetition ends that.
     bias = {"50": 8}
     repeated = complete(client, logit_bias=bias, max_tokens=20, logprobs=0).choices[0].logprobs.tokens
     penalised = complete(client, logit_bias=bias, max_tokens=20, logprobs=0, **penalty).choices[0].logprobs.tokens
     assert len(set(penalised)) > len(set(repeated))
 
 
-def test_min_tokens_comes_before_any_end(client: openai.OpenAI) -> None:
+def test_min_tokens_delays_every_end(client: openai.OpenAI) -> None:
     fields: Any = {"logit_bias": {"2": 100}, "max_tokens": 9}
     assert complete(client, extra_body={}, **fields).usage.completion_tokens == 1
     held = complete(client, extra_body={"min_tokens": 5}, **fields)
@@ -139,7 +139,7 @@ def test_an_answer_can_be_any_json_object(client: openai.OpenAI) -> None:
         ({"json": '{"type": "boolean"}'}, r"true|false"),
     ],
 )
-def test_an_answer_has_the_form_that_is_asked(client: openai.OpenAI, wanted: dict[str, Any], expected: str) -> None:
+def test_an_answer_has_the_requested_format(client: openai.OpenAI, wanted: dict[str, Any], expected: str) -> None:
     for stream in (False, True):
         answer = client.chat.completions.create(
             model=BASE, messages=HELLO, stream=stream, max_tokens=60, extra_body={"structured_outputs": wanted}
@@ -152,7 +152,7 @@ def test_an_answer_has_the_form_that_is_asked(client: openai.OpenAI, wanted: dic
         assert re.fullmatch(expected, text)
 
 
-def test_a_request_that_takes_too_long_is_told_so(http: httpx.Client) -> None:
+def test_a_request_that_takes_too_long_ends_with_a_timeout_error(http: httpx.Client) -> None:
     body = {"model": BASE, "prompt": "a", "max_tokens": 500, "ignore_eos": True, "timeout": 0.02}
     answer = http.post("/v1/completions", json=body)
     assert answer.status_code == 504
@@ -161,12 +161,12 @@ def test_a_request_that_takes_too_long_is_told_so(http: httpx.Client) -> None:
     assert http.post("/v1/completions", json={**body, "max_tokens": 2, "timeout": 60}).status_code == 200
 
 
-def test_reading_only_needs_echo(http: httpx.Client) -> None:
+def test_scoring_without_generation_needs_echo(http: httpx.Client) -> None:
     answer = http.post("/v1/completions", json={"model": BASE, "prompt": "a", "max_tokens": 0})
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "max_tokens"
 
 
-def test_log_probabilities_are_numbers_even_for_what_cannot_be(client: openai.OpenAI) -> None:
+def test_log_probabilities_are_finite_even_for_impossible_tokens(client: openai.OpenAI) -> None:
     found = complete(client, logprobs=20, logit_bias={"60": 100}, max_tokens=2).choices[0].logprobs
     assert all(math.isfinite(value) for top in found.top_logprobs for value in top.values())

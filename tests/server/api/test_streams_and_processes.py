@@ -1,4 +1,4 @@
-"""Clients that go away, engines that die, second servers, ports in use, health and metrics."""
+"""Disconnecting clients, dying engines, second servers, ports in use, health and metrics."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def eventually(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
         time.sleep(0.05)
 
 
-def test_a_stream_whose_client_goes_away_is_cancelled(server: RunningServer) -> None:
+def test_a_stream_is_cancelled_when_its_client_disconnects(server: RunningServer) -> None:
     before = server.metric("reftserve_engine_generated_tokens_total")
     with httpx.stream("POST", f"{server.url}/v1/completions", json={**LONG, "stream": True, "n": 4}) as response:
         next(response.iter_lines())
@@ -35,7 +35,7 @@ def test_a_stream_whose_client_goes_away_is_cancelled(server: RunningServer) -> 
     assert server.metric("reftserve_engine_generated_tokens_total") - before < 4 * 500
 
 
-def test_a_plain_request_whose_client_goes_away_is_cancelled(server: RunningServer) -> None:
+def test_a_plain_request_is_cancelled_when_its_client_disconnects(server: RunningServer) -> None:
     before = server.metric("reftserve_engine_generated_tokens_total")
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{server.url}/v1/completions", json={**LONG, "n": 16}, timeout=0.3)
@@ -77,7 +77,7 @@ def test_many_requests_at_once_each_get_their_own_answer(server: RunningServer, 
     assert together == alone
 
 
-def test_health_readiness_metrics_and_documentation_are_there(server: RunningServer) -> None:
+def test_health_readiness_metrics_and_documentation_are_served(server: RunningServer) -> None:
     assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
     assert httpx.get(f"{server.url}/ready").json() == {"ready": True, "model": True, "worker": True, "database": True}
     httpx.post(f"{server.url}/v1/completions", json={"model": BASE, "prompt": "a", "max_tokens": 2})
@@ -92,7 +92,7 @@ def test_health_readiness_metrics_and_documentation_are_there(server: RunningSer
     assert {httpx.get(f"{server.url}{part}").status_code for part in parts} == {200}
 
 
-def test_an_engine_that_dies_fails_its_requests_clearly_and_comes_back(tiny_llama_folder: Path, tmp_path: Path) -> None:
+def test_a_dead_engine_fails_its_requests_clearly_and_is_restarted(tiny_llama_folder: Path, tmp_path: Path) -> None:
     with running_server(tiny_llama_folder, tmp_path, worker=False) as own:
         with httpx.stream("POST", f"{own.url}/v1/completions", json={**LONG, "stream": True}) as response:
             lines = response.iter_lines()
@@ -144,7 +144,7 @@ def test_a_port_in_use_is_refused(tiny_llama_folder: Path, tmp_path: Path) -> No
     assert "--port" in said
 
 
-def test_a_model_that_is_nowhere_is_refused(tmp_path: Path) -> None:
+def test_a_missing_model_is_refused(tmp_path: Path) -> None:
     assert "no/such-model" in serve_in_vain("--model", "no/such-model", "--data", str(tmp_path), "--port", "0")
 
 

@@ -1,4 +1,4 @@
-"""The fixtures of tests that compute with the base."""
+"""Fixtures for tests that compute with the base."""
 
 from __future__ import annotations
 

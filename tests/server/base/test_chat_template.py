@@ -1,4 +1,4 @@
-"""Our renderer of chat templates gives transformers' text, over the templates of many families."""
+"""Our chat-template renderer gives the text of transformers, for the templates of many model families."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def theirs(template: str, messages: Messages, *, prompt: bool, tokens: dict[str,
 @pytest.mark.parametrize("tokens", [TOKENS, {"eos_token": "<|end|>"}], ids=["all tokens", "no bos"])
 @pytest.mark.parametrize("prompt", [True, False], ids=["prompt", "whole"])
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_a_conversation_is_transformers_text(name: str, prompt: bool, tokens: dict[str, str]) -> None:
+def test_a_conversation_renders_as_in_transformers(name: str, prompt: bool, tokens: dict[str, str]) -> None:
     for turns in CONVERSATIONS:
         messages = messages_of(turns)
         expected = theirs(TEMPLATES[name], messages, prompt=prompt, tokens=tokens)
@@ -71,20 +71,20 @@ roles = st.sampled_from(["system", "user", "assistant", "tool"])
     turns=st.lists(st.tuples(roles, st.text(max_size=30)), max_size=6),
     prompt=st.booleans(),
 )
-def test_any_conversation_is_transformers_text(name: str, turns: list[tuple[str, str]], prompt: bool) -> None:
+def test_any_conversation_renders_as_in_transformers(name: str, turns: list[tuple[str, str]], prompt: bool) -> None:
     messages = messages_of(turns)
     expected = theirs(TEMPLATES[name], messages, prompt=prompt, tokens=TOKENS)
     assert ours(TEMPLATES[name], messages, prompt=prompt, tokens=TOKENS) == expected
 
 
 @pytest.mark.parametrize("name", ["refused_attribute", "refused_change", "refused_escape", "broken"])
-def test_a_template_that_is_broken_or_leaves_the_sandbox_is_refused(name: str) -> None:
+def test_a_template_that_is_invalid_or_leaves_the_sandbox_is_refused(name: str) -> None:
     messages = messages_of([("user", "a")])
     with pytest.raises(TemplateError):
         render_template(TEMPLATES[name], messages, add_generation_prompt=True, special_tokens=TOKENS)
 
 
-def test_the_families_templates_are_rendered_and_not_all_refused() -> None:
+def test_the_templates_of_the_families_are_rendered_not_refused() -> None:
     found = {
         name: ours(TEMPLATES[name], messages_of(CONVERSATIONS[1]), prompt=True, tokens=TOKENS) for name in TEMPLATES
     }

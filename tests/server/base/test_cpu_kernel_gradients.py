@@ -1,4 +1,4 @@
-"""The way back through the CPU kernels against autograd's through plain torch in float64."""
+"""The backward pass of the CPU kernels against autograd through plain torch in float64."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def randoms(seed: int, *shapes: Sequence[int]) -> list[Tensor]:
 
 
 def assert_same_both_ways(kernel: Function, plain: Function, inputs: Sequence[Tensor]) -> None:
-    """Outputs and the gradients of inputs, of a random gradient from above."""
+    """Compare outputs, and the inputs' gradients for a random gradient of the output."""
     results = []
     for function, dtype in ((kernel, torch.float32), (plain, torch.float64)):
         leaves = [tensor.to(dtype).requires_grad_() for tensor in inputs]
@@ -38,7 +38,7 @@ def assert_same_both_ways(kernel: Function, plain: Function, inputs: Sequence[Te
 
 
 @pytest.mark.parametrize("size", [1, 15, 16, 100])
-def test_of_a_norm(size: int) -> None:
+def test_the_gradient_of_a_norm_equals_torchs(size: int) -> None:
     x, weight = randoms(size, (3, 4, size), (size,))
 
     def plain(x: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def test_of_a_norm(size: int) -> None:
 
 @pytest.mark.parametrize("size", [1, 15, 16, 100])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_of_a_gated_activation(activation: int, size: int) -> None:
+def test_the_gradient_of_a_gated_activation_equals_torchs(activation: int, size: int) -> None:
     def plain(gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
         return ACTIVATIONS[activation](gate) * up
@@ -60,7 +60,7 @@ def test_of_a_gated_activation(activation: int, size: int) -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(**HEADS)
-def test_of_rotary_embeddings_whatever_cosines_and_sines(
+def test_the_gradient_of_rotary_embeddings_equals_torchs_for_any_cosines_and_sines(
     rows: int, heads: tuple[int, int], dim: int, rest: int, seed: int
 ) -> None:
     size = dim + rest
@@ -83,14 +83,14 @@ def test_of_rotary_embeddings_whatever_cosines_and_sines(
     window=st.sampled_from([None, 1, 5, 30]),
     seed=st.integers(0, 100),
 )
-def test_of_attention_of_spans_to_what_is_kept_before_each(
+def test_the_gradient_of_span_attention_over_kept_prefixes_equals_torchs(
     spans: list[tuple[int, int]], heads: tuple[int, int], dim: int, window: int | None, seed: int
 ) -> None:
-    """spans: how many tokens each has before it, and how many it has."""
+    """spans: for each span, the tokens before it and its own."""
     query_heads, kv_heads = heads
     starts, widths = zip(*spans, strict=True)
     before = randoms(seed + 1, *((2, kv_heads, start, dim) for start in starts))
-    # As a layer has them: by rows, parts of one product.
+    # As in a layer: row by row, as parts of one product.
     sizes = [n * dim for n in (query_heads, kv_heads, kv_heads)]
     product = randoms(seed, (sum(widths), sum(sizes)))[0]
     inputs = [part.unflatten(1, (-1, dim)).transpose(0, 1) for part in product.split(sizes, dim=1)]
@@ -116,7 +116,7 @@ def test_of_attention_of_spans_to_what_is_kept_before_each(
     assert_same_both_ways(kernel, plain, inputs)
 
 
-def test_what_stands_beside_a_span_changes_neither_it_nor_its_gradients() -> None:
+def test_a_span_and_its_gradients_are_independent_of_the_other_spans() -> None:
     before = randoms(1, (2, 2, 30, 16), (2, 2, 41, 16))
     query, key, value = randoms(2, (4, 25, 16), (2, 25, 16), (2, 25, 16))
 
@@ -129,14 +129,14 @@ def test_what_stands_beside_a_span_changes_neither_it_nor_its_gradients() -> Non
     assert all(torch.equal(one, other) for one, other in zip(together, alone, strict=True))
 
 
-def test_attention_takes_any_strides_of_what_comes_from_either_side() -> None:
+def test_attention_accepts_any_strides_of_inputs_and_gradients() -> None:
     before, new = randoms(1, (2, 2, 30, 16)), randoms(2, (4, 5, 16), (2, 5, 16), (2, 5, 16))
     found = []
     for form in (lambda x: x, lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)):
         leaves = [form(tensor).requires_grad_() for tensor in new]
         out = torch.ops.reftserve.span_attention(*leaves, before, [5], 0.25, 0)
         found += [torch.autograd.grad(out, leaves, form(torch.ones(out.shape)), retain_graph=True)]
-        found += [torch.autograd.grad(out.sum(), leaves)]  # all its strides are 0
+        found += [torch.autograd.grad(out.sum(), leaves)]  # all strides of its gradient are 0
     for other in found[1:]:
         assert all(torch.equal(one, same) for one, same in zip(found[0], other, strict=True))
 
@@ -152,14 +152,14 @@ def test_attention_takes_any_strides_of_what_comes_from_either_side() -> None:
         ([(4, 5, 16), (2, 5, 16), (2, 5, 16)], (2, 2, 9, 16), [4, 1], "2 spans are given what lies before 1"),
     ],
 )
-def test_attention_refuses_what_does_not_fit(
+def test_attention_refuses_tensors_of_wrong_shape(
     sizes: list[tuple[int, ...]], before: tuple[int, ...], rows: list[int], message: str
 ) -> None:
     with pytest.raises(RuntimeError, match=message):
         torch.ops.reftserve.span_attention(*randoms(0, *sizes), randoms(1, before), rows, 0.25, 0)
 
 
-def test_nothing_that_needs_a_gradient_is_rotated_in_place() -> None:
+def test_a_tensor_that_needs_a_gradient_is_not_rotated_in_place() -> None:
     query, key, cosines, sines = randoms(0, *[(3, 8)] * 4)
     with pytest.raises(RuntimeError, match="rotated"):
         torch.ops.reftserve.rotate(query.requires_grad_(), key, cosines, sines, 8)

@@ -1,4 +1,4 @@
-"""The CPU kernels against plain torch: attention, norms, gated MLPs, rotary embeddings, and what replaces what."""
+"""The CPU kernels against plain torch: attention, norms, gated MLPs, rotary embeddings, and module replacement."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ sequences = st.lists(st.tuples(st.integers(0, 40), st.integers(1, 40)), min_size
     window=st.sampled_from([None, 1, 5, 30]),
     seed=st.integers(0, 100),
 )
-def test_attention_over_scattered_blocks_is_plain_attention_of_each_sequence(
+def test_attention_over_scattered_blocks_equals_plain_attention_of_each_sequence(
     sequences: list[tuple[int, int]],
     block_size: int,
     heads: tuple[int, int],
@@ -62,7 +62,7 @@ def test_attention_over_scattered_blocks_is_plain_attention_of_each_sequence(
     blocks = 80 * len(sequences)
     bytes_per_block = kv_heads * size * (dims[0] + -(-dims[1] // 16) * 16) * 4
     cache = CpuCache([shape], block_size=block_size, max_bytes=blocks * bytes_per_block)
-    # Whatever a block held before, for whomever: numbers that would be seen.
+    # Earlier contents of the blocks, of a value that would show in the result.
     cache.keys[0].fill_(torch.nan)
     cache.values[0][..., : dims[1]] = torch.nan
     free = torch.randperm(blocks, generator=generator).tolist()
@@ -91,7 +91,7 @@ def test_attention_over_scattered_blocks_is_plain_attention_of_each_sequence(
     torch.testing.assert_close(found.double(), torch.cat(expected), atol=2e-5, rtol=2e-5)
 
 
-def test_a_row_is_the_same_to_the_bit_whatever_else_is_in_the_step() -> None:
+def test_a_row_is_bitwise_independent_of_the_rest_of_the_step() -> None:
     generator = torch.Generator().manual_seed(0)
     shape = LayerShape(2, 16, 16)
     cache = CpuCache([shape], block_size=16, max_bytes=BLOCKS * 2 * 16 * 32 * 4)
@@ -102,7 +102,7 @@ def test_a_row_is_the_same_to_the_bit_whatever_else_is_in_the_step() -> None:
     assert torch.equal(together[30:], alone)
 
 
-def test_a_token_never_meets_what_overflowed_behind_it() -> None:
+def test_a_token_is_unaffected_by_overflows_after_it() -> None:
     shape = LayerShape(1, 16, 16)
     cache = CpuCache([shape], block_size=16, max_bytes=BLOCKS * 16 * 32 * 4)
     query, key, value = (torch.ones(1, 12, 16) for _ in range(3))
@@ -119,7 +119,7 @@ def test_a_token_never_meets_what_overflowed_behind_it() -> None:
     edited=st.lists(st.tuples(st.integers(0, 11), st.integers(0, 3)), min_size=1, unique_by=lambda pair: pair[0]),
     seed=st.integers(0, 1000),
 )
-def test_edits_in_place_are_those_of_the_reference_and_touch_no_other_row(
+def test_edits_in_place_equal_the_reference_and_touch_no_other_row(
     ranks: list[int], size: int, edited: list[tuple[int, int]], seed: int
 ) -> None:
     edits = [
@@ -131,7 +131,7 @@ def test_edits_in_place_are_those_of_the_reference_and_touch_no_other_row(
     for group, edit in enumerate(edits):
         columns[group, : edit.rank] = torch.arange(edit.rank) + sum(ranks[:group]) + 1
         scale[group, : edit.rank] = edit.scale
-    # Row 0 of a bank is nobody's: what ends there never reads it.
+    # Row 0 of a bank belongs to no intervention, and no edit reads it.
     pool = {name: torch.cat([getattr(bank, name)[:1] * 0 - 1, getattr(bank, name)]) for name in ("A", "b", "U", "act")}
     hidden = torch.randn(12, size, generator=torch.Generator().manual_seed(seed))
     expected = hidden.clone()
@@ -157,13 +157,13 @@ def test_a_norm_is_replaced_by_the_same_function(kind: type[nn.Module], size: in
 
 
 class NotQuiteRMSNorm(LlamaRMSNorm):
-    """Looks like one."""
+    """Resembles an RMSNorm but computes something else."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return super().forward(hidden_states) + 0.01
 
 
-def test_what_only_looks_like_a_norm_or_an_mlp_stays() -> None:
+def test_modules_that_only_resemble_a_norm_or_an_mlp_are_kept() -> None:
     holder = nn.ModuleList([NotQuiteRMSNorm(16)])
     fuse_modules(holder, int8=False)
     assert type(holder[0]) is NotQuiteRMSNorm
@@ -175,7 +175,7 @@ def test_what_only_looks_like_a_norm_or_an_mlp_stays() -> None:
 
 @pytest.mark.parametrize("rows", [1, 3, 8, 9, 40])
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
-def test_an_mlp_is_replaced_by_the_same_function_or_one_near_it_in_int8(name: str, rows: int) -> None:
+def test_an_mlp_is_replaced_by_the_same_function_or_a_close_one_in_int8(name: str, rows: int) -> None:
     x = torch.randn(1, rows, 32, generator=torch.Generator().manual_seed(2))
     plain = tiny_model(name).requires_grad_(False)
     expected = plain.model.layers[0].mlp(x)
@@ -189,12 +189,12 @@ def test_an_mlp_is_replaced_by_the_same_function_or_one_near_it_in_int8(name: st
 
 @settings(max_examples=100, deadline=None)
 @given(**HEADS)
-def test_rotary_embeddings_in_place_are_those_of_transformers(
+def test_rotary_embeddings_in_place_equal_those_of_transformers(
     rows: int, heads: tuple[int, int], dim: int, rest: int, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     cosines, sines = torch.randn(2, rows, dim, generator=generator)
-    # Rows of one product of both and of values, so they do not lie one behind the other.
+    # Queries, keys and values are parts of one product, so their rows are not contiguous.
     widths = [n * (dim + rest) for n in heads]
     query, key, _ = torch.randn(rows, sum(widths) + 3, generator=generator).split([*widths, 3], dim=-1)
     expected = [plain_rotation(x, cosines, sines, dim + rest) for x in (query, key)]
@@ -207,8 +207,8 @@ def test_rotary_embeddings_in_place_are_those_of_transformers(
     ("name", "takes"),
     [("llama", 3), ("mistral", 3), ("nemotron", 3), ("qwen2", 3), ("qwen3", 3), ("gemma3", 4), ("gpt2", 0), ("opt", 0)],
 )
-def test_attention_of_those_that_rotate_halves_is_replaced(name: str, takes: int) -> None:
-    """That it computes the same is shown by test_architectures.py, of whole models."""
+def test_attention_that_rotates_halves_is_replaced(name: str, takes: int) -> None:
+    """test_architectures.py shows for whole models that the results are the same."""
     for int8 in (False, True):
         model = tiny_model(name).requires_grad_(False)
         model.set_attn_implementation(ATTENTION)
@@ -217,7 +217,7 @@ def test_attention_of_those_that_rotate_halves_is_replaced(name: str, takes: int
 
 
 class RotatesBackwards(LlamaAttention):
-    """Looks like one that is replaced."""
+    """Resembles an attention that is replaced."""
 
     def forward(self, *args: Any, position_embeddings: tuple[Tensor, Tensor], **kwargs: Any) -> tuple[Tensor, Tensor]:
         cosines, sines = position_embeddings
@@ -225,14 +225,14 @@ class RotatesBackwards(LlamaAttention):
 
 
 class Clamps(LlamaAttention):
-    """What OLMo does with `clip_qkv`: few inputs show it."""
+    """Clamps like OLMo's `clip_qkv`, which few inputs reveal."""
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         return super().forward(hidden_states=hidden_states.clamp(-1000, 1000), **kwargs)
 
 
 class MayNotRotate(LlamaAttention):
-    """Some models give no rotation to some of their layers."""
+    """Some models have layers without rotation."""
 
     def forward(
         self, *args: Any, position_embeddings: tuple[Tensor, Tensor] | None, **kwargs: Any
@@ -242,7 +242,7 @@ class MayNotRotate(LlamaAttention):
 
 
 @pytest.mark.parametrize("kind", [RotatesBackwards, Clamps, MayNotRotate])
-def test_attention_that_computes_something_else_stays(kind: type[LlamaAttention]) -> None:
+def test_attention_with_another_formula_is_kept(kind: type[LlamaAttention]) -> None:
     model = tiny_model("llama").requires_grad_(False)
     model.set_attn_implementation(ATTENTION)
     model.model.layers[1].self_attn.__class__ = kind
@@ -251,7 +251,7 @@ def test_attention_that_computes_something_else_stays(kind: type[LlamaAttention]
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
-def test_in_int8_what_attention_is_given_is_near_that_of_float32(name: str) -> None:
+def test_the_inputs_of_attention_in_int8_are_close_to_float32(name: str) -> None:
     x = torch.randn(1, 9, 32, generator=torch.Generator().manual_seed(2))
     rotation = torch.randn(2, 1, 9, 8, generator=torch.Generator().manual_seed(3)).unbind()
     given: list[tuple[Tensor, ...]] = []
@@ -273,7 +273,7 @@ def test_in_int8_what_attention_is_given_is_near_that_of_float32(name: str) -> N
 
 @settings(max_examples=60, deadline=None)
 @given(mates=st.integers(0, 20), scale=st.floats(1e-3, 1e6))
-def test_a_row_of_an_int8_mlp_is_the_same_to_the_bit_whatever_stands_beside_it(mates: int, scale: float) -> None:
+def test_a_row_of_an_int8_mlp_is_bitwise_independent_of_the_other_rows(mates: int, scale: float) -> None:
     model = tiny_model("llama").requires_grad_(False)
     fuse_modules(model, int8=True)
     mlp = model.model.layers[0].mlp
@@ -283,7 +283,7 @@ def test_a_row_of_an_int8_mlp_is_the_same_to_the_bit_whatever_stands_beside_it(m
 
 
 @pytest.mark.parametrize("wrong", [torch.inf, torch.nan])
-def test_what_is_not_finite_stays_visible_in_its_own_row(wrong: float) -> None:
+def test_non_finite_values_stay_visible_in_their_own_row(wrong: float) -> None:
     model = tiny_model("llama").requires_grad_(False)
     fuse_modules(model, int8=True)
     x = torch.ones(2, 32)
@@ -293,7 +293,7 @@ def test_what_is_not_finite_stays_visible_in_its_own_row(wrong: float) -> None:
     assert out[1].isfinite().all()
 
 
-def test_a_failed_compile_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_compile_names_the_package_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*args: object, **kwargs: object) -> None:
         raise RuntimeError("no g++")
 

@@ -1,4 +1,4 @@
-"""One copy of the base's weights on a GPU: what the engine lends is plain data, compared before it is used."""
+"""One copy of the base's weights on a GPU: the engine lends handles as plain data, checked before use."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from reftserve.server.engine.messages import FromEngine, Ready
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-# Borrows the weights of a model by handles on standard input; says their checksum, and the sum of what it computes.
+# Borrows a model's weights by handles on standard input; prints their checksum and the sum of its output.
 BORROWER = """
 import sys
 from pathlib import Path
@@ -42,7 +42,7 @@ print(model_checksum(model), logits.float().sum().item(), flush=True)
 
 
 class Memory:
-    """Another process's memory as far as handles of it go: a tensor for each."""
+    """Stands for another process's memory: a tensor for each handle."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.tensors: dict[bytes, torch.Tensor] = {}
@@ -69,7 +69,7 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
     return Memory(monkeypatch)
 
 
-def test_what_is_lent_takes_the_place_of_the_models_own(memory: Memory) -> None:
+def test_lent_weights_replace_the_models_own(memory: Memory) -> None:
     model = tiny_llama()
     before, lent = model_checksum(model), memory.lend(model)
     borrow_weights(model, lent)
@@ -78,7 +78,9 @@ def test_what_is_lent_takes_the_place_of_the_models_own(memory: Memory) -> None:
 
 
 @pytest.mark.parametrize("damage", ["value", "type", "shape", "number", "gone"])
-def test_what_is_not_this_base_is_not_borrowed(damage: str, memory: Memory, caplog: pytest.LogCaptureFixture) -> None:
+def test_weights_of_another_base_are_not_borrowed(
+    damage: str, memory: Memory, caplog: pytest.LogCaptureFixture
+) -> None:
     model = tiny_llama()
     lent = memory.lend(model)
     own = [parameter.data_ptr() for parameter in model.parameters()]
@@ -102,15 +104,15 @@ def test_a_model_on_the_cpu_is_not_lent() -> None:
     assert lend_weights(tiny_llama()) == []
 
 
-def test_handles_cross_as_plain_data(memory: Memory) -> None:
+def test_handles_are_sent_as_plain_data(memory: Memory) -> None:
     lent = memory.lend(tiny_llama())
     assert msgspec.json.decode(msgspec.json.encode(lent), type=list[LentTensor]) == lent
     ready = Ready(max_context=8, device="cuda", dtype="float32", lent=lent)
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(ready), type=FromEngine) == ready
 
 
-def test_handles_are_read_and_opened_in_the_order_of_torchs_own_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Torch's private signature is the contract: a release that changes it must fail here, not on somebody's GPU."""
+def test_handles_follow_the_order_of_torchs_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's private signature is the contract: a release that changes it must fail here, not on a user's GPU."""
     opened: list[inspect.BoundArguments] = []
     signature = inspect.signature(rebuild_cuda_tensor)
     names = list(signature.parameters)
@@ -141,7 +143,7 @@ def test_handles_are_read_and_opened_in_the_order_of_torchs_own_arguments(monkey
 
 
 @needs_gpu
-def test_a_worker_computes_from_the_engines_memory(tiny_llama_folder: Path) -> None:
+def test_a_worker_computes_on_the_engines_memory(tiny_llama_folder: Path) -> None:
     from reftserve.server.base.model import load_model
 
     model = load_model(tiny_llama_folder, torch.bfloat16, torch.device("cuda"))
@@ -149,7 +151,7 @@ def test_a_worker_computes_from_the_engines_memory(tiny_llama_folder: Path) -> N
     assert len(lent) == len(list(model.parameters()))
     command = [sys.executable, "-c", BORROWER, str(tiny_llama_folder)]
     logits = model(torch.tensor([[1, 2, 3]], device="cuda")).logits
-    for _ in range(2):  # a worker may be started again
+    for _ in range(2):  # a worker may be restarted
         done = subprocess.run(
             command, input=msgspec.json.encode(lent) + b"\n", capture_output=True, check=True, timeout=300
         )

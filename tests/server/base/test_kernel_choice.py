@@ -1,4 +1,4 @@
-"""Which CPU kernels run: the faster form of each operation, the same in all processes, torch's without a compiler."""
+"""The kernel choice: the faster form of each operation, equal in all processes; torch's without a compiler."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ from reftserve.server.engine.runner import Runner
 from reftserve.server.training.spans import Span, VarlenRows
 from reftserve.server.training.varlen import VarlenModel
 
-BOTH = ("linear", "rms_norm", "gated_activation", "rotate")  # engine and training ask for these
+BOTH = ("linear", "rms_norm", "gated_activation", "rotate")  # engine and training use these
 ENGINE, TRAINING = (*BOTH, "paged_attention", "edit_rows"), (*BOTH, "span_attention")
 EVERY = (*ENGINE, "span_attention")
 FAST, SLOW = 0.5, 20.0
 
-# An engine as its process builds it; prints what it generates.
+# Builds an engine like its process does, and prints the generated tokens.
 BUILDS = """
 import logging, sys
 logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
@@ -68,7 +68,7 @@ def kernels() -> None:
 
 
 class Speeds:
-    """A measure that finds some kernels slow, and records what it was asked."""
+    """A measurement that finds some kernels slow, and records its calls."""
 
     def __init__(self, *slow: str) -> None:
         self._slow = slow
@@ -86,14 +86,14 @@ def runner(kernels: KernelChoice, name: str = "llama", **fields: bool) -> Runner
 
 
 def forward(model: nn.Module, kernels: KernelChoice) -> Tensor:
-    """Logits of a training pass."""
+    """Return the logits of a training pass."""
     packed = VarlenModel(model, kernels=kernels)  # type: ignore[arg-type]
     rows = VarlenRows([Span(e, 0, e.length - 1) for e in examples(3, 1, vocabulary=100)], torch.device("cpu"))
     return packed.logits(rows, {})
 
 
 class Clock:
-    """Time that passes only while something runs."""
+    """A clock that advances only while a form runs."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -111,7 +111,7 @@ def test_times_are_compared_by_ratio_at_each_row_count() -> None:
     assert time_ratio(trials, clock=clock) == pytest.approx(math.sqrt(4.0 * 1.0))
 
 
-def test_the_best_round_counts_and_a_slow_form_is_not_run_often() -> None:
+def test_the_best_round_counts_and_a_slow_form_runs_few_rounds() -> None:
     clock, runs = Clock(), []
 
     def disturbed() -> None:
@@ -122,12 +122,12 @@ def test_the_best_round_counts_and_a_slow_form_is_not_run_often() -> None:
     runs.clear()
     slow = Trial(lambda: runs.append(1), clock.work(10.0))  # type: ignore[arg-type]
     clock.now = 0.0
-    with pytest.raises(ValueError):  # a kernel that takes no time at all
+    with pytest.raises(ValueError):  # a kernel that takes no time
         time_ratio([slow], clock=clock)
     assert len(runs) == 2
 
 
-def test_measuring_leaves_the_number_of_threads() -> None:
+def test_measuring_keeps_the_number_of_threads() -> None:
     torch.set_num_threads(2)
     seen: list[int] = []
     time_ratio([Trial(lambda: seen.append(torch.get_num_threads()), lambda: sum(range(1000)))])
@@ -136,7 +136,7 @@ def test_measuring_leaves_the_number_of_threads() -> None:
 
 
 @pytest.mark.parametrize("slow", ENGINE)
-def test_of_a_slow_kernel_the_engine_runs_torchs_operations_and_of_the_others_the_kernels(slow: str) -> None:
+def test_the_engine_replaces_only_slow_kernels_by_torchs_operations(slow: str) -> None:
     measure = Speeds(slow)
     engine = runner(FasterKernels(None, measure=measure))
     assert sorted(measure.asked) == sorted(ENGINE)
@@ -152,7 +152,7 @@ def test_of_a_slow_kernel_the_engine_runs_torchs_operations_and_of_the_others_th
     assert found == {kernel: kernel != slow for kernel in ENGINE}
 
 
-def test_where_every_kernel_is_slow_the_model_stays_torchs() -> None:
+def test_if_every_kernel_is_slow_the_model_stays_torchs() -> None:
     engine = runner(FasterKernels(None, measure=Speeds(*EVERY)))
     assert {type(part) for part in engine.model.modules()} == {type(part) for part in tiny_model("llama").modules()}
     assert isinstance(engine.cache, GatheredCache)
@@ -173,7 +173,7 @@ def test_both_forms_of_a_trial_do_the_same_work(form: object) -> None:
     def compared(kernel: str, trials: Sequence[Trial]) -> float:
         for trial in trials:
             one, other = trial.kernel(), trial.torch()
-            if kernel not in ("rotate", "edit_rows"):  # in place
+            if kernel not in ("rotate", "edit_rows"):  # these write in place
                 torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
         return FAST
 
@@ -189,7 +189,7 @@ def test_an_object_without_a_folder_measures_once_and_the_process_has_one() -> N
     assert kernel_choice("auto", None) is kernel_choice("auto", None)
 
 
-def test_another_process_and_a_later_start_take_the_first_ones_choice(tmp_path: Path) -> None:
+def test_another_process_and_a_later_start_reuse_the_first_choice(tmp_path: Path) -> None:
     first, second = Speeds("linear"), Speeds()
     forward(tiny_model("llama").requires_grad_(False), FasterKernels(tmp_path, measure=first))
     engine = runner(FasterKernels(tmp_path, measure=second))
@@ -197,7 +197,7 @@ def test_another_process_and_a_later_start_take_the_first_ones_choice(tmp_path: 
     assert not any(type(part) is PanelLinear for part in engine.model.modules())
 
 
-def test_of_processes_that_start_together_one_measures(tmp_path: Path) -> None:
+def test_only_one_of_several_starting_processes_measures(tmp_path: Path) -> None:
     measure = Speeds("linear")
     choices = [FasterKernels(tmp_path, measure=measure) for _ in range(8)]
     with ThreadPoolExecutor(8) as pool:
@@ -207,7 +207,7 @@ def test_of_processes_that_start_together_one_measures(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00\xff", b"[1]", b'{"linear 32x48": "fast"}', b'{"linear 32x48": -1}'])
-def test_a_damaged_file_is_ignored_and_made_anew(tmp_path: Path, content: bytes) -> None:
+def test_a_damaged_file_is_ignored_and_rewritten(tmp_path: Path, content: bytes) -> None:
     runner(FasterKernels(tmp_path, measure=Speeds("linear")))
     (file,) = tmp_path.glob("kernels-*.json")
     whole = file.read_bytes()
@@ -218,7 +218,7 @@ def test_a_damaged_file_is_ignored_and_made_anew(tmp_path: Path, content: bytes)
     assert file.read_bytes() == whole
 
 
-def test_kernels_for_another_processor_are_measured_by_themselves(tmp_path: Path) -> None:
+def test_kernels_for_another_processor_are_measured_separately(tmp_path: Path) -> None:
     for march in ("native", "x86-64-v3"):
         measure = Speeds()
         FasterKernels(tmp_path, measure=measure, march=march).takes("linear", "1x1", lambda: [Trial(int, int)])
@@ -226,7 +226,7 @@ def test_kernels_for_another_processor_are_measured_by_themselves(tmp_path: Path
     assert len(list(tmp_path.glob("kernels-*.json"))) == 2
 
 
-def test_where_the_choice_cannot_be_kept_it_holds_for_the_process_and_the_log_says_so(
+def test_a_choice_that_cannot_be_saved_holds_for_the_process_with_a_log_message(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").touch()
@@ -249,7 +249,7 @@ def test_the_choice_is_described_in_one_line() -> None:
     assert torch.backends.cpu.get_cpu_capability() in ours
 
 
-def test_what_is_measured_for_real_is_kept_for_every_kernel(tiny_llama_folder: Path, tmp_path: Path) -> None:
+def test_a_real_measurement_is_saved_for_every_kernel(tiny_llama_folder: Path, tmp_path: Path) -> None:
     kernels = kernel_choice("auto", tmp_path)
     model = load_base(tiny_llama_folder, torch.float32, torch.device("cpu"), kernels=kernels, shared=None)
     Runner(model, kv_cache_bytes=1 << 20, block_size=4, bank_bytes=1 << 14, kernels=kernels)
@@ -258,7 +258,7 @@ def test_what_is_measured_for_real_is_kept_for_every_kernel(tiny_llama_folder: P
     assert {kernel for kernel in EVERY if f'"{kernel} ' in file.read_text()} == set(EVERY)
 
 
-def test_a_compiler_is_not_asked_for_where_torch_computes_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_compiler_is_needed_if_torch_computes_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "load_kernels", lambda march: pytest.fail("loaded"))
     runner(NoKernels())
     bfloat16 = tiny_model("llama").to(torch.bfloat16).requires_grad_(False)
@@ -275,7 +275,7 @@ def test_without_a_compiler_the_engine_builds_answers_and_warns_once(tiny_llama_
     assert not list((tmp_path / "weights").glob("kernels-*")), "a compiler that comes later is used"
 
 
-def test_without_a_compiler_int8_is_refused_and_so_is_always(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_int8_and_the_always_setting_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(march: str) -> None:
         raise KernelsUnavailable("install g++")
 
@@ -286,6 +286,6 @@ def test_without_a_compiler_int8_is_refused_and_so_is_always(monkeypatch: pytest
         runner(ALL_KERNELS)
 
 
-def test_int8_is_refused_where_no_kernels_are_wanted() -> None:
+def test_int8_is_refused_if_kernels_are_disabled() -> None:
     with pytest.raises(UnsupportedModel, match="cpu_kernels is never"):
         runner(NoKernels(), int8=True)

@@ -1,4 +1,4 @@
-"""Our tokenizer gives transformers' token ids and texts, for each form that a model's folder comes in."""
+"""Our tokenizer gives the token ids and texts of transformers, for each form of a model's folder."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ def change_json(folder: Path, name: str, change: Callable[[dict[str, Any]], None
 
 
 def plain(folder: Path) -> None:
-    """As it is."""
+    """The folder without changes."""
 
 
 def adds_bos(folder: Path) -> None:
-    """A post-processor that puts a token before and behind a text, as Llama's does."""
+    """A post-processor that adds a token before and after a text, like Llama's."""
     entries = [{"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
     special = {"<|im_start|>": {"id": "<|im_start|>", "ids": [1], "tokens": ["<|im_start|>"]}}
     template = {"type": "TemplateProcessing", "single": entries, "pair": entries, "special_tokens": special}
@@ -68,12 +68,12 @@ def adds_bos(folder: Path) -> None:
 
 
 def asks_for_bos(folder: Path) -> None:
-    """`add_bos_token` and `add_eos_token`, which count for nothing beside a tokenizer.json."""
+    """`add_bos_token` and `add_eos_token`, which have no effect if there is a tokenizer.json."""
     change_json(folder, "tokenizer_config.json", lambda content: content.update(add_bos_token=True, add_eos_token=True))
 
 
 def later_tokens(folder: Path) -> None:
-    """Tokens that tokenizer.json lacks: special ones and ones that take the spaces around them."""
+    """Tokens that tokenizer.json lacks: special ones, and ones that absorb the spaces around them."""
     late = {
         "300": {"content": "<|late|>", "lstrip": True, "rstrip": True, "normalized": False, "special": True},
         "301": {"content": "<extra>", "lstrip": False, "rstrip": False, "normalized": False, "special": False},
@@ -91,7 +91,7 @@ def older_files(folder: Path) -> None:
 
 
 def objects(folder: Path) -> None:
-    """Tokens as objects, and one that only this model has."""
+    """Tokens given as objects, and a model-specific one."""
     eos = {"__type": "AddedToken", "content": "<|im_end|>", "lstrip": False, "rstrip": False, "normalized": False}
     change_json(
         folder, "tokenizer_config.json", lambda content: content.update({"eos_token": eos, "image_token": "<extra>"})
@@ -99,25 +99,25 @@ def objects(folder: Path) -> None:
 
 
 def unknown_tokens(folder: Path) -> None:
-    """Special tokens that are in no vocabulary."""
+    """Special tokens that the vocabulary lacks."""
     entries = {"unk_token": "<unk>", "extra_special_tokens": ["<extra>", "<|late|>"]}
     change_json(folder, "tokenizer_config.json", lambda content: content.update(entries))
 
 
 def several_templates(folder: Path) -> None:
-    """A list of templates in the configuration, and none in a file of its own."""
+    """A list of templates in the configuration, without a template file."""
     (folder / "chat_template.jinja").unlink()
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "{{ bos_token }}!"}]
     change_json(folder, "tokenizer_config.json", lambda content: content.update(chat_template=named))
 
 
 def no_template(folder: Path) -> None:
-    """No template at all."""
+    """A folder without a template."""
     (folder / "chat_template.jinja").unlink()
 
 
 def cuts_and_pads(folder: Path) -> None:
-    """A tokenizer.json that was saved with truncation and padding."""
+    """A tokenizer.json saved with truncation and padding."""
     pad = {"strategy": {"Fixed": 8}, "direction": "Right", "pad_to_multiple_of": None}
     pad |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "<|endoftext|>"}
     cut = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
@@ -146,16 +146,16 @@ def folder(tiny_llama_folder: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
-def test_ids_and_texts_are_transformers(form: Callable[[Path], None], folder: Path) -> None:
+def test_ids_and_texts_equal_those_of_transformers(form: Callable[[Path], None], folder: Path) -> None:
     form(folder)
     ours, theirs = pair(folder)
-    if isinstance(theirs.chat_template, dict):  # of a list, the one that is rendered without tools
+    if isinstance(theirs.chat_template, dict):  # from a list, the template for chats without tools
         theirs.chat_template = theirs.chat_template["default"]
     assert_equal(ours, theirs, TEXTS)
 
 
 @pytest.mark.real_model
-def test_ids_and_texts_of_the_real_model_are_transformers(smollm2_folder: Path) -> None:
+def test_ids_and_texts_of_the_real_model_equal_those_of_transformers(smollm2_folder: Path) -> None:
     ours, theirs = pair(smollm2_folder)
     assert_equal(ours, theirs, TEXTS)
     messages = [{"role": "user", "content": "Grüße"}, {"role": "assistant", "content": "hm"}]
@@ -171,12 +171,12 @@ def both(tiny_llama_folder: Path) -> tuple[Tokenizer, PreTrainedTokenizerBase]:
 
 @settings(deadline=None)
 @given(text=st.text(max_size=60))
-def test_any_text_has_transformers_ids(both: tuple[Tokenizer, PreTrainedTokenizerBase], text: str) -> None:
+def test_any_text_has_the_ids_of_transformers(both: tuple[Tokenizer, PreTrainedTokenizerBase], text: str) -> None:
     ours, theirs = both
     assert ours.encode(text) == theirs(text)["input_ids"]
 
 
-def test_the_bytes_of_tokens_make_the_text(both: tuple[Tokenizer, PreTrainedTokenizerBase]) -> None:
+def test_the_bytes_of_tokens_join_to_the_text(both: tuple[Tokenizer, PreTrainedTokenizerBase]) -> None:
     tokenizer, _ = both
     vocabulary = tokenizer.vocabulary()
     text = "Grüße 🦊 fox"
@@ -184,14 +184,14 @@ def test_the_bytes_of_tokens_make_the_text(both: tuple[Tokenizer, PreTrainedToke
     assert b"".join(vocabulary.decode_bytes([token]) for token in ids) == text.encode()
 
 
-def test_a_model_that_names_no_end_in_its_tokenizer_has_its_configurations(folder: Path) -> None:
+def test_the_end_token_of_the_model_configuration_is_used_if_the_tokenizer_has_none(folder: Path) -> None:
     change_json(folder, "tokenizer_config.json", lambda content: content.pop("eos_token"))
     assert load_tokenizer(folder).eos_token_id == END
     change_json(folder, "tokenizer_config.json", lambda content: content.update(eos_token=None))
     assert load_tokenizer(folder).eos_token_id is None
 
 
-def test_a_folder_without_tokenizer_json_says_how_to_make_one(folder: Path) -> None:
+def test_a_folder_without_tokenizer_json_is_refused_with_instructions(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
     with pytest.raises(NotFound, match=r"holds no tokenizer\.json; make one .*save_pretrained"):
         load_tokenizer(folder)

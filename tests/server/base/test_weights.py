@@ -1,4 +1,4 @@
-"""One copy of the base's weights for all processes: a file that is made once, never trusted, and changes no result."""
+"""One copy of the base's weights for all processes: a file, written once and verified, that changes no result."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from reftserve.server.training.activation_cache import ActivationCache, Arena
 from reftserve.server.training.trainer import Trainer
 from reftserve.server.training.varlen import VarlenModel
 
-# A process that maps the weights and then waits; given "write", it writes to them first.
+# Maps the weights and then waits; with "write" it writes to them first.
 CHILD = """
 import sys
 from pathlib import Path
@@ -67,7 +67,7 @@ def the_file(folder: Path) -> Path:
 
 @contextmanager
 def children(model: Path, shared: Path, count: int) -> Iterator[list[subprocess.Popen[str]]]:
-    """Processes that have come to map the weights at the same time."""
+    """Start processes that map the weights at the same time."""
     command = [sys.executable, "-c", CHILD, str(model), str(shared)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     processes = [subprocess.Popen(command, **pipes) for _ in range(count)]  # type: ignore[call-overload]
@@ -85,7 +85,7 @@ def children(model: Path, shared: Path, count: int) -> Iterator[list[subprocess.
 
 
 def sizes(pid: int, file: Path) -> dict[str, int]:
-    """What the kernel says of a process's mapping of a file, in kB, and the file's inode."""
+    """Return the kernel's figures of a process's mapping of a file, in kB, and the file's inode."""
     found: dict[str, int] = {}
     is_it = False
     for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
@@ -100,7 +100,7 @@ def sizes(pid: int, file: Path) -> dict[str, int]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")
-def test_processes_that_start_together_make_the_file_once_and_share_its_pages(
+def test_processes_that_start_together_write_the_file_once_and_share_its_pages(
     tiny_llama_folder: Path, tmp_path: Path
 ) -> None:
     with children(tiny_llama_folder, tmp_path, 2) as processes:
@@ -112,7 +112,9 @@ def test_processes_that_start_together_make_the_file_once_and_share_its_pages(
             assert found["Pss:"] == pytest.approx(found["Rss:"] / 2, abs=1)
 
 
-def test_whoever_writes_to_the_weights_is_ended_and_they_stay(tiny_llama_folder: Path, tmp_path: Path) -> None:
+def test_a_process_that_writes_to_the_weights_is_killed_and_they_stay_unchanged(
+    tiny_llama_folder: Path, tmp_path: Path
+) -> None:
     with children(tiny_llama_folder, tmp_path, 1) as (process,):
         before = the_file(tmp_path).read_bytes()
         process.communicate("write\n")
@@ -120,7 +122,7 @@ def test_whoever_writes_to_the_weights_is_ended_and_they_stay(tiny_llama_folder:
     assert the_file(tmp_path).read_bytes() == before
 
 
-def test_a_file_that_holds_the_weights_is_used_as_it_is(tiny_llama_folder: Path, tmp_path: Path) -> None:
+def test_a_valid_weights_file_is_used_unchanged(tiny_llama_folder: Path, tmp_path: Path) -> None:
     base(tiny_llama_folder, tmp_path)
     before = the_file(tmp_path).stat()
     base(tiny_llama_folder, tmp_path)
@@ -148,7 +150,7 @@ def exchange(file: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [cut, lengthen, alter, exchange])
-def test_a_damaged_file_is_made_anew(tiny_llama_folder: Path, tmp_path: Path, damage: object) -> None:
+def test_a_damaged_file_is_rewritten(tiny_llama_folder: Path, tmp_path: Path, damage: object) -> None:
     expected = model_checksum(base(tiny_llama_folder, tmp_path))
     file = the_file(tmp_path)
     content = file.read_bytes()
@@ -159,7 +161,7 @@ def test_a_damaged_file_is_made_anew(tiny_llama_folder: Path, tmp_path: Path, da
     assert file.read_bytes() == content
 
 
-def test_files_of_other_bases_go_when_one_is_made(tiny_llama_folder: Path, tmp_path: Path) -> None:
+def test_files_of_other_bases_are_removed_when_a_new_one_is_written(tiny_llama_folder: Path, tmp_path: Path) -> None:
     for seed in (1, 2):
         share_weights(tiny_llama(seed=seed), tmp_path)
     in_use = base(tiny_llama_folder, tmp_path)
@@ -170,7 +172,7 @@ def test_files_of_other_bases_go_when_one_is_made(tiny_llama_folder: Path, tmp_p
     assert model_checksum(in_use) == model_checksum(base(tiny_llama_folder, None))
 
 
-def test_without_room_the_weights_stay_private_and_the_log_says_so(
+def test_without_disk_space_the_weights_stay_private_with_a_log_message(
     tiny_llama_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -196,9 +198,7 @@ def test_any_dtype_is_shared(tmp_path: Path, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("packs", [False, True])
 @pytest.mark.parametrize("trains", [False, True])
 @pytest.mark.parametrize("name", ["llama", "qwen2"])  # without biases, and with
-def test_layers_that_are_computed_as_one_lie_side_by_side_in_the_file(
-    name: str, trains: bool, packs: bool, tmp_path: Path
-) -> None:
+def test_fused_layers_are_adjacent_in_the_file(name: str, trains: bool, packs: bool, tmp_path: Path) -> None:
     kernels = FasterKernels(None, measure=lambda kernel, trials: 9.0 if kernel == "linear" and not packs else 0.5)
     tiny_model(name).save_pretrained(tmp_path / "model")
     shared = load_base(tmp_path / "model", torch.float32, torch.device("cpu"), kernels=kernels, shared=tmp_path / "w")
@@ -211,9 +211,7 @@ def test_layers_that_are_computed_as_one_lie_side_by_side_in_the_file(
 
 
 @pytest.mark.parametrize("int8", [False, True])
-def test_an_engine_gives_the_same_to_the_bit_from_shared_weights(
-    tiny_llama_folder: Path, tmp_path: Path, int8: bool
-) -> None:
+def test_an_engine_is_bitwise_equal_on_shared_weights(tiny_llama_folder: Path, tmp_path: Path, int8: bool) -> None:
     logits = []
     for shared in (None, tmp_path):
         sizes = {"kv_cache_bytes": 1 << 20, "block_size": 4, "bank_bytes": 1 << 14, "int8": int8}
@@ -228,7 +226,7 @@ def test_an_engine_gives_the_same_to_the_bit_from_shared_weights(
     assert all(torch.equal(logits[0][key], logits[1][key]) for key in logits[0])
 
 
-def test_training_gives_the_same_to_the_bit_from_shared_weights(tiny_llama_folder: Path, tmp_path: Path) -> None:
+def test_training_is_bitwise_equal_on_shared_weights(tiny_llama_folder: Path, tmp_path: Path) -> None:
     learned = []
     for shared in (None, tmp_path):
         packed = VarlenModel(base(tiny_llama_folder, shared))

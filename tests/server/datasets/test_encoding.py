@@ -1,4 +1,4 @@
-"""Examples are rendered as serving renders them, and each turn of a conversation is one of its own."""
+"""Examples are rendered as in serving, and each turn of a conversation is an example."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ conversations = st.lists(st.tuples(st.sampled_from(["system", "user", "assistant
 
 
 @given(turns=conversations, answer=said)
-def test_each_assistant_turn_is_learned_behind_the_prompt_that_serving_would_render_then(
+def test_each_assistant_turn_is_learned_after_the_prompt_that_serving_renders(
     turns: list[tuple[str, str]], answer: str
 ) -> None:
     row = chat(*turns, ("assistant", answer))
@@ -58,7 +58,7 @@ GEMMA = (
 
 
 @pytest.mark.parametrize("answer", ["yes", " yes\n", "<eos> ends a text"])
-def test_an_answer_ends_where_the_template_ends_a_turn_and_not_with_eos_behind_it(answer: str) -> None:
+def test_an_answer_ends_with_the_templates_end_of_turn_and_no_extra_eos(answer: str) -> None:
     tokens = ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"]
     named = {"bos_token": "<bos>", "eos_token": "<eos>"}
     tokenizer = replace(tiny_base_tokenizer(*tokens, **named), chat_template=GEMMA)
@@ -67,7 +67,7 @@ def test_an_answer_ends_where_the_template_ends_a_turn_and_not_with_eos_behind_i
     assert tokenizer.decode(rows[1].prompt_ids).endswith("<start_of_turn>user\nb<end_of_turn>\n<start_of_turn>model\n")
 
 
-def test_an_answer_that_the_template_rewrites_ends_where_its_turn_does() -> None:
+def test_an_answer_rewritten_by_the_template_ends_with_its_turn() -> None:
     template = CHAT_TEMPLATE.replace("message['content']", "message['content'][5:]")
     tokenizer = replace(tiny_base_tokenizer(), chat_template=template)
     (row,) = encoded(chat(("user", "what is it?"), ("assistant", "well, a fox")), tokenizer)
@@ -83,7 +83,7 @@ def test_an_assistant_turn_of_weight_0_is_context_and_not_learned() -> None:
     assert "b<|im_end|>" in TOKENIZER.decode(example.prompt_ids)
 
 
-def test_a_greeting_that_opens_a_conversation_answers_nothing_and_is_not_learned() -> None:
+def test_an_opening_assistant_greeting_is_not_learned() -> None:
     assert texts(encoded(chat(("assistant", "welcome"), ("user", "a"), ("assistant", "b")))) == ["b<|im_end|>"]
 
 
@@ -102,11 +102,11 @@ def test_a_plain_completion_keeps_its_spaces_and_ends() -> None:
         ({"instruction": "translate dog", "output": "Hund"}, "translate dog"),
     ],
 )
-def test_an_instruction_is_what_a_user_would_say(row: dict[str, Any], asked: str) -> None:
+def test_an_instruction_is_rendered_as_a_user_message(row: dict[str, Any], asked: str) -> None:
     assert encoded(row) == encoded(chat(("user", asked), ("assistant", "Hund")))
 
 
-def test_without_a_chat_template_an_instruction_is_alpacas_text_and_a_chat_is_refused() -> None:
+def test_without_a_chat_template_an_instruction_uses_alpacas_format_and_a_chat_is_refused() -> None:
     plain = replace(tiny_base_tokenizer(), chat_template=None)
     (example,) = encoded({"instruction": "translate", "input": "dog", "output": "Hund"}, plain)
     prompt = TOKENIZER.decode(example.prompt_ids)

@@ -1,4 +1,4 @@
-"""Files: valid or not there; bounded; removed whole."""
+"""Files are stored only if valid, within a quota, and are removed whole."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_bad_file_is_refused_and_leaves_nothing(
     assert not (tmp_path / "blobs").exists()
 
 
-def test_uploads_at_the_same_time_share_one_quota(database_url: str, tmp_path: Path) -> None:
+def test_concurrent_uploads_share_one_quota(database_url: str, tmp_path: Path) -> None:
     database = Database(database_url)
     database.migrate()
     room = {"max_bytes": 200, "max_owner_bytes": 2 * len(LINES)}
@@ -83,9 +83,7 @@ def test_uploads_at_the_same_time_share_one_quota(database_url: str, tmp_path: P
     assert len(stores[0].list_all(OWNER)) == 2
 
 
-def test_an_owner_uploads_up_to_a_quota_that_deleting_frees_and_results_do_not_use(
-    files: FileStore, tmp_path: Path
-) -> None:
+def test_uploads_fill_a_quota_that_deletion_frees_and_results_do_not_use(files: FileStore, tmp_path: Path) -> None:
     kept = [upload(files, LINES) for _ in range(5)]
     with pytest.raises(QuotaExceeded, match="delete files first") as refused:
         upload(files, LINES)
@@ -112,7 +110,7 @@ def test_a_full_disk_leaves_nothing_of_an_upload(
     assert upload(files, LINES)
 
 
-def test_bytes_that_a_crash_left_without_a_row_are_swept(files: FileStore, tmp_path: Path) -> None:
+def test_bytes_without_a_row_after_a_crash_are_swept(files: FileStore, tmp_path: Path) -> None:
     kept = files.path(files.get(OWNER, upload(files, LINES)))
     left = kept.with_name("left")
     left.write_bytes(LINES)
@@ -122,7 +120,7 @@ def test_bytes_that_a_crash_left_without_a_row_are_swept(files: FileStore, tmp_p
     assert kept.exists()
 
 
-def test_another_purpose_is_refused_by_name(files: FileStore) -> None:
+def test_an_unknown_purpose_is_refused_by_name(files: FileStore) -> None:
     with pytest.raises(InvalidRequest, match="'assistants'"):
         upload(files, LINES, "assistants")
 

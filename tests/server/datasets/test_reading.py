@@ -1,4 +1,4 @@
-"""Data sets in every format: the same rows are the same examples, and what is wrong is said with its location."""
+"""Data sets in every format: equal rows give equal examples, and errors give their location."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_rows_of_different_kinds_can_stand_in_one_json_file(tmp_path: Path) -> N
         assert [example.target for example in read_examples(tmp_path / filename, filename)] == ["b"] * 3
 
 
-def test_a_field_that_is_null_does_not_say_what_kind_a_row_is(tmp_path: Path) -> None:
+def test_a_null_field_does_not_determine_a_rows_kind(tmp_path: Path) -> None:
     row = {"messages": None, "instruction": None, "prompt": "a", "completion": "b"}
     write_lines(tmp_path / "rows.jsonl", [row])
     (example,) = read_examples(tmp_path / "rows.jsonl")
@@ -144,7 +144,7 @@ GOOD = b'{"prompt": "a", "completion": "b"}'
         ("set.parquet", b"PAR1 and nothing behind it", "cannot be read as Parquet"),
     ],
 )
-def test_what_is_wrong_is_said_with_its_location_and_what_would_be_right(
+def test_an_error_gives_its_location_and_the_expected_value(
     tmp_path: Path, filename: str, content: bytes, says: str
 ) -> None:
     path = tmp_path / "upload"
@@ -170,7 +170,7 @@ def test_what_is_wrong_is_said_with_its_location_and_what_would_be_right(
         ),
     ],
 )
-def test_a_wrong_turn_is_named(tmp_path: Path, turns: list[tuple[str, str, int | None]], says: str) -> None:
+def test_an_invalid_turn_is_named(tmp_path: Path, turns: list[tuple[str, str, int | None]], says: str) -> None:
     path = tmp_path / "set.jsonl"
     write_lines(path, [{"messages": [{"role": r, "content": c, "weight": w} for r, c, w in turns]}])
     with pytest.raises(InvalidRequest, match=says):
@@ -187,7 +187,7 @@ def test_a_wrong_turn_is_named(tmp_path: Path, turns: list[tuple[str, str, int |
         ({"messages": [[{"role": "user", "content": "a", "tool": "b"}] * 2]}, "row 1: field messages.0.tool"),
     ],
 )
-def test_a_wrong_cell_of_a_parquet_file_is_named(tmp_path: Path, table: dict[str, Any], says: str) -> None:
+def test_an_invalid_cell_of_a_parquet_file_is_named(tmp_path: Path, table: dict[str, Any], says: str) -> None:
     path = tmp_path / "set.parquet"
     parquet.write_table(pa.table(table), path)
     with pytest.raises(InvalidRequest, match=says):
@@ -196,7 +196,7 @@ def test_a_wrong_cell_of_a_parquet_file_is_named(tmp_path: Path, table: dict[str
 
 @pytest.mark.parametrize("compression", ["none", "snappy", "zstd"])
 @given(data=st.data())
-def test_a_damaged_parquet_file_is_refused_or_read_but_nothing_else(compression: str, data: st.DataObject) -> None:
+def test_a_damaged_parquet_file_is_refused_or_read_and_never_crashes(compression: str, data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "set.parquet")
         write_parquet(path, COMPLETIONS, compression=compression)
@@ -208,7 +208,7 @@ def test_a_damaged_parquet_file_is_refused_or_read_but_nothing_else(compression:
             assert count_examples(path) <= len(COMPLETIONS)
 
 
-def test_a_small_parquet_file_that_unfolds_to_a_huge_one_is_refused(
+def test_a_small_parquet_file_that_decompresses_to_a_huge_one_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "set.parquet"

@@ -1,4 +1,4 @@
-"""The report on a data set: what is said of it before anything is trained."""
+"""The report on a data set, made before training."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def report(tmp_path: Path):  # type: ignore[no-untyped-def]
     return report
 
 
-def test_a_clean_data_set_is_counted_and_nothing_is_warned_of(report) -> None:  # type: ignore[no-untyped-def]
+def test_a_clean_data_set_is_counted_without_warnings(report) -> None:  # type: ignore[no-untyped-def]
     found = report(SUMS)
     assert (found.training.rows, found.training.examples, found.training.targets) == (30, 30, 30)
     assert found.splits.model_dump() == {"train": 24, "validation": 3, "test": 3}
@@ -61,7 +61,7 @@ def test_token_lengths_are_those_of_the_encoded_examples(report, tmp_path: Path)
     assert found.total_tokens.max == found.prompt_tokens.max + 2
 
 
-def test_turns_are_counted_apart_from_rows(report) -> None:  # type: ignore[no-untyped-def]
+def test_turns_and_rows_are_counted_separately(report) -> None:  # type: ignore[no-untyped-def]
     def row(i: int) -> dict[str, Any]:
         turns = [("user", f"{i}?"), ("assistant", f"{i}!"), ("user", "sure?"), ("assistant", f"yes, {i}")]
         return {"messages": [{"role": role, "content": text} for role, text in turns]}
@@ -70,7 +70,7 @@ def test_turns_are_counted_apart_from_rows(report) -> None:  # type: ignore[no-u
     assert (found.training.rows, found.training.examples) == (20, 40)
 
 
-def test_examples_that_are_too_long_are_counted_and_left_out(report) -> None:  # type: ignore[no-untyped-def]
+def test_too_long_examples_are_counted_and_left_out(report) -> None:  # type: ignore[no-untyped-def]
     found = report(SUMS + pairs(("q" * 90, "long")))
     assert found.training.too_long == 1
     assert sum(found.splits.model_dump().values()) == 30
@@ -79,20 +79,20 @@ def test_examples_that_are_too_long_are_counted_and_left_out(report) -> None:  #
     assert f"64 tokens; the longest has {found.training.total_tokens.max}" in warning
 
 
-def test_repetitions_and_contradictions_are_told_apart(report) -> None:  # type: ignore[no-untyped-def]
+def test_repetitions_and_contradictions_are_distinguished(report) -> None:  # type: ignore[no-untyped-def]
     found = report(SUMS + SUMS[:4] + pairs(("0+1=", "one"), ("0+1=", "uno"), ("1+1=", "two")))
     assert (found.training.duplicates, found.training.conflicts) == (4, 2)
     assert ["repeat another" in found.warnings[0], "different targets" in found.warnings[1]] == [True, True]
 
 
-def test_targets_that_are_all_the_same_are_warned_of(report) -> None:  # type: ignore[no-untyped-def]
+def test_equal_targets_give_a_warning(report) -> None:  # type: ignore[no-untyped-def]
     found = report(pairs(*((f"{i}", "yes") for i in range(20))))
     assert found.training.targets == 1
     assert found.labels is None
     assert "all training targets are the same" in found.warnings[0]
 
 
-def test_prompts_on_both_sides_are_leaks(report) -> None:  # type: ignore[no-untyped-def]
+def test_prompts_in_both_training_and_validation_are_leaks(report) -> None:  # type: ignore[no-untyped-def]
     found = report(SUMS, SUMS[:3] + pairs(("5*5=", "25"), ("5*6=", "30")))
     assert found.leaked == 3
     assert found.splits.model_dump() == {"train": 30, "validation": 1, "test": 1}
@@ -100,7 +100,7 @@ def test_prompts_on_both_sides_are_leaks(report) -> None:  # type: ignore[no-unt
     assert "3 of 5 validation examples are left out" in found.warnings[0]
 
 
-def test_few_short_targets_again_and_again_are_labels(report) -> None:  # type: ignore[no-untyped-def]
+def test_a_few_short_repeated_targets_are_labels(report) -> None:  # type: ignore[no-untyped-def]
     rows = pairs(*((f"review {i}", [" good", " bad", " so so"][i % 3]) for i in range(30)))
     assert report(rows).labels == [" bad", " good", " so so"]
     assert report(rows + pairs(("review", "never seen again"))).labels is None
@@ -128,7 +128,7 @@ def test_a_label_set_is_a_set_of_repeated_targets_or_none(targets: list[str]) ->
         (SUMS, pairs(("q" * 90, "long")) * 20, "validation_file", "every example is longer"),
     ],
 )
-def test_a_hopeless_data_set_is_refused(report, training, validation, param, says) -> None:  # type: ignore[no-untyped-def]
+def test_an_untrainable_data_set_is_refused(report, training, validation, param, says) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(InvalidRequest, match=says) as caught:
         report(training, validation)
     assert (caught.value.param, caught.value.code) == (param, "too_few_examples")

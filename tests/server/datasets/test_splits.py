@@ -1,4 +1,4 @@
-"""Splits: everything is somewhere, nothing is on two sides."""
+"""Splits: every example is in a part, and no prompt is in two."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ openings = st.integers(0, 3)
 
 
 def conversation(row: int, turns: list[int]) -> list[EncodedExample]:
-    """A row whose every prompt begins with the one before."""
+    """Return a row in which each prompt begins with the previous one."""
     return [EncodedExample(tuple(turns[: end + 1]), (7,), SourceLocation("row", row)) for end in range(len(turns))]
 
 
@@ -27,7 +27,7 @@ def assert_disjoint(sets: list[set[tuple[int, ...]]]) -> None:
 
 
 @given(training=st.lists(single_turns, min_size=10, max_size=60), seed=st.integers(0, 9))
-def test_the_three_parts_are_everything_and_share_no_prompt(training: list[EncodedExample], seed: int) -> None:
+def test_the_three_parts_cover_the_data_and_share_no_prompt(training: list[EncodedExample], seed: int) -> None:
     assume(len({example.prompt_ids for example in training}) > 2)
     parts = split(training, None, seed=seed)
     assert_disjoint(prompts(parts))
@@ -40,7 +40,7 @@ def test_the_three_parts_are_everything_and_share_no_prompt(training: list[Encod
     rows=st.lists(st.tuples(openings, st.lists(st.integers(0, 40), min_size=1, max_size=3)), min_size=20, max_size=40),
     seed=st.integers(0, 9),
 )
-def test_conversations_stay_whole_and_what_they_begin_with_is_not_scored_when_it_is_learned(
+def test_conversations_stay_whole_and_a_learned_beginning_is_not_scored(
     rows: list[tuple[int, list[int]]], seed: int
 ) -> None:
     assume(len({(opening, *later) for opening, later in rows}) > 5)
@@ -53,7 +53,7 @@ def test_conversations_stay_whole_and_what_they_begin_with_is_not_scored_when_it
     assert not locations[1] & locations[2]
 
 
-def test_conversations_that_all_begin_alike_can_still_be_split() -> None:
+def test_conversations_with_one_common_beginning_can_be_split() -> None:
     training = [e for row in range(30) for e in conversation(row, [1, 100 + row])]
     parts = split(training, None, seed=0)
     assert len(parts.train) > 40
@@ -61,7 +61,7 @@ def test_conversations_that_all_begin_alike_can_still_be_split() -> None:
     assert (1,) not in prompts(parts)[1] | prompts(parts)[2], "the shared beginning is learned, so it is not scored"
 
 
-def test_conversations_that_others_begin_with_are_trained_on() -> None:
+def test_conversations_that_are_beginnings_of_others_are_trained_on() -> None:
     short = [e for row in range(16) for e in conversation(row, [0, 0])]
     longer = [e for row, later in enumerate(([2], [1], [0, 0], [3])) for e in conversation(20 + row, [0, *later])]
     for seed in range(20):

@@ -1,4 +1,4 @@
-"""Interventions on disk and the model that the oracle runs on."""
+"""Interventions on disk, and the oracle's model."""
 
 from __future__ import annotations
 

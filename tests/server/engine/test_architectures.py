@@ -1,4 +1,4 @@
-"""Any decoder of transformers with full or sliding-window attention is served as `attach()` says, unpatched."""
+"""The engine serves any unpatched transformers decoder with full or sliding-window attention, as `attach()` does."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_an_architecture_serves_edited_and_plain_requests_as_alone(name: str, tm
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_in_bfloat16_it_is_as_near_to_float32_as_alone(name: str, tmp_path: Path) -> None:
+def test_in_bfloat16_an_architecture_is_as_close_to_float32_as_alone(name: str, tmp_path: Path) -> None:
     tiny_model(name).save_pretrained(tmp_path)
     exact, alone, served = (
         AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval()
@@ -72,7 +72,7 @@ def test_in_bfloat16_it_is_as_near_to_float32_as_alone(name: str, tmp_path: Path
     engine.close()
 
 
-def test_positions_that_depend_on_batch_mates_are_refused() -> None:
+def test_positions_that_depend_on_other_requests_are_refused() -> None:
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     model = LlamaForCausalLM(LlamaConfig(**ROTARY, rope_parameters=rope)).eval()
     with pytest.raises(UnsupportedModel, match="dynamic"):

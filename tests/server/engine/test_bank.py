@@ -1,4 +1,4 @@
-"""The bank: who stays hot, who goes, and that neither depends on how many are hot."""
+"""The bank: its eviction order, and costs that do not depend on the number of hot interventions."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> list[Intervention]:
 
 
 def lines_run(function: Callable[[], Any]) -> int:
-    """How many lines of Python a call runs: its cost but for what one line does to arrays."""
+    """Count the lines of Python that a call runs: its cost apart from array operations."""
     count = 0
 
     def trace(frame: FrameType, event: str, arg: object) -> Any:
@@ -52,7 +52,7 @@ def lines_run(function: Callable[[], Any]) -> int:
     return count
 
 
-def test_a_swap_and_a_hit_cost_the_same_with_a_thousand_hot_as_with_ten(tmp_path: Path) -> None:
+def test_a_swap_and_a_hit_cost_the_same_with_a_thousand_hot_interventions_as_with_ten(tmp_path: Path) -> None:
     hot = [load_artifact(save_random(tmp_path / str(i), [(0, "l1")], rank=1, seed=i)) for i in range(1001)]
     assert swap_and_hit_lines(hot[:10], hot[1000]) == swap_and_hit_lines(hot[:1000], hot[1000])
 
@@ -69,7 +69,7 @@ def swap_and_hit_lines(hot: list[Intervention], new: Intervention) -> list[int]:
     return lines
 
 
-def test_the_least_recently_used_goes_first_and_one_that_runs_never(small: list[Intervention]) -> None:
+def test_the_least_recently_used_is_evicted_first_and_a_running_one_never(small: list[Intervention]) -> None:
     bank = make_bank(1 + 2 + 4 + 6)
     two, four, six, eight = (((intervention, 1.0),) for intervention in small)
     for uses in (two, four, six):
@@ -87,7 +87,7 @@ def test_the_least_recently_used_goes_first_and_one_that_runs_never(small: list[
 
 
 @given(moves=st.lists(st.tuples(st.integers(0, 3), st.booleans()), max_size=40))
-def test_running_interventions_have_rows_of_their_own_that_hold_their_numbers(
+def test_running_interventions_have_separate_rows_that_hold_their_weights(
     small: list[Intervention], moves: list[tuple[int, bool]]
 ) -> None:
     bank = make_bank(14)

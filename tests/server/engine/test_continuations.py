@@ -1,4 +1,4 @@
-"""How likely a prompt's continuations are: as if each were read alone, and the prompt computed once."""
+"""Continuations of a prompt score as if each were read alone, and the prompt is computed once."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def scored(name: str, prompt: list[int], continuations: list[list[int]], **optio
 
 
 def one_by_one(model: PreTrainedModel, submit: Submit, edits: list[PlacedEdit]) -> list[list[float]]:
-    """A plain forward pass of prompt and continuation, for each."""
+    """Score each continuation with a plain forward pass of prompt and continuation."""
     found, n_prompt = [], len(submit.prompt_ids)
     for continuation in submit.continuations:
         with torch.no_grad(), attach(model, edits, n_prompt):
@@ -66,7 +66,7 @@ uses = st.lists(st.tuples(st.integers(0, 5), st.sampled_from([1.0, -0.5])), max_
     prefix_cache=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_they_are_those_of_each_read_alone_whatever_shares_the_batch(
+def test_continuations_score_as_alone_in_any_batch(
     tiny_llama_folder: Path,
     oracle_model: PreTrainedModel,
     artifacts: list[Path],
@@ -92,7 +92,7 @@ def test_they_are_those_of_each_read_alone_whatever_shares_the_batch(
     for index, (n_prompt, lengths, used) in enumerate(plans):
         named = [(artifacts[artifact], scale) for artifact, scale in used]
         continuations = [[rng.randrange(3, 300) for _ in range(length)] for length in lengths]
-        # Without continuations: a request that generates, beside them.
+        # A request that generates, in the same batch.
         submits.append(
             scored(str(index), shared[:n_prompt], continuations, uses=named)
             if continuations
@@ -110,7 +110,7 @@ def test_they_are_those_of_each_read_alone_whatever_shares_the_batch(
     engine.close()
 
 
-def test_they_are_the_same_beside_recorded_decodes_that_run_ahead(
+def test_continuations_score_the_same_with_overlapped_recorded_decodes(
     tiny_llama_folder: Path, oracle_model: PreTrainedModel, artifacts: list[Path]
 ) -> None:
     engine = make_engine(tiny_llama_folder, max_sequences=4, recorded=True, overlap=True)
@@ -127,9 +127,7 @@ def test_they_are_the_same_beside_recorded_decodes_that_run_ahead(
 
 
 @pytest.mark.parametrize("prefix_cache", [True, False])
-def test_the_prompt_is_computed_once_to_its_last_token(
-    tiny_llama_folder: Path, artifacts: list[Path], prefix_cache: bool
-) -> None:
+def test_the_whole_prompt_is_computed_once(tiny_llama_folder: Path, artifacts: list[Path], prefix_cache: bool) -> None:
     engine = make_engine(tiny_llama_folder, prefix_cache=prefix_cache)
     engine.submit(scored("a", PROMPT, LABELS, uses=[(artifacts[2], 1.0)]))
     computed = 0
@@ -141,7 +139,7 @@ def test_the_prompt_is_computed_once_to_its_last_token(
     engine.close()
 
 
-def test_more_continuations_than_may_run_at_once_still_share_the_prompt(
+def test_more_continuations_than_the_batch_holds_still_share_the_prompt(
     tiny_llama_folder: Path, oracle_model: PreTrainedModel
 ) -> None:
     engine = make_engine(tiny_llama_folder, max_sequences=2)
@@ -153,7 +151,7 @@ def test_more_continuations_than_may_run_at_once_still_share_the_prompt(
     engine.close()
 
 
-def test_a_prompt_that_was_read_before_is_found_in_the_cache(tiny_llama_folder: Path) -> None:
+def test_a_prompt_seen_before_is_found_in_the_cache(tiny_llama_folder: Path) -> None:
     engine = make_engine(tiny_llama_folder)
     outputs = []
     for name in ("first", "second"):
@@ -169,7 +167,7 @@ def test_a_prompt_that_was_read_before_is_found_in_the_cache(tiny_llama_folder: 
 def test_edits_of_generated_positions_touch_the_continuation_and_edits_of_the_prompt_do_not(
     tiny_llama_folder: Path, oracle_model: PreTrainedModel, artifacts: list[Path]
 ) -> None:
-    # Two continuations that begin alike: a prompt that grew by the label would move the positions f7+l7.
+    # Two continuations with equal beginnings: if the label counted as prompt, the positions f7+l7 would move.
     for artifact in (artifacts[1], artifacts[4], artifacts[5]):
         engine = make_engine(tiny_llama_folder)
         submit = scored("a", PROMPT[:5], LABELS, uses=[(artifact, 1.0)])
@@ -179,8 +177,10 @@ def test_edits_of_generated_positions_touch_the_continuation_and_edits_of_the_pr
         engine.close()
 
 
-@pytest.mark.parametrize("steps", [0, 1, 2, 3])  # reading the prompt, held, forks in two waves
-def test_a_cancelled_request_gives_everything_back(tiny_llama_folder: Path, artifacts: list[Path], steps: int) -> None:
+@pytest.mark.parametrize("steps", [0, 1, 2, 3])  # during the prompt, on hold, during forks in two waves
+def test_a_cancelled_request_frees_all_its_blocks_and_slots(
+    tiny_llama_folder: Path, artifacts: list[Path], steps: int
+) -> None:
     engine = make_engine(tiny_llama_folder, max_batch_tokens=4, max_sequences=2)
     engine.submit(scored("a", PROMPT[:6], LABELS, uses=[(artifacts[5], 1.0)]))
     while engine.is_loading:
@@ -194,7 +194,7 @@ def test_a_cancelled_request_gives_everything_back(tiny_llama_folder: Path, arti
 
 
 @pytest.mark.parametrize("positions", ["l1", "generated"])
-def test_an_edit_that_overflows_ends_its_request_and_no_other(
+def test_an_overflowing_edit_fails_its_request_alone(
     tiny_llama_folder: Path, oracle_model: PreTrainedModel, tmp_path: Path, positions: str
 ) -> None:
     zeros, huge = torch.zeros(1, 32), torch.full((1, 32), 1e30)
@@ -212,7 +212,7 @@ def test_an_edit_that_overflows_ends_its_request_and_no_other(
     engine.close()
 
 
-def test_what_does_not_fit_is_refused(tiny_llama_folder: Path) -> None:
+def test_a_request_that_does_not_fit_is_refused(tiny_llama_folder: Path) -> None:
     engine = make_engine(tiny_llama_folder, blocks=10)
     engine.submit(scored("a", PROMPT, [[5] * 4]))
     assert "need up to 41 tokens" in (run_until_done(engine).finished["a"].error or "")

@@ -1,6 +1,6 @@
-"""Recorded decode steps: which steps are replayed, and that a recording keeps CUDA's rules.
+"""Recorded decode steps: which steps are replayed, and that recordings keep CUDA's rules.
 
-That a replayed step gives what the request alone would get is in test_mixtures.py.
+test_mixtures.py checks that a replayed step gives each request its result alone.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PROMPT = [5, 9, 17, 120, 44]
 
 
 class CountingRecorder:
-    """Records, and counts replays by how many rows they compute."""
+    """A recorder that counts replays by their number of rows."""
 
     def __init__(self) -> None:
         self.recorded = 0
@@ -51,7 +51,7 @@ def counting_engine(folder: Path, **sizes: int) -> tuple[Engine, CountingRecorde
     return engine, recorder
 
 
-def test_plain_decode_steps_are_all_replayed_at_the_next_larger_size(tiny_llama_folder: Path) -> None:
+def test_every_plain_decode_step_is_replayed_at_the_next_larger_size(tiny_llama_folder: Path) -> None:
     engine, recorder = counting_engine(tiny_llama_folder, max_sequences=11)
     assert recorder.recorded == 5  # 1, 2, 4, 8, 16
     for index in range(3):
@@ -72,7 +72,7 @@ def test_edits_of_the_prompt_leave_decode_steps_to_the_base_models_recording(
     engine.close()
 
 
-def test_edits_of_the_answer_are_recorded_by_kind_and_not_above_the_rank_they_have_room_for(
+def test_edits_of_the_answer_are_recorded_by_kind_up_to_the_rank_limit(
     tiny_llama_folder: Path, artifacts: list[Path], tmp_path: Path
 ) -> None:
     engine, recorder = counting_engine(tiny_llama_folder, max_sequences=1)
@@ -81,7 +81,7 @@ def test_edits_of_the_answer_are_recorded_by_kind_and_not_above_the_rank_they_ha
     # Linear, another activation, linear again, too wide.
     for index, folder in enumerate((artifacts[4], artifacts[5], artifacts[4], wide)):
         before = (recorder.recorded, len(recorder.replayed))
-        # Four tokens: one more, and the next request would find them in the cache and decode its last.
+        # Four tokens: with one more, the next request would find them in the cache and decode its last token.
         engine.submit(request(str(index), PROMPT[:4], uses=[(folder, 1.0)], max_tokens=4))
         run_until_done(engine)
         added.append((recorder.recorded - before[0], len(recorder.replayed) - before[1]))
@@ -89,7 +89,7 @@ def test_edits_of_the_answer_are_recorded_by_kind_and_not_above_the_rank_they_ha
     engine.close()
 
 
-def test_rows_that_pad_write_to_the_scratch_block_alone(tiny_llama_folder: Path) -> None:
+def test_padding_rows_write_only_to_the_scratch_block(tiny_llama_folder: Path) -> None:
     engine, _ = counting_engine(tiny_llama_folder, max_sequences=8, blocks=8)
     cache = engine.runner.cache
     assert isinstance(cache, CudaCache)
@@ -114,16 +114,16 @@ def test_every_architecture_can_be_recorded(name: str) -> None:
     runner = Runner(model, kv_cache_bytes=1 << 16, block_size=4, bank_bytes=1 << 14, kernels=NoKernels())
     shapes = [LayerShape(keys.shape[1], keys.shape[3], values.shape[3]) for keys, values in stores(runner)]
     use_paged_cache(runner, shapes, blocks=8)
-    runner.record_decodes(4, record)  # refuses what looks at numbers on the device
+    runner.record_decodes(4, record)  # refuses operations that read values on the device
     assert isinstance(runner._graphs, DecodeGraphs)
 
 
 def stores(runner: Runner) -> list[tuple[Tensor, Tensor]]:
-    """The gathered cache's tensors by layer."""
+    """Return the cache's tensors by layer."""
     return list(zip(runner.cache.keys, runner.cache.values, strict=True))  # type: ignore[attr-defined]
 
 
-def test_a_row_without_tokens_gives_zeros_in_the_stand_in_as_on_the_device() -> None:
+def test_a_row_without_tokens_gives_zeros_in_plain_torch_as_on_the_gpu() -> None:
     keys = torch.full((2, 4, 1, 8), torch.nan)
     out = torch.full((1, 2, 8), torch.nan)
     tables, lengths = torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.int64)

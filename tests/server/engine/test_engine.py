@@ -1,4 +1,4 @@
-"""What the engine promises about residency, cancellation, swapping and its frozen base, on a tiny model."""
+"""The engine's guarantees on residency, cancellation, swapping and its frozen base, on a tiny model."""
 
 from __future__ import annotations
 
@@ -67,9 +67,7 @@ def test_an_edit_stays_whole_when_its_folder_is_deleted_while_it_runs(tiny_llama
     engine.close()
 
 
-def test_an_intervention_is_loaded_while_its_request_waits_for_its_turn(
-    tiny_llama_folder: Path, artifacts: list[Path]
-) -> None:
+def test_an_intervention_is_loaded_while_its_request_is_queued(tiny_llama_folder: Path, artifacts: list[Path]) -> None:
     engine = make_engine(tiny_llama_folder, max_sequences=1)
     engine.submit(request("first", PROMPT, max_tokens=200))
     engine.step()
@@ -83,7 +81,7 @@ def test_an_intervention_is_loaded_while_its_request_waits_for_its_turn(
     engine.close()
 
 
-def test_a_missing_or_changed_artifact_is_an_error_of_its_request_alone(
+def test_a_missing_or_changed_artifact_fails_its_request_alone(
     tiny_llama_folder: Path, tmp_path: Path, artifacts: list[Path]
 ) -> None:
     engine = make_engine(tiny_llama_folder)
@@ -102,7 +100,7 @@ def test_a_missing_or_changed_artifact_is_an_error_of_its_request_alone(
     engine.close()
 
 
-def test_a_request_that_can_never_fit_is_refused_and_says_why(tiny_llama_folder: Path, tmp_path: Path) -> None:
+def test_a_request_that_can_never_fit_is_refused_with_the_reason(tiny_llama_folder: Path, tmp_path: Path) -> None:
     engine = make_engine(tiny_llama_folder, blocks=10, block_size=4, bank_rows=5)
     engine.submit(request("long", PROMPT, max_tokens=8))
     wide = save_random(tmp_path / "wide", [(0, "l1")], rank=6)
@@ -128,7 +126,7 @@ def test_a_cancelled_request_frees_its_blocks_at_once(tiny_llama_folder: Path, a
     engine.close()
 
 
-def test_a_long_prompt_does_not_hold_running_streams(tiny_llama_folder: Path) -> None:
+def test_a_long_prompt_does_not_stall_running_streams(tiny_llama_folder: Path) -> None:
     engine = make_engine(tiny_llama_folder, max_batch_tokens=8)
     engine.submit(request("stream", PROMPT[:4], max_tokens=40))
     engine.step()
@@ -163,7 +161,7 @@ def test_a_decode_step_edits_only_where_generated_tokens_are_edited(
     prefill_layers: list[int],
     decode_layers: list[int],
 ) -> None:
-    """A decode step of a prompt-only intervention is the base model's own."""
+    """A decode step of a prompt-only intervention is a plain base-model step."""
     planned: list[tuple[bool, list[int]]] = []
 
     def recorded(chunks: list[Chunk], bank: Bank, device: torch.device) -> dict[int, LayerEdits]:
@@ -181,10 +179,10 @@ def test_a_decode_step_edits_only_where_generated_tokens_are_edited(
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_an_intervention_that_overflows_is_an_error_of_its_request_and_leaves_nothing_behind(
+def test_an_overflowing_intervention_fails_its_request_and_leaves_nothing_behind(
     tiny_llama_folder: Path, tmp_path: Path, temperature: float
 ) -> None:
-    """Its blocks hold infinities; whoever shares a step with it, or gets the blocks after it, must not read them."""
+    """Its blocks hold infinities. Requests in the same step, or later on these blocks, must not read them."""
     edit = LowRankEdit(
         A=torch.zeros(1, 32),
         b=torch.full((1,), 1e30),
@@ -200,7 +198,7 @@ def test_an_intervention_that_overflows_is_an_error_of_its_request_and_leaves_no
     expected = run_until_done(alone).tokens
     run = Run()
     engine = make_engine(tiny_llama_folder, blocks=28, max_batch_tokens=24)
-    engine.submit(request("first", PROMPT[:10], max_tokens=20))  # so that block 0 goes to the overflow
+    engine.submit(request("first", PROMPT[:10], max_tokens=20))  # so that the overflowing request gets block 0
     for name in ("short", "long"):
         engine.submit(request(name, prompts[name], max_tokens=20))
     while len(engine.scheduler.running) < 3 or any(s.n_generated == 0 for s in engine.scheduler.running):
@@ -220,7 +218,7 @@ def test_an_intervention_that_overflows_is_an_error_of_its_request_and_leaves_no
         each.close()
 
 
-def test_interventions_of_prompts_make_room_for_others_while_their_answers_go_on(
+def test_prompt_interventions_free_their_rows_while_their_answers_continue(
     tiny_llama_folder: Path, tmp_path: Path
 ) -> None:
     folders = [save_random(tmp_path / str(i), [(1, "f2+l2")], rank=4, seed=i) for i in range(4)]
@@ -239,7 +237,7 @@ def test_interventions_of_prompts_make_room_for_others_while_their_answers_go_on
         each.close()
 
 
-def test_no_more_context_is_offered_than_the_cache_holds(tiny_llama_folder: Path) -> None:
+def test_the_offered_context_fits_the_cache(tiny_llama_folder: Path) -> None:
     engine = make_engine(tiny_llama_folder, blocks=16, block_size=4)
     assert engine.runner.max_context == 64
     engine.close()

@@ -10,7 +10,7 @@ from exactness import compare
 pytestmark = pytest.mark.real_model
 
 
-def test_requests_in_a_mixture_get_what_attach_gives_them_alone(smollm2_folder: Path, tmp_path: Path) -> None:
+def test_requests_in_a_mixture_equal_attach_on_each_alone(smollm2_folder: Path, tmp_path: Path) -> None:
     found = compare(smollm2_folder, tmp_path, requests=24)
     assert found.unequal == []
     assert found.tokens > 150

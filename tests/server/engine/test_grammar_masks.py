@@ -1,4 +1,4 @@
-"""Structured output: whatever a random model would rather say, its answer follows the grammar."""
+"""Structured output: the answer of a random model follows the grammar."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def run_all(engine: Engine, *submits: object) -> Run:
     return run_until_done(engine)
 
 
-def test_answers_follow_their_grammars_beside_free_ones(
+def test_answers_follow_their_grammars_in_a_batch_with_free_answers(
     tiny_llama_folder: Path, tokenizer: Tokenizer, artifacts: list[Path]
 ) -> None:
     engine = make_engine(tiny_llama_folder)
@@ -75,7 +75,7 @@ def test_answers_follow_their_grammars_beside_free_ones(
 
 
 class CollectsTogether(GrammarCompiler):
-    """Reports its grammars when all are compiled, so that their sequences start in one step."""
+    """Reports grammars only when all are compiled, so that their sequences start in one step."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__(tokenizer, (2,), len(tokenizer))
@@ -101,7 +101,7 @@ def test_a_preempted_answer_still_follows_its_grammar(tiny_llama_folder: Path, t
     engine.close()
 
 
-def test_a_grammar_that_is_over_ends_the_answer_even_where_the_end_of_turn_is_ignored(
+def test_a_completed_grammar_ends_the_answer_even_if_the_end_of_turn_is_ignored(
     tiny_llama_folder: Path, tokenizer: Tokenizer
 ) -> None:
     engine = make_engine(tiny_llama_folder)
@@ -111,7 +111,7 @@ def test_a_grammar_that_is_over_ends_the_answer_even_where_the_end_of_turn_is_ig
     engine.close()
 
 
-def test_max_tokens_cuts_it_off(tiny_llama_folder: Path) -> None:
+def test_max_tokens_cuts_off_a_grammars_answer(tiny_llama_folder: Path) -> None:
     engine = make_engine(tiny_llama_folder)
     run = run_all(engine, structured("long", LLMatcher.grammar_from_regex("[a-z]{40}"), max_tokens=5))
     assert run.finished["long"].finish_reason == "length"
@@ -119,7 +119,7 @@ def test_max_tokens_cuts_it_off(tiny_llama_folder: Path) -> None:
     engine.close()
 
 
-def test_a_wrong_grammar_is_an_error_of_its_request_alone(tiny_llama_folder: Path) -> None:
+def test_an_invalid_grammar_fails_its_request_alone(tiny_llama_folder: Path) -> None:
     engine = make_engine(tiny_llama_folder)
     run = run_all(
         engine, structured("wrong", LLMatcher.grammar_from_lark("start: )")), request("free", PROMPT, max_tokens=3)
@@ -130,7 +130,7 @@ def test_a_wrong_grammar_is_an_error_of_its_request_alone(tiny_llama_folder: Pat
     engine.close()
 
 
-def test_cancelling_while_the_grammar_is_compiled_leaves_nothing(tiny_llama_folder: Path) -> None:
+def test_cancelling_during_compilation_of_the_grammar_leaves_nothing(tiny_llama_folder: Path) -> None:
     engine = make_engine(tiny_llama_folder)
     engine.submit(structured("gone", GRAMMAR))  # type: ignore[arg-type]
     engine.cancel("gone")
@@ -158,7 +158,7 @@ def test_a_model_may_know_fewer_tokens_than_its_tokenizer(tokenizer: Tokenizer) 
     compiler.close()
 
 
-def test_a_compiler_that_fails_says_so_and_goes_on() -> None:
+def test_a_failing_compiler_reports_the_error_and_keeps_working() -> None:
     compiler = GrammarCompiler([], (2,), 10)  # type: ignore[arg-type]  # no tokenizer at all
     for _ in range(2):
         answer = compiled(compiler, LLMatcher.grammar_from_regex("a"))

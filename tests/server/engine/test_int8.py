@@ -1,4 +1,4 @@
-"""Linear layers in int8: a function that is known to be near the plain one, whatever shares its batch."""
+"""Linear layers in int8: a function close to the plain one, with each row independent of its batch."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ def relative_error(form: nn.Module, plain: nn.Linear, x: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_int8_is_near_and_nearer_when_precise(bias: bool) -> None:
+def test_int8_is_close_to_float32_and_closer_when_precise(bias: bool) -> None:
     plain = linear(bias=bias)
     x = torch.randn(3, 5, 48, generator=torch.Generator().manual_seed(2))
-    x[..., 7] *= 30  # an outlier takes the scale for itself
+    x[..., 7] *= 30  # an outlier dominates the scale
     rough = relative_error(Int8Linear([plain]), plain, x)
     fine = relative_error(Int8Linear([plain], precise=True), plain, x)
     assert fine < 0.01 < rough < 0.1
 
 
-def test_int8_of_a_packed_layer_is_that_of_the_plain_one_to_the_bit() -> None:
+def test_int8_of_a_packed_layer_is_bitwise_equal_to_that_of_the_plain_layer() -> None:
     plain = linear()
     x = torch.randn(3, 48, generator=torch.Generator().manual_seed(2))
     assert torch.equal(Int8Linear([PanelLinear([plain])])(x), Int8Linear([plain])(x))
@@ -45,7 +45,7 @@ def test_int8_of_a_packed_layer_is_that_of_the_plain_one_to_the_bit() -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(mates=st.integers(0, 9), scale=st.floats(1e-3, 1e6), precise=st.booleans())
-def test_an_int8_row_is_the_same_to_the_bit_whatever_stands_beside_it(mates: int, scale: float, precise: bool) -> None:
+def test_an_int8_row_is_bitwise_independent_of_the_other_rows(mates: int, scale: float, precise: bool) -> None:
     plain = linear()
     form = Int8Linear([plain], precise=precise)
     generator = torch.Generator().manual_seed(mates)
@@ -53,7 +53,7 @@ def test_an_int8_row_is_the_same_to_the_bit_whatever_stands_beside_it(mates: int
     assert torch.equal(form(torch.cat([others, mine]))[-1], form(mine)[0])
 
 
-def test_int8_of_nothing_is_nothing_and_infinity_stays_visible() -> None:
+def test_int8_of_zeros_is_zero_and_infinity_stays_visible() -> None:
     form = Int8Linear([linear(bias=False)])
     assert torch.equal(form(torch.zeros(2, 48)), torch.zeros(2, 20))
     x = torch.ones(2, 48)
@@ -73,7 +73,7 @@ class Fork(nn.Module):
         return self.left(x), self.right(x), self.other(x + 1)
 
 
-def test_int8_layers_that_read_one_tensor_are_computed_as_one_and_give_the_same_to_the_bit() -> None:
+def test_int8_layers_that_read_one_tensor_are_fused_with_bitwise_equal_results() -> None:
     fork, x = Fork(), torch.randn(3, 48, generator=torch.Generator().manual_seed(2))
     expected = [Int8Linear([layer])(x) for layer in (fork.left, fork.right)]
     with found_siblings(fork) as groups:
@@ -113,7 +113,7 @@ def test_an_int8_engine_serves_mixtures_as_alone(tiny_llama_folder: Path, artifa
         run_until_done(alone)
         key = (submit.request_id, len(submit.prompt_ids))
         expected, found = alone.runner.logits[key], mixed.runner.logits[key]  # type: ignore[attr-defined]
-        # Sums of other lengths differ in their last bit, and rounding makes a step of it now and then.
+        # Sums of other lengths differ in the last bit, which rounding sometimes turns into one int8 step.
         assert float((found - expected).norm() / expected.norm()) < 0.02
         alone.close()
     mixed.close()

@@ -1,4 +1,4 @@
-"""Loads from disk: files are read beside the steps, and checked between them as far as the step has time."""
+"""Loads from disk: a thread reads files during the steps; the engine checks them between steps as time allows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def ref(folder: Path) -> InterventionRef:
 
 
 def wait_until_read(loader: Loader) -> None:
-    loader.close()  # the thread ends after what was asked for
+    loader.close()  # the thread ends after the requested files
 
 
 def collect_all(loader: Loader) -> list[Loaded]:
@@ -30,7 +30,7 @@ def collect_all(loader: Loader) -> list[Loaded]:
     return found
 
 
-def test_a_call_without_time_checks_one_so_that_all_come_in_the_end(artifacts: list[Path]) -> None:
+def test_a_call_without_time_checks_one_file_so_that_all_are_eventually_loaded(artifacts: list[Path]) -> None:
     loader = Loader(1 << 20)
     refs = [ref(folder) for folder in artifacts]
     for each in refs:
@@ -45,7 +45,7 @@ def test_a_call_without_time_checks_one_so_that_all_come_in_the_end(artifacts: l
     assert loader.collect(0.0) == []
 
 
-def test_a_call_with_time_checks_all_that_was_read(artifacts: list[Path]) -> None:
+def test_a_call_with_time_checks_every_file_that_was_read(artifacts: list[Path]) -> None:
     loader = Loader(1 << 20)
     for folder in artifacts:
         loader.request(ref(folder))
@@ -53,7 +53,7 @@ def test_a_call_with_time_checks_all_that_was_read(artifacts: list[Path]) -> Non
     assert len(loader.collect(60.0)) == len(artifacts)
 
 
-def test_large_files_give_the_same_as_small_ones(artifacts: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_files_are_loaded_as_small_ones(artifacts: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader_module, "LARGE_BYTES", 0)
     loader = Loader(1 << 20)
     for folder in artifacts:
@@ -65,7 +65,7 @@ def test_large_files_give_the_same_as_small_ones(artifacts: list[Path], monkeypa
 
 
 @pytest.mark.parametrize("large_bytes", [0, 1 << 20])
-def test_what_cannot_be_loaded_says_why(large_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_load_reports_the_reason(large_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader_module, "LARGE_BYTES", large_bytes)
     broken = save_random(tmp_path / "broken", [(0, "l1")], rank=1)
     content_hash = load_artifact(broken).content_hash

@@ -1,4 +1,4 @@
-"""Penalties, biases and log-probabilities: what they are by definition, each row by its own request."""
+"""Penalties, biases and log-probabilities follow their definitions, each row by its own request."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ def adjusted(logits: torch.Tensor, *rows: Sequence) -> torch.Tensor:
 
 
 @given(mates=st.lists(sequences, max_size=4), mine=sequences)
-def test_a_row_is_adjusted_the_same_whatever_stands_beside_it(mates: list[Sequence], mine: Sequence) -> None:
+def test_a_row_is_adjusted_independently_of_the_other_rows(mates: list[Sequence], mine: Sequence) -> None:
     logits = random_logits(len(mates) + 1)
     assert torch.equal(adjusted(logits, *mates, mine)[-1], adjusted(logits[-1:], mine)[0])
 
 
 @given(mine=sequences)
-def test_a_row_is_adjusted_by_the_definitions(mine: Sequence) -> None:
+def test_a_row_is_adjusted_as_penalties_and_biases_are_defined(mine: Sequence) -> None:
     logits, sampling = random_logits(1), mine.sampling
     expected = logits.clone()
     if sampling.repetition_penalty != 1:
@@ -74,7 +74,7 @@ def test_a_row_is_adjusted_by_the_definitions(mine: Sequence) -> None:
     torch.testing.assert_close(adjusted(logits, mine), expected, atol=1e-4, rtol=1e-5)
 
 
-def test_a_request_that_asks_for_nothing_keeps_its_logits_to_the_bit() -> None:
+def test_a_request_without_adjustments_keeps_its_logits_bit_for_bit() -> None:
     logits = random_logits(2)
     assert torch.equal(adjusted(logits, sequence([1], [2]), sequence([1], [2], logit_bias=((3, 9.0),)))[0], logits[0])
 

@@ -1,4 +1,4 @@
-"""Log-probabilities of prompts and answers are those of the request alone, however it was batched and chunked."""
+"""Log-probabilities of prompts and answers equal those of the request alone, in any batch and chunking."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TOLERANCE = 2e-3  # of a log-probability; logits agree to 1e-4 of the largest, w
 
 
 def oracle_logprobs(model: PreTrainedModel, tokens: list[int], n_prompt: int, edits: list[PlacedEdit]) -> torch.Tensor:
-    """Log-probabilities of all tokens but the first, [tokens - 1, vocabulary]."""
+    """Return log-probabilities of all tokens except the first, [tokens - 1, vocabulary]."""
     with torch.no_grad(), attach(model, edits, n_prompt):
         logits = model(torch.tensor([tokens]), use_cache=False).logits[0, :-1]
     return torch.log_softmax(logits, -1)
@@ -45,7 +45,7 @@ def assert_close(found: list[TokenLogprobs], tokens: list[int], expected: torch.
     max_batch_tokens=st.integers(3, 64),
     seed=st.integers(0, 1000),
 )
-def test_they_are_those_of_a_plain_forward_pass(
+def test_logprobs_are_those_of_a_plain_forward_pass(
     tiny_llama_folder: Path,
     oracle_model: PreTrainedModel,
     artifacts: list[Path],
@@ -83,7 +83,7 @@ def test_they_are_those_of_a_plain_forward_pass(
     engine.close()
 
 
-def test_those_of_a_prompt_never_come_from_the_prefix_cache(tiny_llama_folder: Path) -> None:
+def test_prompt_logprobs_never_come_from_the_prefix_cache(tiny_llama_folder: Path) -> None:
     engine = make_engine(tiny_llama_folder)
     prompt = list(range(5, 45))
     for name in ("first", "second"):
@@ -94,7 +94,7 @@ def test_those_of_a_prompt_never_come_from_the_prefix_cache(tiny_llama_folder: P
     engine.close()
 
 
-def test_they_are_the_model_s_own_whatever_bias_chose_the_token(tiny_llama_folder: Path) -> None:
+def test_logprobs_are_the_models_own_under_any_bias(tiny_llama_folder: Path) -> None:
     engine = make_engine(tiny_llama_folder)
     engine.submit(request("free", [5, 6, 7], max_tokens=1, logprobs=1))
     engine.submit(request("biased", [5, 6, 7], max_tokens=1, logprobs=1, logit_bias=((99, 1000.0),)))

@@ -1,4 +1,4 @@
-"""I1, I2, I5: in any mixture, however chunked, preempted or cancelled, a request gets what it would get alone."""
+"""I1, I2, I5: in any mixture, under chunking, preemption and cancellation, a request gets its result alone."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Planned:
-    """A request of a random workload, and the steps before which it arrives and is cancelled.
+    """A request of a random workload, with the steps before which it arrives and is cancelled.
 
-    n_prompt: tokens of its prompt, of which the first `n_shared` are the same in all requests that have as many.
+    n_prompt: tokens of its prompt. n_shared: the first tokens, common to all requests with at least as many.
     """
 
     n_prompt: int
@@ -115,7 +115,7 @@ def test_a_request_in_a_mixture_gets_the_logits_it_would_get_alone(
         ]
         run = run_with_arrivals(engine, plans, submits)
         run_until_done(engine, run, until=lambda: not engine.is_loading)
-    # Who runs, waits or was preempted keeps what it began with, though the files are gone and the bank is small.
+    # Running, waiting and preempted requests keep their version although the files are gone and the bank is small.
     run_until_done(engine, run)
     assert run.finished.keys() == {submit.request_id for submit in submits}
     for plan, submit in zip(plans, submits, strict=True):
@@ -129,7 +129,7 @@ def test_a_request_in_a_mixture_gets_the_logits_it_would_get_alone(
 
 
 def copied(artifact: Path, into: Path) -> Path:
-    """The same artifact in a folder that may be deleted."""
+    """Copy the artifact to a folder that may be deleted."""
     return Path(shutil.copytree(artifact, into / artifact.name, copy_function=os.link))
 
 
@@ -148,7 +148,7 @@ def run_with_arrivals(engine: Engine, plans: list[Planned], submits: list[Submit
 def assert_as_alone(
     model: PreTrainedModel, engine: Engine, submit: Submit, tokens: list[int], edits: list[PlacedEdit]
 ) -> None:
-    """Each sampled token's logits are those of the request alone, and the token is greedy up to near-ties."""
+    """Check that each token's logits are those of the request alone, and that it is greedy up to near-ties."""
     if not tokens:
         return
     runner = engine.runner
@@ -169,7 +169,7 @@ def assert_as_alone(
     prefix_cache=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_a_request_gets_the_same_to_the_bit_in_any_float32_mixture(
+def test_a_request_gets_bitwise_equal_logits_in_any_float32_mixture(
     tiny_llama_folder: Path,
     artifacts: list[Path],
     my_uses: list[tuple[int, float]],

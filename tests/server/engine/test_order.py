@@ -1,4 +1,4 @@
-"""Who goes first, who makes room, and what is too late."""
+"""The scheduling order: priority, preemption and timeouts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def finished_in_order(run: Run) -> list[str]:
     return list(run.finished)
 
 
-def test_requests_of_one_priority_are_served_in_the_order_they_came(tiny_llama_folder: Path) -> None:
+def test_requests_of_one_priority_are_served_in_order_of_arrival(tiny_llama_folder: Path) -> None:
     engine = make_engine(tiny_llama_folder, max_sequences=1)
     for name in "abc":
         engine.submit(request(name, PROMPT, max_tokens=3))
@@ -32,17 +32,17 @@ def test_a_lower_number_goes_first(tiny_llama_folder: Path) -> None:
     engine.close()
 
 
-def test_nobody_starves_because_waiting_counts_as_priority(tiny_llama_folder: Path) -> None:
+def test_no_request_starves_because_waiting_raises_its_priority(tiny_llama_folder: Path) -> None:
     engine = make_engine(tiny_llama_folder, max_sequences=1)
     engine.submit(request("patient", PROMPT, max_tokens=3, priority=1))
     patient = next(iter(engine.scheduler.waiting))
-    patient.order = (patient.order[0] - 2 * PRIORITY_STEP_S, patient.order[1])  # it came two steps earlier
+    patient.order = (patient.order[0] - 2 * PRIORITY_STEP_S, patient.order[1])  # it arrived two steps earlier
     engine.submit(request("new", PROMPT, max_tokens=3, priority=0))
     assert finished_in_order(run_until_done(engine)) == ["patient", "new"]
     engine.close()
 
 
-def test_when_blocks_run_out_the_last_in_order_makes_room(tiny_llama_folder: Path) -> None:
+def test_when_blocks_run_out_the_last_request_in_order_is_preempted(tiny_llama_folder: Path) -> None:
     engine = make_engine(tiny_llama_folder, blocks=18)
     engine.submit(request("late", PROMPT, max_tokens=40, priority=1))
     run = Run()

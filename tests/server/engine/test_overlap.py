@@ -1,4 +1,4 @@
-"""The step that is launched before the last one's tokens are known changes nothing but the time."""
+"""Overlap launches a step before the previous one's tokens are known, and changes only the time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ asked = st.fixed_dictionaries(
     {
         "max_tokens": st.integers(0, 12),
         "temperature": st.sampled_from([0.0, 0.0, 1.0]),
-        # Often enough one of them comes.
+        # One of these tokens is sampled often enough.
         "stop_token_ids": st.sampled_from([(), tuple(range(3, 60)), tuple(range(3, 300, 2))]),
         "min_tokens": st.sampled_from([0, 0, 3]),
         "presence_penalty": st.sampled_from([0.0, 0.0, 0.0, 1.5]),
@@ -46,7 +46,7 @@ def served(engine: Engine, arrivals: list[tuple[int, Submit]]) -> Run:
     recorded=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_whatever_requests_ask_they_get_the_same_with_overlap(
+def test_every_kind_of_request_gets_the_same_answer_with_overlap(
     tiny_llama_folder: Path,
     requests: list[tuple[int, dict[str, object]]],
     blocks: int,
@@ -78,7 +78,7 @@ def test_whatever_requests_ask_they_get_the_same_with_overlap(
         )
 
 
-def test_steady_decoding_is_one_step_ahead_and_ends_without_one_too_many(tiny_llama_folder: Path) -> None:
+def test_steady_decoding_runs_one_step_ahead_and_ends_without_an_extra_step(tiny_llama_folder: Path) -> None:
     engine = make_engine(tiny_llama_folder, overlap=True)
     runner = engine.runner
     assert isinstance(runner, RecordingRunner)
@@ -91,7 +91,7 @@ def test_steady_decoding_is_one_step_ahead_and_ends_without_one_too_many(tiny_ll
     assert launched == [2, 3, 4, 5, 6, 6]
 
 
-def test_a_request_that_ends_by_its_token_leaves_a_row_in_vain_and_nothing_else(tiny_llama_folder: Path) -> None:
+def test_a_request_that_ends_by_its_token_wastes_one_row_and_nothing_else(tiny_llama_folder: Path) -> None:
     first = make_engine(tiny_llama_folder)
     first.submit(request("a", PROMPT, max_tokens=4))
     stop = run_until_done(first).tokens["a"][1]
@@ -106,7 +106,7 @@ def test_a_request_that_ends_by_its_token_leaves_a_row_in_vain_and_nothing_else(
         each.close()
 
 
-def test_a_request_cancelled_while_its_step_is_on_the_way_gets_no_more_tokens(tiny_llama_folder: Path) -> None:
+def test_a_request_cancelled_during_its_step_gets_no_more_tokens(tiny_llama_folder: Path) -> None:
     engine = make_engine(tiny_llama_folder, overlap=True)
     run = Run()
     for name in ("a", "b"):
@@ -119,7 +119,7 @@ def test_a_request_cancelled_while_its_step_is_on_the_way_gets_no_more_tokens(ti
     engine.close()
 
 
-def test_who_waits_for_a_full_batch_does_not_hold_it_up(tiny_llama_folder: Path) -> None:
+def test_a_request_waiting_for_a_full_batch_does_not_delay_it(tiny_llama_folder: Path) -> None:
     engine = make_engine(tiny_llama_folder, max_sequences=2, overlap=True)
     for name in "abc":
         engine.submit(request(name, PROMPT, max_tokens=20))
@@ -128,7 +128,7 @@ def test_who_waits_for_a_full_batch_does_not_hold_it_up(tiny_llama_folder: Path)
     for _ in range(10):
         run.take(engine.step().outputs)
         assert len(engine.scheduler.waiting) == 1
-        # The logits after the last token that is known are there already.
+        # The logits after the last known token exist already.
         assert ("a", len(PROMPT) + len(run.tokens["a"])) in engine.runner.logits  # type: ignore[attr-defined]
     run_until_done(engine)
     engine.close()

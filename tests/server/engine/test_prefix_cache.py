@@ -1,4 +1,4 @@
-"""I3: blocks of the cache are shared exactly when tokens and edits up to there agree."""
+"""I3: cache blocks are shared exactly when tokens and edits up to their end agree."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ PROMPT = list(range(5, 45))
 
 
 def cached_tokens(engine: Engine, submit: Submit) -> int:
-    """Prompt tokens that a request finds in the cache, run to its end."""
+    """Run a request to its end, and return the prompt tokens that it found in the cache."""
     engine.submit(submit)
     return run_until_done(engine).finished[submit.request_id].cached_tokens
 
 
 def edits_at(submit: Submit, interventions: dict[str, Intervention], index: int) -> list[object]:
-    """What touches the token at `index`: whose edit, which of them, how strongly."""
+    """Return the edits of the token at `index`: intervention, edit and scale."""
     return [
         (ref.content_hash, number, ref.scale)
         for ref in submit.interventions
@@ -37,7 +37,7 @@ def edits_at(submit: Submit, interventions: dict[str, Intervention], index: int)
 
 @dataclass(frozen=True)
 class Turn:
-    """A request: how much of the common text it begins with, its own end, and what it runs with."""
+    """A request: the length of its common beginning, its own end, and its interventions."""
 
     shared: int
     own: int
@@ -79,7 +79,7 @@ def test_a_request_finds_exactly_the_blocks_whose_tokens_and_edits_agree(
         for salt, other in before:
             if salt == plan.salt:
                 agreeing = next((i for i, (a, b) in enumerate(zip(content, other, strict=False)) if a != b), None)
-                # The last token that was sampled has no keys and values: nobody has read it.
+                # The last sampled token was never computed, so it has no keys and values.
                 longest = max(longest, min(len(content), len(other) - 1) if agreeing is None else agreeing)
         expected = min(longest, len(submit.prompt_ids) - 1) // BLOCK * BLOCK
         assert run.finished[submit.request_id].cached_tokens == expected
@@ -102,7 +102,7 @@ def test_interventions_that_edit_only_the_end_share_the_base_models_prefix(
     engine.close()
 
 
-def test_an_intervention_shares_what_it_edited_with_itself_in_a_composition(
+def test_an_intervention_shares_its_edited_blocks_with_itself_in_a_composition(
     tiny_llama_folder: Path, tmp_path: Path
 ) -> None:
     prefix, other = (
@@ -116,7 +116,7 @@ def test_an_intervention_shares_what_it_edited_with_itself_in_a_composition(
     engine.close()
 
 
-def test_the_next_turn_of_a_chat_finds_the_answer_of_the_last(tiny_llama_folder: Path) -> None:
+def test_the_next_turn_of_a_chat_finds_the_previous_answer_in_the_cache(tiny_llama_folder: Path) -> None:
     engine = make_engine(tiny_llama_folder, blocks=200)
     engine.submit(request("turn 1", PROMPT, max_tokens=9))
     answer = run_until_done(engine).tokens["turn 1"]
@@ -134,7 +134,7 @@ def test_hits_are_counted_and_can_be_switched_off(tiny_llama_folder: Path) -> No
         each.close()
 
 
-def test_blocks_nobody_wants_again_go_before_those_that_may_be_found() -> None:
+def test_unreachable_blocks_are_evicted_before_reachable_ones() -> None:
     allocator = BlockAllocator(4, BLOCK)
     table: list[int] = []
     assert allocator.extend(table, 3 * BLOCK)
@@ -146,5 +146,5 @@ def test_blocks_nobody_wants_again_go_before_those_that_may_be_found() -> None:
     assert allocator.extend(other, 2 * BLOCK)
     assert allocator.find([b"a", b"b"]) == kept
     assert allocator.extend(other, 3 * BLOCK)
-    assert allocator.find([b"a", b"b"]) == kept[:1]  # the end of a chain is of no use without its beginning
+    assert allocator.find([b"a", b"b"]) == kept[:1]  # the end of a chain is useless without its beginning
     assert not allocator.extend(other, 5 * BLOCK)

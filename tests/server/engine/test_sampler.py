@@ -1,4 +1,4 @@
-"""Sampling: each row by its own parameters, reproducible whatever stands beside it."""
+"""Sampling: each row uses its own parameters and is independent of the other rows."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ sampled = st.builds(
 
 
 @given(mates=st.lists(sampled, max_size=5), mine=sampled, position=st.integers(0, 10000))
-def test_a_row_draws_the_same_token_whatever_stands_beside_it(
+def test_a_row_draws_its_token_independently_of_the_other_rows(
     mates: list[SamplingParams], mine: SamplingParams, position: int
 ) -> None:
     rows = logits(len(mates) + 1)
@@ -44,7 +44,7 @@ def test_temperature_zero_is_greedy() -> None:
     assert sample(rows, [params()] * 4, [0] * 4).tolist() == rows.argmax(-1).tolist()
 
 
-def test_a_tiny_temperature_is_greedy_and_not_an_overflow() -> None:
+def test_a_tiny_temperature_is_greedy_and_does_not_overflow() -> None:
     rows = logits(4) * 1e4
     assert sample(rows, [params(temperature=1e-6)] * 4, [0] * 4).tolist() == rows.argmax(-1).tolist()
 
@@ -72,13 +72,13 @@ def test_top_k_keeps_the_k_best() -> None:
 
 
 def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
-    row = torch.log(torch.tensor([[0.4, 0.3, 0.2, 0.1]])) * 1.5  # the temperature takes the factor back
+    row = torch.log(torch.tensor([[0.4, 0.3, 0.2, 0.1]])) * 1.5  # the temperature cancels the factor
     assert drawn(row, top_p=0.69) == {0, 1}
     assert drawn(row, top_p=0.71) == {0, 1, 2}
     assert drawn(row, top_p=0.01) == {0}
 
 
-def test_min_p_drops_what_is_far_below_the_best() -> None:
+def test_min_p_drops_tokens_far_below_the_best() -> None:
     row = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])) * 1.5
     assert drawn(row, min_p=0.5) == {0, 1}
     assert drawn(row, min_p=1.0) == {0}

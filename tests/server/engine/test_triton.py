@@ -1,6 +1,6 @@
 """The Triton kernels against plain attention, in Triton's interpreter, which runs them on the CPU.
 
-It has to be switched on before anything imports Triton, so the tests of the kernels run in a process of their own.
+The interpreter must be enabled before the first import of Triton, so the kernels' tests run in a separate process.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def test_the_kernels_pass_their_tests_in_the_interpreter() -> None:
 @pytest.mark.skipif(IS_INTERPRETED, reason="the interpreter compiles nothing")
 @pytest.mark.parametrize(("decode", "splits"), [(True, 1), (True, 8), (False, 1)])
 @pytest.mark.parametrize("capability", [80, 90])
-def test_attention_compiles_for_gpus_that_are_not_here(
+def test_attention_compiles_for_gpus_that_are_absent(
     decode: bool, splits: int, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
@@ -64,7 +64,7 @@ def test_attention_compiles_for_gpus_that_are_not_here(
     )
     compiled = compile_kernel(source, target=GPUTarget("cuda", capability, 32))
     assert compiled.asm["cubin"]
-    assert compiled.metadata.shared <= 99 * 1024  # what a block may have on the GPU that has least
+    assert compiled.metadata.shared <= 99 * 1024  # the smallest limit per block among the GPUs
 
 
 def paged_cache(shape: LayerShape, blocks: int, block_size: int, splits: int | None, dtype: torch.dtype) -> CudaCache:
@@ -79,7 +79,7 @@ def paged_cache(shape: LayerShape, blocks: int, block_size: int, splits: int | N
         device=torch.device("cpu"),
         kernels=TritonKernels(splits),
     )
-    # Whatever a block held before, for whomever: numbers that would be seen.
+    # Earlier contents of the blocks, of a value that would show in the result.
     cache.keys[0].fill_(torch.nan)
     cache.values[0].fill_(torch.nan)
     return cache
@@ -98,7 +98,7 @@ def paged_cache(shape: LayerShape, blocks: int, block_size: int, splits: int | N
     splits=st.sampled_from([None, 1, 2, 8]),
     seed=st.integers(0, 100),
 )
-def test_attention_over_scattered_blocks_is_plain_attention_of_each_sequence(
+def test_attention_over_scattered_blocks_equals_plain_attention_of_each_sequence(
     sequences: list[tuple[int, int]],
     block_size: int,
     heads: tuple[int, int],
@@ -115,7 +115,7 @@ def test_attention_over_scattered_blocks_is_plain_attention_of_each_sequence(
     free = torch.randperm(blocks, generator=generator).tolist()
 
     def random(n: int, tokens: int, dim: int) -> Tensor:
-        # As a model gives them: heads are the second dimension in memory.
+        # As in a model: heads are the second dimension in memory.
         return torch.randn(tokens, n, dim, generator=generator).transpose(0, 1)
 
     tables = [[free.pop() for _ in range(-(-(start + new) // block_size))] for start, new in sequences]
@@ -140,8 +140,8 @@ def test_attention_over_scattered_blocks_is_plain_attention_of_each_sequence(
 
 
 @interpreted
-def test_half_precision_is_as_near_as_its_numbers_allow() -> None:
-    dtype = torch.float16  # the interpreter's products take no bfloat16
+def test_half_precision_is_as_close_as_its_rounding_allows() -> None:
+    dtype = torch.float16  # the interpreter cannot multiply bfloat16
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(n, 71, 64, generator=generator).to(dtype) for n in (6, 2, 2))
     cache = paged_cache(LayerShape(2, 64, 64), 10, 16, 2, dtype)

@@ -1,4 +1,4 @@
-"""A bare HTTP client of the running server."""
+"""A plain HTTP client of the running server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run that was acknowledged survives kill -9, of the server and of the engine."""
+"""An acknowledged run survives kill -9 of the server and of the engine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COUNT = 400
 
 
 def begun(http: httpx.Client) -> dict[str, Any]:
-    """A run that has kept some of its items and not all."""
+    """Start a run, and return it when some but not all of its items are stored."""
     run = started(http, created(http, chats(COUNT), {"type": "loss"}, {"type": "f1"}), max_tokens=16)
     deadline = time.monotonic() + 60
     while not items(http, run, limit=1):
@@ -23,7 +23,7 @@ def begun(http: httpx.Client) -> dict[str, Any]:
     return run
 
 
-def test_a_run_goes_on_where_it_was_when_the_server_is_killed(tiny_llama_folder: Path, tmp_path: Path) -> None:
+def test_a_run_resumes_after_its_server_was_killed(tiny_llama_folder: Path, tmp_path: Path) -> None:
     first = RunningServer(tiny_llama_folder, tmp_path, "--no-worker").wait_until_ready(worker=False)
     with httpx.Client(base_url=first.url, timeout=60) as http:
         run = begun(http)
@@ -40,7 +40,7 @@ def test_a_run_goes_on_where_it_was_when_the_server_is_killed(tiny_llama_folder:
     assert after[: len(before)] == before, "what was kept is not computed again"
 
 
-def test_a_chunk_that_the_engine_dies_of_once_is_asked_again(tiny_llama_folder: Path, tmp_path: Path) -> None:
+def test_a_chunk_is_retried_after_the_engine_died_during_it(tiny_llama_folder: Path, tmp_path: Path) -> None:
     with running_server(tiny_llama_folder, tmp_path, worker=False) as server, httpx.Client(base_url=server.url) as http:
         run = begun(http)
         server.child("reftserve.server.engine.process").kill()

@@ -1,4 +1,4 @@
-"""Evals through the API: scores are those of each item by itself, and runs are compared."""
+"""Evals through the API: scores equal those of each item alone, and runs are compared."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def greedy(http: httpx.Client, model: str, messages: list[dict[str, str]]) -> st
 
 
 @pytest.mark.parametrize("name", ["base", "intervention"])
-def test_scores_are_those_of_each_item_by_itself(
+def test_scores_equal_those_of_each_item_alone(
     http: httpx.Client, oracle: LabelOracle, trained: str, tmp_path: Path, name: str
 ) -> None:
     uses = [] if name == "base" else [(download(http, trained, tmp_path), 1.0)]
@@ -80,7 +80,7 @@ def test_scores_are_those_of_each_item_by_itself(
     assert all(0 < summary[criterion] < 1 for criterion in ("accuracy", "has an a", "regex")), "some of each"
 
 
-def test_answers_match_where_they_are_the_data_s(http: httpx.Client) -> None:
+def test_an_answer_equal_to_the_reference_matches(http: httpx.Client) -> None:
     rows = chats(6)
     for row in rows[::2]:
         question, answer = row["messages"]
@@ -119,13 +119,13 @@ def test_runs_of_an_eval_are_compared(http: httpx.Client, trained: str) -> None:
     assert http.get("/v1/evals", params={"limit": 1}).json()["data"] == [compared]
 
 
-def test_a_run_keeps_the_versions_that_its_names_meant(http: httpx.Client, trained: str) -> None:
+def test_a_run_keeps_the_versions_its_names_meant_at_creation(http: httpx.Client, trained: str) -> None:
     run = started(http, created(http, chats(2), {"type": "loss"}), interventions=[{"name": "greeter"}])
     assert run["interventions"] == [{"name": "greeter", "version": 1, "scale": 1.0}]
     assert ended(http, run)["status"] == "completed"
 
 
-def test_an_item_that_cannot_be_evaluated_says_why_and_counts_in_no_score(http: httpx.Client) -> None:
+def test_a_failed_item_has_its_reason_and_counts_in_no_score(http: httpx.Client) -> None:
     rows = chats(3)
     rows[1]["messages"][0]["content"] = "fox " * 600
     run = ended(http, started(http, created(http, rows, {"type": "loss"}, {"type": "contains", "text": "never"})))
@@ -139,7 +139,7 @@ def test_an_item_that_cannot_be_evaluated_says_why_and_counts_in_no_score(http: 
     )
 
 
-def test_openai_s_client_reads_it_all(server: RunningServer, http: httpx.Client) -> None:
+def test_openais_client_reads_evals_runs_and_items(server: RunningServer, http: httpx.Client) -> None:
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
     source: Any = {"type": "file", "file_id": upload(http, chats(5))}
     made = client.evals.create(name="greetings", data_source_config=source, testing_criteria=[{"type": "contains"}])  # type: ignore[list-item, typeddict-item]
@@ -159,7 +159,7 @@ def test_openai_s_client_reads_it_all(server: RunningServer, http: httpx.Client)
         client.evals.retrieve(made.id)
 
 
-def test_a_cancelled_run_keeps_what_it_has_and_makes_way(http: httpx.Client) -> None:
+def test_a_cancelled_run_keeps_its_items_and_the_next_run_starts(http: httpx.Client) -> None:
     eval_id = created(http, chats(2000), {"type": "exact_match"})
     run, waiting = started(http, eval_id, max_tokens=64), started(http, eval_id, max_tokens=1)
     canceled = http.post(f"/v1/evals/{eval_id}/runs/{waiting['id']}/cancel").json()
@@ -188,7 +188,7 @@ def test_a_cancelled_run_keeps_what_it_has_and_makes_way(http: httpx.Client) -> 
         ([{"type": "accuracy", "labels": ["a", "b"]}], "testing_criteria.0.labels", "none of the labels"),
     ],
 )
-def test_what_is_wrong_with_an_eval_is_said(
+def test_an_invalid_eval_is_refused_with_the_reason(
     http: httpx.Client, criteria: list[dict[str, Any]], param: str, words: str
 ) -> None:
     source = {"type": "file", "file_id": upload(http, chats(2))}
@@ -199,7 +199,7 @@ def test_what_is_wrong_with_an_eval_is_said(
     assert words in error["message"]
 
 
-def test_items_continue_behind_items_of_the_same_run(http: httpx.Client) -> None:
+def test_item_pages_continue_after_an_item_of_the_same_run(http: httpx.Client) -> None:
     run = ended(http, started(http, created(http, chats(3), {"type": "loss"})))
     first, second, third = items(http, run)
     assert items(http, run, after=second["id"]) == [third]
@@ -211,7 +211,7 @@ def test_items_continue_behind_items_of_the_same_run(http: httpx.Client) -> None
         assert (response.status_code, response.json()["error"]["param"]) == (400, "after"), after
 
 
-def test_what_does_not_exist_is_not_found(http: httpx.Client) -> None:
+def test_a_missing_file_model_eval_or_run_is_not_found(http: httpx.Client) -> None:
     eval_id = created(http, chats(2), {"type": "loss"})
     source = {"type": "file", "file_id": "file-none"}
     missing = http.post("/v1/evals", json={"data_source_config": source, "testing_criteria": [{"type": "loss"}]})

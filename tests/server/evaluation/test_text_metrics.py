@@ -1,4 +1,4 @@
-"""Exact match, strict, and as the SQuAD benchmark's own script computes it; F1 as that does."""
+"""Exact match (strict, and as in the SQuAD benchmark's script), and F1 as in that script."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ def test_case_punctuation_articles_and_spaces_do_not_count(text: str, expected: 
         ("Denver", "the", False, 0.0),
     ],
 )
-def test_squad_s_exact_match_and_f1(prediction: str, reference: str, match: bool, overlap: float) -> None:
+def test_exact_match_and_f1_are_those_of_squads_script(
+    prediction: str, reference: str, match: bool, overlap: float
+) -> None:
     assert squad_exact_match(prediction, reference) is match
     assert f1(prediction, reference) == pytest.approx(overlap)
 
@@ -44,7 +46,7 @@ def test_squad_s_exact_match_and_f1(prediction: str, reference: str, match: bool
 @pytest.mark.parametrize(
     ("prediction", "reference"), [("15", "1.5"), ("3", "-3"), (">", "<"), ("", "A"), ("yes", "Yes"), ("a  b", "a b")]
 )
-def test_texts_that_differ_are_no_exact_match(prediction: str, reference: str) -> None:
+def test_different_texts_are_not_an_exact_match(prediction: str, reference: str) -> None:
     assert not exact_match(prediction, reference)
     assert squad_exact_match(prediction, reference)
 

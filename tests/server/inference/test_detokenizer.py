@@ -1,4 +1,4 @@
-"""Incremental text: the pieces make the whole, no half characters, stop strings across token boundaries."""
+"""Incremental detokenization: pieces join to the text, without half characters, with stop strings across tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TOKENIZER = tiny_base_tokenizer()
 
 
 def byte_names() -> dict[int, str]:
-    """GPT-2's name of each byte: itself where it can be seen, else a character from 256 on."""
+    """Return GPT-2's name of each byte: the byte itself if printable, else a character from 256 on."""
     seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
     unseen = [byte for byte in range(256) if byte not in seen]
     return {byte: chr(byte) for byte in seen} | {byte: chr(256 + number) for number, byte in enumerate(unseen)}
@@ -30,7 +30,7 @@ BYTES = byte_names()
 
 @settings(max_examples=200, deadline=None)
 @given(text=st.text(max_size=40), sizes=st.lists(st.integers(1, 4), min_size=1))
-def test_pieces_make_the_whole_text_and_hold_no_half_characters(text: str, sizes: list[int]) -> None:
+def test_pieces_join_to_the_whole_text_without_half_characters(text: str, sizes: list[int]) -> None:
     ids = TOKENIZER.encode(text)
     detokenizer = Detokenizer(TOKENIZER)
     pieces, start = [], 0
@@ -45,12 +45,12 @@ def test_pieces_make_the_whole_text_and_hold_no_half_characters(text: str, sizes
 
 @settings(max_examples=200, deadline=None)
 @given(text=st.text("abc ", max_size=30), stops=st.lists(st.text("abc ", min_size=1, max_size=4), max_size=3))
-def test_text_ends_before_the_first_stop_string_wherever_tokens_break(text: str, stops: list[str]) -> None:
+def test_text_ends_before_the_first_stop_string_at_any_token_boundary(text: str, stops: list[str]) -> None:
     ids = TOKENIZER.encode(text)
     detokenizer = Detokenizer(TOKENIZER, stops)
     pieces = [detokenizer.add([token]) for token in ids] + [detokenizer.add([], last=True)]
     cuts = [text.find(stop) for stop in stops if stop in text]
-    # Of stops that end at different tokens the one that is complete first counts.
+    # If stop strings end at different tokens, the first complete one counts.
     ends = [text.find(stop) + len(stop) for stop in stops if stop in text]
     assert detokenizer.stopped == bool(cuts)
     result = "".join(pieces)
@@ -62,7 +62,7 @@ def test_text_ends_before_the_first_stop_string_wherever_tokens_break(text: str,
         assert len(result) <= min(ends)
 
 
-def test_a_possible_beginning_of_a_stop_string_is_held_back_until_it_is_none() -> None:
+def test_a_possible_stop_string_is_held_back_until_it_is_ruled_out() -> None:
     detokenizer = Detokenizer(TOKENIZER, ["STOP"])
     assert detokenizer.add(TOKENIZER.encode("yes ST")) == "yes "
     assert detokenizer.add(TOKENIZER.encode("AR")) == "STAR"
@@ -75,7 +75,7 @@ def test_hidden_tokens_are_not_shown(last: bool) -> None:
 
 
 def sentencepiece_like(words: list[str]) -> Tokenizer:
-    """A tokenizer that marks word beginnings, and drops a space at the beginning of what it decodes, as Llama 2's."""
+    """Return a tokenizer that marks word beginnings and drops a leading space on decoding, like Llama 2's."""
     tokenizer = Backend(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=words[0]))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
@@ -90,7 +90,7 @@ def test_an_answer_that_begins_with_a_space_keeps_it() -> None:
 
 
 class CountingTokenizer:
-    """Counts the tokens that are decoded."""
+    """A tokenizer that counts decoded tokens."""
 
     def __init__(self) -> None:
         self.decoded = 0
@@ -101,7 +101,7 @@ class CountingTokenizer:
 
 
 @pytest.mark.parametrize("piece", ["\u00ff", "\u00e2\u00c2"], ids=["one token", "two tokens"])
-def test_bytes_that_are_no_text_are_decoded_a_few_times_each_however_many_come(piece: str) -> None:
+def test_each_invalid_byte_is_decoded_only_a_few_times(piece: str) -> None:
     counting = CountingTokenizer()
     found = [TOKENIZER.backend.token_to_id(BYTES[ord(byte)]) for byte in piece]
     ids = (found * 2000)[:2000]
@@ -115,7 +115,7 @@ invalid = st.lists(st.integers(0, 255), max_size=80)
 
 
 @given(raw=invalid, sizes=st.lists(st.integers(1, 5), min_size=1))
-def test_pieces_of_any_bytes_make_the_whole_text(raw: list[int], sizes: list[int]) -> None:
+def test_pieces_of_any_bytes_join_to_the_whole_text(raw: list[int], sizes: list[int]) -> None:
     ids = [TOKENIZER.backend.token_to_id(BYTES[byte]) for byte in raw]
     detokenizer = Detokenizer(TOKENIZER)
     pieces, start = [], 0

@@ -1,4 +1,4 @@
-"""The registry: versions that never change, aliases, holds, and nothing half-published whatever happens."""
+"""The registry: immutable versions, aliases, holds, and no half-published version after any failure."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_each_publish_is_the_next_version_and_latest_moves(registry: Interventio
     assert registry.list_all("somebody else") == []
 
 
-def test_numbers_are_never_used_again(registry: InterventionRegistry, artifact: Path) -> None:
+def test_version_numbers_are_never_reused(registry: InterventionRegistry, artifact: Path) -> None:
     for _ in range(3):
         registry.publish(OWNER, "tone", artifact)
     registry.delete(OWNER, "tone", 3)
@@ -87,7 +87,7 @@ def test_a_job_publishes_once(registry: InterventionRegistry, artifact: Path) ->
     assert len(list(first.folder.parent.iterdir())) == 1, "what the second attempt stored is removed"
 
 
-def test_users_aliases_stay_where_they_are_put(registry: InterventionRegistry, artifact: Path) -> None:
+def test_user_aliases_do_not_move_with_new_versions(registry: InterventionRegistry, artifact: Path) -> None:
     registry.publish(OWNER, "tone", artifact)
     registry.set_alias(OWNER, "tone", "stable", 1)
     registry.publish(OWNER, "tone", artifact)
@@ -109,7 +109,7 @@ def test_users_aliases_stay_where_they_are_put(registry: InterventionRegistry, a
 
 
 @pytest.mark.parametrize("name", ["", "-a", "a/b", "a@1", "ä", "x" * 65, "../a"])
-def test_a_name_that_cannot_be_one_is_refused(registry: InterventionRegistry, artifact: Path, name: str) -> None:
+def test_an_invalid_name_is_refused(registry: InterventionRegistry, artifact: Path, name: str) -> None:
     with pytest.raises(InvalidRequest, match="expected 1 to 64"):
         registry.publish(OWNER, name, artifact)
 
@@ -157,7 +157,7 @@ def test_a_damaged_artifact_is_refused_and_leaves_nothing(registry: Intervention
     assert not (artifact.parent / "blobs" / "interventions").exists()
 
 
-def test_what_running_requests_hold_is_deleted_only_by_force_and_then_when_they_end(
+def test_a_version_in_use_is_deleted_only_by_force_once_its_requests_end(
     registry: InterventionRegistry, artifact: Path
 ) -> None:
     registry.publish(OWNER, "tone", artifact)
@@ -170,7 +170,7 @@ def test_what_running_requests_hold_is_deleted_only_by_force_and_then_when_they_
     assert load_artifact(held.folder), "the running requests still find it"
     with pytest.raises(NotFound):
         resolve(registry, "tone")
-    registry.pin(held)  # the next item of a run that has pinned it
+    registry.pin(held)  # the next item of a run that already pins it
     registry.unpin(held)
     registry.unpin(held)
     assert held.folder.exists()
@@ -180,7 +180,7 @@ def test_what_running_requests_hold_is_deleted_only_by_force_and_then_when_they_
         registry.pin(held)
 
 
-def test_publishing_at_once_from_threads_and_processes_loses_and_repeats_nothing(
+def test_concurrent_publishing_from_threads_and_processes_loses_and_repeats_nothing(
     registry: InterventionRegistry, artifact: Path, tmp_path: Path
 ) -> None:
     others = [process("many", tmp_path, artifact, "tone") for _ in range(2)]
@@ -202,7 +202,7 @@ def test_publishing_at_once_from_threads_and_processes_loses_and_repeats_nothing
     assert resolve(registry, "tone") == "tone@40"
 
 
-def test_a_full_disk_is_said_and_nothing_is_half_published(registry: InterventionRegistry, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_nothing_is_half_published(registry: InterventionRegistry, tmp_path: Path) -> None:
     big = make_artifact(tmp_path / "big", rank=2000)
     output, _ = process("full", tmp_path, big, "tone").communicate(timeout=60)
     assert "no room" in output
@@ -227,7 +227,7 @@ def test_a_kill_between_artifact_and_row_publishes_nothing_and_is_swept(
     assert load_artifact(registry.resolve(OWNER, Reference.parse("kept")).folder)
 
 
-def test_any_fsspec_url_holds_the_artifacts(tmp_path: Path, artifact: Path) -> None:
+def test_any_fsspec_url_can_hold_the_artifacts(tmp_path: Path, artifact: Path) -> None:
     registry = open_registry(tmp_path, blob_url=f"memory://{uuid.uuid4().hex}")
     version = registry.publish(OWNER, "tone", artifact)
     assert load_artifact(version.folder).content_hash == version.row.content_hash

@@ -1,4 +1,4 @@
-"""What is swept at start-up, and what never is: bytes that another database may know."""
+"""The sweep at start-up removes blobs without rows, but never blobs that another database may reference."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def opened(data: Path) -> Store:
 
 
 def stored(data: Path) -> set[Path]:
-    """Files of the store, all made a day old."""
+    """Return the store's files, after setting their age to a day."""
     found = {path for path in (data / "blobs").rglob("*") if path.is_file()}
     for path in (data / "blobs").rglob("*"):
         os.utime(path, (time.time() - 86400,) * 2)
@@ -30,7 +30,7 @@ def stored(data: Path) -> set[Path]:
 
 
 def filled(data: Path) -> set[Path]:
-    """The stored files of a data folder with two data sets and two interventions, whose server has stopped."""
+    """Fill a data folder with two data sets and two interventions, and return its stored files."""
     store = opened(data)
     for number in range(2):
         store.files.upload(OWNER, "set.jsonl", "fine-tune", io.BytesIO(LINES))
@@ -44,9 +44,7 @@ def lose_database(data: Path) -> None:
         file.unlink()
 
 
-def test_a_lost_database_costs_no_blob_and_the_log_says_what_to_do(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_lost_database_costs_no_blob_and_the_log_advises(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     before = filled(tmp_path)
     lose_database(tmp_path)
     store = opened(tmp_path)
@@ -59,7 +57,7 @@ def test_a_lost_database_costs_no_blob_and_the_log_says_what_to_do(
     assert str(tmp_path / "blobs") in warning
 
 
-def test_what_a_lost_database_knew_stays_when_the_new_one_has_rows(tmp_path: Path) -> None:
+def test_blobs_of_a_lost_database_stay_when_the_new_one_has_rows(tmp_path: Path) -> None:
     before = filled(tmp_path)
     lose_database(tmp_path)
     opened(tmp_path).files.upload(OWNER, "set.jsonl", "fine-tune", io.BytesIO(LINES))
@@ -67,7 +65,7 @@ def test_what_a_lost_database_knew_stays_when_the_new_one_has_rows(tmp_path: Pat
     assert before < stored(tmp_path)
 
 
-def test_what_a_crash_left_without_a_row_is_swept(tmp_path: Path) -> None:
+def test_blobs_without_a_row_after_a_crash_are_swept(tmp_path: Path) -> None:
     filled(tmp_path)
     store = opened(tmp_path)
     with store.database.session() as session:
@@ -82,7 +80,7 @@ def test_what_a_crash_left_without_a_row_is_swept(tmp_path: Path) -> None:
     assert not any(path.exists() for path in left)
 
 
-def test_a_new_data_folder_warns_of_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_new_data_folder_gives_no_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         assert opened(tmp_path).sweep() == []
     assert not caplog.records

@@ -1,4 +1,4 @@
-"""The database: migrations make exactly the tables that the code declares; what is committed survives kill -9."""
+"""The database: migrations create exactly the declared tables; committed rows survive kill -9."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_migrations_make_the_declared_tables(url: str) -> None:
         assert compare_metadata(MigrationContext.configure(connection), Table.metadata) == []
 
 
-def test_an_upgrade_keeps_jobs_and_ends_those_that_were_being_cancelled(url: str) -> None:
+def test_an_upgrade_keeps_jobs_and_ends_those_in_cancellation(url: str) -> None:
     database = Database(url)
     config = alembic_config(database)
     command.upgrade(config, "0001")
@@ -70,7 +70,7 @@ def test_an_upgrade_keeps_jobs_and_ends_those_that_were_being_cancelled(url: str
     assert found == {"going": ("running", False, 0), "stopping": ("cancelled", False, 0)}
 
 
-def test_an_upgrade_leaves_exact_matches_as_they_were_meant(url: str) -> None:
+def test_an_upgrade_keeps_the_meaning_of_exact_matches(url: str) -> None:
     database = Database(url)
     config = alembic_config(database)
     command.upgrade(config, "0004_evals")
@@ -86,14 +86,14 @@ def test_an_upgrade_leaves_exact_matches_as_they_were_meant(url: str) -> None:
         assert json.loads(connection.execute(text("SELECT criteria FROM evals")).scalar_one()) == criteria
 
 
-def test_what_was_committed_survives_kill_9(url: str) -> None:
+def test_committed_rows_survive_kill_9(url: str) -> None:
     done = subprocess.run([sys.executable, "-c", INSERT, url], capture_output=True, text=True, check=False)
     assert done.stdout.split()[-1] == "30"
     with Database(url).reading() as session:
         assert len(list(session.scalars(select(Intervention)))) == 31
 
 
-def test_a_transaction_that_fails_leaves_nothing(url: str) -> None:
+def test_a_failed_transaction_leaves_nothing(url: str) -> None:
     database = Database(url)
     database.migrate()
 
@@ -109,11 +109,11 @@ def test_a_transaction_that_fails_leaves_nothing(url: str) -> None:
         assert not list(session.scalars(select(Intervention)))
 
 
-def test_a_database_that_is_not_there_is_not_reachable(tmp_path: Path) -> None:
+def test_a_missing_database_is_reported_as_unreachable(tmp_path: Path) -> None:
     assert not Database(f"sqlite:///{tmp_path / 'no' / 'folder' / 'test.db'}").is_reachable()
 
 
-def test_json_that_holds_half_a_surrogate_pair_or_nul_can_be_read(database_url: str) -> None:
+def test_json_with_half_a_surrogate_pair_or_nul_can_be_read(database_url: str) -> None:
     database = Database(database_url)
     database.migrate()
     metadata = {"a\ud800": "\udc00b", "NUL": "\0", "pair": "\U0001f600", "plain": "\\ud800"}

@@ -1,4 +1,4 @@
-"""Leases: each job has one worker at a time, and one that was given up for dead can write nothing more."""
+"""Leases: each job has one worker at a time, and a worker presumed dead can write nothing more."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def add_job(log: JobRepository, number: int = 0, status: str = "queued") -> str:
     return job.id
 
 
-def test_many_workers_take_each_job_once_and_the_oldest_first(database: Database, log: JobRepository) -> None:
+def test_many_workers_take_each_job_once_in_order_of_age(database: Database, log: JobRepository) -> None:
     jobs = [add_job(log, number) for number in range(12)]
     taken: list[list[str]] = [[] for _ in range(4)]
 
@@ -65,7 +65,7 @@ def test_many_workers_take_each_job_once_and_the_oldest_first(database: Database
 
 
 @pytest.mark.parametrize("status", ["paused", "succeeded", "failed", "cancelled"])
-def test_a_job_that_rests_or_has_ended_is_not_taken(database: Database, log: JobRepository, status: str) -> None:
+def test_a_paused_or_ended_job_is_not_taken(database: Database, log: JobRepository, status: str) -> None:
     add_job(log, status=status)
     assert Leases(database, Job, "a", lease_s=LONG_S).take() is None
 
@@ -81,7 +81,7 @@ WRITES: dict[str, Callable[[JobRepository, Lease[Job]], object]] = {
 
 
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES.keys())
-def test_a_worker_that_was_given_up_for_dead_can_write_nothing(
+def test_a_worker_presumed_dead_can_write_nothing(
     database: Database, log: JobRepository, write: Callable[[JobRepository, Lease[Job]], object]
 ) -> None:
     job_id = add_job(log)
@@ -100,7 +100,7 @@ def test_a_worker_that_was_given_up_for_dead_can_write_nothing(
     write(log, new)
 
 
-def test_a_worker_that_gives_signs_of_life_keeps_its_job(database: Database, log: JobRepository) -> None:
+def test_a_worker_that_renews_its_lease_keeps_its_job(database: Database, log: JobRepository) -> None:
     add_job(log)
     busy, other = (Leases(database, Job, name, lease_s=1) for name in ("busy", "other"))
     lease = busy.take()
@@ -112,7 +112,7 @@ def test_a_worker_that_gives_signs_of_life_keeps_its_job(database: Database, log
     log.event(lease, "still mine")
 
 
-def test_a_worker_that_leaves_in_order_frees_its_job_at_once(database: Database, log: JobRepository) -> None:
+def test_a_worker_that_shuts_down_cleanly_frees_its_job_at_once(database: Database, log: JobRepository) -> None:
     add_job(log)
     leaving, other = (Leases(database, Job, name, lease_s=LONG_S) for name in ("leaving", "other"))
     lease = leaving.take()
@@ -125,7 +125,7 @@ def test_a_worker_that_leaves_in_order_frees_its_job_at_once(database: Database,
         log.event(lease, "late")
 
 
-def test_a_checkpoint_replaces_what_is_older_than_the_last_two_and_ends_the_count_of_attempts(
+def test_only_the_last_two_checkpoints_keep_files_and_a_checkpoint_resets_the_attempts(
     database: Database, log: JobRepository
 ) -> None:
     job_id = add_job(log)

@@ -33,7 +33,7 @@ POSITIONS = ["l1", "l3", "f1+l1", "f2+l2", "f3", "f4+l9", "prompt", "generated",
 PLENTY = 1 << 30
 
 
-Models = dict[str, tuple[PreTrainedModel, VarlenModel]]  # of each architecture, one to compute plainly, and one packed
+Models = dict[str, tuple[PreTrainedModel, VarlenModel]]  # by architecture: a plain and a packed model
 
 
 def pairs(kernels: KernelChoice) -> Models:
@@ -51,7 +51,7 @@ def models() -> Models:
 
 @pytest.fixture(scope="module")
 def models_without_kernels() -> Models:
-    """As they are on a GPU."""
+    """Models without CPU kernels, as on a GPU."""
     return pairs(NoKernels())
 
 
@@ -70,7 +70,7 @@ def trainer_of(cache: ActivationCache, run: Plan, data: list[EncodedExample], se
 
 
 def gradients(trainers: list[Trainer]) -> list[tuple[float, list[torch.Tensor]]]:
-    """Losses and gradients of the next step of each."""
+    """Return the losses and gradients of each trainer's next step."""
     kept: list[list[torch.Tensor]] = [[] for _ in trainers]
     for trainer, found in zip(trainers, kept, strict=True):
 
@@ -162,7 +162,7 @@ def test_gradients_equal_those_of_the_plain_computation(
     common=st.integers(0, 20),
     seed=st.integers(0, 1000),
 )
-def test_trials_that_share_passes_learn_exactly_what_each_learns_alone(
+def test_trials_in_shared_passes_learn_exactly_as_alone(
     models: Models,
     layers: list[int],
     positions: list[str],
@@ -210,7 +210,7 @@ def test_a_suffix_only_pass_computes_the_last_prompt_token_and_the_completion(
 
 @pytest.mark.parametrize(("dropout", "rows_in_common"), [(0.0, 20), (0.5, 0)])
 @pytest.mark.parametrize("trials", [1, 3])
-def test_what_all_examples_of_a_step_begin_with_is_computed_once_unless_dropout_changes_it(
+def test_a_common_beginning_is_computed_once_a_step_unless_dropout_changes_it(
     models: Models, dropout: float, rows_in_common: int, trials: int
 ) -> None:
     _, packed = models["llama"]
@@ -227,7 +227,7 @@ def test_what_all_examples_of_a_step_begin_with_is_computed_once_unless_dropout_
 
 
 @pytest.mark.parametrize("positions", ["l1", "f7+l7"])
-def test_the_head_computes_what_answers_are_predicted_from_and_no_prompt(models: Models, positions: str) -> None:
+def test_the_head_computes_only_the_rows_that_predict_answers(models: Models, positions: str) -> None:
     _, packed = models["llama"]
     data = examples(4, 1, vocabulary=100, tail=3)
     run = plan(layers=[1], positions=positions, batch_size=4)
@@ -243,7 +243,7 @@ def test_the_head_computes_what_answers_are_predicted_from_and_no_prompt(models:
 
 @contextmanager
 def counted_rows(packed: VarlenModel) -> Iterator[list[int]]:
-    """How many rows each pass inside computes."""
+    """Count the rows of each pass inside the context."""
     counts: list[int] = []
     handle = packed.layers[-1].register_forward_hook(lambda module, inputs, output: counts.append(inputs[0].shape[1]))
     try:
@@ -252,7 +252,7 @@ def counted_rows(packed: VarlenModel) -> Iterator[list[int]]:
         handle.remove()
 
 
-def test_on_the_cpu_passes_go_through_the_engines_modules_and_its_attention_to_cached_prefixes(
+def test_on_the_cpu_passes_use_the_engines_modules_and_the_span_attention_kernel(
     models: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, packed = models["llama"]
@@ -283,7 +283,7 @@ def test_the_cache_refuses_a_trainer_whose_edits_would_change_cached_activations
             trainer_of(cache, wrong, data)
 
 
-def test_tensors_that_the_arena_stores_on_disk_are_unchanged_and_their_file_has_no_name(tmp_path: Path) -> None:
+def test_the_arena_stores_tensors_unchanged_in_a_file_without_a_name(tmp_path: Path) -> None:
     arena = Arena(100, 10_000, tmp_path)
     tensors = [torch.randn(5, 5), torch.randn(20, 20), torch.randn(9, 101).to(torch.bfloat16)]
     for tensor in tensors:

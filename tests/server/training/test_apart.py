@@ -19,7 +19,7 @@ from running_server import running_server
 NICENESS = 7
 
 
-def test_workers_of_their_own_share_the_jobs_of_a_server_without_one(
+def test_separate_workers_share_the_jobs_of_a_server_without_a_worker(
     tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("REFTSERVE_WORKER_NICENESS", str(NICENESS))

@@ -1,4 +1,4 @@
-"""Chaos: server and workers are killed at random moments of jobs; everything that was acknowledged is found whole."""
+"""Chaos: kill server and workers at random moments of jobs; everything acknowledged survives whole."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ CHECKPOINT_STEPS = 5
 STEPS = 60
 LIVING_JOBS = 3
 PAUSE_S = 0.15
-MOMENT_S = 0.3  # some steps, a checkpoint, or what lies between two jobs
+MOMENT_S = 0.3  # some steps, a checkpoint, or the gap between two jobs
 TIMEOUT_S = 120
 RECIPE = {"layers": [1], "rank": 1, "dropout": 0.1, "n_epochs": 12, "batch_size": 4}
 
 
 @dataclass
 class Acknowledged:
-    """What the server has answered with success. files: bytes by id; interventions: content hashes by id."""
+    """The requests that the server acknowledged. files: bytes by id; interventions: content hashes by id."""
 
     files: dict[str, bytes] = field(default_factory=dict)
     jobs: list[str] = field(default_factory=list)
@@ -46,7 +46,7 @@ class Acknowledged:
 
 
 class Users(threading.Thread):
-    """They upload, train, let jobs rest and go on; what gets no answer they take as not done."""
+    """Users that upload, train, pause and resume; they count a request without an answer as not done."""
 
     def __init__(self, client: Client, training_file: str, artifact: Path) -> None:
         super().__init__(name="users", daemon=True)
@@ -70,7 +70,7 @@ class Users(threading.Thread):
                 return
 
     def leave(self) -> None:
-        """After what they are at."""
+        """Stop after the current action."""
         self._gone.set()
         self.join()
 
@@ -88,7 +88,7 @@ class Users(threading.Thread):
 
     def _let_rest_or_go_on(self) -> None:
         for job in self._client.jobs.list(limit=100):
-            # It may have ended since it was listed.
+            # The job may have ended since it was listed.
             with suppress(Conflict):
                 if job.status == "paused":
                     self._client.jobs.get(job.id).resume()
@@ -97,7 +97,7 @@ class Users(threading.Thread):
 
 
 def train(client: Client, training_file: str, name: str) -> str:
-    """A job like all others but for its name; its id."""
+    """Create a job that differs from the others only in name, and return its id."""
     return client.train(training_file, name=name, seed=9, **RECIPE).id  # type: ignore[arg-type]
 
 
@@ -118,7 +118,7 @@ def settings(tiny_llama_folder: Path, tmp_path: Path) -> Settings:
 
 @contextmanager
 def running(settings: Settings, logs: Path) -> Iterator[list[Victim]]:
-    """A server and two workers."""
+    """Run a server and two workers."""
     victims = [Victim(serve, settings, logs / "server.log")]
     victims += [Victim(work, settings, logs / f"worker-{number}.log") for number in range(2)]
     try:
@@ -129,7 +129,7 @@ def running(settings: Settings, logs: Path) -> Iterator[list[Victim]]:
 
 
 def wait_for_steps(database: Database, count: int) -> None:
-    """Until the jobs together have done so many further steps."""
+    """Wait until the jobs together have done this many further steps."""
     query = select(func.count()).where(JobEvent.type == "metrics")
 
     def done() -> int:
@@ -166,7 +166,7 @@ def test_everything_acknowledged_is_whole_after_kills_at_random_moments(settings
 
 
 def assert_whole(client: Client, acknowledged: Acknowledged, scratch: Path) -> None:
-    """Every file, job and intervention is there, and each job has published what an undisturbed one publishes, once."""
+    """Check every file, job and intervention; each job has published once, with the result of an undisturbed job."""
     assert all(map(len, (acknowledged.files, acknowledged.jobs, acknowledged.interventions))), "the users got through"
     for file_id, content in acknowledged.files.items():
         assert client.files.content(file_id) == content
@@ -179,7 +179,7 @@ def assert_whole(client: Client, acknowledged: Acknowledged, scratch: Path) -> N
     undisturbed = client.jobs.get(train(client, jobs[0].data.training_file, "undisturbed")).wait(timeout_s=TIMEOUT_S)
     expected = client.interventions.version("undisturbed").content_hash
     for job in jobs:
-        with suppress(Conflict):  # it has ended
+        with suppress(Conflict):  # the job has ended
             job.resume()
         job.wait(timeout_s=TIMEOUT_S)
         name, version = str(job.fine_tuned_model).split("@")
@@ -196,7 +196,7 @@ def assert_whole(client: Client, acknowledged: Acknowledged, scratch: Path) -> N
 
 
 def assert_went_on_from_checkpoints(job: Job) -> None:
-    """No event is missing, and no more than the steps since the last checkpoint were done again."""
+    """Check that no event is missing, and that only steps since the last checkpoint were repeated."""
     events = list(job.events())
     assert [int(event.id.rsplit("-", 1)[1]) for event in events] == list(range(1, len(events) + 1))
     steps = [event.data["step"] for event in events if event.data and "step" in event.data]

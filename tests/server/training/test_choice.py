@@ -1,4 +1,4 @@
-"""The choice among trials: the cheapest within one standard error of the best, whatever a processor's rounding."""
+"""The choice among trials: the cheapest within one standard error of the best, under any processor's rounding."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ def trials(*losses: NDArray[np.float64], costs: Sequence[Cost] = (DEAR, MIDDLE, 
 
 
 def uneven(seed: int, examples: int = EXAMPLES) -> NDArray[np.float64]:
-    """Losses of examples of which a few are hard."""
+    """Return losses of examples, a few of them hard."""
     return np.random.default_rng(seed).lognormal(-1.5, 1.0, examples)
 
 
 def deviations(seed: int, losses: NDArray[np.float64]) -> NDArray[np.float64]:
-    """What another trial does otherwise, by a fifth of each loss, better as often as worse: the sum is 0."""
+    """Return another trial's random differences: about a fifth of each loss, with sum 0."""
     found = losses * np.random.default_rng(seed).normal(0, 0.2, len(losses))
     return np.asarray(found - losses * found.sum() / losses.sum())
 
 
 def rounded(contenders: Sequence[Contender], seed: int, relative: float) -> list[Contender]:
-    """The trials as another processor would compute them."""
+    """Return the trials with another processor's rounding."""
     draw = np.random.default_rng(seed)
     return [
         replace(each, losses=each.losses * (1 + draw.uniform(-relative, relative, len(each.losses))))
@@ -44,7 +44,7 @@ def rounded(contenders: Sequence[Contender], seed: int, relative: float) -> list
     ]
 
 
-def test_rounding_changes_which_trial_is_best_and_never_which_is_chosen() -> None:
+def test_rounding_changes_the_best_trial_but_never_the_chosen_one() -> None:
     losses = uneven(1)
     close = trials(*(losses + deviations(seed, losses) for seed in (2, 3, 4)))
     seen = [explain(rounded(close, seed, 1e-3), TOKENS, step=1, kept=1) for seed in range(200)]
@@ -60,7 +60,7 @@ def test_rounding_changes_which_trial_is_best_and_never_which_is_chosen() -> Non
     costs=st.permutations([Cost(positions, size) for positions in (0, 1) for size in (1, 2, 3, 4)]),
     relative=st.floats(1e-4, 1e-3),
 )
-def test_of_trials_that_are_close_or_clearly_apart_the_cheapest_close_one_is_chosen_on_every_processor(
+def test_every_processor_chooses_the_cheapest_of_the_close_trials(
     seed: int, examples: int, apart: list[float], costs: list[Cost], relative: float
 ) -> None:
     losses = np.random.default_rng(seed).uniform(0.05, 1.0, examples)
@@ -73,7 +73,7 @@ def test_of_trials_that_are_close_or_clearly_apart_the_cheapest_close_one_is_cho
 
 
 def steady_choice(contenders: Sequence[Contender], relative: float) -> int | None:
-    """The choice that rounding cannot change; None where a difference lies at the edge of its error.
+    """Return the choice that rounding cannot change; None if a difference almost equals its error.
 
     Rounding by `relative` moves a difference, and its error, by at most `relative` times the sum of both losses.
     """
@@ -93,7 +93,7 @@ def steady_choice(contenders: Sequence[Contender], relative: float) -> int | Non
 
 
 @given(seed=st.integers(0, 2**32), spread=st.floats(0.0, 0.5), relative=st.floats(1e-4, 1e-3))
-def test_only_a_difference_at_the_edge_of_its_error_lets_rounding_change_the_choice(
+def test_rounding_changes_the_choice_only_if_a_difference_almost_equals_its_error(
     seed: int, spread: float, relative: float
 ) -> None:
     losses, draw = uneven(seed), np.random.default_rng(seed)
@@ -106,7 +106,7 @@ def test_only_a_difference_at_the_edge_of_its_error_lets_rounding_change_the_cho
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_dear_trial_that_is_clearly_better_wins(seed: int) -> None:
+def test_a_clearly_better_expensive_trial_wins(seed: int) -> None:
     losses = uneven(1)
     found = trials(0.5 * losses, losses + deviations(2, losses), losses + deviations(3, losses))
     choice = explain(rounded(found, seed, 1e-3), TOKENS, step=1, kept=1)
@@ -114,14 +114,14 @@ def test_a_dear_trial_that_is_clearly_better_wins(seed: int) -> None:
     assert "no cheaper trial is within one standard error" in choice.reason
 
 
-def test_the_error_is_that_of_the_paired_difference_not_of_a_trial_alone() -> None:
+def test_the_error_is_that_of_the_paired_difference_not_of_one_trial() -> None:
     hard_for_both = uneven(1)
     own_error = float(hard_for_both.std()) / EXAMPLES**0.5 / 2
     worse_everywhere = hard_for_both + 0.2 * own_error
     assert choose(trials(hard_for_both, worse_everywhere), TOKENS).number == 0, "one error of its own would not tell"
 
 
-def test_a_paired_difference_is_a_mean_over_tokens_with_the_error_of_that_mean() -> None:
+def test_a_paired_difference_is_a_mean_over_tokens_with_its_standard_error() -> None:
     one, other, tokens = np.array([3.0, 5.0, 1.0]), np.array([1.0, 4.0, 2.0]), np.array([2, 2, 2])
     difference, error = paired_difference(one, other, tokens)
     assert difference == pytest.approx(2 / 6)
@@ -130,7 +130,7 @@ def test_a_paired_difference_is_a_mean_over_tokens_with_the_error_of_that_mean()
     assert paired_difference(one[:1], other[:1], tokens[:1]) == (1.0, None)
 
 
-def test_positions_cost_by_the_prefix_they_lose_and_by_every_token_they_edit() -> None:
+def test_positions_cost_more_without_a_shared_prefix_and_for_every_edited_token() -> None:
     notation = ["l1", "f7+l7", "prompt", "generated"]
     costs = [Cost.of([Positions.parse(each)], 10 - number).positions for number, each in enumerate(notation)]
     assert costs == [0, 1, 2, 3]
@@ -139,7 +139,7 @@ def test_positions_cost_by_the_prefix_they_lose_and_by_every_token_they_edit() -
     assert Cost.of(Positions.parse("f7+l7").split(), 1) == Cost.of([Positions.parse("f7+l7")], 1), "untied"
 
 
-def test_of_equals_the_smaller_and_then_the_first_is_chosen_and_the_reason_says_so() -> None:
+def test_the_choice_among_equals_is_the_smaller_then_the_first_with_that_reason() -> None:
     losses = uneven(1)
     found = [losses + deviations(seed, losses) for seed in (2, 3)]
     best_last = [found[0] * 1.0001, found[1]]
@@ -154,7 +154,7 @@ def test_of_equals_the_smaller_and_then_the_first_is_chosen_and_the_reason_says_
         assert reason in choice.reason
 
 
-def test_one_validation_example_tells_no_trials_apart() -> None:
+def test_one_validation_example_cannot_distinguish_trials() -> None:
     choice = explain(trials(np.array([0.1]), np.array([0.2]), np.array([9.0])), np.array([2]), step=1, kept=1)
     assert (choice.chosen, choice.standard_error) == (2, None)
     assert "one validation example" in choice.reason

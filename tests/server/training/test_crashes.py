@@ -1,4 +1,4 @@
-"""What was acknowledged survives kill -9: a job goes on from its last checkpoint, to the same end."""
+"""Acknowledged work survives kill -9: a job resumes from its last checkpoint and has the same result."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def create_job(client: openai.OpenAI, name: str) -> str:
 
 
 def wait_until_between_checkpoints(client: openai.OpenAI, job_id: str) -> None:
-    """Until the job is some steps past its first checkpoint and far from the second."""
+    """Wait until the job is some steps past its first checkpoint and far from the second."""
     deadline = time.monotonic() + 60
     while max(steps(client, job_id), default=0) < CHECKPOINT_STEPS + 3:
         assert time.monotonic() < deadline, client.fine_tuning.jobs.list_events(job_id).data
@@ -36,7 +36,7 @@ def wait_until_between_checkpoints(client: openai.OpenAI, job_id: str) -> None:
 
 
 def steps(client: openai.OpenAI, job_id: str) -> list[int]:
-    """Optimizer steps in the order in which they were done."""
+    """Return the optimizer steps in the order of execution."""
     events = reversed(list(client.fine_tuning.jobs.list_events(job_id, limit=1000)))
     return [event.data["step"] for event in events if event.type == "metrics" and "step" in event.data]  # type: ignore[index, operator]
 

@@ -1,4 +1,4 @@
-"""Jobs through the API: what OpenAI's shape promises beyond a single run."""
+"""Jobs through the API: OpenAI's contract beyond a single run."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def create(client: openai.OpenAI, name: str, **fields: object) -> str:
     return client.fine_tuning.jobs.create(model=BASE, training_file=file.id, suffix=name, **arguments).id  # type: ignore[arg-type]
 
 
-def test_two_jobs_that_publish_one_name_make_two_versions(client: openai.OpenAI) -> None:
+def test_two_jobs_with_one_name_publish_two_versions(client: openai.OpenAI) -> None:
     jobs = [create(client, "shared", seed=seed) for seed in (1, 2)]
     done = [finished(client, job) for job in jobs]
     assert [job.status for job in done] == ["succeeded", "succeeded"]
     assert sorted(job.fine_tuned_model or "" for job in done) == ["shared@1", "shared@2"]
 
 
-def test_the_supervised_method_is_a_recipe_of_its_own(client: openai.OpenAI) -> None:
+def test_the_supervised_method_uses_the_recipe(client: openai.OpenAI) -> None:
     method = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": "auto"}}}
     job = finished(client, create(client, "recipe", method=method))
     assert job.status == "succeeded"
@@ -39,7 +39,7 @@ def test_the_supervised_method_is_a_recipe_of_its_own(client: openai.OpenAI) -> 
 
 
 def trials(client: openai.OpenAI, server: RunningServer, name: str, method: object) -> list[dict[str, Any]]:
-    """The table of what a job tried."""
+    """Train a job, and return the table of its trials."""
     file = client.files.create(file=("set.jsonl", chat_lines(24)), purpose="fine-tune")
     fields = {} if method is None else {"method": method}
     job = client.fine_tuning.jobs.create(model=BASE, training_file=file.id, suffix=name, **fields)  # type: ignore[arg-type]
@@ -65,7 +65,7 @@ def test_auto_hyperparameters_keep_the_fields_that_are_given(client: openai.Open
     assert {(tuple(trial["layers"]), trial["rank"]) for trial in tried} == {((1, 2), 3)}
 
 
-def test_a_job_whose_file_has_gone_fails_with_a_reason(client: openai.OpenAI) -> None:
+def test_a_job_whose_file_was_deleted_fails_with_a_reason(client: openai.OpenAI) -> None:
     blocking = create(client, "blocking", method={"type": "reft", "reft": {"hyperparameters": {"n_epochs": 40}}})
     waiting = create(client, "waiting")
     client.files.delete(client.fine_tuning.jobs.retrieve(waiting).training_file)

@@ -1,4 +1,4 @@
-"""The recipe: everything left open is decided, by the data's size; everything decided is kept."""
+"""The recipe makes every open decision by the data's size, and keeps every given one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def reft(**fields: Any) -> dict[str, Any]:
     return {"type": "reft", "reft": fields}
 
 
-def test_nothing_asked_tries_several_candidates_and_first_a_few_layers_with_suffix_only_positions() -> None:
+def test_without_a_method_several_candidates_are_tried_and_the_first_is_suffix_only_on_few_layers() -> None:
     plan = planned(None)
     first = plan.trials[0]
     assert (first.family, first.layers, first.positions, first.rank) == ("loreft", [6, 12, 17, 23], "l1", 8)
@@ -49,16 +49,16 @@ def test_nothing_asked_tries_several_candidates_and_first_a_few_layers_with_suff
         {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": "auto"}}},
     ],
 )
-def test_auto_in_any_spelling_is_what_an_absent_method_is(method: dict[str, Any]) -> None:
+def test_auto_in_any_spelling_means_the_same_as_no_method(method: dict[str, Any]) -> None:
     assert planned(method) == planned(None)
 
 
-def test_named_hyperparameters_make_one_run_of_the_first_candidate() -> None:
+def test_given_hyperparameters_make_one_run_of_the_first_candidate() -> None:
     plan = planned(reft(hyperparameters={"n_epochs": 3}))
     assert plan == planned(None).trials[0].model_copy(update={"n_epochs": 3})
 
 
-def test_what_edits_a_prefix_is_tried_on_small_data_and_never_first() -> None:
+def test_prefix_edits_are_tried_only_on_small_data_and_never_first() -> None:
     small = planned(None, DataSize(examples=50, prompt_tokens=40, completion_tokens=2))
     assert "prompt" in {trial.positions for trial in small.trials}
     assert max(trial.rank for trial in small.trials) == next(t.rank for t in small.trials if t.positions == "prompt")
@@ -67,13 +67,13 @@ def test_what_edits_a_prefix_is_tried_on_small_data_and_never_first() -> None:
 
 
 @pytest.mark.parametrize(("field", "value"), [("layers", [3, 9]), ("positions", "l2"), ("rank", 7)])
-def test_every_candidate_keeps_a_field_that_is_given(field: str, value: object) -> None:
+def test_every_candidate_keeps_the_given_field(field: str, value: object) -> None:
     plan = planned(reft(**{field: value}))
     assert len(plan.trials) > 1
     assert all(getattr(trial, field) == value for trial in plan.trials)
 
 
-def test_with_the_shape_given_candidates_differ_in_their_learning_rates() -> None:
+def test_with_a_given_shape_candidates_differ_in_learning_rate() -> None:
     plan = planned(reft(layers="all", positions="l1", rank=8, dropout=0.1, family="noreft", hyperparameters="auto"))
     rates = [trial.learning_rate for trial in plan.trials]
     assert len(set(rates)) == len(rates) > 1
@@ -82,7 +82,7 @@ def test_with_the_shape_given_candidates_differ_in_their_learning_rates() -> Non
     }
 
 
-def test_positions_on_a_prefix_that_are_given_leave_large_data_one_candidate() -> None:
+def test_given_prefix_positions_leave_large_data_one_candidate() -> None:
     plan = planned(reft(positions="f7+l7"), TEXTS)
     assert (plan.positions, len(plan.trials)) == ("f7+l7", 1)
 
@@ -114,7 +114,7 @@ def test_more_data_or_longer_answers_never_get_more_epochs(size: DataSize, facto
     more = DataSize(size.examples * factor, size.prompt_tokens, size.completion_tokens)
     longer = DataSize(size.examples, size.prompt_tokens, size.completion_tokens * factor)
     assert planned(None, longer).n_epochs <= epochs
-    if size.examples >= 64:  # below, batches shrink with the data
+    if size.examples >= 64:  # smaller data has smaller batches
         assert planned(None, more).n_epochs <= epochs
 
 
@@ -132,7 +132,7 @@ def test_openais_knobs_scale_the_recipe() -> None:
         assert trial.learning_rate == plain.learning_rate / 2
 
 
-def test_what_is_asked_is_kept() -> None:
+def test_the_plan_keeps_every_given_field() -> None:
     plan = planned(
         reft(
             family="nodireft",
@@ -149,7 +149,7 @@ def test_what_is_asked_is_kept() -> None:
     assert (plan.dropout, plan.weight_decay, plan.warmup_ratio, plan.max_length) == (0.05, 0.06, 0.0, 512)
 
 
-def test_an_example_may_be_as_long_as_asked_but_not_longer_than_the_context() -> None:
+def test_the_token_limit_is_the_requested_length_up_to_the_context() -> None:
     def asked(tokens: int) -> Method:
         return Method.model_validate(reft(hyperparameters={"max_length": tokens}))
 
@@ -159,7 +159,7 @@ def test_an_example_may_be_as_long_as_asked_but_not_longer_than_the_context() ->
     assert caught.value.param == "method.reft.hyperparameters.max_length"
 
 
-def test_a_method_of_one_kind_with_the_fields_of_the_other_is_refused() -> None:
+def test_a_method_with_the_fields_of_another_type_is_refused() -> None:
     for method in ({"type": "supervised", "reft": {}}, {"type": "reft", "supervised": {}}):
         with pytest.raises(InvalidRequest, match="does not go with"):
             planned(method)
@@ -174,9 +174,7 @@ def test_a_method_of_one_kind_with_the_fields_of_the_other_is_refused() -> None:
         ({"family": "magic"}, "method.reft.family"),
     ],
 )
-def test_a_field_that_cannot_be_is_refused_whether_or_not_candidates_are_tried(
-    fields: dict[str, Any], param: str
-) -> None:
+def test_an_invalid_field_is_refused_with_and_without_candidates(fields: dict[str, Any], param: str) -> None:
     for hyperparameters in ("auto", {}):
         with pytest.raises(InvalidRequest) as caught:
             planned(reft(**fields, hyperparameters=hyperparameters))
@@ -184,19 +182,19 @@ def test_a_field_that_cannot_be_is_refused_whether_or_not_candidates_are_tried(
 
 
 def swept(sweep: dict[str, object], seed: int = 0) -> list[dict[str, object]]:
-    """What the trials of a sweep differ in."""
+    """Return the fields in which the trials of a sweep differ."""
     method = Method.model_validate(reft(sweep=sweep))
     plan = make_plan(method, None, BASE, LABELS, max_length=512, seed=seed)
     return [variant.model_dump(exclude_none=True) for variant in plan.sweep]
 
 
-def test_a_sweep_tries_every_combination_of_its_values_while_there_is_room() -> None:
+def test_a_sweep_tries_every_combination_if_its_trials_suffice() -> None:
     trials = swept({"layers": [[3], "all"], "rank": [1, 2], "trials": 8})
     assert len(trials) == 4
     assert {(len(t["layers"]), t["rank"]) for t in trials} == {(1, 1), (1, 2), (30, 1), (30, 2)}  # type: ignore[arg-type]
 
 
-def test_of_more_combinations_a_sweep_tries_random_ones_that_the_seed_decides() -> None:
+def test_a_sweep_draws_from_too_many_combinations_by_the_seed() -> None:
     sweep = {"rank": list(range(1, 33)), "positions": ["l1", "f1+l1"], "trials": 5}
     trials = swept(sweep)
     assert len({tuple(sorted(t.items())) for t in trials}) == 5
@@ -221,7 +219,7 @@ def test_each_trial_draws_its_own_number_from_a_range() -> None:
         ({"dropout": [0.0, 1.0]}, "method.reft.sweep.dropout"),
     ],
 )
-def test_a_sweep_that_cannot_be_is_refused_by_its_field(sweep: dict[str, object], param: str) -> None:
+def test_an_invalid_sweep_is_refused_with_the_field(sweep: dict[str, object], param: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         swept(sweep)
     assert caught.value.param == param

@@ -1,4 +1,4 @@
-"""What a pass computes: every token of every example once, and what examples have in common only once."""
+"""Spans: a pass computes every token of every example once, and a common beginning once for all."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def whole(batch: Batch) -> list[Span]:
 
 
 def tokens(span: Span) -> tuple[int, ...]:
-    """Of the parent's rows and the span's own."""
+    """Return the tokens of the parent's rows and of the span."""
     before = () if span.parent is None else tokens(span.parent)
     return before + (span.example.prompt_ids + span.example.completion_ids)[span.start : span.stop]
 
@@ -40,7 +40,7 @@ def edited(positions: Positions, example: EncodedExample, stop: int) -> list[int
 
 
 @given(batch=batches)
-def test_a_span_and_its_parent_have_the_tokens_of_the_example(batch: Batch) -> None:
+def test_a_span_and_its_parent_together_hold_the_examples_tokens(batch: Batch) -> None:
     spans = [span for family in batch.families(whole(batch)) for span in family]
     assert sorted(map(tokens, spans)) == sorted((e.prompt_ids + e.completion_ids)[:-1] for e in batch.examples)
     for span in spans:
@@ -49,7 +49,7 @@ def test_a_span_and_its_parent_have_the_tokens_of_the_example(batch: Batch) -> N
 
 
 @given(batch=batches)
-def test_a_parents_tokens_are_edited_alike_in_all_examples_and_never_at_random(batch: Batch) -> None:
+def test_a_parents_tokens_are_edited_equally_in_all_examples_and_without_dropout(batch: Batch) -> None:
     for family in batch.families(whole(batch)):
         for span in family:
             if span.parent is None:
@@ -61,7 +61,7 @@ def test_a_parents_tokens_are_edited_alike_in_all_examples_and_never_at_random(b
 
 
 @given(batch=batches, max_rows=st.integers(1, 100))
-def test_passes_have_every_span_once_and_hold_to_their_rows(batch: Batch, max_rows: int) -> None:
+def test_passes_contain_every_span_once_within_the_row_limit(batch: Batch, max_rows: int) -> None:
     families = batch.families(whole(batch))
     passes = in_passes(families, max_rows)
     assert sorted(map(tokens, chain(*passes))) == sorted(map(tokens, chain(*families)))
@@ -70,20 +70,20 @@ def test_passes_have_every_span_once_and_hold_to_their_rows(batch: Batch, max_ro
         assert sum(span.rows for span in [*spans, *parents]) <= max_rows or len(spans) == 1
 
 
-def test_examples_of_different_beginnings_are_different_families() -> None:
+def test_examples_with_different_beginnings_are_different_families() -> None:
     texts = (1, 5, 6, 7, 8), (1, 9, 10, 11)
     batch = Batch([EncodedExample((*text, 20 + i, 30), (2,)) for i in range(3) for text in texts])
     lengths = [[span.start for span in family] for family in batch.families(whole(batch))]
     assert sorted(lengths) == [[4, 4, 4], [5, 5, 5]]
 
 
-def test_kept_prefixes_are_no_matter_of_families() -> None:
+def test_kept_prefixes_do_not_affect_families() -> None:
     batch = Batch([EncodedExample((1, 2, 3, 20 + i), (2,)) for i in range(3)])
     spans = [Span(example, 2, example.length - 1) for example in batch.examples]
     assert [span for family in batch.families(spans) for span in family] == spans
 
 
-def test_a_beginning_that_is_a_small_part_of_long_examples_is_not_worth_rows_of_its_own() -> None:
+def test_a_short_beginning_of_long_examples_gets_no_parent_span() -> None:
     for count, worth in ((20, True), (300, False)):
         batch = Batch([EncodedExample((1, 2, 3, 4, *range(i, i + count)), (2,)) for i in range(20, 23)])
         assert [family[0].parent is not None for family in batch.families(whole(batch))] == [worth]

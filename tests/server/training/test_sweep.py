@@ -1,4 +1,4 @@
-"""A sweep: halves its trials by their rank, publishes the first, resumes as if never stopped."""
+"""A sweep halves its trials by rank, publishes the first, and resumes as if it had never stopped."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tiny_models import tiny_llama
 from training_data import examples, plan
-from workplace import OWNER, Workplace
+from workspace import OWNER, Workspace
 
 from reftserve.interventions import NonFiniteError, Positions
 from reftserve.server.datasets import Splits
@@ -44,7 +44,7 @@ def run(sweep: Sweep, until: int) -> None:
     ("steps", "trials", "expected"),
     [(32, 8, {4: 4, 8: 2, 16: 1}), (32, 5, {4: 3, 8: 2, 16: 1}), (32, 1, {}), (2, 8, {1: 1})],
 )
-def test_the_worse_half_is_dropped_when_the_rest_has_as_much_to_do_again(
+def test_the_worse_half_is_dropped_after_each_doubling_of_the_steps(
     steps: int, trials: int, expected: dict[int, int]
 ) -> None:
     assert rungs(steps, trials) == expected
@@ -55,7 +55,7 @@ def test_no_trial_is_dropped_before_the_learning_rate_has_risen() -> None:
     assert rungs(150, 64, first=15) == {15: 8, 18: 4, 37: 2, 75: 1}
 
 
-def test_what_is_left_to_do_is_that_of_all_trials_until_they_are_dropped(cache: ActivationCache) -> None:
+def test_remaining_steps_count_each_trial_until_it_is_dropped(cache: ActivationCache) -> None:
     sweep, done = new_sweep(cache), 0
     expected = sweep.remaining_steps
     while not sweep.has_ended:
@@ -67,7 +67,7 @@ def test_what_is_left_to_do_is_that_of_all_trials_until_they_are_dropped(cache: 
     assert expected == 5 * 4 + 3 * 4 + 2 * 8 + 16
 
 
-def test_the_best_trial_is_left_and_the_table_says_how_far_each_came(cache: ActivationCache) -> None:
+def test_the_best_trial_remains_and_the_table_has_the_steps_of_each(cache: ActivationCache) -> None:
     sweep = new_sweep(cache)
     run(sweep, sweep.total_steps)
     assert sweep.has_ended
@@ -80,7 +80,7 @@ def test_the_best_trial_is_left_and_the_table_says_how_far_each_came(cache: Acti
     assert best.items() <= table[0].items(), "with the scores that it is ranked by"
 
 
-def test_a_sweep_resumed_from_a_checkpoint_ends_as_one_that_was_not(cache: ActivationCache, tmp_path: Path) -> None:
+def test_a_resumed_sweep_ends_as_an_uninterrupted_one(cache: ActivationCache, tmp_path: Path) -> None:
     whole, first, second = new_sweep(cache), new_sweep(cache), new_sweep(cache)
     run(whole, whole.total_steps)
     run(first, 10)
@@ -99,7 +99,7 @@ def make_infinite(trainer: Trainer) -> None:
         parameter.data.fill_(float("nan"))
 
 
-def test_a_trial_that_diverged_is_dropped_and_the_others_go_on_as_without_it(cache: ActivationCache) -> None:
+def test_a_diverged_trial_is_dropped_and_does_not_change_the_others(cache: ActivationCache) -> None:
     sweep, others = new_sweep(cache, [0.02, 0.01]), new_sweep(cache, [0.01])
     sweep.advance()
     make_infinite(sweep.running[0].trainer)
@@ -109,7 +109,7 @@ def test_a_trial_that_diverged_is_dropped_and_the_others_go_on_as_without_it(cac
     assert sweep.leader.best == pytest.approx(others.leader.best, rel=1e-4)
 
 
-def test_the_best_weights_of_a_trial_that_diverged_later_may_still_win(cache: ActivationCache, tmp_path: Path) -> None:
+def test_the_best_weights_of_a_diverged_trial_may_still_win(cache: ActivationCache, tmp_path: Path) -> None:
     sweep, same = new_sweep(cache, [0.02, 1e-7]), new_sweep(cache, [0.02, 1e-7])
     run(sweep, sweep.steps_per_epoch)
     best = dict(sweep.leader.best or {})
@@ -125,7 +125,7 @@ def test_the_best_weights_of_a_trial_that_diverged_later_may_still_win(cache: Ac
         assert all(placed.edit.U.isfinite().all() for placed in each.leader.best_edits())
 
 
-def test_a_trial_that_diverged_takes_no_place_from_one_that_goes_on(cache: ActivationCache) -> None:
+def test_a_diverged_trial_does_not_displace_a_running_one(cache: ActivationCache) -> None:
     sweep = new_sweep(cache, [0.02, 0.01, 0.005, 1e-7])
     run(sweep, sweep.steps_per_epoch)
     ruined = min(sweep.running, key=lambda trial: trial.best_loss)
@@ -137,7 +137,7 @@ def test_a_trial_that_diverged_takes_no_place_from_one_that_goes_on(cache: Activ
     assert sweep.step == sweep.total_steps
 
 
-def test_a_loss_that_is_no_number_is_never_the_best(cache: ActivationCache) -> None:
+def test_a_non_finite_loss_is_never_the_best(cache: ActivationCache) -> None:
     sweep = new_sweep(cache, [0.02])
     for parameter in sweep.leader.intervention.parameters():
         parameter.data.mul_(1e30)
@@ -146,7 +146,7 @@ def test_a_loss_that_is_no_number_is_never_the_best(cache: ActivationCache) -> N
     assert sweep.leader.best is None
 
 
-def test_a_run_that_diverges_ends_with_the_best_weights_before(cache: ActivationCache) -> None:
+def test_a_diverging_run_ends_with_its_best_earlier_weights(cache: ActivationCache) -> None:
     sweep = new_sweep(cache, [0.02])
     run(sweep, sweep.steps_per_epoch)
     make_infinite(sweep.leader)
@@ -162,7 +162,7 @@ def test_a_sweep_fails_when_its_last_trial_diverged(cache: ActivationCache) -> N
         sweep.validate()
 
 
-def test_a_run_that_does_not_become_better_ends_early(cache: ActivationCache) -> None:
+def test_a_run_without_improvement_ends_early(cache: ActivationCache) -> None:
     sweep = new_sweep(cache, [1.0], patience=2)
     run(sweep, sweep.total_steps)
     assert sweep.has_ended
@@ -170,24 +170,26 @@ def test_a_run_that_does_not_become_better_ends_early(cache: ActivationCache) ->
 
 
 def test_a_sweep_is_one_job_with_its_table_in_the_provenance(tiny_llama_folder: Path, tmp_path: Path) -> None:
-    place = Workplace(tiny_llama_folder, tmp_path)
-    job_id = place.create(sweep={"layers": [[1], "all"], "positions": ["l1", "f1+l1"], "learning_rate": [1e-6, 1e-2]})
-    place.worker().work()
-    assert place.job(job_id).status == "succeeded"
-    manifest = place.store.interventions.get(OWNER, "tone").versions[0].manifest
+    workspace = Workspace(tiny_llama_folder, tmp_path)
+    job_id = workspace.create(
+        sweep={"layers": [[1], "all"], "positions": ["l1", "f1+l1"], "learning_rate": [1e-6, 1e-2]}
+    )
+    workspace.worker().work()
+    assert workspace.job(job_id).status == "succeeded"
+    manifest = workspace.store.interventions.get(OWNER, "tone").versions[0].manifest
     table = manifest["provenance"]["sweep"]
     assert len(table) == 8
     best = table[0]
     assert best["steps"] == max(row["steps"] for row in table)
     assert (manifest["layers"], manifest["positions"]) == (best["layers"], best["positions"])
     assert manifest["provenance"]["hyperparameters"]["learning_rate"] == best["learning_rate"]
-    shown = place.job(job_id).plan
+    shown = workspace.job(job_id).plan
     published = {name: value for name, value in shown.items() if name != "choices"} | {"sweep": []}
     assert published == manifest["provenance"]["hyperparameters"], "the job shows what was published"
     assert len(shown["sweep"]) == 8
 
 
-def test_a_trial_whose_loss_is_no_number_never_leads(cache: ActivationCache) -> None:
+def test_a_trial_with_a_non_finite_loss_never_leads(cache: ActivationCache) -> None:
     sweep = new_sweep(cache, [0.01, 0.02])
     run(sweep, sweep.steps_per_epoch)
     sweep.running[0].trainer.best = {"loss": float("nan"), "step": 1}
@@ -195,7 +197,7 @@ def test_a_trial_whose_loss_is_no_number_never_leads(cache: ActivationCache) -> 
 
 
 def with_losses(sweep: Sweep, *losses: list[float]) -> Sweep:
-    """Trials as if they had been validated: the loss of each validation example, of as many tokens."""
+    """Give each trial the losses of its validation examples, and return the sweep."""
     for trial, each in zip(sweep.running, losses, strict=True):
         trial.trainer.best = {"loss": sum(each), "loss_stderr": 0.0, "step": 1}
         trial.trainer.lowest_losses = each
@@ -206,9 +208,7 @@ def with_losses(sweep: Sweep, *losses: list[float]) -> Sweep:
     ("losses", "leads"),
     [([0.9, 1.1, 1.0, 0.9], False), ([0.7, 0.6, 0.7, 0.8], True), ([1.5, 1.4, 1.6, 1.5], False)],
 )
-def test_a_trial_that_edits_a_prefix_leads_only_when_it_is_better_by_more_than_the_error(
-    losses: list[float], leads: bool
-) -> None:
+def test_a_prefix_trial_leads_only_if_it_is_better_by_more_than_the_error(losses: list[float], leads: bool) -> None:
     packed = VarlenModel(tiny_llama().requires_grad_(False))
     trials = []
     for positions in ("f1+l1", "l1"):
@@ -223,7 +223,7 @@ def ranked_sweep(cache: ActivationCache, ranks: list[int]) -> Sweep:
     return Sweep([Trainer(cache, SPLITS, run, seed=3) for run in runs])
 
 
-def test_trials_whose_losses_are_equals_are_halved_to_the_cheapest_whatever_their_rounding(
+def test_halving_trials_of_equal_loss_keeps_the_cheapest_under_any_rounding(
     cache: ActivationCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for rounding in (-1e-4, 1e-4):
@@ -239,7 +239,7 @@ def test_trials_whose_losses_are_equals_are_halved_to_the_cheapest_whatever_thei
         assert (choice.ranked, choice.kept, choice.chosen) == ([1, 2, 0, 3], 2, 1)
 
 
-def test_a_checkpoint_without_the_lowest_losses_is_scored_again_with_its_best_weights(
+def test_a_checkpoint_without_lowest_losses_is_rescored_with_its_best_weights(
     cache: ActivationCache, tmp_path: Path
 ) -> None:
     saved, loaded = new_sweep(cache, [0.02]), new_sweep(cache, [0.02])
@@ -253,15 +253,13 @@ def test_a_checkpoint_without_the_lowest_losses_is_scored_again_with_its_best_we
     assert len(loaded.leader.lowest_losses) == len(SPLITS.validation)
 
 
-def test_the_choice_of_a_sweep_stands_in_the_jobs_plan_and_in_the_provenance(
-    tiny_llama_folder: Path, tmp_path: Path
-) -> None:
-    place = Workplace(tiny_llama_folder, tmp_path)
-    job_id = place.create(sweep={"rank": [1, 2, 4, 8]})
-    place.worker().work()
-    choices = place.job(job_id).plan["choices"]
+def test_the_choice_of_a_sweep_is_in_the_jobs_plan_and_the_provenance(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    workspace = Workspace(tiny_llama_folder, tmp_path)
+    job_id = workspace.create(sweep={"rank": [1, 2, 4, 8]})
+    workspace.worker().work()
+    choices = workspace.job(job_id).plan["choices"]
     assert [choice["kept"] for choice in choices] == [2, 1], "one for each halving"
-    last, table = choices[-1], place.store.interventions.get(OWNER, "tone").versions[0].manifest["provenance"]
+    last, table = choices[-1], workspace.store.interventions.get(OWNER, "tone").versions[0].manifest["provenance"]
     assert last["chosen"] == table["sweep"][0]["trial"]
     assert table["choices"] == choices
     assert last["reason"].startswith(("trial", "the validation loss of trial", "there is one validation example"))

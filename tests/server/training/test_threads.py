@@ -14,7 +14,7 @@ from torch import nn
 
 from reftserve.server.training.threads import PATIENCE, WINDOW_S, Threads
 
-# A process of its own, because MKL decides once. An edit's products: few rows, so threads would share the long sums.
+# A separate process, because MKL decides once. An edit's products have few rows, so threads would split the sums.
 CHILD = """
 import torch
 from reftserve.server.training.threads import set_mkl_deterministic
@@ -31,7 +31,7 @@ assert all(torch.equal(one, first) for each in found for one, first in zip(each,
 
 
 class Machine:
-    """Cores on which `busy` others run: a computation runs a tenth of the time when it needs one of theirs."""
+    """Cores of which `busy` run other work: a computation that needs one of these runs a tenth of the time."""
 
     def __init__(self, cores: int, busy: int = 0) -> None:
         self.cores, self.busy = cores, busy
@@ -49,21 +49,21 @@ class Machine:
         self.passed_s += seconds
 
 
-def test_a_free_machine_is_used_whole() -> None:
+def test_an_idle_machine_gives_all_its_cores() -> None:
     machine = Machine(8)
     for _ in range(20):
         machine.compute()
     assert machine.used == [8]
 
 
-def test_beside_an_engine_that_takes_all_cores_one_thread_is_left() -> None:
+def test_one_thread_is_left_while_an_engine_uses_all_cores() -> None:
     machine = Machine(8, busy=8)
     for _ in range(20):
         machine.compute()
     assert machine.used == [8, 4, 2, 1]
 
 
-def test_what_lies_between_computations_is_no_sign_of_a_busy_machine() -> None:
+def test_gaps_between_computations_are_not_mistaken_for_a_busy_machine() -> None:
     machine = Machine(2)
     for _ in range(20):
         machine.compute(WINDOW_S / 4)
@@ -71,7 +71,7 @@ def test_what_lies_between_computations_is_no_sign_of_a_busy_machine() -> None:
     assert machine.used == [2]
 
 
-def test_all_threads_are_back_soon_after_the_machine_is_free() -> None:
+def test_all_threads_return_soon_after_the_machine_is_idle() -> None:
     machine = Machine(6, busy=6)
     for _ in range(3):
         machine.compute()
@@ -84,8 +84,8 @@ def test_all_threads_are_back_soon_after_the_machine_is_free() -> None:
 
 
 @given(cores=st.integers(2, 64), data=st.data())
-def test_trying_costs_little(cores: int, data: st.DataObject) -> None:
-    """Where some cores are free for good, most of the time goes to computations that fit on them."""
+def test_probing_for_free_cores_costs_little(cores: int, data: st.DataObject) -> None:
+    """If some cores stay free, most of the time goes to computations that fit on them."""
     machine = Machine(cores, busy=data.draw(st.integers(0, cores - 1)))
     in_vain_s = 0.0
     for _ in range(1000):
@@ -98,7 +98,7 @@ def test_trying_costs_little(cores: int, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("waits", ["first layer", "last layer", "head", "first layer's gradient", "head's gradient"])
-def test_a_pass_is_watched_there_and_back(waits: str) -> None:
+def test_forward_and_backward_of_a_pass_are_watched(waits: str) -> None:
     passed_s = 0.0
     used: list[int] = []
 
@@ -127,10 +127,10 @@ def test_a_pass_is_watched_there_and_back(waits: str) -> None:
     layers = [Part("first layer"), Part("last layer")]
     model = nn.Sequential(*layers, Part("head"))
     Threads(2, use=used.append, clock=lambda: passed_s, running=lambda: 0.0).watch(model, layers)
-    passed_s += 10 * WINDOW_S  # before a pass there may be anything
+    passed_s += 10 * WINDOW_S  # any time may pass before a pass
     model(torch.zeros(1, requires_grad=True)).backward()
     assert used == [2, 1]
 
 
-def test_products_are_equal_to_the_bit_on_any_number_of_threads() -> None:
+def test_products_are_bitwise_equal_on_any_number_of_threads() -> None:
     subprocess.run([sys.executable, "-c", CHILD], check=True, timeout=120)

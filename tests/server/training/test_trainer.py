@@ -1,4 +1,4 @@
-"""The trainer: learns, resumes exactly, never touches the base, scores what greedy decoding would do."""
+"""The trainer learns, resumes exactly, never changes the base, and scores greedy decoding."""
 
 from __future__ import annotations
 
@@ -51,9 +51,7 @@ def test_training_lowers_the_loss_and_never_touches_the_base(model: VarlenModel)
 
 
 @pytest.mark.parametrize("stop", [1, 4, 7])
-def test_a_run_resumed_from_a_checkpoint_ends_bit_for_bit_as_one_that_was_not(
-    model: VarlenModel, tmp_path: Path, stop: int
-) -> None:
+def test_a_resumed_run_ends_bit_for_bit_as_an_uninterrupted_one(model: VarlenModel, tmp_path: Path, stop: int) -> None:
     whole = new_trainer(model, plan(), seed=4)
     train(whole, whole.total_steps)
     first = new_trainer(model, plan(), seed=4)
@@ -70,7 +68,7 @@ def test_a_run_resumed_from_a_checkpoint_ends_bit_for_bit_as_one_that_was_not(
 
 
 class Scored(Trainer):
-    """A trainer whose validation scores are given: loss and its standard error."""
+    """A trainer with given validation scores: loss and standard error."""
 
     def script(self, *scores: tuple[float, float]) -> Scored:
         self.scores = iter(scores)
@@ -81,7 +79,7 @@ class Scored(Trainer):
 
 
 class Given(Score):
-    """A score of a given loss and standard error."""
+    """A score with a given loss and standard error."""
 
     def __init__(self, loss: float, error: float) -> None:
         super().__init__(losses=[loss])
@@ -94,9 +92,9 @@ class Given(Score):
 @pytest.mark.parametrize(
     ("scores", "kept"),
     [
-        ([(0.5, 0.1), (0.4, 0.1), (0.45, 0.1)], 3),  # newer, and as good
+        ([(0.5, 0.1), (0.4, 0.1), (0.45, 0.1)], 3),  # newer and within the error
         ([(0.5, 0.1), (0.4, 0.01), (0.45, 0.01)], 2),  # clearly worse
-        ([(0.4, 0.06), (0.45, 0.06), (0.5, 0.06)], 2),  # as good as the one before, not as the best
+        ([(0.4, 0.06), (0.45, 0.06), (0.5, 0.06)], 2),  # within the error of the previous, not of the best
         ([(0.4, 0.0), (0.4, 0.0), (0.41, 0.0)], 2),
     ],
 )
@@ -116,7 +114,7 @@ def test_the_newest_weights_are_kept_unless_their_loss_is_worse_by_more_than_its
     assert [placed.edit.content_hash for placed in trainer.best_edits()] == states[kept - 1]
 
 
-def test_a_loss_that_is_no_number_leaves_the_best_weights_as_they_were(model: VarlenModel) -> None:
+def test_a_non_finite_loss_leaves_the_best_weights_unchanged(model: VarlenModel) -> None:
     plain = new_trainer(model, plan(), seed=0)
     trainer = Scored(plain.cache, plain.splits, plain.plan, seed=0).script((0.4, 0.1), (math.nan, math.nan))
     best = trainer.validate()
@@ -132,7 +130,7 @@ def test_weight_decay_leaves_the_orthonormal_matrix_orthonormal(model: VarlenMod
         torch.testing.assert_close(placed.edit.U @ placed.edit.U.T, torch.eye(2), atol=1e-5, rtol=0)
 
 
-def test_every_example_is_seen_once_an_epoch_whatever_the_seed(model: VarlenModel) -> None:
+def test_every_example_is_seen_once_an_epoch_with_any_seed(model: VarlenModel) -> None:
     for seed in range(5):
         trainer = new_trainer(model, plan(), seed=seed)
         batches = trainer._epoch_batches(seed)
@@ -151,7 +149,7 @@ def test_the_losses_of_a_score_are_in_the_order_of_its_examples(model: VarlenMod
     assert together.losses == pytest.approx(alone, rel=1e-4)
 
 
-def test_exact_match_counts_examples_that_greedy_decoding_answers_word_for_word(model: VarlenModel) -> None:
+def test_exact_match_counts_examples_answered_word_for_word_by_greedy_decoding(model: VarlenModel) -> None:
     prompt = SPLITS.test[0].prompt_ids
     ids = tiny_llama().generate(torch.tensor([prompt]), max_new_tokens=3, do_sample=False, eos_token_id=-1)
     greedy = tuple(ids[0, len(prompt) :].tolist())
@@ -162,7 +160,7 @@ def test_exact_match_counts_examples_that_greedy_decoding_answers_word_for_word(
     assert score["token_accuracy"] == pytest.approx(5 / 6)
 
 
-def test_the_learning_rate_warms_up_and_then_decays_to_nothing(model: VarlenModel) -> None:
+def test_the_learning_rate_warms_up_and_then_decays_to_zero(model: VarlenModel) -> None:
     trainer = new_trainer(model, plan(n_epochs=5, warmup_ratio=0.2), seed=0)
     rates = [trainer.advance().learning_rate for _ in range(trainer.total_steps)]
     top = rates.index(max(rates))

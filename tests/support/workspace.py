@@ -1,4 +1,4 @@
-"""A store, the API's jobs, and any number of workers on it in one process, for tests that go through a run by hand."""
+"""A store, the API's jobs and any number of workers in one process, for tests that drive a run step by step."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ STEPS = 10
 CHECKPOINT_STEPS = 4
 
 
-class Workplace:
-    """What server and workers of one data folder share. lease_s: how long a worker that is silent keeps a job."""
+class Workspace:
+    """The state that server and workers of one data folder share. lease_s: how long a silent worker keeps a job."""
 
     def __init__(self, model_folder: Path, data: Path, *, lease_s: float = 60, **settings: Any) -> None:
         self.settings = Settings(model=str(model_folder), data=data, lease_s=lease_s, **settings)
@@ -47,7 +47,7 @@ class Workplace:
         hyperparameters: dict[str, Any] | None = None,
         **fields: Any,
     ) -> str:
-        """A job as the API makes it, of STEPS steps unless hyperparameters say otherwise."""
+        """Create a job through the API's service, of STEPS steps by default, and return its id."""
         file = self.store.files.upload(OWNER, "set.jsonl", "fine-tune", io.BytesIO(chat_lines(EXAMPLES)))
         hyper = {"n_epochs": 2, "batch_size": 4, **(hyperparameters or {})}
         reft: dict[str, Any] = {"layers": [1], "rank": 1, "dropout": 0.1, "hyperparameters": hyper}
@@ -58,52 +58,52 @@ class Workplace:
         return self.jobs.create(OWNER, request).id
 
     def worker(self, name: str = "a", *, base: Base | None = None) -> Worker:
-        """A worker of this store; another base: one that serves another model."""
+        """Make a worker on this store. base: its base; None: the workspace's."""
         return Worker(self, name, base or self.base)
 
     def job(self, job_id: str) -> Job:
-        """The job's row."""
+        """Return the job's row."""
         return self.jobs.get(OWNER, job_id)
 
     def messages(self, job_id: str) -> list[str]:
-        """What its events say, oldest first."""
+        """Return the messages of a job's events, oldest first."""
         return [event.message for event in self.repository.events(job_id, before=None, limit=10**6)][::-1]
 
     def steps(self, job_id: str) -> list[int]:
-        """Optimizer steps in the order in which they were done."""
+        """Return the optimizer steps in the order of execution."""
         events = self.repository.events(job_id, before=None, limit=10**6)[::-1]
         return [event.data["step"] for event in events if event.data and "step" in event.data]
 
     def published(self, name: str) -> list[int]:
-        """Versions of a name."""
+        """Return the versions of a name."""
         return [v.version for i in self.store.interventions.list_all(OWNER) if i.name == name for v in i.versions]
 
     def content_hash(self, name: str) -> str:
-        """What a name's first version does."""
+        """Return the content hash of a name's first version."""
         return self.store.interventions.get(OWNER, name).versions[0].content_hash
 
     def kept(self) -> list[str]:
-        """Jobs that have files in the store."""
+        """Return the jobs that have files in the store."""
         return [key.rsplit("/", 1)[-1] for key in self.store.blobs.children("jobs")]
 
 
 class Worker:
-    """A worker whose runs are called by hand."""
+    """A worker whose runs the test starts."""
 
-    def __init__(self, place: Workplace, name: str, base: Base) -> None:
-        settings = place.settings
-        self.leases = Leases(place.store.database, Job, name, lease_s=settings.lease_s)
+    def __init__(self, workspace: Workspace, name: str, base: Base) -> None:
+        settings = workspace.settings
+        self.leases = Leases(workspace.store.database, Job, name, lease_s=settings.lease_s)
         self.files = JobFiles(
-            place.store.blobs,
-            place.repository,
+            workspace.store.blobs,
+            workspace.repository,
             self.leases,
             max_bytes=settings.max_jobs_bytes,
             keep_s=settings.keep_jobs_s,
         )
         self.runs = JobRunner(
-            place.store,
+            workspace.store,
             base,
-            place.packed,
+            workspace.packed,
             self.files,
             checkpoint_steps=CHECKPOINT_STEPS,
             activation_cache_bytes=settings.activation_cache_bytes,
@@ -112,11 +112,11 @@ class Worker:
         )
 
     def take(self) -> Lease:
-        """The next job, which is there."""
+        """Take the next job, which must exist."""
         lease = self.leases.take()
         assert lease is not None, "no job to take"
         return lease
 
     def work(self) -> None:
-        """Carry the next job as far as it goes."""
+        """Take the next job, and run it until it ends or pauses."""
         self.runs.execute(self.take())
