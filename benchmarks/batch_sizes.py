@@ -1,4 +1,4 @@
-"""Decoded tokens a second over the number of running requests: `python benchmarks/batch_sizes.py`."""
+"""Measure decoded tokens per second by the number of running requests: `python benchmarks/batch_sizes.py`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STEPS = 24
 
 
 def decode(engine: Engine, prompts: list[list[int]]) -> float:
-    """Tokens a second while all of these decode, prompts not counted."""
+    """Return tokens per second while all requests decode, without the prompts."""
     name = time.perf_counter()
     for index, prompt in enumerate(prompts):
         engine.submit(Submit(f"{name}-{index}", prompt, SamplingParams(max_tokens=STEPS + 40)))

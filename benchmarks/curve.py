@@ -1,4 +1,4 @@
-"""Tokens a second over the number of different interventions in the queue: `python benchmarks/curve.py`."""
+"""Measure tokens per second by the number of different interventions in the queue: `python benchmarks/curve.py`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def main() -> None:
         for positions in args.positions:
             counts = [count for count in args.counts if count <= args.requests]
             refs = w.interventions(Path(scratch), counts[-1], positions=positions, rank=8, layers=tuple(range(30)))
-            w.serve(engine, prompts[:64], args.new_tokens, refs[:64])  # warms up; a whole round would take long
+            w.serve(engine, prompts[:64], args.new_tokens, refs[:64])  # warm-up; a full round would take long
             figures = w.medians(
                 {
                     str(count): functools.partial(w.serve, engine, prompts, args.new_tokens, refs[:count])

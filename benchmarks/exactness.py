@@ -1,9 +1,9 @@
-"""Whether requests in a mixture get what they would get alone, on a real model: `python benchmarks/exactness.py`.
+"""Compare requests in a mixture with the same requests alone, on a real model: `python benchmarks/exactness.py`.
 
-In float32 the reference is `attach()` on the model as transformers runs it: its logits over prompt and answer in one
-pass. Where its best token is the engine's, `generate` inside `attach()` goes the same way; where it is not, the two
-best must be nearer to each other than the engine's logits are to it: a near-tie, counted and listed, after which the
-comparison goes on along the engine's tokens. In int8 the reference is the same engine with this request alone.
+In float32 the reference is `attach()` on the transformers model, with logits over prompt and answer in one pass. If
+its best token is the engine's, `generate` inside `attach()` gives the same token. If not, the engine's token must be
+within twice the tolerance of the best: a near-tie, which is counted and listed. The comparison continues along the
+engine's tokens. In int8 the reference is the same engine with this request alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import workload as w
 from torch import Tensor
 from transformers import PreTrainedModel
 
-sys.path.append(str(w.ROOT / "tests" / "support"))  # the oracle is the tests'
+sys.path.append(str(w.ROOT / "tests" / "support"))  # for the tests' oracle
 
 from engine_oracle import (
     RecordingRunner,
@@ -47,14 +47,14 @@ from reftserve.server.engine.messages import Submit
 from reftserve.server.engine.runner import Logits
 from reftserve.server.engine.scheduler import Batch
 
-TOLERANCE = 1e-4  # float32: of the largest logit
-INT8_TOLERANCE = 2e-2  # int8: of the norm of the logits
-BLOCK_SIZE, KV_TOKENS, BANK_ROWS = 16, 160, 2000  # small: running requests are preempted, interventions swapped
+TOLERANCE = 1e-4  # float32: share of the largest logit
+INT8_TOLERANCE = 2e-2  # int8: share of the norm of the logits
+BLOCK_SIZE, KV_TOKENS, BANK_ROWS = 16, 160, 2000  # small, so that requests are preempted and interventions swapped
 ALL_POSITIONS = (["l1"], ["f7+l7"], ["f5", "l5"], ["prompt"], ["generated"], ["all"])
 
 
 class ForcedRunner(RecordingRunner):
-    """Makes each request of `forced` answer with the tokens given for it; what is recorded are the model's logits."""
+    """A runner that makes each request of `forced` answer with its given tokens, and records the model's logits."""
 
     def __init__(self, model: PreTrainedModel, **sizes: int) -> None:
         super().__init__(model, **sizes)
@@ -62,12 +62,12 @@ class ForcedRunner(RecordingRunner):
 
     @torch.inference_mode()
     def step(self, batch: Batch, token_ids: Tensor | None = None) -> Logits:
-        """Compute the batch, then leave nothing but the given token to choose from."""
+        """Compute the batch, then make the given token the only choice."""
         logits = super().step(batch, token_ids)
         for chunk, row in zip((c for c in batch.chunks if c.samples), logits.sampling, strict=True):
             index = chunk.stop - chunk.sequence.n_prompt
             tokens = self.forced.get(chunk.sequence.request_id, [])
-            if index < len(tokens):  # the engine runs a step ahead of the last
+            if index < len(tokens):  # the engine runs one step ahead
                 row.fill_(-torch.inf)
                 row[tokens[index]] = 0
         return logits
@@ -75,7 +75,7 @@ class ForcedRunner(RecordingRunner):
 
 @dataclass(frozen=True)
 class Arrival:
-    """A request, the step before which it comes, and the one before which it is cancelled, if it is."""
+    """A request, the step before which it arrives, and the step before which it is cancelled, if any."""
 
     submit: Submit
     step: int
@@ -84,7 +84,7 @@ class Arrival:
 
 @dataclass(frozen=True)
 class Tie:
-    """A token whose rival is nearer than the tolerance. gap: between the two, of the largest logit."""
+    """A token with a rival within twice the tolerance. gap: between the two, as a share of the largest logit."""
 
     request_id: str
     index: int
@@ -94,10 +94,10 @@ class Tie:
 
 @dataclass
 class Comparison:
-    """What was compared and what was found.
+    """The result of a comparison.
 
-    largest: difference, as a share of the largest logit, or in int8 of the norm. unequal: tokens beyond the tolerance,
-    or different though their rivals were further away than it.
+    largest: the largest difference, as a share of the largest logit, or in int8 of the norm. unequal: tokens beyond the
+    tolerance, or different although the rival was further away than it.
     """
 
     requests: int
@@ -110,11 +110,11 @@ class Comparison:
     unequal: list[str] = field(default_factory=list)
 
     def add(self, name: str, tokens: list[int], mixed: Tensor, alone: Tensor, *, int8: bool) -> None:
-        """Compare one request's answer. mixed, alone: [tokens, vocabulary], after the same beginnings."""
+        """Compare one request's answer. mixed, alone: logits after the same tokens, [tokens, vocabulary]."""
         largest = alone.abs().amax(-1)
         difference = (mixed - alone).abs().amax(-1)
         shares = (mixed - alone).norm(dim=-1) / alone.norm(dim=-1) if int8 else difference / largest
-        # A rival within twice the difference that is allowed, or in int8 that was found, may win.
+        # A rival may win within twice the allowed difference, or in int8 twice the found one.
         reach = 2 * (difference if int8 else TOLERANCE * largest)
         best = alone.topk(2).values
         for index, token in enumerate(tokens):
@@ -129,7 +129,7 @@ class Comparison:
 
 
 def compare(model: Path, scratch: Path, *, requests: int, int8: bool = False, seed: int = 0) -> Comparison:
-    """Serve random requests together, then each alone. scratch: folder for the interventions."""
+    """Serve random requests together, then each alone, and compare. scratch: folder for the interventions."""
     rng = random.Random(seed)  # noqa: S311 - a workload, not a secret
     folders = interventions(scratch, fingerprint(model), rng)
     arrivals = workload(model, folders, requests, rng)
@@ -149,7 +149,7 @@ def compare(model: Path, scratch: Path, *, requests: int, int8: bool = False, se
     cancelled = sum(output.finish_reason == "cancelled" for output in run.finished.values())
     found = Comparison(len(arrivals), cancelled, stats.preemptions, stats.cached_prompt_tokens)
     answered = [a.submit for a in arrivals if run.tokens[a.submit.request_id]]
-    # What the mixture gave, apart from what the references will record in the same runner.
+    # Copied, because the references record in the same runner.
     mixed, runner.logits = runner.logits, {}
     references = alone_in_engine(runner, answered, run) if int8 else alone_attached(model, answered, run)
     for submit, alone in zip(answered, references, strict=True):
@@ -161,12 +161,12 @@ def compare(model: Path, scratch: Path, *, requests: int, int8: bool = False, se
 
 
 def interventions(folder: Path, base: BaseFingerprint, rng: random.Random) -> list[Path]:
-    """Random edits of rank 1 to 16 at all kinds of positions, in one layer, some, or all; linear and not."""
+    """Make random edits of rank 1 to 16 at all kinds of positions, in one, some or all layers, linear or not."""
     folders = []
     for seed in range(24):
         rank, positions = rng.choice((1, 2, 4, 8, 16)), ALL_POSITIONS[seed % len(ALL_POSITIONS)]
         layers = sorted(rng.sample(range(base.num_layers), rng.choice((1, 5, base.num_layers))))
-        # Scaled so that a column writes about what it reads: all layers together still leave a language model.
+        # Scaled so that a column writes about as much as it reads: edits in all layers then keep a language model.
         edits = [
             PlacedEdit(
                 layer,
@@ -187,7 +187,7 @@ def interventions(folder: Path, base: BaseFingerprint, rng: random.Random) -> li
 
 
 def workload(model: Path, folders: list[Path], count: int, rng: random.Random) -> list[Arrival]:
-    """Three arrivals a step; half of them begin with one of two texts, one in twelve is cancelled."""
+    """Make three arrivals per step; half begin with one of two texts, and one in twelve is cancelled."""
     own = w.prompts(count, 4, 24, seed=1, model=model)
     shared = w.prompts(2, 24, 24, seed=2, model=model)
     arrivals = []
@@ -205,7 +205,7 @@ def workload(model: Path, folders: list[Path], count: int, rng: random.Random) -
 
 
 def serve(engine: Engine, arrivals: list[Arrival]) -> Run:
-    """Step through arrivals and cancellations, then until all is done."""
+    """Step through arrivals and cancellations, then until no work is left."""
     run = Run()
     for step in range(max(max(a.step, a.cancelled or 0) for a in arrivals) + 1):
         for arrival in arrivals:
@@ -218,7 +218,7 @@ def serve(engine: Engine, arrivals: list[Arrival]) -> Run:
 
 
 def alone_attached(model: Path, submits: list[Submit], run: Run) -> Iterator[Tensor]:
-    """Logits of each answer's tokens, [tokens, vocabulary], by `attach()`."""
+    """Return the logits of each answer's tokens, [tokens, vocabulary], by `attach()`."""
     plain = load_model(model, torch.float32, torch.device("cpu"))
     for submit in submits:
         edits = [e for ref in submit.interventions for e in scaled_edits(load_artifact(Path(ref.folder)), ref.scale)]
@@ -227,7 +227,7 @@ def alone_attached(model: Path, submits: list[Submit], run: Run) -> Iterator[Ten
 
 
 def alone_in_engine(runner: ForcedRunner, submits: list[Submit], run: Run) -> Iterator[Tensor]:
-    """The same by an engine that has nothing else to do and nothing in its cache."""
+    """Return the same by an engine without other requests and with an empty cache."""
     for submit in submits:
         name, tokens = submit.request_id, run.tokens[submit.request_id]
         runner.forced = {name: tokens}

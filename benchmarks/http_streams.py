@@ -1,7 +1,7 @@
-"""The server with 64 streams over HTTP beside the engine alone: `python benchmarks/http_streams.py`.
+"""Compare the server with 64 streams over HTTP to the engine alone: `python benchmarks/http_streams.py`.
 
-Server, engine and client share the machine's cores, so what the first and the last take is printed too: the processor
-time of a token outside the engine. The client reads sockets and parses nothing.
+Server, engine and client share the machine's cores, so the script also prints the share of server and client: the
+processor time per token outside the engine. The client reads sockets and parses nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import psutil
 import torch
 import workload as w
 
-sys.path.append(str(w.ROOT / "tests" / "support"))  # starts servers for tests
+sys.path.append(str(w.ROOT / "tests" / "support"))  # for running_server
 
 from running_server import RunningServer, running_server
 
@@ -45,7 +45,7 @@ async def _all(port: int, prompts: list[list[int]]) -> None:
 
 
 def over_http(server: RunningServer, prompts: list[list[int]]) -> float:
-    """Generated tokens a second."""
+    """Return generated tokens per second."""
     port = int(server.url.rsplit(":", 1)[1])
     began = time.perf_counter()
     asyncio.run(_all(port, prompts))
@@ -54,7 +54,7 @@ def over_http(server: RunningServer, prompts: list[list[int]]) -> float:
 
 @contextmanager
 def counted(seconds: dict[str, float], processes: dict[str, psutil.Process]) -> Iterator[None]:
-    """Add the processor time that processes use inside."""
+    """Add the processor time that the processes use inside the context."""
     before = {name: sum(process.cpu_times()[:2]) for name, process in processes.items()}
     yield
     for name, process in processes.items():

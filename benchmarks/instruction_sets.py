@@ -1,7 +1,7 @@
-"""The engine on processors with and without AVX-512: `python benchmarks/instruction_sets.py --runs 3`.
+"""Compare the engine with and without AVX-512: `python benchmarks/instruction_sets.py --runs 3`.
 
-Each set has a process of its own, in which torch and the CPU's kernels are held to it. There Hugging Face's `generate`
-and engines with all kernels, with the faster ones, and with none take turns at the same prompts.
+Each instruction set runs in a separate process that restricts torch and the CPU kernels to it. There Hugging Face's
+`generate` and engines with all kernels, with the faster ones and with none take turns on the same prompts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import workload as w
 
 from reftserve.server.base.kernel_choice import AllKernels, FasterKernels, KernelChoice, NoKernels
 
-# GCC's name of a processor, and what holds torch, oneDNN and MKL to its instructions.
+# GCC's name of a processor, and the variables that restrict torch, oneDNN and MKL to its instructions.
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 SETS: dict[str, dict[str, str]] = {"native": {}, "x86-64-v3": AVX2}
 

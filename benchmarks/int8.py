@@ -1,4 +1,4 @@
-"""What int8 costs in exactness: loss on held-out text, greedy agreement with float32: `python benchmarks/int8.py`."""
+"""Measure int8 against float32: loss on held-out text and greedy agreement: `python benchmarks/int8.py`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LENGTH = 256
 
 
 def run(engine: Engine, submits: list[Submit]) -> tuple[dict[str, float], dict[str, list[int]]]:
-    """Mean loss over each prompt, and the tokens that follow it."""
+    """Return the mean loss of each prompt, and the tokens generated after it."""
     losses: dict[str, float] = {}
     tokens: dict[str, list[int]] = {submit.request_id: [] for submit in submits}
     for submit in submits:
@@ -42,7 +42,7 @@ def main() -> None:
         engine = w.make_engine(quantization=quantization)
         found, _ = run(engine, [Submit(str(i), text, scored) for i, text in enumerate(texts)])
         losses[quantization] = sum(found.values()) / len(found)
-        # Teacher-forced: a token is right when it is float32's next one after the same beginning.
+        # Teacher-forced: a token is right if float32 gives the same one after the same tokens.
         prompts = w.prompts(args.texts, 59, 72)
         if quantization == "none":
             _, tokens = run(engine, [Submit(str(i), prompt, greedy) for i, prompt in enumerate(prompts)])

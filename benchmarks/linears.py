@@ -1,7 +1,7 @@
-"""One pass through the linear layers of a model, in ms by form: `python benchmarks/linears.py MODEL_FOLDER`.
+"""Time a pass through a model's linear layers, in ms for each form: `python benchmarks/linears.py MODEL_FOLDER`.
 
-Forth, y = x W^T, and back, y W, as gradients go: from the panels of W or a transposed form. Every layer is visited
-in turn, as in a forward pass, so that the weights come from memory and not from a cache.
+Forward is y = x W^T. Backward is y W, as for gradients, from the panels of W or from a transposed form. A pass visits
+every layer in turn, so that the weights come from memory and not from a cache.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from reftserve.server.base.panels import PanelLinear
 
 
 class OneDnnLinear(nn.Module):
-    """A weight in oneDNN's own layout, as Inductor packs it."""
+    """A linear layer with its weight in oneDNN's layout, as Inductor packs it."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class OneDnnLinear(nn.Module):
 
 
 class Back(nn.Module):
-    """y W from the panels of W."""
+    """Computes y W from the panels of W."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Back(nn.Module):
 
 
 class BackTransposed(nn.Module):
-    """y W from panels of its transpose."""
+    """Computes y W from panels of W's transpose."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class BackTransposed(nn.Module):
 
 
 def pass_ms(layers: list[nn.Module], inputs: list[torch.Tensor], runs: int) -> float:
-    """Median milliseconds of one pass."""
+    """Return the median milliseconds of one pass."""
     times = []
     for _ in range(runs + 1):
         start = time.perf_counter()

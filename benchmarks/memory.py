@@ -1,9 +1,9 @@
-"""What the server, its engine and its worker hold in memory: `python benchmarks/memory.py`.
+"""Measure the memory of the server, its engine and its worker: `python benchmarks/memory.py`.
 
-A server with its worker, as a user starts it: idle after its first answers, then with a job at its largest. The figures
-are the kernel's (/proc/PID/smaps, so Linux only). RSS counts every page that a process maps, USS those that nobody else
-maps. A page that n processes map counts 1/n in each one's PSS, so these add up to what is taken; the columns behind it
-are its parts.
+The server runs as a user starts it: idle after its first answers, then with a job at its peak. The figures are the
+kernel's (/proc/PID/smaps, so Linux only). RSS counts every page that a process maps, USS those that no other process
+maps. A page that n processes map counts 1/n in the PSS of each, so PSS adds up to the memory in use; the columns after
+PSS are its parts.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from politeness import begin_job, end_job, gaps
 from reftserve.client import Client
 from reftserve.server.base.tokenizer import load_tokenizer
 
-sys.path.append(str(w.ROOT / "tests" / "support"))  # starts servers for tests
+sys.path.append(str(w.ROOT / "tests" / "support"))  # for running_server
 
 from running_server import RunningServer, running_server
 
@@ -42,12 +42,12 @@ Sizes = Counter[str]
 
 
 def sizes(process: psutil.Process) -> Sizes:
-    """Bytes by column."""
+    """Return bytes by column."""
     found: Sizes = Counter()
     part = ""
     for line in Path(f"/proc/{process.pid}/smaps").read_text().splitlines():
         first, *rest = line.split()
-        if not first.endswith(":"):  # begins a mapping: addresses, permissions, offset, device, inode, path
+        if not first.endswith(":"):  # a mapping's first line: addresses, permissions, offset, device, inode, path
             part = _part(" ".join(rest[4:]))
         elif first == "Pss:":
             found["PSS"] += int(rest[0]) << 10
@@ -67,25 +67,25 @@ def _part(path: str) -> str:
 
 
 class Watch:
-    """The processes of a server, and each one's sizes when its PSS was largest."""
+    """The processes of a server, with the sizes of each at its largest PSS."""
 
     def __init__(self, server: RunningServer) -> None:
         self._processes = {"api": psutil.Process(server.process.pid)}
         self._processes |= {name: server.child(module) for name, module in MODULES.items()}
 
     def now(self) -> dict[str, Sizes]:
-        """Sizes by process."""
+        """Return current sizes by process."""
         return {name: sizes(process) for name, process in self._processes.items()}
 
     def settled(self) -> dict[str, Sizes]:
-        """Sizes once nobody has anything to do: a worker lets a cancelled job go when its step is done."""
+        """Return sizes once all processes are idle; a worker drops a cancelled job after its current step."""
         while any(process.cpu_percent(SETTLED_S) > IDLE_PERCENT for process in self._processes.values()):
             pass
         return self.now()
 
     @contextmanager
     def peaks(self) -> Iterator[dict[str, Sizes]]:
-        """Filled while what is inside runs."""
+        """Yield each process's sizes at its peak, updated until the context ends."""
         largest = self.now()
         is_over = threading.Event()
 
@@ -104,7 +104,7 @@ class Watch:
 
 
 def data_set(folder: Path, tokens: int) -> Path:
-    """Examples of about so many tokens, each with a prompt of its own and a completion of about 50."""
+    """Make examples of about this many tokens, with different prompts and completions of about 50 tokens."""
     tokenizer = load_tokenizer(w.MODEL)
     file = folder / "long.jsonl"
     with file.open("w") as lines:

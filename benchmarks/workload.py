@@ -1,4 +1,4 @@
-"""What the benchmarks run: a real model, prompts from real text, random interventions, an engine in this process."""
+"""The benchmarks' workload: a real model, prompts from real text, random interventions, an engine in this process."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MODEL = ROOT / "reftserve-data" / "models" / "HuggingFaceTB--SmolLM2-135M-Instru
 
 
 def prompts(count: int, low: int, high: int, seed: int = 0, model: Path = MODEL) -> list[list[int]]:
-    """Token ids of real text, `low` to `high` tokens each."""
+    """Return prompts as token ids of real text, `low` to `high` tokens each."""
     lines = (ROOT / "examples" / "sentiment.train.jsonl").read_text("utf-8").splitlines()
     text = "\n".join(json.loads(line)["messages"][0]["content"] for line in lines)
     ids: list[int] = AutoTokenizer.from_pretrained(model)(text)["input_ids"]
@@ -44,7 +44,7 @@ def prompts(count: int, low: int, high: int, seed: int = 0, model: Path = MODEL)
 
 
 def make_engine(kernels: KernelChoice | None = None, **fields: Any) -> Engine:
-    """The engine as its process builds it. kernels: which ones run; None: as the fields say."""
+    """Make the engine as its process does. kernels: the ones to use; None: by the settings' fields."""
     engine, _ = build(EngineConfig(str(MODEL), threads=2, **fields), kernels)
     freeze_gc()
     return engine
@@ -53,7 +53,7 @@ def make_engine(kernels: KernelChoice | None = None, **fields: Any) -> Engine:
 def interventions(
     folder: Path, count: int, *, positions: str, rank: int, layers: tuple[int, ...]
 ) -> list[InterventionRef]:
-    """Different random interventions, published into a folder; their parts are those of LoReFT with tied weights."""
+    """Save different random interventions into a folder, in the form of LoReFT with tied weights."""
     base: BaseFingerprint = fingerprint(MODEL)
     parsed = Positions.parse(positions)
     refs = []
@@ -68,18 +68,18 @@ def interventions(
 
 
 def _random_edit(rank: int, hidden_size: int, draw: torch.Generator) -> LowRankEdit:
-    """Of the size of an untrained LoReFT: rows of about length 1."""
+    """Make an edit of the size of an untrained LoReFT: rows of about length 1."""
     A, U = (torch.randn(rank, hidden_size, generator=draw) / hidden_size**0.5 for _ in range(2))
     linear = torch.zeros(rank, dtype=torch.int8)
     return LowRankEdit(A, torch.zeros(rank), U, linear, torch.ones(rank))
 
 
 def serve(engine: Engine, workload: list[list[int]], new_tokens: int, refs: list[InterventionRef]) -> float:
-    """Generated tokens a second, all requests queued at once, interventions in turn; loads are not counted."""
+    """Return generated tokens per second, with all requests queued at once, interventions in turn, without loads."""
     for ref in refs:
         engine.loader.request(ref)
     while engine.is_loading:
-        time.sleep(0.001)  # as the engine's process does: spinning would keep the loader's thread from running
+        time.sleep(0.001)  # like the engine's process: spinning would starve the loader's thread
         engine.step()
     sampling = SamplingParams(max_tokens=new_tokens)
     began = time.perf_counter()
@@ -92,7 +92,7 @@ def serve(engine: Engine, workload: list[list[int]], new_tokens: int, refs: list
 
 
 def medians(variants: dict[str, Callable[[], float]], runs: int, *, warm_up: bool = True) -> dict[str, float]:
-    """Each variant's median over `runs` rounds; variants take turns, so that drift of the machine hits all alike.
+    """Return each variant's median over `runs` rounds. Variants take turns, so that the machine's drift affects all.
 
     warm_up: begin with a round that does not count.
     """
@@ -106,5 +106,5 @@ def medians(variants: dict[str, Callable[[], float]], runs: int, *, warm_up: boo
 
 
 def machine() -> str:
-    """What the figures were taken on."""
+    """Describe the machine of the figures."""
     return f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"

@@ -1,4 +1,4 @@
-"""PEFT with a different LoRA for each row of one static batch; in its own environment: `peft_peer.py WORKLOAD.json`."""
+"""Run PEFT with a different LoRA for each row of one static batch, in its environment: `peft_peer.py WORKLOAD.json`."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""PEFT's LoRA trained, its best epoch kept, and scored as ours is; `peft_score.py JOB.json`.
+"""Train PEFT's LoRA, keep its best epoch, and score it like ours: `peft_score.py JOB.json`.
 
 The job names model, batch_size, epochs, learning_rate, and rows `train`, `validation` and `test`, each with its token
 `ids` and `n_prompt` of them before the answer. Prints RESULT and a JSON object.
@@ -20,7 +20,7 @@ IGNORED = -100
 
 @torch.no_grad()
 def scores(model, rows, batch_size):
-    """Loss a token of the answers, and the share of answers that greedy decoding gives word for word."""
+    """Return the answers' loss per token, and the share of answers that greedy decoding gives word for word."""
     model.eval()
     loss = tokens = exact = 0
     for start in range(0, len(rows), batch_size):

@@ -1,4 +1,4 @@
-"""PEFT's LoRA under transformers' Trainer on the rows of `benchmarks/train.py`; `peft_train.py JOB.json`."""
+"""Train PEFT's LoRA with transformers' Trainer on the rows of `benchmarks/train.py`: `peft_train.py JOB.json`."""
 
 import json
 import sys

@@ -1,7 +1,7 @@
-"""pyreft's own training and forward pass, scored on rows held out: `pyreft_score.py JOB.json`.
+"""Train with pyreft, and score its forward pass on held-out rows: `pyreft_score.py JOB.json`.
 
 The job is that of `pyreft_train.py` with positions `l1`, and names `seeds` and `test`: rows with their token `ids` and
-`n_prompt` of them before the answer. Prints a RESULT a seed, and a JSON object.
+`n_prompt` of them before the answer. Prints a RESULT with a JSON object for each seed.
 """
 
 import json
@@ -15,9 +15,9 @@ from torch.nn.functional import cross_entropy
 
 @torch.no_grad()
 def scores(reft, rows, layers):
-    """Loss a token of the answers, and the share of answers that greedy decoding gives word for word."""
+    """Return the answers' loss per token, and the share of answers that greedy decoding gives word for word."""
     loss = tokens = exact = 0
-    for row in rows:  # one by one, so that nothing is padded
+    for row in rows:  # one by one, without padding
         ids, n_prompt = torch.tensor([row["ids"]]), row["n_prompt"]
         base = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         _, output = reft(base, unit_locations={"sources->base": (None, [[[n_prompt - 1]]] * len(layers))})
@@ -32,7 +32,7 @@ def main():
     job = json.loads(Path(sys.argv[1]).read_text())
     _, tokenizer = load(Path(job["model"]))
     for prompt, completion, row in zip(job["prompts"], job["completions"], job["rows"], strict=True):
-        # Both sides must learn from the same tokens.
+        # Both sides must train on the same tokens.
         assert tokenizer(prompt + completion)["input_ids"] == row["ids"]
         assert len(tokenizer(prompt)["input_ids"]) == row["n_prompt"]
     for seed in job["seeds"]:

@@ -1,4 +1,4 @@
-"""pyreft's own trainer on the rows of `benchmarks/train.py`, in its own environment: `pyreft_train.py JOB.json`."""
+"""Run pyreft's trainer on the rows of `benchmarks/train.py`, in its environment: `pyreft_train.py JOB.json`."""
 
 import json
 import sys
@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 
 def load(folder):
-    """The base, whose config is of a newer transformers than pyreft's."""
+    """Load the base; its config is from a newer transformers than pyreft's."""
     fields = json.loads((folder / "config.json").read_text())
     fields["rope_theta"] = fields.get("rope_parameters", fields)["rope_theta"]
     fields.pop("rope_parameters", None)
@@ -24,7 +24,7 @@ def load(folder):
 
 
 def train(job, seed=42):
-    """The model after training, and how long it took. seed: of the first weights and the order of rows."""
+    """Return the trained model and the training time in seconds. seed: of the initial weights and the order of rows."""
     torch.manual_seed(seed)
     torch.set_num_threads(2)
     model, tokenizer = load(Path(job["model"]))

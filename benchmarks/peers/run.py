@@ -1,7 +1,7 @@
-"""Ours beside the peers, each in its own environment, one after another: `python benchmarks/peers/run.py --runs 5`.
+"""Compare ours with the peers, each in its environment, one by one: `python benchmarks/peers/run.py --runs 5`.
 
 `benchmarks/peers/setup.sh` makes the environments. Every process warms up with one run; Hugging Face runs first and
-last, which shows how far the machine drifted meanwhile.
+last, which shows the machine's drift.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ MLP_SIZES = {"gate_proj": (576, 1536), "up_proj": (576, 1536), "down_proj": (153
 
 
 def save_loras(folder: Path, count: int) -> list[str]:
-    """Different random LoRAs of rank 8 on all linear layers, in PEFT's format."""
+    """Save different random LoRAs of rank 8 on all linear layers, in PEFT's format."""
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -66,7 +66,7 @@ def save_loras(folder: Path, count: int) -> list[str]:
 
 
 def peer(name: str, command: list[str], **environment: str) -> float:
-    """Median of the RESULT lines of a process but the first; its own words go to .peers/<name>.log."""
+    """Return the median of a process's RESULT lines without the first; its other output goes to .peers/<name>.log."""
     with (PEERS / f"{name}.log").open("w") as log:
         done = subprocess.run(
             command, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=log, text=True, check=False
@@ -90,7 +90,7 @@ def vllm(name: str, workload: Path, *flags: str) -> float:
 
 
 def llama_cpp(file: str, batch: int, prompt: int, new: int, runs: int) -> tuple[float, float]:
-    """Generated tokens a second over prompt and answer, and over the answer alone."""
+    """Return generated tokens per second, with the prompt's time and without it."""
     binaries = PEERS / "llama.cpp" / "build" / "bin"
     shape = ["-npp", str(prompt), "-ntg", str(new), "-npl", ",".join([str(batch)] * (runs + 1))]
     command = [str(binaries / "llama-batched-bench"), "-m", str(PEERS / "llama.cpp" / file), "-c", "8192", "-t", "2"]
@@ -107,7 +107,7 @@ def llama_cpp(file: str, batch: int, prompt: int, new: int, runs: int) -> tuple[
 
 
 def decode_alone(engine: Engine, prompt: list[int], new: int) -> float:
-    """Generated tokens a second of one request, from its first token on."""
+    """Return generated tokens per second of one request, from its first token on."""
     engine.submit(Submit(f"{time.perf_counter()}", prompt, SamplingParams(max_tokens=new + 1)))
     while not engine.step().outputs:
         pass
@@ -118,7 +118,7 @@ def decode_alone(engine: Engine, prompt: list[int], new: int) -> float:
 
 
 def compare_batch_1(prompt: list[int], new: int, rounds: int) -> None:
-    """Decoding of one request, ours and llama.cpp in turns, which drift of the machine hits alike."""
+    """Compare decoding of one request, ours and llama.cpp in turns, so that the machine's drift affects both."""
     for quantization, file in (("none", "f32.gguf"), ("int8", "q8_0.gguf")):
         engine = w.make_engine(prefix_cache=False, quantization=quantization)
         pairs = []

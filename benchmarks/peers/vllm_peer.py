@@ -1,4 +1,4 @@
-"""vLLM on one workload; runs in its own environment: `vllm_peer.py WORKLOAD.json [--loras]`."""
+"""Run vLLM on one workload, in its environment: `vllm_peer.py WORKLOAD.json [--loras]`."""
 
 import json
 import sys
