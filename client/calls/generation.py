@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
+from pydantic import BaseModel
+
 from reftserve.client.calls.call import Call, given, one
 from reftserve.client.schemas import ChatCompletion, ChatMessage, Classification, Completion, InterventionUse
 
@@ -143,7 +145,7 @@ def _turns(messages: Sequence[Any]) -> list[Any]:
     """Return the turns of a conversation, or of several, as JSON."""
     return [
         turn.model_dump(exclude_none=True)
-        if isinstance(turn, ChatMessage)
+        if isinstance(turn, BaseModel)
         else dict(turn)
         if isinstance(turn, Mapping)
         else _turns(turn)
