@@ -9,6 +9,7 @@ from importlib.metadata import version
 
 from fastapi import Depends, FastAPI
 from fastapi_offline import FastAPIOffline
+from prometheus_fastapi_instrumentator import Instrumentator
 
 from reftserve.server.api import (
     chat,
@@ -38,6 +39,7 @@ from reftserve.server.settings import Settings
 from reftserve.server.supervisor import keep_engine, keep_worker
 from reftserve.server.training.job_service import JobService
 
+UNMETERED = ["/health", "/ready", "/metrics"]  # probes and scrapes are no users' requests
 ROUTERS = (chat, completions, classify, models, files, fine_tuning, evals, interventions, health)
 
 
@@ -102,6 +104,7 @@ def create_app(services: Services, on_engine_failure: Callable[[str], None]) -> 
     uploads = {"/v1/files": settings.max_file_bytes, "/v1/interventions": settings.max_artifact_bytes}
     app.add_middleware(BodyLimit, upload_bytes=uploads)
     install_error_handlers(app)
+    Instrumentator(registry=services.metrics.registry, excluded_handlers=UNMETERED).instrument(app)
     for router in ROUTERS:
         app.include_router(router.router)
     return app

@@ -21,21 +21,19 @@ class Metrics:
     """The metrics. engine_stats: returns the engine's latest statistics, None before its first step."""
 
     def __init__(self, engine_stats: Callable[[], EngineStats | None]) -> None:
-        self._registry = CollectorRegistry()
+        self.registry = CollectorRegistry()
         self.requests = Counter(
-            "reftserve_requests", "Generation and scoring requests, by outcome", ["outcome"], registry=self._registry
+            "reftserve_requests", "Generation and scoring requests, by outcome", ["outcome"], registry=self.registry
         )
         self.first_token_s = Histogram(
             "reftserve_time_to_first_token_seconds",
             "Time from a request's arrival to its first token",
             buckets=LATENCY_BUCKETS_S,
-            registry=self._registry,
+            registry=self.registry,
         )
-        self.engine_starts = Counter("reftserve_engine_starts", "Starts of the engine", registry=self._registry)
-        self.ready = Gauge(
-            "reftserve_ready", "1 when model, worker and database are available", registry=self._registry
-        )
-        self._registry.register(_EngineCollector(engine_stats))
+        self.engine_starts = Counter("reftserve_engine_starts", "Starts of the engine", registry=self.registry)
+        self.ready = Gauge("reftserve_ready", "1 when model, worker and database are available", registry=self.registry)
+        self.registry.register(_EngineCollector(engine_stats))
 
     @contextmanager
     def request(self, *, is_metered: bool) -> Iterator[FirstTokenTimer]:
@@ -57,7 +55,7 @@ class Metrics:
 
     def render(self) -> bytes:
         """Return the metrics in Prometheus' text format."""
-        return generate_latest(self._registry)
+        return generate_latest(self.registry)
 
 
 class FirstTokenTimer:
