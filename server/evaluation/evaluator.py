@@ -70,7 +70,7 @@ class Evaluator:
     async def _execute_runs(self) -> None:
         while True:
             try:
-                # What an error of the tables left in hand is free again, for this server or another.
+                # Free the run that an error of the tables left in hand, for this server or another.
                 await asyncio.to_thread(self._leases.release, in_order=False)
                 while True:
                     lease = await asyncio.to_thread(self._leases.take) if self._inference.is_ready else None

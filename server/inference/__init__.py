@@ -3,8 +3,8 @@
 service.py             prepare a request, stream its answers, score texts
 generation.py          the values: a prepared request, a piece of an answer, token counts
 answer_queue.py        answers of one request side by side, their pieces in one stream
-engine.py              what the door needs of an engine;  engine_client.py: our engine, in its own process
+engine.py              the engine's contract;            engine_client.py: our engine, in its own process
 sampling.py            request fields -> sampling parameters;  structured_outputs.py: request fields -> grammar
 detokenizer.py         tokens -> text, piece by piece;  labels.py: label sets and their probabilities
-metrics.py             what operators scrape
+metrics.py             Prometheus metrics
 """

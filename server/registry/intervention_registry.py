@@ -1,7 +1,7 @@
-"""The registry: published interventions by name and version, their aliases, and who holds them while they run.
+"""The registry: published interventions by name and version, their aliases, and the pins of running requests.
 
-Publishing stores the artifact first and commits name, version and `latest` in one transaction afterwards; what is not
-committed was never published. Versions are immutable and their numbers never used again.
+Publishing stores the artifact first; then one transaction commits name, version and `latest`. Without that commit the
+version does not exist. Versions are immutable, and their numbers are never used again.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ BLOBS = "interventions"
 
 @dataclass(frozen=True)
 class PublishedVersion:
-    """A version and the local folder of its artifact."""
+    """A version, with the local folder of its artifact."""
 
     name: str
     row: Version
@@ -42,14 +42,14 @@ class PublishedVersion:
 
     @property
     def id(self) -> str:
-        """`name@version`."""
+        """The version's id: `name@version`."""
         return f"{self.name}@{self.row.version}"
 
 
 class InterventionRegistry:
     """Published interventions of all owners, made for one base.
 
-    max_artifact_bytes: of one upload, unpacked; max_owner_bytes: of all versions that an owner has.
+    max_artifact_bytes: limit of one upload, unpacked; max_owner_bytes: limit of all versions of an owner.
     """
 
     def __init__(
@@ -83,8 +83,8 @@ class InterventionRegistry:
     ) -> PublishedVersion:
         """Publish an artifact folder as the next version of `name`; `latest` moves to it.
 
-        A job publishes once: again with the same job_id gives the same version. alongside: called with `name@version`
-        in the transaction that publishes; what it raises undoes it.
+        A job publishes once: a repeated call with its job_id returns the same version. alongside: called with
+        `name@version` in the publishing transaction; an exception rolls the transaction back.
         Raises InvalidRequest when the name or the artifact will not do, QuotaExceeded or StorageFull when there is no
         room.
         """
@@ -114,7 +114,7 @@ class InterventionRegistry:
     def upload(self, owner: str, name: str, data: bytes) -> PublishedVersion:
         """Publish a zipped artifact.
 
-        Raises InvalidRequest when it is not one, or not for this base.
+        Raises InvalidRequest when the data is no artifact, or an artifact of another base.
         """
         check_name(name)
         with tempfile.TemporaryDirectory() as scratch:
@@ -126,16 +126,16 @@ class InterventionRegistry:
             return self.publish(owner, name, folder)
 
     def download(self, owner: str, reference: Reference) -> bytes:
-        """A version's artifact as a zip.
+        """Return a version's artifact as a zip.
 
         Raises NotFound.
         """
         return pack(self.resolve(owner, reference).folder)
 
     def history(self, owner: str, reference: Reference) -> tuple[PublishedVersion, History]:
-        """A version, and how it was trained, step by step.
+        """Return a version and the steps of its training.
 
-        Raises NotFound, also when its artifact tells nothing of that.
+        Raises NotFound, also when the artifact has no history.
         """
         version = self.resolve(owner, reference)
         history = load_history(version.folder)
@@ -146,7 +146,7 @@ class InterventionRegistry:
         return version, history
 
     def list_all(self, owner: str) -> list[Intervention]:
-        """An owner's interventions with their versions and aliases, by name."""
+        """Return an owner's interventions with their versions and aliases, by name."""
         query = (
             select(Intervention)
             .where(Intervention.owner == owner, Intervention.versions.any())
@@ -157,7 +157,7 @@ class InterventionRegistry:
             return list(session.scalars(query))
 
     def get(self, owner: str, name: str) -> Intervention:
-        """One intervention with its versions and aliases.
+        """Return one intervention with its versions and aliases.
 
         Raises NotFound with near names.
         """
@@ -165,7 +165,7 @@ class InterventionRegistry:
             return self._get(session, owner, name)
 
     def resolve(self, owner: str, reference: Reference) -> PublishedVersion:
-        """The immutable version that a reference means now.
+        """Return the immutable version that a reference points at now.
 
         Raises NotFound with near names.
         """
@@ -199,10 +199,10 @@ class InterventionRegistry:
             self._blobs.delete(key)
 
     def delete(self, owner: str, name: str, version: int | str | None = None, *, force: bool = False) -> list[str]:
-        """Delete one version, or all of a name; returns their ids.
+        """Delete one version, or all versions of a name; return their ids.
 
-        Without `force`, refused with Conflict while running requests hold one or a user's alias points at one. With
-        it, those requests still finish. Raises NotFound.
+        Running requests still finish. Raises NotFound; and, unless forced, Conflict while a running request pins a
+        version or a user's alias points at it.
         """
         with self._lock, self._database.session() as session:
             row = self._get(session, owner, name)
@@ -248,13 +248,13 @@ class InterventionRegistry:
         return self.get(owner, name)
 
     def sweep(self, *, since: float = 0.0) -> list[str]:
-        """Remove artifacts that a crash left without a row since then (Unix seconds); returns their keys."""
+        """Remove artifacts newer than `since` (Unix seconds) that have no row; return their keys."""
         with self._database.reading() as session:
             known = set(session.scalars(select(Version.blob_key)))
         return self._blobs.sweep(BLOBS, known, since=since)
 
     def _commit(self, owner: str, name: str, version: Version, alongside: Callable[[Session, str], object]) -> Version:
-        """Give the version its number and commit it; what the job has published already, if it has."""
+        """Number the version and commit it; return the job's earlier version if it has published already."""
         for attempt in range(5):
             try:
                 with self._database.session() as session:

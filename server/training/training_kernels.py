@@ -1,4 +1,4 @@
-"""The one kernel that only training has, beside torch's operations: attention against what is kept, there and back."""
+"""The kernel that only training uses: attention to kept prefixes, forward and backward."""
 
 from __future__ import annotations
 
