@@ -104,8 +104,8 @@ class _CachedPrefixes:
 class ActivationCache:
     """Activations that stay constant under edits at `lowest` and above, at or after the tokens of `positions`."""
 
-    def __init__(self, packed: VarlenModel, lowest: int, positions: Iterable[Positions], arena: Arena) -> None:
-        self.packed = packed
+    def __init__(self, varlen: VarlenModel, lowest: int, positions: Iterable[Positions], arena: Arena) -> None:
+        self.varlen = varlen
         self.lowest = lowest
         self._positions = tuple(positions)
         self._has_prefixes = not any(p.first or p.prompt for p in self._positions)
@@ -138,10 +138,10 @@ class ActivationCache:
         """Return the targets' logits under edits, [targets, vocabulary]. All spans are cached or none is (`passes`)."""
         cached = [self._cached[span.example] for span in rows.spans if span.example in self._cached]
         if not cached:
-            return self.packed.logits(rows, edits)
+            return self.varlen.logits(rows, edits)
         pairs = zip(rows.spans, cached, strict=True)
         hidden = [each.hidden[span.start - each.start : span.stop - each.start] for span, each in pairs]
-        return self.packed.logits(
+        return self.varlen.logits(
             rows,
             edits,
             prefixes=_CachedPrefixes(cached, self.lowest + 1) if self._has_prefixes else None,
@@ -165,7 +165,7 @@ class ActivationCache:
 
     def _fill(self, spans: Sequence[Span]) -> bool:
         """Compute and cache the examples of one pass; return False if the arena has no room for all of them."""
-        rows = VarlenRows(spans, self.packed.device)
+        rows = VarlenRows(spans, self.varlen.device)
         starts = [self.start(span.example) for span in rows.scored]
         tokens = [rows.with_parent(number) for number, span in enumerate(rows.spans) if span.targets]
         before: list[list[Tensor]] = []
@@ -174,7 +174,7 @@ class ActivationCache:
             both = torch.stack([key, value])
             before.append([both[:, :, at[:start]] for at, start in zip(tokens, starts, strict=True)])
 
-        hidden = self.packed.constants(rows, self.lowest, seen, above=self._has_prefixes)
+        hidden = self.varlen.constants(rows, self.lowest, seen, above=self._has_prefixes)
         for index, (span, at, start) in enumerate(zip(rows.scored, tokens, starts, strict=True)):
             parts = [hidden[at[start:]], *(layer[index] for layer in before)]
             stored = [self._arena.store(part) for part in parts]
@@ -191,17 +191,17 @@ class ActivationCaches:
     data: identifies the data set.
     """
 
-    def __init__(self, packed: VarlenModel, arena: Arena, *, data: str = "") -> None:
+    def __init__(self, varlen: VarlenModel, arena: Arena, *, data: str = "") -> None:
         self._data = data
-        self._packed, self._arena = packed, arena
+        self._varlen, self._arena = varlen, arena
         self._caches: dict[tuple[int, frozenset[Positions]], ActivationCache] = {}
 
-    def is_valid_for(self, data: str, places: Collection[tuple[int, frozenset[Positions]]]) -> bool:
-        """Return whether new caches would serve a job on this data, with edits at these places, no better."""
-        return self._data == data and set(places) == self._caches.keys() and not self._arena.is_full
+    def is_valid_for(self, data: str, sites: Collection[tuple[int, frozenset[Positions]]]) -> bool:
+        """Return whether new caches would serve a job on this data, with edits at these sites, no better."""
+        return self._data == data and set(sites) == self._caches.keys() and not self._arena.is_full
 
     def get(self, lowest: int, positions: frozenset[Positions]) -> ActivationCache:
         """Return the cache for edits at `lowest` and above, at or after the tokens of `positions`; create it if new."""
         if (lowest, positions) not in self._caches:
-            self._caches[lowest, positions] = ActivationCache(self._packed, lowest, positions, self._arena)
+            self._caches[lowest, positions] = ActivationCache(self._varlen, lowest, positions, self._arena)
         return self._caches[lowest, positions]

@@ -65,7 +65,7 @@ class JobRunner:
         self,
         store: Store,
         base: Base,
-        packed: VarlenModel,
+        varlen: VarlenModel,
         files: JobFiles,
         *,
         checkpoint_steps: int,
@@ -75,7 +75,7 @@ class JobRunner:
     ) -> None:
         self._store = store
         self._base = base
-        self._packed = packed
+        self._varlen = varlen
         self._files = files
         self._checkpoint_steps = checkpoint_steps
         self._activation_cache_bytes, self._activation_cache_disk_bytes, self._scratch = (
@@ -253,7 +253,7 @@ class JobRunner:
         caches = self._caches
         if caches is None or not caches.is_valid_for(data, cache_sites(plan).values()):
             arena = Arena(self._activation_cache_bytes, self._activation_cache_disk_bytes, self._scratch)
-            caches = self._caches = ActivationCaches(self._packed, arena, data=data)
+            caches = self._caches = ActivationCaches(self._varlen, arena, data=data)
 
         def poll() -> None:
             if self._repository.pause_requested(lease):

@@ -237,7 +237,7 @@ def make_trainers(
 
     Suffix-only trials share one cache, and trials that edit the prefix share another.
     """
-    shared = {alike: caches.get(*places) for alike, places in cache_sites(plan).items()}
+    shared = {alike: caches.get(*sites) for alike, sites in cache_sites(plan).items()}
     for _, cache in sorted(shared.items()):  # suffix-only trials get room first
         cache.fill([*splits.train, *splits.validation], poll=poll)
     return [Trainer(shared[trial.edits_prefix], splits, trial, seed=seed) for trial in plan.trials]

@@ -38,7 +38,7 @@ from reftserve.server.training.varlen import RowEdit
 BUCKET_BATCHES = 16
 MAX_ROWS = 2048  # per pass: a pass with gradients keeps the activations of every layer
 
-Place = tuple[int, Positions, Callable[[Tensor], Tensor]]
+SiteDelta = tuple[int, Positions, Callable[[Tensor], Tensor]]
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class Trainer:
         self.splits = splits
         self.plan = plan
         self.seed = seed
-        packed = cache.packed
-        self.intervention = TrainableIntervention(plan.intervention, packed.hidden_size, seed=seed).to(packed.device)
+        varlen = cache.varlen
+        self.intervention = TrainableIntervention(plan.intervention, varlen.hidden_size, seed=seed).to(varlen.device)
         sites = self.intervention.sites
         if not cache.is_valid_for([layer for layer, _ in sites], [positions for _, positions in sites]):
             raise ValueError(f"edits at {sites} change what the cache keeps from layer {cache.lowest} on")
@@ -81,7 +81,7 @@ class Trainer:
         """Do one optimizer step."""
         return advance([self])[0]
 
-    def places(self) -> list[Place]:
+    def site_deltas(self) -> list[SiteDelta]:
         """Return the step's edits: layer, positions, and the function from rows to their delta, with gradients."""
         return [
             (layer, positions, self._delta(number, family))
@@ -141,11 +141,11 @@ class Trainer:
     @torch.no_grad()
     def score(self, examples: Sequence[EncodedExample], edits: Sequence[PlacedEdit]) -> Score:
         """Score examples with edits, in the order of the examples."""
-        places: list[Place] = [(e.layer, e.positions, e.edit.to(self.cache.packed.device).delta) for e in edits]
+        deltas: list[SiteDelta] = [(e.layer, e.positions, e.edit.to(self.cache.varlen.device).delta) for e in edits]
         score, order = Score(), list[EncodedExample]()
         for spans in self.cache.passes([Batch(examples, {e.positions for e in edits})], MAX_ROWS):
-            rows = VarlenRows(spans, self.cache.packed.device)
-            logits = self.cache.logits(rows, _row_edits(rows, [places]))
+            rows = VarlenRows(spans, self.cache.varlen.device)
+            logits = self.cache.logits(rows, _row_edits(rows, [deltas]))
             score.add(logits, rows.labels, [span.targets for span in rows.scored])
             order += [span.example for span in rows.scored]
         # Passes order the examples differently in each trial; paired losses need one order.
@@ -172,7 +172,7 @@ class Trainer:
 
     def load(self, folder: Path, name: str = "state") -> None:
         """Resume from a checkpoint of the same plan, seed and data."""
-        tensors = load_file(folder / f"{name}.safetensors", device=str(self.cache.packed.device))
+        tensors = load_file(folder / f"{name}.safetensors", device=str(self.cache.varlen.device))
         self.intervention.load_state_dict(_below("intervention.", tensors))
         self._best_state = _below("best.", tensors)
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
@@ -240,14 +240,14 @@ def advance(trainers: Sequence[Trainer]) -> list[StepMetrics]:
     """Do one optimizer step of each trainer in shared passes. trainers: all of one cache."""
     cache = trainers[0].cache
     batches = [Batch(t.batch(), t.plan.edited, at_random=t.plan.dropout > 0) for t in trainers]
-    places = [trainer.places() for trainer in trainers]
+    deltas = [trainer.site_deltas() for trainer in trainers]
     tokens = [sum(len(e.completion_ids) for e in batch.examples) for batch in batches]
     losses = [0.0] * len(trainers)
     for trainer in trainers:
         trainer.intervention.train()
     for spans in cache.passes(batches, MAX_ROWS):
-        rows = VarlenRows(spans, cache.packed.device)
-        logits = cache.logits(rows, _row_edits(rows, places))
+        rows = VarlenRows(spans, cache.varlen.device)
+        logits = cache.logits(rows, _row_edits(rows, deltas))
         each = functional.cross_entropy(logits.float(), rows.labels, reduction="none")
         counts = [span.targets for span in rows.scored]
         # A trainer's loss is the mean over all its tokens of the step, however they are split into passes.
@@ -261,16 +261,16 @@ def advance(trainers: Sequence[Trainer]) -> list[StepMetrics]:
     return [t.update(loss, count) for t, loss, count in zip(trainers, losses, tokens, strict=True)]
 
 
-def _row_edits(rows: VarlenRows, places: Sequence[Sequence[Place]]) -> dict[int, list[RowEdit]]:
-    """Return the edits of a pass by layer. places: those of each batch."""
+def _row_edits(rows: VarlenRows, deltas: Sequence[Sequence[SiteDelta]]) -> dict[int, list[RowEdit]]:
+    """Return the edits of a pass by layer. deltas: those of each batch."""
     touched: defaultdict[tuple[int, Positions], list[Tensor]] = defaultdict(list)
     for span, offset in zip(rows.spans, rows.offsets, strict=True):
-        for positions in {positions for _, positions, _ in places[span.batch]}:
+        for positions in {positions for _, positions, _ in deltas[span.batch]}:
             indices = positions.indices(len(span.example.prompt_ids), span.start, span.stop)
             touched[span.batch, positions].append(torch.from_numpy(indices) + (offset - span.start))
     index = {key: torch.cat(parts).to(rows.device) for key, parts in touched.items()}
     edits: defaultdict[int, list[RowEdit]] = defaultdict(list)
-    for number, at in enumerate(places):
+    for number, at in enumerate(deltas):
         for layer, positions, delta in at:
             if (number, positions) in index and len(index[number, positions]):
                 edits[layer].append(RowEdit(index[number, positions], delta))

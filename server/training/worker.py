@@ -110,15 +110,15 @@ def open_job_runner(
         max_bytes=settings.max_jobs_bytes,
         keep_s=settings.keep_jobs_s,
     )
-    packed = VarlenModel(model, kernels=kernels)
+    varlen = VarlenModel(model, kernels=kernels)
     if device.type == "cpu":
         logger.info(kernels.describe())
     if device.type == "cpu" and settings.worker_yields:
-        Threads(torch.get_num_threads()).watch(model, packed.layers)
+        Threads(torch.get_num_threads()).watch(model, varlen.layers)
     runs = JobRunner(
         store,
         base,
-        packed,
+        varlen,
         files,
         checkpoint_steps=settings.checkpoint_steps,
         activation_cache_bytes=settings.activation_cache_bytes,

@@ -37,7 +37,7 @@ class Workspace:
         self.store: Store = open_store(self.settings, self.base.fingerprint)
         self.jobs = JobService(self.store, self.base)
         self.repository = JobRepository(self.store.database)
-        self.packed = VarlenModel(load_model(self.base.folder, torch.float32, torch.device("cpu")))
+        self.varlen = VarlenModel(load_model(self.base.folder, torch.float32, torch.device("cpu")))
 
     def create(
         self,
@@ -103,7 +103,7 @@ class Worker:
         self.runs = JobRunner(
             workspace.store,
             base,
-            workspace.packed,
+            workspace.varlen,
             self.files,
             checkpoint_steps=CHECKPOINT_STEPS,
             activation_cache_bytes=settings.activation_cache_bytes,
