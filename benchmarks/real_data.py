@@ -17,7 +17,7 @@ from pathlib import Path
 
 from reftserve.client.schemas import ChatMessage
 from reftserve.server.base.tokenizer import Tokenizer
-from reftserve.server.datasets import EncodedExample, Example, Place, encode
+from reftserve.server.datasets import EncodedExample, Example, SourceLocation, encode
 
 Chat = list[dict[str, str]]
 
@@ -47,7 +47,7 @@ def encoded(tokenizer: Tokenizer, chats: Sequence[Chat]) -> list[EncodedExample]
     found = []
     for number, chat in enumerate(chats, start=1):
         asked = tuple(ChatMessage.model_validate(turn) for turn in chat[:-1])
-        found.append(encode(tokenizer, Example(Place("line", number), asked, chat[-1]["content"])))
+        found.append(encode(tokenizer, Example(SourceLocation("line", number), asked, chat[-1]["content"])))
     return found
 
 
