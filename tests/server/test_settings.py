@@ -81,7 +81,7 @@ def test_an_invalid_size_is_refused(written: str, reason: str) -> None:
         Settings(kv_cache_bytes=written)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("content", "reason"), [(None, "No such file"), ("port = ", "no TOML")])
+@pytest.mark.parametrize(("content", "reason"), [(None, "No such file"), ("port = ", "not valid TOML")])
 def test_a_settings_file_that_cannot_be_read_is_refused(content: str | None, reason: str, tmp_path: Path) -> None:
     file = tmp_path / "settings.toml"
     if content is not None:

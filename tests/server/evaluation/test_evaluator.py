@@ -79,7 +79,7 @@ def test_a_run_of_a_silent_server_goes_to_another_and_only_that_one_writes(works
     silent.renew()
     silent.release()
     for write in (lambda: repository.end(old), lambda: repository.add(old, [], [ItemOutcome(0, {})])):
-        with pytest.raises(LeaseLost, match="lease on .* is lost"):
+        with pytest.raises(LeaseLost, match=r"lease on .* is lost"):
             write()
     repository.add(new, [], [ItemOutcome(0, {})])
     assert (workspace.row(run).status, len(workspace.items(run))) == ("in_progress", 1)

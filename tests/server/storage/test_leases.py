@@ -92,7 +92,7 @@ def test_a_worker_presumed_dead_can_write_nothing(
     new = live.take()
     assert new is not None
     assert (new.id, new.fence > old.fence) == (job_id, True)
-    with pytest.raises(LeaseLost, match="lease on .* is lost"):
+    with pytest.raises(LeaseLost, match=r"lease on .* is lost"):
         write(log, old)
     assert [event.message for event in log.events(job_id, before=None, limit=9)] == ["Created"]
     assert log.checkpoints(job_id) == []
