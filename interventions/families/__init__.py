@@ -1,8 +1,8 @@
 """The families, one file each: trainable modules that lower to edits.
 
 A new family adds a file and a line below; the recipe and the API take its name from here. Its name also stands in the
-help of `client/cli_jobs.py` and in docs/http.md, and `tests/interventions/test_pyreft_parity.py` compares it with
-pyreft.
+help of `client/cli_jobs.py` and in docs/http.md. `tests/interventions/test_pyreft_parity.py` requires pyreft's values
+for every family: add it to `tests/references/make_pyreft_reference.py` and make the reference files again.
 """
 
 from __future__ import annotations

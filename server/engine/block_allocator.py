@@ -1,7 +1,8 @@
 """Allocates the blocks of the key-value cache, and finds blocks by the key of their content.
 
-Only the sequence that took a block (`extend`) writes into it, behind its computed tokens. Others may hold the block
-once it is full and `publish` has given it a key. A fork copies its parent's last, partial block.
+Only the sequence that took a block (`extend`) writes into it, behind its computed tokens. Others may hold a full block:
+any request that finds it by the key that `publish` gave it, and a fork of the sequence, without a key, the blocks that
+the prompt fills. A fork copies the last, partial block.
 
 block_table: a sequence's blocks in order. Token i is in block block_table[i // block_size] at i % block_size.
 """

@@ -7,6 +7,9 @@ one batched low-rank product and one write, whatever mixture of interventions ru
     y = act(x A[columns]^T + b[columns]) * scale  [groups, width, rank]
     h[rows] = x + y U[columns]                    each row belongs to exactly one group: the write is deterministic
 
+A decode token whose interventions edit only prompt tokens is no edited row. Without edited rows the plan is empty, and
+the step is the base model's own.
+
 Groups have at most `GROUP_ROWS` rows and are padded to the widest; padded columns point at the bank's zero row.
 With the CPU kernels, `edit_rows` (cpu_kernels/edits.cpp) computes the same row by row.
 """
