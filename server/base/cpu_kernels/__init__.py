@@ -37,6 +37,7 @@ SOURCES = (
 )
 HEADERS = ("vector.h", "activation.h", "kernels.h")
 FLAGS = ("-O3", "-std=c++20", "-fopenmp", "-Wno-psabi", "-fno-math-errno")
+COMPLETE = "complete"  # stands beside a library that was compiled to its end
 NATIVE = "native"  # GCC's name for the processor it runs on
 
 
@@ -53,6 +54,10 @@ def load_kernels(march: str = NATIVE) -> None:
     try:
         build = Path(cpp_extension._get_build_directory(name, verbose=False))
         with FileLock(build / "reftserve.lock"):
+            if (build / COMPLETE).exists():
+                # The name says all that is in the library. ninja would compile it again for another checkout's paths.
+                torch.ops.load_library(str(build / f"{name}.so"))  # type: ignore[no-untyped-call]
+                return
             # A killed process leaves torch's own lock file behind, and the next one would wait for it for ever.
             (build / "lock").unlink(missing_ok=True)
             cpp_extension.load(
@@ -63,6 +68,7 @@ def load_kernels(march: str = NATIVE) -> None:
                 build_directory=str(build),
                 is_python_module=False,
             )
+            (build / COMPLETE).touch()
     except (RuntimeError, OSError, SubprocessError) as cause:
         raise KernelsUnavailable(
             f"the CPU kernels cannot be compiled, install g++ 11 or newer and ninja: {cause}"

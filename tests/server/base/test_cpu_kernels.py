@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -293,16 +294,27 @@ def test_non_finite_values_stay_visible_in_their_own_row(wrong: float) -> None:
     assert out[1].isfinite().all()
 
 
-def test_a_failed_compile_names_the_package_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*args: object, **kwargs: object) -> None:
-        raise RuntimeError("no g++")
-
-    monkeypatch.setattr("torch.utils.cpp_extension.load", fails)
-    with pytest.raises(KernelsUnavailable, match="install g"):
-        load_kernels.__wrapped__()
+def refuses(*args: object, **kwargs: object) -> None:
+    raise RuntimeError("no g++")
 
 
-def test_the_kernels_load_without_a_path(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_compile_names_the_package_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr("torch.utils.cpp_extension.load", refuses)
+    for _ in range(2):  # a failed compile is not taken for a complete one
+        with pytest.raises(KernelsUnavailable, match="install g"):
+            load_kernels.__wrapped__()
+
+
+def test_the_kernels_load_without_a_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("PATH")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setattr("torch.utils.cpp_extension.load", lambda *args, **kwargs: None)
+    load_kernels.__wrapped__()
+
+
+def test_kernels_that_another_checkout_compiled_are_not_compiled_again(
+    kernels: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.utils.cpp_extension.load", refuses)
     load_kernels.__wrapped__()
