@@ -233,7 +233,7 @@ class InferenceService:
     def _check_tokens(self, token_ids: list[int], field: str) -> None:
         """Raise InvalidRequest for an empty text or a token id that the base does not have."""
         if not token_ids:
-            raise InvalidRequest(f"the {field} has no tokens", param=field, code="empty_prompt")
+            raise InvalidRequest(f"field {field!r} has no tokens", param=field, code="empty_prompt")
         vocabulary = self.base.fingerprint.vocab_size
         if min(token_ids) < 0 or max(token_ids) >= vocabulary:
             wrong = next(token for token in token_ids if not 0 <= token < vocabulary)
