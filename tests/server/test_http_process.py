@@ -9,7 +9,7 @@ from pathlib import Path
 import openai
 import pytest
 from api_data import BASE
-from running_server import RunningServer
+from running_server import running_server
 
 # None in sys.modules makes their import fail.
 WITHOUT = "import sys\nsys.modules.update(dict.fromkeys(['torch', 'transformers', 'accelerate']))\n"
@@ -57,11 +57,15 @@ def test_a_command_reports_a_missing_model_without_torch_and_transformers(comman
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")
-def test_a_server_that_has_answered_has_not_loaded_torch_or_transformers(server: RunningServer) -> None:
-    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="any")
-    client.chat.completions.create(model=BASE, messages=[{"role": "user", "content": "hi"}], max_tokens=2)
-    engine = Path(f"/proc/{server.child('engine.process').pid}/maps").read_text()
+def test_a_server_that_has_answered_has_not_loaded_torch_or_transformers(
+    tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    # A server of its own: an upload loads pyarrow, and other tests upload to the shared one.
+    with running_server(tiny_llama_folder, tmp_path, worker=False) as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="any")
+        client.chat.completions.create(model=BASE, messages=[{"role": "user", "content": "hi"}], max_tokens=2)
+        engine = Path(f"/proc/{server.child('engine.process').pid}/maps").read_text()
+        maps = Path(f"/proc/{server.process.pid}/maps").read_text()
     assert "libtorch" in engine, "so this test would see it"
-    maps = Path(f"/proc/{server.process.pid}/maps").read_text()
     assert "libtorch" not in maps
     assert "pyarrow" not in maps
