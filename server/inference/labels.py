@@ -1,5 +1,4 @@
 """Label sets: a model's probabilities of given texts as the answer to a prompt.
-
 A label includes the end of turn. Otherwise "no" would always be likelier than "none", which starts with it. A label's
 log-probability is the sum over its tokens; probabilities are the softmax over the set.
 """
@@ -27,10 +26,7 @@ class LabelledPrompt:
 
 
 def label_chat(tokenizer: Tokenizer, messages: Sequence[ChatMessage], labels: Sequence[str]) -> LabelledPrompt:
-    """Encode a conversation, and each label as the assistant's next turn.
-
-    Raises InvalidRequest when the base has no chat template or the template refuses the messages.
-    """
+    """Encode a conversation, and each label as its next turn. Raises InvalidRequest where the chat template refuses."""
     turns = [[*messages, ChatMessage(role="assistant", content=label)] for label in labels]
     return LabelledPrompt(
         encode_rendered(tokenizer, render_chat(tokenizer, messages)),
@@ -46,7 +42,6 @@ def label_texts(tokenizer: Tokenizer, texts: Sequence[str], labels: Sequence[str
 
 def probabilities(logprobs: Sequence[Sequence[float]], normalize: Normalization) -> list[float]:
     """Return each label's probability within the set. logprobs: for each label, those of its tokens.
-
     normalize: `tokens` uses the mean over a label's tokens, so that long labels have no disadvantage.
     """
     scores = [math.fsum(each) / (len(each) if normalize == "tokens" else 1) for each in logprobs]
