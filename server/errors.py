@@ -1,15 +1,14 @@
 """The errors that the server answers with, as one tree; only `api.error_responses` uses the status codes.
-    ServerError                      (500 unless a subclass says otherwise)
-    ├── InvalidRequest        400    the request is malformed or out of range
-    ├── NotFound              404    unknown model, intervention, file or job
-    ├── Conflict              409    the resource's state forbids the request (in use, already cancelled, ...)
-    ├── PayloadTooLarge       413    upload above the limit
-    ├── QuotaExceeded         413    the disk quota of the owner, or of all jobs, is used up
-    ├── Overloaded            429    the queue is full; retry after `retry_after_s`
-    ├── Unavailable           503    engine, worker or database is unavailable
-    ├── DeadlineExceeded      504    the request's timeout has passed
-    └── StorageFull           507    the disk is full; nothing was written
-Code raises an error where it knows the cause, with the offending value and the expected one.
+ServerError                      (500 unless a subclass says otherwise)
+├── InvalidRequest        400    the request is malformed or out of range
+├── NotFound              404    unknown model, intervention, file or job
+├── Conflict              409    the resource's state forbids the request (in use, already cancelled, ...)
+├── PayloadTooLarge       413    upload above the limit
+├── QuotaExceeded         413    the disk quota of the owner, or of all jobs, is used up
+├── Overloaded            429    the queue is full; retry after `retry_after_s`
+├── Unavailable           503    engine, worker or database is unavailable
+├── DeadlineExceeded      504    the request's timeout has passed
+└── StorageFull           507    the disk is full; nothing was written
 """
 
 from __future__ import annotations

@@ -23,9 +23,7 @@ from reftserve.server.engine.transfers import Uploads
 
 @dataclass(frozen=True, eq=False)
 class EditSpan:
-    """Edits of one intervention with equal positions and ranks at distinct layers, at one sequence's scale.
-    Most interventions are a single span. rows: [layers, rank] rows of the bank. scales: [layers, rank].
-    """
+    """Edits with equal positions and ranks at distinct layers, at a sequence's scale. rows, scales: [layers, rank]."""
 
     layers: tuple[int, ...]
     positions: Positions

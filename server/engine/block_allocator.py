@@ -10,9 +10,7 @@ from collections import OrderedDict
 
 
 class BlockAllocator:
-    """Counts the holders of each block. Free blocks keep content and key until they are allocated again.
-    Blocks without a key are reused first, then the block that has been free longest.
-    """
+    """Counts each block's holders. Free ones keep their content until reuse: keyless blocks first, then the oldest."""
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.num_blocks = num_blocks

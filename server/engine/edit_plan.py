@@ -84,9 +84,7 @@ class _ChunkSpan:
 
 
 def plan_edits(chunks: list[Chunk], bank: Bank, device: torch.device) -> dict[int, LayerEdits]:
-    """Return a step's edits by layer; none when no row is edited, so that the step is the base model's own.
-    Layers with the same spans, usually all, differ only in columns and scales, so they are planned together.
-    """
+    """Return a step's edits by layer, none when no row is edited. Layers with the same spans are planned together."""
     candidates = _chunk_spans(chunks)
     by_layer: defaultdict[int, list[int]] = defaultdict(list)
     for number, candidate in enumerate(candidates):

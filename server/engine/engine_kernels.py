@@ -1,6 +1,4 @@
-"""Chooses between torch and the engine's own two kernels, attention over the cache and edits, by timing both.
-The trials (`base/kernel_choice.py`) use the engine's own classes at the row counts of a step.
-"""
+"""Chooses torch or our kernel for attention and edits by timing the engine's own classes (`base/kernel_choice.py`)."""
 
 from __future__ import annotations
 
