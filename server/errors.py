@@ -1,4 +1,5 @@
 """The errors that the server answers with, as one tree; only `api.error_responses` uses the status codes.
+
 ServerError                      (500 unless a subclass says otherwise)
 ├── InvalidRequest        400    the request is malformed or out of range
 ├── NotFound              404    unknown model, intervention, file or job

@@ -1,4 +1,5 @@
 """The settings of a server; no other module of the server reads `REFTSERVE_*`.
+
 Sources in rising precedence: the environment (`REFTSERVE_*`), a TOML file (`REFTSERVE_CONFIG` or `--config`), flags.
 The engine and the worker get resolved values as JSON, never the sources. Names end with their unit: `_bytes`, `_s`.
 """

@@ -49,6 +49,7 @@ async def keep_engine(engine: EngineClient, metrics: Metrics, on_failure: Callab
 
 async def keep_worker(settings: Settings, engine: EngineClient) -> None:
     """Keep the training worker running. Its standard input gets two lines of JSON: settings and lent weights.
+
     On a GPU the worker borrows the engine's weights, so it starts after the engine and ends with it. On the CPU both
     load at the same time; the locks of the compiled kernels and of the weights file order their work.
     """
@@ -81,6 +82,7 @@ async def keep_worker(settings: Settings, engine: EngineClient) -> None:
 
 def may_be_on_gpu(settings: Settings) -> bool:
     """Return whether the engine may compute on a GPU, judged by the setting and by the drivers' device files.
+
     Only torch would know, and this process does not load it. Without a GPU the worker then waits and borrows nothing.
     """
     if settings.device == "auto":

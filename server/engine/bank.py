@@ -1,4 +1,5 @@
 """The bank: one device-resident pool of rank rows, shared by all layers and all hot interventions.
+
     A, U   [rows, hidden]     b [rows]     act [rows]
     row 0 is all zeros: columns padded to equal rank point at it and add exactly nothing
 A *slot* is the set of rows that one hot intervention holds. Rows are gathered by index, so nothing fragments, and a

@@ -1,4 +1,5 @@
 """Allocates the blocks of the key-value cache, and finds blocks by the key of their content.
+
 Only the sequence that took a block (`extend`) writes into it, behind its computed tokens. A full block may have other
 holders: requests that find it by its key (`publish`), and the sequence's forks, which need no key.
 Token i of a sequence is in block block_table[i // block_size] at offset i % block_size.

@@ -1,4 +1,5 @@
 """Decode steps recorded once and replayed: one launch instead of the model's hundreds.
+
 A recording reads and writes the same memory each time. So the inputs of a step are written to buffers before a replay,
 for a number of rows that is rounded up:
     rows     [4, size]             token ids, positions, slots, lengths

@@ -1,4 +1,5 @@
 """Turns the chunks of a step into the index tensors that apply all its edits, layer by layer.
+
 Rows of a chunk with the same edits form groups of at most `GROUP_ROWS`, padded to the widest. A layer costs one gather,
 one batched low-rank product and one write, whatever mixture of interventions runs:
     x = h[rows]                                   [groups, width, hidden]
@@ -29,6 +30,7 @@ GROUP_ROWS = 16
 @dataclass(frozen=True)
 class LayerEdits:
     """One layer's edits. rows: [groups, width] packed token rows, padded with 0. scale: [groups, rank].
+
     columns: [groups, rank] rows of the bank, padded with its zero row 0. edited: [edited rows], `rows` without padding.
     valid: their indices in [groups * width]; None without padding. owners: [edited rows], the group of each.
     """

@@ -1,4 +1,5 @@
 """The engine: requests in, tokens out, one step at a time. It is single-threaded; process.py handles the messages.
+
 submit ─► (loader, grammar compiler) ─► scheduler.add    step():  collect loads, end expired requests
 cancel ─► scheduler.finish                                        schedule ─► launch (+ the next) ─► finish ─► outputs
 """
@@ -39,6 +40,7 @@ MANY_DEADLINES = 64
 @dataclass(frozen=True)
 class InFlightStep:
     """A launched step whose tokens have not reached the host yet. tokens: [rows] on the device, -1 for no token.
+
     sampling: the sequence of each row. arriving: the copy of `tokens` to the host; logprobs: that for `logprob_rows`.
     """
 
@@ -52,6 +54,7 @@ class InFlightStep:
 
 class Engine:
     """Continuous batching of requests with any mixture of interventions over one frozen model.
+
     grammars: None refuses structured output. overlap: launch the next step before the host processes this one's tokens.
     A request of priority p is queued as if it had arrived p * PRIORITY_STEP_S later, so that no request waits for ever.
     """

@@ -1,4 +1,5 @@
 """Loads interventions from their folders into host memory; above a budget it drops the least recently used.
+
 A thread reads the files, so a running batch never waits for a disk. The engine checks their content between steps: a
 thread that checked during a step would take a core from an operation that runs on all cores and waits for the slowest.
 Only files so large that the check would delay a step are checked in the thread.

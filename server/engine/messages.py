@@ -1,4 +1,5 @@
 """The messages between the HTTP process and the engine process, as MessagePack by msgspec: nothing is unpickled.
+
 HTTP -> engine: `Submit`, `Cancel`. Engine -> HTTP: `Fatal`, or `Ready` and a `StepOutput` per step with new tokens.
 """
 
@@ -19,6 +20,7 @@ class InterventionRef(msgspec.Struct, frozen=True):
 
 class SamplingParams(msgspec.Struct, frozen=True):
     """How to sample one request's tokens. temperature 0 is greedy; top_k 0 and top_p 1 keep all tokens.
+
     repetition_penalty divides or multiplies logits of tokens in prompt and answer (Keskar et al. 2019); the others are
     OpenAI's, over the answer. logit_bias: (token id, number to add). min_tokens: before it, `stop_token_ids` are
     forbidden. grammar: in llguidance's notation; "" allows any answer. logprobs: alternatives to report for each
@@ -49,6 +51,7 @@ class SamplingParams(msgspec.Struct, frozen=True):
 
 class Submit(msgspec.Struct, frozen=True, tag="submit"):
     """A generation request. `prompt_ids` are the final token ids, chat template and BOS included.
+
     cache_salt: only requests with equal salts share cached prefixes. priority: lower goes first. timeout_s: then the
     request ends with an error, in any state. continuations: non-empty texts to score after the prompt, which is
     computed once; nothing is generated and `sampling` is ignored. For edits, their tokens count as generated.
@@ -72,6 +75,7 @@ class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
     """The model is loaded. max_context: tokens of prompt and answer together, limited by model and cache.
+
     lent: on a GPU, the base's parameters in order, valid while the engine runs (`cuda_weights.py`).
     """
 
@@ -91,6 +95,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True):
 
 class TokenOutput(msgspec.Struct, frozen=True, omit_defaults=True):
     """New tokens of one request; the last has `finish_reason` "stop", "length", "cancelled", "timeout" or "error".
+
     cached_tokens: of the prompt, the same in each output. logprobs: of the new tokens. prompt_logprobs: of all prompt
     tokens but the first, once. continuation_logprobs: of each continuation's tokens.
     """

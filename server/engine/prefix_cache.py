@@ -1,4 +1,5 @@
 """Keys of the cache's blocks: a hash chain over tokens and the edits on them. Blocks with equal keys are shared.
+
     key_i = H(key_{i-1}, token ids of block i, [(edit, scale, edited offsets), ...] in composition order)
     key_{-1} = H(salt);  edit = the intervention's content hash and the edit's number in it
 A token's keys and values depend only on the tokens up to it and on their edits. So an intervention that edits only the

@@ -1,4 +1,5 @@
 """The engine's own process: `python -m reftserve.server.engine.process --socket ipc://...`.
+
 Standard input is one line, the EngineConfig as JSON; when the parent ends and closes it, this process exits. Messages
 cross one ZeroMQ PAIR socket, which the parent binds. Both sides queue, so a slow reader never delays a step.
 """

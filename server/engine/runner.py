@@ -1,4 +1,5 @@
 """Runs the base model over a batch: packs the tokens, applies the edits, returns the logits to sample from.
+
 The model is transformers' own. Attention goes through the registered function, edits through one forward hook at each
 decoder layer, which returns at once when the step edits nothing there. On the CPU faster modules replace some modules
 (`base/panels.py`, `fused.py`, `fused_attention.py`, `int8.py`); transformers' code stays unchanged.
@@ -45,6 +46,7 @@ class Logits(NamedTuple):
 
 class Runner:
     """The base model with its cache and bank. int8: compute linear layers in 8 bits, with the CPU kernels.
+
     kernels: those that compute float32 on the CPU; torch computes the rest. in_place: see `make_cache`.
     recorded_rows: most sequences of a decode step that is recorded as a CUDA graph; 0 records none.
     """
@@ -118,6 +120,7 @@ class Runner:
     @torch.inference_mode()
     def step(self, batch: Batch, token_ids: Tensor | None = None) -> Logits:
         """Compute the batch's chunks; sequences do not advance. The logits are valid until the next step.
+
         token_ids: [rows], all tokens, if only the device knows them.
         """
         if batch.stale_blocks:

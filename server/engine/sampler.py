@@ -1,4 +1,5 @@
 """Samples tokens from logits, vectorised over the batch; each row uses its request's parameters.
+
 A token depends only on (logits, seed, position): a uniform number hashed from seed and position is looked up in the
 cumulative distribution. Without generator state, a seed gives the same tokens in any batch and after preemption.
 """
@@ -23,6 +24,7 @@ def present(tokens: list[int]) -> list[int | None]:
 
 def sample(logits: Tensor, params: list[SamplingParams], positions: list[int]) -> Tensor:
     """Return one token for each row, [rows]; -1 if the row's largest logit is not finite: an edit overflowed.
+
     logits: [rows, vocabulary]. positions: index of each row's new token in its sequence. Does not wait for the device.
     """
     largest, tokens = logits.max(dim=-1)

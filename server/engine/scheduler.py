@@ -50,6 +50,7 @@ class Chunk:
 @dataclass(frozen=True)
 class Batch:
     """One step's chunks in packed order: prompts, then decode tokens. copied_blocks: (from, to), copied after zeroing.
+
     stale_blocks: to zero before the step. Another request's edits may have overflowed in them, and a sequence reads the
     unused rest of its last block with weight zero, which an infinity survives.
     """
@@ -135,6 +136,7 @@ class Scheduler:
 
     def run_ahead(self, batch: Batch) -> tuple[Batch, list[int]] | None:
         """Return the step after `batch`, and the sampled rows of `batch` that continue in it: those below `max_tokens`.
+
         Returns None if sampled tokens or newly admitted sequences could change that step; a full batch admits none.
         A sequence that ends by a stop token is computed in vain.
         """

@@ -1,4 +1,5 @@
 """The state of one request inside the engine, owned by the scheduler.
+
     LOADING ──► WAITING ──► RUNNING ──► FINISHED
                    ▲         │   │         ▲
                    └preempted┘   └► FORKED ┘
@@ -32,6 +33,7 @@ class Status(Enum):
 @dataclass(eq=False)
 class Sequence:
     """Tokens, progress, blocks and slots of one request.
+
     n_prompt: fixed at admission; edit positions refer to it, also after preemption. n_computed: tokens in the cache.
     n_cached: those found there at the first run. order: place in the queue, lower first; preemption keeps it.
     refs: interventions in composition order; loaded: those in host memory, by content hash.

@@ -1,4 +1,5 @@
 """Copies between host and device that block neither. On the CPU most functions copy nothing.
+
 A copy from ordinary memory blocks the host until the device reaches it; one from pinned memory is queued like a kernel.
 torch's pinned allocator reuses a buffer only after its copy, so callers need not keep it.
 """

@@ -1,4 +1,5 @@
 """The answers of one generation side by side: each runs as a task, and one queue collects their pieces.
+
 The queue is unbounded: the tasks put, the stream takes. A slow client costs memory for its own tokens, nothing else.
 """
 

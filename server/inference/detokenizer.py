@@ -15,6 +15,7 @@ LONGEST_TAIL = 16  # tokens to decode again while they form no text: without a l
 
 class Detokenizer:
     """The text of one answer. Holds back incomplete characters and possible beginnings of stop strings.
+
     prompt_ids: the prompt; many tokenizers drop a leading space when they decode an answer alone.
     hidden_token_ids: tokens without text. min_tokens: stop strings count only after this many tokens.
     """

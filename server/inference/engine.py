@@ -1,4 +1,5 @@
 """The part of an engine that answers requests; `app.open_services` makes the engine.
+
 Ours is `EngineClient`, whose start, wait, stop and lent weights `supervisor.py` uses: a second engine needs them too.
 """
 

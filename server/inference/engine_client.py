@@ -1,4 +1,5 @@
 """The HTTP process's side of the engine: starts the process, sends requests, returns streams of tokens.
+
 One task receives all outputs and puts each into its request's queue; the request's generator takes it from there. The
 queues are unbounded: a slow client costs memory for its own tokens but never delays the engine.
 """

@@ -13,6 +13,7 @@ from reftserve.server.registry.composition import Composition
 @dataclass(frozen=True)
 class RequestContext:
     """Everything about a request except its tokens. versions: interventions and scales. priority: lower goes first.
+
     cache_salt: prefixes are shared only under equal salts. is_metered: whether the metrics of users' requests count it.
     """
 
@@ -43,6 +44,7 @@ class Generation:
 @dataclass(frozen=True)
 class Piece:
     """The next text of answer `index`, made of `tokens` tokens; the last piece has a finish reason.
+
     cached_tokens: prompt tokens found in the prefix cache. logprobs: without the token that ends the turn.
     prompt_logprobs: of the prompt's tokens from the second on; only the first piece has them.
     """

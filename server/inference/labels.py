@@ -1,4 +1,5 @@
 """Label sets: a model's probabilities of given texts as the answer to a prompt.
+
 A label includes the end of turn. Otherwise "no" would always be likelier than "none", which starts with it. A label's
 log-probability is the sum over its tokens; probabilities are the softmax over the set.
 """

@@ -1,4 +1,5 @@
 """The door to the engine: check and prepare a request, stream its answers, score texts.
+
     prepare   capacity, sampling, grammar, interventions, prompt -> Generation
     stream    pin versions -> submit n sequences -> detokenise -> pieces;   collect: the same, whole
     score     pin versions -> submit prompts with continuations -> log-probabilities
@@ -144,6 +145,7 @@ class InferenceService:
 
     async def stream(self, generation: Generation) -> AsyncGenerator[Piece]:
         """Yield pieces of all answers as they come. Closing the iterator cancels the answers that still run.
+
         Raises Unavailable when the engine dies, InvalidRequest when it refuses, DeadlineExceeded, and as `pinned` does.
         """
         context = generation.context

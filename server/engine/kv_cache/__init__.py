@@ -29,6 +29,7 @@ def make_cache(
     in_place: bool = True,
 ) -> KVCache:
     """Return the fastest cache for this device and dtype. has_kernel: whether the CPU's attention kernel runs.
+
     in_place: False gathers on CUDA too, for comparison. Raises EngineError when no block fits into max_bytes.
     """
     if has_kernel and device.type == "cpu" and dtype == torch.float32:

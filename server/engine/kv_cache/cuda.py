@@ -1,4 +1,5 @@
 """Attention by kernels that read the cache in place: the cache's tensors, and the block tables of each step.
+
 keys[layer]    [blocks + 1, block_size, kv_heads, key_dim]
 values[layer]  [blocks + 1, block_size, kv_heads, value_dim]
 The token dimension comes before heads, so that a token's keys are contiguous. The last block belongs to no sequence:
@@ -24,6 +25,7 @@ from reftserve.server.engine.transfers import to_device
 @dataclass(frozen=True)
 class PromptRows:
     """The prompt chunks of a step. tables: [chunks, n] int32, blocks of each sequence, with arbitrary padding.
+
     lengths: [chunks] int32, tokens up to the chunk's end. first_rows: [chunks + 1] int32, first packed row of each
     chunk, and the end. counts: rows of each chunk, on the host.
     """

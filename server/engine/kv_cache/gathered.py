@@ -1,4 +1,5 @@
 """Attention for any device and dtype: gathers the blocks of each sequence, then runs torch's attention over them.
+
 Keys and values of a layer are [blocks, kv_heads, block_size, dim]: gathering a head's blocks gives one dense matrix.
 Prompt chunks attend one by one; decode tokens attend together, padded to the longest. On the CPU in float32 they use
 two batched products around a softmax, which is faster for few rows than the fused kernel, made for long queries.

@@ -1,4 +1,5 @@
 """The kernels of the paged cache in Triton: storing keys and values, attention of prompts and of decode tokens.
+
 A program holds a tile of query rows, `tokens * heads of one group`, because query heads of one key-value head share its
 keys. It walks over the keys `KEYS` at a time with a running softmax (Dao et al. 2022) and looks up each key's block.
 If decode tokens are too few to fill the device, several programs share a row's keys, and `_merge` weighs their parts
