@@ -105,7 +105,7 @@ def worker(settings: Settings) -> None:
     """Run a separate training worker on the server's data folder. Several workers share the jobs."""
     from reftserve.server.base.folder import resolve_model_folder
 
-    resolve_model_folder(settings)  # fail before torch is imported, which takes seconds
+    resolve_model_folder(settings)
     from reftserve.server.training.worker import run
 
     run(settings)

@@ -1,18 +1,15 @@
-"""The errors that the server answers with, as one tree.
+"""The errors that the server answers with, as one tree; only `api.error_responses` uses the status codes.
 
-    ServerError                      (500 unless a subclass says otherwise)
-    ├── InvalidRequest        400    the request is malformed or out of range
-    ├── NotFound              404    unknown model, intervention, file or job
-    ├── Conflict              409    the resource's state forbids the request (in use, already cancelled, ...)
-    ├── PayloadTooLarge       413    upload above the limit
-    ├── QuotaExceeded         413    the disk quota of the owner, or of all jobs, is used up
-    ├── Overloaded            429    the queue is full; retry after `retry_after_s`
-    ├── Unavailable           503    engine, worker or database is unavailable
-    ├── DeadlineExceeded      504    the request's timeout has passed
-    └── StorageFull           507    the disk is full; nothing was written
-
-Code raises an error where it knows the cause, with the offending value and the expected one.
-`api.error_responses` turns errors into OpenAI's shape; nothing else uses the status codes.
+ServerError                      (500 unless a subclass says otherwise)
+├── InvalidRequest        400    the request is malformed or out of range
+├── NotFound              404    unknown model, intervention, file or job
+├── Conflict              409    the resource's state forbids the request (in use, already cancelled, ...)
+├── PayloadTooLarge       413    upload above the limit
+├── QuotaExceeded         413    the disk quota of the owner, or of all jobs, is used up
+├── Overloaded            429    the queue is full; retry after `retry_after_s`
+├── Unavailable           503    engine, worker or database is unavailable
+├── DeadlineExceeded      504    the request's timeout has passed
+└── StorageFull           507    the disk is full; nothing was written
 """
 
 from __future__ import annotations
@@ -98,10 +95,7 @@ class StorageFull(ServerError):
 
 
 def field_path(location: Sequence[str | int], value: Any) -> str:
-    """Return the dotted path within `value` of a pydantic error's `loc`.
-
-    The path leaves out the union members (`str`, `list[int]`, ...) that pydantic also puts into `loc`.
-    """
+    """Return the dotted path in `value` of a pydantic error's `loc`, which also holds union members (`list[int]`)."""
     path: list[str] = []
     for index, part in enumerate(location):
         if isinstance(value, Mapping):

@@ -21,11 +21,7 @@ GRACE_S = 10
 
 
 def serve(settings: Settings) -> None:
-    """Serve until interrupted.
-
-    Raises Conflict when the data folder or the port is in use, NotFound when there is no base model, ServerError when
-    the engine cannot start.
-    """
+    """Serve until interrupted. Raises Conflict (folder or port in use), NotFound (no model), ServerError (engine)."""
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
     failures: list[str] = []
     with _data_folder(settings), _port(settings) as listener:

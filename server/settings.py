@@ -1,9 +1,7 @@
 """The settings of a server; no other module of the server reads `REFTSERVE_*`.
 
-Sources in rising precedence: the environment (`REFTSERVE_*`), a TOML file (`REFTSERVE_CONFIG` or `--config`), the
-command line. The engine and the worker get the resolved object as JSON, never the sources.
-
-`settings_reference.py` makes flags and docs/settings.md from these fields. Names end with their unit: `_bytes`, `_s`.
+Sources in rising precedence: the environment (`REFTSERVE_*`), a TOML file (`REFTSERVE_CONFIG` or `--config`), flags.
+The engine and the worker get resolved values as JSON, never the sources. Names end with their unit: `_bytes`, `_s`.
 """
 
 from __future__ import annotations
@@ -229,10 +227,7 @@ class Settings(ServerSettings, BaseModelSettings, EngineSettings, TrainingSettin
 
     @classmethod
     def from_flags(cls, **flags: Any) -> Settings:
-        """Read settings from all sources. flags: None means not given.
-
-        Raises SettingsError for an unknown name or an unreadable file, ValidationError for a value out of range.
-        """
+        """Read all sources; a flag of None is not given. Raises SettingsError (name, file), ValidationError (value)."""
         _refuse_unknown(unknown_variables(os.environ), prefix=ENV_PREFIX)
         given = {name: value for name, value in flags.items() if value is not None}
         try:
@@ -281,7 +276,6 @@ def unknown_variables(environment: Mapping[str, str]) -> list[str]:
 
 
 def _refuse_unknown(names: list[str], *, prefix: str = "") -> None:
-    """Raise SettingsError with similar names if there are unknown names. prefix: ignored in the comparison."""
     sentences = []
     for name in names:
         near = process.extract(name[len(prefix) :].lower(), sorted(Settings.model_fields), limit=2, score_cutoff=75)

@@ -1,7 +1,4 @@
-"""Describes each setting for people: flag, environment variable, type, and default with its unit.
-
-`commands.py` makes the flags and `docs/generate_settings.py` docs/settings.md, so both agree with `settings.py`.
-"""
+"""Describes each setting for people: `commands.py` makes the flags, `docs/generate_settings.py` docs/settings.md."""
 
 from __future__ import annotations
 
@@ -61,10 +58,7 @@ def settings_reference() -> dict[str, Setting]:
 
 
 def takes_settings(*names: str) -> Callable[[Callable[[Settings], None]], Callable[..., None]]:
-    """Decorate a command with a flag for each named setting, and call it with the resulting settings.
-
-    Except for switches, typer passes flags as text: pydantic parses and checks them like the other sources.
-    """
+    """Decorate a command with a flag for each named setting; typer passes text, which pydantic parses and checks."""
     reference = settings_reference()
 
     def decorate(command: Callable[[Settings], None]) -> Callable[..., None]:
@@ -111,7 +105,6 @@ def _describe(name: str, group: str, field: FieldInfo) -> Setting:
 
 
 def _unwrap(annotation: Any) -> tuple[Any, tuple[str, ...]]:
-    """Return the type without Optional, and the choices of a Literal."""
     if get_origin(annotation) in (Union, types.UnionType):
         annotation = next(part for part in get_args(annotation) if part is not type(None))
     return annotation, get_args(annotation) if get_origin(annotation) is Literal else ()

@@ -25,10 +25,7 @@ GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA's, AMD's, and
 
 
 async def keep_engine(engine: EngineClient, metrics: Metrics, on_failure: Callable[[str], None]) -> None:
-    """Keep the engine running.
-
-    on_failure: called with the reason if the first start fails. Then the settings are wrong and a retry is useless.
-    """
+    """Keep the engine running. on_failure: takes the reason if the first start fails, when a retry would be useless."""
     first = True
 
     async def once() -> None:
@@ -51,11 +48,10 @@ async def keep_engine(engine: EngineClient, metrics: Metrics, on_failure: Callab
 
 
 async def keep_worker(settings: Settings, engine: EngineClient) -> None:
-    """Keep the training worker running.
+    """Keep the training worker running. Its standard input gets two lines of JSON: settings and lent weights.
 
     On a GPU the worker borrows the engine's weights, so it starts after the engine and ends with it. On the CPU both
     load at the same time; the locks of the compiled kernels and of the weights file order their work.
-    The worker's standard input gets two lines of JSON: the settings, and the weights that the engine lends.
     """
 
     async def once() -> None:
@@ -85,7 +81,7 @@ async def keep_worker(settings: Settings, engine: EngineClient) -> None:
 
 
 def may_be_on_gpu(settings: Settings) -> bool:
-    """Whether the engine may compute on a GPU, judged by the setting and by the drivers' device files.
+    """Return whether the engine may compute on a GPU, judged by the setting and by the drivers' device files.
 
     Only torch would know, and this process does not load it. Without a GPU the worker then waits and borrows nothing.
     """

@@ -1,7 +1,4 @@
-"""Limit on a request's body, checked against its Content-Length and against the bytes received.
-
-The framework reads a whole body, into memory or a temporary file, before it calls an endpoint.
-"""
+"""Limit on a request's body, which the framework reads whole, into memory or a file, before it calls an endpoint."""
 
 from __future__ import annotations
 

@@ -63,7 +63,6 @@ class _Choices:
         self._begun: set[int] = set()
 
     def add(self, piece: Piece) -> CompletionChoice:
-        """Return the text and log-probabilities that a piece adds to its choice."""
         text, logprobs = piece.text, []
         if self._body.echo and piece.index not in self._begun:
             self._begun.add(piece.index)

@@ -37,7 +37,6 @@ async def _server_error(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _validation_error(request: Request, error: Exception) -> JSONResponse:
-    """Report the first invalid field by its dotted path."""
     assert isinstance(error, RequestValidationError)  # noqa: S101 - registered for it alone
     found = error.errors()
     # A union reports errors of each member; an unknown field is the most specific one.

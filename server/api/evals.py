@@ -155,7 +155,6 @@ def _item(eval_id: str, row: tables.EvalItem) -> EvalOutputItem:
 
 
 def _number(item_id: str, run_id: str) -> int:
-    """Return an item's number within its run. Raises InvalidRequest when the id is not of this run."""
     number = item_id.removeprefix(_item_prefix(run_id))
     if number == item_id or not number.isdecimal() or len(number) > MAX_DIGITS:
         raise InvalidRequest(f"{item_id!r} is no item of run {run_id}; expected an output item's id", param="after")

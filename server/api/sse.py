@@ -21,11 +21,7 @@ KEEP_ALIVE_S = 15
 
 
 def event_stream(chunks: AsyncGenerator[M], *, id_of: Callable[[M], str] | None = None) -> EventSourceResponse:
-    """Send each chunk as one `data:` line and `[DONE]` at the end; an error becomes the last event.
-
-    id_of: the id of a chunk, which a client resumes from with `Last-Event-ID`. While no chunk comes, a comment every
-    KEEP_ALIVE_S seconds keeps the connection.
-    """
+    """Stream chunks as server-sent events, then an error if one comes, then `[DONE]`. id_of: for `Last-Event-ID`."""
 
     async def lines() -> AsyncIterator[bytes]:
         async with contextlib.aclosing(chunks) as source:

@@ -2,11 +2,9 @@
 
     A, U   [rows, hidden]     b [rows]     act [rows]
     row 0 is all zeros: columns padded to equal rank point at it and add exactly nothing
-
-A *slot* is the set of rows that one hot intervention holds. Rows are gathered by index, so a slot need not be
-contiguous: nothing fragments, and a high rank costs other interventions nothing. Running sequences pin their slots.
-Idle slots stay hot until their rows are needed; the least recently used goes first. Work on a slot costs the same with
-ten hot interventions as with ten thousand.
+A *slot* is the set of rows that one hot intervention holds. Rows are gathered by index, so nothing fragments, and a
+high rank costs other interventions nothing. Running sequences pin their slots. Idle slots stay hot until their rows are
+needed; the least recently used goes first. The number of hot interventions does not change the work on a slot.
 """
 
 from __future__ import annotations
@@ -26,11 +24,7 @@ from reftserve.server.engine.transfers import Uploads
 
 @dataclass(frozen=True, eq=False)
 class EditSpan:
-    """Edits of one intervention with equal positions and ranks at different layers, at one sequence's scale.
-
-    Most interventions are a single span. layers: distinct. rows: [layers, rank] rows of the bank.
-    scales: [layers, rank].
-    """
+    """Edits with equal positions and ranks at distinct layers, at a sequence's scale. rows, scales: [layers, rank]."""
 
     layers: tuple[int, ...]
     positions: Positions
@@ -68,7 +62,7 @@ class Bank:
         self._free = np.arange(1, self.num_rows, dtype=np.int64)  # a stack of `_num_free` rows
         self._num_free = self.num_rows - 1
         self._slots: dict[str, Slot] = {}
-        self._idle: OrderedDict[str, Slot] = OrderedDict()  # unpinned slots, least recently used first
+        self._idle: OrderedDict[str, Slot] = OrderedDict()
         self._idle_rows = 0
         self._uploads = Uploads(device)
 

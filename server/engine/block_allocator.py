@@ -1,10 +1,8 @@
 """Allocates the blocks of the key-value cache, and finds blocks by the key of their content.
 
-Only the sequence that took a block (`extend`) writes into it, behind its computed tokens. Others may hold a full block:
-any request that finds it by the key that `publish` gave it, and a fork of the sequence, without a key, the blocks that
-the prompt fills. A fork copies the last, partial block.
-
-block_table: a sequence's blocks in order. Token i is in block block_table[i // block_size] at i % block_size.
+Only the sequence that took a block (`extend`) writes into it, behind its computed tokens. A full block may have other
+holders: requests that find it by its key (`publish`), and the sequence's forks, which need no key.
+Token i of a sequence is in block block_table[i // block_size] at offset i % block_size.
 """
 
 from __future__ import annotations
@@ -13,11 +11,7 @@ from collections import OrderedDict
 
 
 class BlockAllocator:
-    """Counts the holders of each block and keeps the free ones in order of reuse.
-
-    A block without holders is free, but keeps its content and key until it is allocated again. Blocks without a key are
-    reused first, then the block that has been free longest.
-    """
+    """Counts each block's holders. Free ones keep their content until reuse: keyless blocks first, then the oldest."""
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.num_blocks = num_blocks

@@ -8,10 +8,7 @@ import msgspec
 
 
 class EngineConfig(msgspec.Struct, frozen=True):
-    """Sizes and paths of one engine. Every field is the resolved value of a setting.
-
-    weights_folder: folder of the weights file that all processes map on the CPU; None for private weights.
-    """
+    """Sizes and paths of one engine: resolved values of settings. weights_folder: None for private weights."""
 
     model_folder: str
     weights_folder: str | None = None

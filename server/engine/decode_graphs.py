@@ -2,16 +2,11 @@
 
 A recording reads and writes the same memory each time. So the inputs of a step are written to buffers before a replay,
 for a number of rows that is rounded up:
-
     rows     [4, size]             token ids, positions, slots, lengths
     tables   [size, blocks]        blocks of each row's sequence
     columns  [layers, size, rank]  the bank's rows that edit each row
     scale    [layers, size, rank]  their scales; only recordings with edits read columns and scale
-
-Padding rows write to the cache's scratch slot and attend to nothing, and their logits are dropped. There are recordings
-without edits (the base model's own steps), with linear edits, and with edits of any activation.
-
-The recorder is a parameter: `record_cuda_graph` on the device; tests use one with the same rules on the CPU.
+Padding rows write to the cache's scratch slot and attend to nothing, and their logits are dropped.
 """
 
 from __future__ import annotations
@@ -40,7 +35,7 @@ Forward = Callable[[Tensor, Tensor, AttentionStep, dict[int, DecodeEdits]], Tens
 
 
 class Kind(Enum):
-    """The edits that a recording computes."""
+    """The edits that a recording computes; steps of the base model alone have none."""
 
     NO_EDITS = auto()
     LINEAR_EDITS = auto()
@@ -48,7 +43,7 @@ class Kind(Enum):
 
 
 class DecodeGraphs:
-    """Recordings by size and kind. max_rows: largest number of sequences in a step. record: see `record_cuda_graph`."""
+    """Recordings by size and kind. max_rows: most sequences of a step. record: `record_cuda_graph`, or a test's."""
 
     def __init__(
         self,
@@ -81,10 +76,7 @@ class DecodeGraphs:
             self._recording(size, Kind.NO_EDITS)
 
     def run(self, chunks: list[Chunk], token_ids: Tensor | None = None) -> Tensor | None:
-        """Return logits [chunks, vocabulary], valid until the next call; None if no recording fits these chunks.
-
-        token_ids: [chunks], if only the device knows them.
-        """
+        """Return logits [chunks, vocabulary] until the next call; None if no recording fits. token_ids: [chunks]."""
         if len(chunks) > self.sizes[-1] or not all(chunk.samples and not chunk.scores for chunk in chunks):
             return None
         if max(len(chunk.sequence.block_table) for chunk in chunks) > self._tables.shape[1]:
@@ -142,10 +134,7 @@ class DecodeGraphs:
 
 
 def record_cuda_graph(device: torch.device) -> Callable[[Compute], Compute]:
-    """Return a function that records a computation and returns its replay.
-
-    All recordings share one memory pool, so a replay's output is valid until the next replay of any of them.
-    """
+    """Return a recorder of computations. Replays share one memory pool: an output is valid until the next replay."""
     pool = torch.cuda.graph_pool_handle()
 
     def record(compute: Compute) -> Compute:

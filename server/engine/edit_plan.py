@@ -1,16 +1,10 @@
 """Turns the chunks of a step into the index tensors that apply all its edits, layer by layer.
 
-Rows of a chunk with the same edits form a group, and each group is a small dense product. So a layer costs one gather,
+Rows of a chunk with the same edits form groups of at most `GROUP_ROWS`, padded to the widest. A layer costs one gather,
 one batched low-rank product and one write, whatever mixture of interventions runs:
-
     x = h[rows]                                   [groups, width, hidden]
     y = act(x A[columns]^T + b[columns]) * scale  [groups, width, rank]
     h[rows] = x + y U[columns]                    each row belongs to exactly one group: the write is deterministic
-
-A decode token whose interventions edit only prompt tokens is no edited row. Without edited rows the plan is empty, and
-the step is the base model's own.
-
-Groups have at most `GROUP_ROWS` rows and are padded to the widest; padded columns point at the bank's zero row.
 With the CPU kernels, `edit_rows` (cpu_kernels/edits.cpp) computes the same row by row.
 """
 
@@ -35,11 +29,10 @@ GROUP_ROWS = 16
 
 @dataclass(frozen=True)
 class LayerEdits:
-    """One layer's edits.
+    """One layer's edits. rows: [groups, width] packed token rows, padded with 0. scale: [groups, rank].
 
-    rows: [groups, width] packed token rows, padded with 0. columns: [groups, rank] rows of the bank, padded with 0.
-    scale: [groups, rank]. edited: [edited rows], `rows` without padding. valid: their indices in [groups * width];
-    None without padding. owners: [edited rows], the group of each.
+    columns: [groups, rank] rows of the bank, padded with its zero row 0. edited: [edited rows], `rows` without padding.
+    valid: their indices in [groups * width]; None without padding. owners: [edited rows], the group of each.
     """
 
     rows: Tensor
@@ -93,10 +86,7 @@ class _ChunkSpan:
 
 
 def plan_edits(chunks: list[Chunk], bank: Bank, device: torch.device) -> dict[int, LayerEdits]:
-    """Return a step's edits by layer; empty when no row is edited, so that the step is the base model's own.
-
-    Layers with the same spans differ only in columns and scales, so they are planned together. Usually all layers are.
-    """
+    """Return a step's edits by layer, none when no row is edited. Layers with the same spans are planned together."""
     candidates = _chunk_spans(chunks)
     by_layer: defaultdict[int, list[int]] = defaultdict(list)
     for number, candidate in enumerate(candidates):
@@ -140,7 +130,6 @@ def _groups(candidates: list[_ChunkSpan], layers: list[int]) -> list[_Group]:
 
 
 def _parts(chunk: Chunk, offset: int, positions: list[Positions]) -> list[_Part]:
-    """Group a chunk's edited rows by the set of spans that edit them. positions: of each span."""
     is_edited = np.zeros((chunk.stop - chunk.start, len(positions)), dtype=bool)
     for span, at in enumerate(positions):
         is_edited[at.indices(chunk.sequence.n_prompt, chunk.start, chunk.stop) - chunk.start, span] = True
@@ -156,7 +145,6 @@ def _parts(chunk: Chunk, offset: int, positions: list[Positions]) -> list[_Part]
 
 
 def _pack(groups: list[_Group], bank: Bank, device: torch.device) -> list[LayerEdits]:
-    """Return the tensors of each layer of these groups; one copy to the device serves all layers."""
     layers = len(groups[0].columns)
     width = max(len(group.rows) for group in groups)
     rank = max(group.columns.shape[1] for group in groups)
@@ -217,7 +205,6 @@ class DecodePlan:
 
 def plan_decode_edits(chunks: list[Chunk], bank: Bank, num_layers: int) -> DecodePlan:
     """Return the edits of decode tokens, one row for each chunk, in all layers."""
-    # By layer and row: columns of the bank and their scales, in composition order.
     placed: defaultdict[tuple[int, int], list[tuple[NDArray[np.int64], NDArray[np.float32]]]] = defaultdict(list)
     for row, chunk in enumerate(chunks):
         sequence = chunk.sequence

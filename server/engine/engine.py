@@ -31,8 +31,7 @@ NOT_FINITE = "the logits are not finite: an edit overflows; lower its scale, or 
 
 NO_GRAMMARS = "this engine has no tokenizer, so it cannot follow a grammar"
 PRIORITY_STEP_S = 10.0
-# Checking loaded interventions may take this share of the previous step's time, capped so that one long step cannot
-# admit many requests at once and cause a longer one.
+# Share of the previous step's time for checking loads, capped so that one long step cannot cause a longer one.
 LOADING_SHARE, LONGEST_LOADING_S = 0.1, 0.01
 IDLE_LOADING_S = 0.05  # the limit while no sequence runs
 MANY_DEADLINES = 64
@@ -40,11 +39,9 @@ MANY_DEADLINES = 64
 
 @dataclass(frozen=True)
 class InFlightStep:
-    """A launched step whose tokens have not reached the host yet.
+    """A launched step whose tokens have not reached the host yet. tokens: [rows] on the device, -1 for no token.
 
-    sampling: sequences that get a token, in the order of `tokens`. tokens: [rows] on the device, -1 for no token.
-    arriving: their copy to the host. logprob_rows: rows whose request asks for log-probabilities; logprobs: their copy
-    to the host.
+    sampling: the sequence of each row. arriving: the copy of `tokens` to the host; logprobs: that for `logprob_rows`.
     """
 
     batch: Batch
@@ -58,9 +55,8 @@ class InFlightStep:
 class Engine:
     """Continuous batching of requests with any mixture of interventions over one frozen model.
 
-    grammars: compiles grammars; without it requests with structured output are refused. overlap: launch the next step
-    before the host processes this one's tokens, where possible. A request of priority p is queued as if it had arrived
-    p * PRIORITY_STEP_S later, so that no request waits for ever.
+    grammars: None refuses structured output. overlap: launch the next step before the host processes this one's tokens.
+    A request of priority p is queued as if it had arrived p * PRIORITY_STEP_S later, so that no request waits for ever.
     """
 
     def __init__(
@@ -175,7 +171,6 @@ class Engine:
             self.grammars.close()
 
     def _launch(self, batch: Batch, token_ids: Tensor | None = None) -> InFlightStep:
-        """Launch a step on the device. token_ids: [rows], if only the device knows them."""
         logits = self.runner.step(batch, token_ids)
         self._score(batch, logits)
         sampling = [chunk for chunk in batch.chunks if chunk.samples]
@@ -197,17 +192,14 @@ class Engine:
         return InFlightStep(batch, sequences, tokens, ToHost(tokens), logprob_rows, logprobs)
 
     def _run_ahead(self, step: InFlightStep) -> InFlightStep | None:
-        """Launch the next step, if it depends on this one only for the token ids."""
         ahead = self.scheduler.run_ahead(step.batch)
         if ahead is None or step.tokens is None:
             return None
         batch, rows = ahead
         continued = step.tokens if len(rows) == len(step.tokens) else step.tokens[indices(rows, step.tokens.device)]
-        # -1 ends the request, but the host does not know that yet.
         return self._launch(batch, continued.clamp(min=0))
 
     def _finish(self, step: InFlightStep) -> None:
-        """Wait for a step's tokens and advance its sequences, except those that ended since the launch."""
         tokens = present(step.arriving.tolist()) if step.arriving is not None else []
         read = []
         for chunk in step.batch.chunks:
@@ -243,7 +235,6 @@ class Engine:
             self._end(request, self._output(request, [], "length"))
 
     def _score(self, batch: Batch, logits: Logits) -> None:
-        """Store the log-probabilities of the step's tokens in the sequences that ask for them."""
         offset = 0
         for chunk in batch.chunks:
             scored = chunk.scores

@@ -1,9 +1,4 @@
-"""Errors of the engine.
-
-EngineError
-├── RequestRefused       one request can never run (too long for the cache, edits do not fit the base)
-└── EngineDied           the engine's process has ended; its requests are lost
-"""
+"""Errors of the engine: `EngineError` and its two kinds."""
 
 from __future__ import annotations
 
@@ -13,8 +8,8 @@ class EngineError(Exception):
 
 
 class RequestRefused(EngineError):
-    """One request can never run; others are unaffected."""
+    """One request can never run (too long for the cache, edits do not fit the base); others are unaffected."""
 
 
 class EngineDied(EngineError):
-    """The engine's process has ended."""
+    """The engine's process has ended; its requests are lost."""

@@ -1,7 +1,4 @@
-"""Chooses between torch's operations and the engine's own two kernels: attention over the cache, and edits.
-
-Each is timed in the engine's own classes at the row counts of a step (`base/kernel_choice.py`).
-"""
+"""Chooses torch or our kernel for attention and edits by timing the engine's own classes (`base/kernel_choice.py`)."""
 
 from __future__ import annotations
 
@@ -39,7 +36,6 @@ def takes_edit_rows(kernels: KernelChoice, hidden_size: int) -> bool:
 
 
 def _attention_trials(heads: int, shape: LayerShape, block_size: int) -> list[Trial]:
-    """Return trials of decode steps, and of a step that reads as many prompt tokens."""
     blocks = -(-CONTEXT // block_size)
     padded = -(-block_size // 16) * 16
     max_bytes = 4 * max(ROWS) * blocks * shape.kv_heads * padded * (shape.key_dim + shape.value_dim + 16)
@@ -67,7 +63,6 @@ def _chunk(blocks: list[int], start: int) -> Chunk:
 
 
 def _edit_trials(hidden_size: int) -> list[Trial]:
-    """Return trials of editing rows by interventions of `RANK` columns, grouped like a plan's rows."""
     groups = -(-max(ROWS) // GROUP_ROWS)
     bank = Bank(hidden_size, max_bytes=(1 + groups * RANK) * 4 * (2 * hidden_size + 2), device=CPU)
     bank.A.copy_(random_rows(hidden_size, bank.num_rows)[0] / hidden_size)

@@ -29,10 +29,7 @@ class Compiled:
 
 
 class GrammarCompiler:
-    """Compiles grammars in its own thread; the engine collects them between steps.
-
-    vocabulary: width of the model's logits; it may differ from the tokenizer's number of tokens.
-    """
+    """Compiles grammars in a thread; the engine collects them between steps. vocabulary: width of the logits."""
 
     def __init__(self, tokenizer: Tokenizer, eos_token_ids: tuple[int, ...], vocabulary: int) -> None:
         self._tokenizer = tokenizer
@@ -85,10 +82,7 @@ class GrammarCompiler:
 
 
 def forbidden_tokens(matchers: list[LLMatcher], vocabulary: int) -> NDArray[np.bool_]:
-    """Return a mask of the tokens that cannot come next, [matchers, vocabulary].
-
-    A matcher whose grammar exceeds llguidance's limits has an error afterwards.
-    """
+    """Return the tokens that cannot come next, [matchers, vocabulary]. Beyond llguidance's limits a matcher fails."""
     bits = allocate_token_bitmask(len(matchers), vocabulary)
     for row, matcher in enumerate(matchers):
         fill_next_token_bitmask(matcher, bits, row)

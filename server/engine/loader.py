@@ -1,10 +1,8 @@
-"""Loads interventions from their folders into host memory.
+"""Loads interventions from their folders into host memory; above a budget it drops the least recently used.
 
 A thread reads the files, so a running batch never waits for a disk. The engine checks their content between steps: a
 thread that checked during a step would take a core from an operation that runs on all cores and waits for the slowest.
 Only files so large that the check would delay a step are checked in the thread.
-
-Loaded interventions are kept up to a budget; the least recently used is dropped first.
 """
 
 from __future__ import annotations
@@ -33,8 +31,6 @@ class Loaded:
 
 @dataclass(frozen=True)
 class _Files:
-    """An artifact's two files, read but not checked."""
-
     ref: InterventionRef
     manifest: bytes
     edits: bytes

@@ -1,8 +1,4 @@
-"""Adjusts logits before sampling, and computes log-probabilities of tokens.
-
-Adjustments are in place and only on rows whose request asks for them; other rows cost nothing. A row depends only on
-its own request.
-"""
+"""Adjusts logits, in place and only in rows whose request asks for it, and computes log-probabilities of tokens."""
 
 from __future__ import annotations
 
@@ -47,10 +43,7 @@ def adjust(logits: Tensor, sequences: list[Sequence]) -> None:
 
 
 class ArrivingLogprobs:
-    """Log-probabilities of each row's token and of its `count` likeliest tokens, being copied to the host.
-
-    logits: [rows, vocabulary], unadjusted. tokens: [rows], on the device.
-    """
+    """Log-probabilities of each row's token and `count` likeliest tokens, arriving on the host. logits: unadjusted."""
 
     @torch.inference_mode()
     def __init__(self, logits: Tensor, tokens: Tensor, counts: Items[int]) -> None:

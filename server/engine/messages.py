@@ -1,7 +1,6 @@
-"""The typed messages between the HTTP process and the engine process.
+"""The messages between the HTTP process and the engine process, as MessagePack by msgspec: nothing is unpickled.
 
-Encoded as MessagePack by msgspec (nothing is ever unpickled). HTTP -> engine: `Submit`, `Cancel`. Engine -> HTTP:
-`Ready` once, then a `StepOutput` for each step with new tokens; or `Fatal`.
+HTTP -> engine: `Submit`, `Cancel`. Engine -> HTTP: `Fatal`, or `Ready` and a `StepOutput` per step with new tokens.
 """
 
 from __future__ import annotations
@@ -22,11 +21,10 @@ class InterventionRef(msgspec.Struct, frozen=True):
 class SamplingParams(msgspec.Struct, frozen=True):
     """How to sample one request's tokens. temperature 0 is greedy; top_k 0 and top_p 1 keep all tokens.
 
-    Penalties: `repetition` divides or multiplies logits of tokens in prompt and answer (Keskar et al. 2019), `presence`
-    and `frequency` are OpenAI's, over the answer. logit_bias: (token id, number to add to its logit).
-    min_tokens: `stop_token_ids` are forbidden before this many tokens. grammar: the answer's, in llguidance's notation;
-    "" allows any answer. logprobs: alternatives to report for each token, None for no report; prompt_logprobs: also
-    report the prompt's tokens. max_tokens 0 only reads the prompt.
+    repetition_penalty divides or multiplies logits of tokens in prompt and answer (Keskar et al. 2019); the others are
+    OpenAI's, over the answer. logit_bias: (token id, number to add). min_tokens: before it, `stop_token_ids` are
+    forbidden. grammar: in llguidance's notation; "" allows any answer. logprobs: alternatives to report for each
+    token, None for no report; prompt_logprobs: also for the prompt. max_tokens 0 only reads the prompt.
     """
 
     max_tokens: int
@@ -55,9 +53,8 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     """A generation request. `prompt_ids` are the final token ids, chat template and BOS included.
 
     cache_salt: only requests with equal salts share cached prefixes. priority: lower goes first. timeout_s: then the
-    request ends with an error, in any state. continuations: non-empty texts after the prompt. The answer then holds
-    their log-probabilities, with the prompt computed once; nothing is generated and `sampling` is ignored. For edits
-    their tokens count as `generated`.
+    request ends with an error, in any state. continuations: non-empty texts to score after the prompt, which is
+    computed once; nothing is generated and `sampling` is ignored. For edits, their tokens count as generated.
     """
 
     request_id: str
@@ -77,9 +74,8 @@ class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
-    """The model is loaded.
+    """The model is loaded. max_context: tokens of prompt and answer together, limited by model and cache.
 
-    max_context: tokens of prompt and answer together, limited by the model's context and the cache.
     lent: on a GPU, the base's parameters in order, valid while the engine runs (`cuda_weights.py`).
     """
 
@@ -90,10 +86,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True):
-    """A token's log-probability (natural logarithm), before temperature and all adjustments.
-
-    top: the likeliest tokens at its position, best first, as (token id, log-probability).
-    """
+    """A token's natural log-probability, before temperature and adjustments. top: (token id, logprob), best first."""
 
     token_id: int
     logprob: float
@@ -103,9 +96,8 @@ class TokenLogprobs(msgspec.Struct, frozen=True):
 class TokenOutput(msgspec.Struct, frozen=True, omit_defaults=True):
     """New tokens of one request; the last has `finish_reason` "stop", "length", "cancelled", "timeout" or "error".
 
-    cached_tokens: prompt tokens found in the prefix cache; the same in all outputs of a request.
-    logprobs: of the new tokens, if requested. prompt_logprobs: of all prompt tokens but the first, once.
-    continuation_logprobs: of each continuation's tokens.
+    cached_tokens: of the prompt, the same in each output. logprobs: of the new tokens. prompt_logprobs: of all prompt
+    tokens but the first, once. continuation_logprobs: of each continuation's tokens.
     """
 
     request_id: str

@@ -1,12 +1,10 @@
 """Keys of the cache's blocks: a hash chain over tokens and the edits on them. Blocks with equal keys are shared.
 
     key_i = H(key_{i-1}, token ids of block i, [(edit, scale, edited offsets), ...] in composition order)
-    key_{-1} = H(salt)
-    edit  = the intervention's content hash and the edit's number in it
-
+    key_{-1} = H(salt);  edit = the intervention's content hash and the edit's number in it
 A token's keys and values depend only on the tokens up to it and on their edits. So an intervention that edits only the
-last prompt tokens shares all earlier blocks with the base and with other interventions of this kind. An edited position
-forks the chain for all later blocks. The root leaves out model and dtype, because a cache never outlives its process.
+last prompt tokens shares all earlier blocks with the base and with other interventions of this kind. The root leaves
+out model and dtype, because a cache never outlives its process.
 """
 
 from __future__ import annotations
@@ -22,10 +20,7 @@ KEY_BYTES = 32
 
 
 class BlockKeys:
-    """The keys of one sequence's full blocks, computed as its tokens arrive.
-
-    salt: separates tenants; only requests with equal salts share blocks.
-    """
+    """The keys of one sequence's full blocks, computed as its tokens arrive. salt: only equal salts share blocks."""
 
     def __init__(
         self, salt: str, interventions: tuple[tuple[Intervention, float], ...], n_prompt: int, block_size: int
@@ -47,7 +42,6 @@ class BlockKeys:
         return self._keys[:count]
 
     def _edits(self, start: int, stop: int) -> bytes:
-        """Return the encoded edits of tokens [start, stop); empty for most blocks."""
         parts = []
         for intervention, scale in self._interventions:
             for number, site in enumerate(intervention.sites):

@@ -1,8 +1,7 @@
 """The engine's own process: `python -m reftserve.server.engine.process --socket ipc://...`.
 
-The first line on standard input is the EngineConfig as JSON. When standard input closes, the parent has ended and this
-process exits. Messages (messages.py) cross one ZeroMQ PAIR socket: the parent binds, the engine connects. ZeroMQ queues
-on both sides, so a slow reader never delays a step.
+Standard input is one line, the EngineConfig as JSON; when the parent ends and closes it, this process exits. Messages
+cross one ZeroMQ PAIR socket, which the parent binds. Both sides queue, so a slow reader never delays a step.
 """
 
 from __future__ import annotations
@@ -77,10 +76,7 @@ def main() -> None:
 
 
 def build(config: EngineConfig, kernels: KernelChoice | None = None) -> tuple[Engine, Ready]:
-    """Load the model and create the engine. kernels: the ones that run; None follows the config.
-
-    Raises UnsupportedModel, or transformers' errors for a folder that it cannot load.
-    """
+    """Load the model and create the engine. kernels: None follows the config. Raises as `load_base` and `Runner` do."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = resolve_device(config.device)

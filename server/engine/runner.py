@@ -1,8 +1,8 @@
 """Runs the base model over a batch: packs the tokens, applies the edits, returns the logits to sample from.
 
-The model is transformers' own. Attention goes through the registered function. Edits go through one forward hook at
-each decoder layer, which returns at once when the step edits nothing there. On the CPU faster modules replace some
-modules (`base/panels.py`, `fused.py`, `fused_attention.py`, `int8.py`); transformers' code stays unchanged.
+The model is transformers' own. Attention goes through the registered function, edits through one forward hook at each
+decoder layer, which returns at once when the step edits nothing there. On the CPU faster modules replace some modules
+(`base/panels.py`, `fused.py`, `fused_attention.py`, `int8.py`); transformers' code stays unchanged.
 """
 
 from __future__ import annotations
@@ -38,21 +38,17 @@ BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 
 class Logits(NamedTuple):
-    """A step's logits in packed order, each [rows, vocabulary].
-
-    sampling: for chunks that sample a token. scoring: for tokens that chunks score (`Chunk.scores`).
-    """
+    """A step's logits in packed order, [rows, vocabulary]: of chunks that sample a token, and of tokens to score."""
 
     sampling: Tensor
     scoring: Tensor
 
 
 class Runner:
-    """The base model with its cache and bank. It replaces some of the model's modules with faster ones.
+    """The base model with its cache and bank. int8: compute linear layers in 8 bits, with the CPU kernels.
 
-    int8: round weights and activations of linear layers to 8 bits; it needs the CPU kernels. kernels: the kernels that
-    compute float32 on the CPU; torch computes the rest. recorded_rows: record decode steps of at most this many
-    sequences as CUDA graphs, if attention reads the cache in place; 0 records none. in_place: see `make_cache`.
+    kernels: those that compute float32 on the CPU; torch computes the rest. in_place: see `make_cache`.
+    recorded_rows: most sequences of a decode step that is recorded as a CUDA graph; 0 records none.
     """
 
     def __init__(
@@ -197,7 +193,6 @@ class Runner:
         return [probe.shapes[layer] for layer in range(layers)]
 
     def _edit(self, layer: int, hidden: Tensor) -> None:
-        """Apply the step's edits at a layer to hidden [1, rows, hidden], in place."""
         edits = self._edits.get(layer)
         if edits is not None:
             rows = hidden.view(-1, hidden.shape[-1])

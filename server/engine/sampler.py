@@ -1,7 +1,7 @@
 """Samples tokens from logits, vectorised over the batch; each row uses its request's parameters.
 
-A token depends only on (logits, seed, position): a uniform number is hashed from seed and position and looked up in the
-cumulative distribution. There is no generator state, so a seed gives the same tokens in any batch and after preemption.
+A token depends only on (logits, seed, position): a uniform number hashed from seed and position is looked up in the
+cumulative distribution. Without generator state, a seed gives the same tokens in any batch and after preemption.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """Chooses the tokens of each step, within a budget of tokens and blocks.
 
-A step is a `Batch` of chunks. A decoding sequence contributes its one uncomputed token; a sequence that still reads its
-prompt contributes as many tokens as the budget leaves. Decodes go first, so a long prompt never delays running streams.
-Waiting sequences are admitted by `order`: arrival time, shifted by priority. When blocks run out, the running sequence
-with the last order is preempted: it releases its blocks, keeps its place in the queue, and later recomputes its tokens
-with edits at the same positions.
+A step is a `Batch` of chunks: the one uncomputed token of each decoding sequence, then as many prompt tokens as the
+budget leaves, so a long prompt never delays running streams. Waiting sequences are admitted by `order`: arrival time,
+shifted by priority. When blocks run out, the running sequence with the last order is preempted: it releases its blocks,
+keeps its place in the queue, and later recomputes its tokens with edits at the same positions.
 
 A sequence with forks leaves the running set but keeps its blocks. A fork shares the blocks that the prompt fills and
 copies the partial last one, so it computes only its own tokens. When blocks run out, these prefixes are dropped first;
@@ -50,11 +49,10 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's chunks in packed order: prompt chunks first, then decode tokens.
+    """One step's chunks in packed order: prompts, then decode tokens. copied_blocks: (from, to), copied after zeroing.
 
-    stale_blocks: to zero before the step. Another request's edits may have overflowed in them, and a sequence reads
-    the unused rest of its last block with weight zero, which an infinity survives.
-    copied_blocks: (from, to), to copy after that.
+    stale_blocks: to zero before the step. Another request's edits may have overflowed in them, and a sequence reads the
+    unused rest of its last block with weight zero, which an infinity survives.
     """
 
     prefills: list[Chunk]
@@ -108,7 +106,6 @@ class Scheduler:
         budget = self.max_batch_tokens
         planned: list[Chunk] = []
         copied: list[tuple[int, int]] = []
-        # Sequences with one token to compute come first.
         for sequence in sorted(self.running, key=lambda s: (s.n_uncomputed > 1, s.order)):
             if budget == 0:
                 break
@@ -138,11 +135,10 @@ class Scheduler:
         )
 
     def run_ahead(self, batch: Batch) -> tuple[Batch, list[int]] | None:
-        """Return the step after `batch`, and the sampled rows of `batch` that continue in it.
+        """Return the step after `batch`, and the sampled rows of `batch` that continue in it: those below `max_tokens`.
 
         Returns None if sampled tokens or newly admitted sequences could change that step; a full batch admits none.
-        Sequences that reach `max_tokens` in `batch` are left out. A sequence that ends by a stop token is computed in
-        vain.
+        A sequence that ends by a stop token is computed in vain.
         """
         chunks = batch.chunks
         running = [(row, c) for row, c in enumerate(chunks) if c.sequence.status is Status.RUNNING]
@@ -192,12 +188,10 @@ class Scheduler:
         sequence.status = Status.FINISHED
 
     def _admit(self, sequence: Sequence, budget: int, copied: list[tuple[int, int]]) -> bool:
-        """Start the first waiting sequence if there is room; append the blocks it must copy to `copied`."""
         parent, size = sequence.parent, self.allocator.block_size
         prefix = parent.block_table if parent is not None and parent.status is Status.FORKED else None
         known = self._cached_blocks(sequence) if prefix is None else prefix[: sequence.n_prompt // size]
-        # The whole sequence must fit, and one more block for each running sequence. A sequence admitted too early
-        # would be preempted in the next step, and recomputed again and again.
+        # Room for the whole sequence and one block for each running one, or it would be preempted again and again.
         taken = self.allocator.blocks_for(len(sequence.token_ids)) - len(known)
         needed = taken + self.allocator.num_free_among(known) + len(self.running)
         if needed > self.allocator.num_free:
@@ -219,7 +213,6 @@ class Scheduler:
         return True
 
     def _cached_blocks(self, sequence: Sequence) -> list[int]:
-        """Return the cached blocks of the sequence's prefix, up to the first token whose logits are needed."""
         if not self.prefix_cache:
             return []
         size = self.allocator.block_size

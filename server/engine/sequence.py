@@ -3,7 +3,6 @@
     LOADING ──► WAITING ──► RUNNING ──► FINISHED
                    ▲         │   │         ▲
                    └preempted┘   └► FORKED ┘
-
 preempted: blocks and slot are given back; tokens and n_prompt stay
 FORKED: the prompt is computed; its blocks are kept for the sequences that fork from it
 """
@@ -35,17 +34,14 @@ class Status(Enum):
 class Sequence:
     """Tokens, progress, blocks and slots of one request.
 
-    n_prompt: fixed at admission; edit positions refer to it, also after preemption and recompute.
-    n_computed: tokens with keys and values in the cache.
-    refs: the request's interventions in composition order; loaded: those in host memory, by content hash.
+    n_prompt: fixed at admission; edit positions refer to it, also after preemption. n_computed: tokens in the cache.
+    n_cached: those found there at the first run. order: place in the queue, lower first; preemption keeps it.
+    refs: interventions in composition order; loaded: those in host memory, by content hash.
     edits: their rows in the bank, until every token that they may edit is computed.
-    n_cached: prompt tokens found in the cache when the sequence first ran.
-    order: place in the queue, lower first; preemption keeps it.
-    matcher: the state of the request's grammar, if it has one.
     scored: tokens whose logits score the next token; scores: the scores known so far.
     continuations: texts to score after the prompt; `scores` are then those of their first tokens.
     forks: by continuation, the sequences that score its other tokens; unread: unfinished forks.
-    parent: the sequence that this one forks from; last_id: the token after the last one, scored but never computed.
+    last_id: a fork's token after the last one, scored but never computed.
     """
 
     request_id: str

@@ -1,8 +1,7 @@
-"""Copies between host and device that block neither.
+"""Copies between host and device that block neither. On the CPU most functions copy nothing.
 
-A copy from ordinary memory blocks the host until the device reaches it; a copy from pinned memory is queued like a
-kernel. torch's pinned allocator reuses a buffer only after its copy, so callers need not keep it. On the CPU most
-functions copy nothing.
+A copy from ordinary memory blocks the host until the device reaches it; one from pinned memory is queued like a kernel.
+torch's pinned allocator reuses a buffer only after its copy, so callers need not keep it.
 """
 
 from __future__ import annotations
@@ -39,10 +38,7 @@ def column(values: Sequence[float], like: Tensor) -> Tensor:
 
 
 class Uploads:
-    """Copies large tensors to the device on a separate stream, while steps run.
-
-    Work queued on the caller's stream after `upload` waits for the copies; earlier work does not.
-    """
+    """Copies large tensors to the device on its own stream; work that the caller queues after `upload` waits."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -22,10 +22,7 @@ class AnswerQueue:
         self._tasks = [asyncio.create_task(self._run(answer, index)) for index in range(count)]
 
     async def pieces(self) -> AsyncGenerator[Piece]:
-        """Yield pieces until every answer has ended.
-
-        Raises the first error of an answer.
-        """
+        """Yield pieces until every answer has ended. Raises the first error of an answer."""
         running = len(self._tasks)
         while running:
             for item in await self._next():
@@ -38,7 +35,6 @@ class AnswerQueue:
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        """Cancel the answers that still run."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -53,10 +49,7 @@ class AnswerQueue:
             self._queue.put_nowait(cause)
 
     async def _next(self) -> Sequence[Piece | Exception]:
-        """Wait for one item, then take all that are queued; consecutive pieces of one answer become one.
-
-        Where clients or this process are slower than the engine, several tokens then share one event.
-        """
+        """Wait for an item, take all queued ones, and join pieces of one answer: a slow reader gets fewer events."""
         groups: list[list[Piece] | Exception] = []
         item: Piece | Exception = await self._queue.get()
         while True:

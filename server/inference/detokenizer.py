@@ -8,8 +8,7 @@ from reftserve.server.base.tokenizer import Tokenizer
 
 REPLACEMENT = "\ufffd"
 CONTEXT = 5  # tokens before a text that decide its first characters
-# An unfinished character has at most 3 bytes and a token has at least one, so only the last 3 tokens can still become a
-# character.
+# An unfinished character has at most 3 bytes, so at most the last 3 tokens can still become a character.
 UNFINISHED = 3
 LONGEST_TAIL = 16  # tokens to decode again while they form no text: without a limit the cost is quadratic
 
@@ -35,18 +34,14 @@ class Detokenizer:
         self._stops = stops
         self._hidden = frozenset(hidden_token_ids)
         self._token_ids = list(prompt_ids[-CONTEXT:])
-        # Decoding begins at `_prefix`, a few tokens before the new text, because some tokenizers put a space between
-        # words only after an earlier word.
+        # Decode from a few tokens before the new text: some tokenizers put a space only after an earlier word.
         self._prefix, self._read = 0, len(self._token_ids)
         self._num_context = len(self._token_ids)
         self._pending = ""
         self.stopped = False
 
     def add(self, token_ids: Sequence[int], *, last: bool = False) -> str:
-        """Add tokens and return the text that is now certain. last: return all remaining text.
-
-        Sets `stopped` when it finds a stop string, and returns the text before it; later calls return "".
-        """
+        """Return the text that is now certain, up to a stop string, which sets `stopped`. last: return all of it."""
         if self.stopped:
             return ""
         self._token_ids += [token for token in token_ids if token not in self._hidden]
@@ -74,7 +69,6 @@ class Detokenizer:
         return text[len(before) :]
 
     def _held_back(self) -> int:
-        """Return the length of the longest suffix of the pending text that a stop string starts with."""
         lengths = [
             length
             for stop in self._stops

@@ -1,7 +1,6 @@
 """The part of an engine that answers requests; `app.open_services` makes the engine.
 
-`engine_client.py` is our engine, in a process of its own. Its life (start, wait, stop, the weights that it lends) is
-`EngineClient`'s, which `supervisor.py` uses: a second engine needs such a client too.
+Ours is `EngineClient`, whose start, wait, stop and lent weights `supervisor.py` uses: a second engine needs them too.
 """
 
 from __future__ import annotations
@@ -13,10 +12,7 @@ from reftserve.server.engine.messages import Ready, Submit, TokenOutput
 
 
 class InferenceEngine(Protocol):
-    """An engine that answers requests made of token ids.
-
-    ready: the engine's sizes; None while it cannot take requests.
-    """
+    """An engine that answers requests made of token ids. ready: its sizes; None while it cannot take requests."""
 
     ready: Ready | None
 
@@ -31,8 +27,5 @@ class InferenceEngine(Protocol):
         ...
 
     def generate(self, request: Submit) -> AsyncGenerator[TokenOutput]:
-        """Yield a request's tokens as they come; the last output has a finish reason. Closing the iterator cancels.
-
-        Raises EngineDied when the engine is not there or dies meanwhile.
-        """
+        """Yield outputs, the last with a finish reason. Closing the iterator cancels. Raises EngineDied at any time."""
         ...

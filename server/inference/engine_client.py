@@ -115,10 +115,7 @@ class EngineClient:
         self._close()
 
     async def generate(self, request: Submit) -> AsyncGenerator[TokenOutput]:
-        """Yield a request's outputs; the last one has a finish reason. Closing the iterator cancels the request.
-
-        Raises EngineDied when the engine does not run or dies meanwhile.
-        """
+        """Yield a request's outputs, as `InferenceEngine.generate` says."""
         if not self.is_alive:
             raise EngineDied("the engine is not running")
         queue: asyncio.Queue[TokenOutput] = asyncio.Queue()
@@ -165,7 +162,6 @@ class EngineClient:
             if isinstance(message, StepOutput):
                 self.stats = message.stats
                 for output in message.outputs:
-                    # Drop the outputs of a request that has been closed meanwhile.
                     if output.request_id in self._queues:
                         self._queues[output.request_id].put_nowait(output)
 

@@ -12,10 +12,9 @@ from reftserve.server.registry.composition import Composition
 
 @dataclass(frozen=True)
 class RequestContext:
-    """Everything about a request except its tokens: which edits it runs, whose cache it shares, how urgent it is.
+    """Everything about a request except its tokens. versions: interventions and scales. priority: lower goes first.
 
-    versions: resolved interventions with their scales. cache_salt: prefixes are shared only under equal salts.
-    priority: lower goes first. is_metered: whether the metrics of users' requests count it.
+    cache_salt: prefixes are shared only under equal salts. is_metered: whether the metrics of users' requests count it.
     """
 
     versions: Composition
@@ -44,11 +43,10 @@ class Generation:
 
 @dataclass(frozen=True)
 class Piece:
-    """The next text of answer `index`; the last piece has a finish reason.
+    """The next text of answer `index`, made of `tokens` tokens; the last piece has a finish reason.
 
-    tokens: how many tokens made the text. cached_tokens: prompt tokens found in the prefix cache. logprobs: of the
-    piece's tokens, except the one that ends the turn. prompt_logprobs: of the prompt's tokens from the second on; only
-    the first piece has them.
+    cached_tokens: prompt tokens found in the prefix cache. logprobs: without the token that ends the turn.
+    prompt_logprobs: of the prompt's tokens from the second on; only the first piece has them.
     """
 
     index: int

@@ -27,10 +27,7 @@ class LabelledPrompt:
 
 
 def label_chat(tokenizer: Tokenizer, messages: Sequence[ChatMessage], labels: Sequence[str]) -> LabelledPrompt:
-    """Encode a conversation, and each label as the assistant's next turn.
-
-    Raises InvalidRequest when the base has no chat template or the template refuses the messages.
-    """
+    """Encode a conversation, and each label as its next turn. Raises InvalidRequest where the chat template refuses."""
     turns = [[*messages, ChatMessage(role="assistant", content=label)] for label in labels]
     return LabelledPrompt(
         encode_rendered(tokenizer, render_chat(tokenizer, messages)),
@@ -45,10 +42,7 @@ def label_texts(tokenizer: Tokenizer, texts: Sequence[str], labels: Sequence[str
 
 
 def probabilities(logprobs: Sequence[Sequence[float]], normalize: Normalization) -> list[float]:
-    """Return each label's probability within the set. logprobs: for each label, those of its tokens.
-
-    normalize: `tokens` uses the mean over a label's tokens, so that long labels have no disadvantage.
-    """
+    """Return each label's probability in the set. normalize: `tokens` takes means, so length is no disadvantage."""
     scores = [math.fsum(each) / (len(each) if normalize == "tokens" else 1) for each in logprobs]
     largest = max(scores)
     weights = [math.exp(score - largest) for score in scores]

@@ -3,7 +3,6 @@
     prepare   capacity, sampling, grammar, interventions, prompt -> Generation
     stream    pin versions -> submit n sequences -> detokenise -> pieces;   collect: the same, whole
     score     pin versions -> submit prompts with continuations -> log-probabilities
-
 Every prompt's token ids and length are checked here, once, for every endpoint and for evaluations.
 """
 
@@ -86,10 +85,7 @@ class InferenceService:
         return self._engine.is_alive
 
     async def chat_prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
-        """Render a conversation with the base's chat template and encode it.
-
-        Raises InvalidRequest when the base has no template or the template refuses the messages.
-        """
+        """Render a conversation with the chat template and encode it. Raises InvalidRequest if the template refuses."""
 
         def encode() -> list[int]:
             return encode_rendered(self.base.tokenizer, render_chat(self.base.tokenizer, messages))
@@ -99,10 +95,7 @@ class InferenceService:
     async def open(
         self, owner: str, request: GenerationFields | ClassifyRequest, *, num_sequences: int
     ) -> RequestContext:
-        """Check that the engine has room, and resolve the request's interventions to immutable versions.
-
-        Raises Unavailable, Overloaded, NotFound or InvalidRequest.
-        """
+        """Check for room and resolve interventions. Raises Unavailable, Overloaded, NotFound or InvalidRequest."""
         self._require_room(num_sequences)
         versions = await run_in_threadpool(
             resolve_composition,
@@ -126,11 +119,7 @@ class InferenceService:
         prompt_field: str,
         max_tokens: int | None,
     ) -> Generation:
-        """Check a generation request against the server as it is now.
-
-        max_tokens: None fills the context. prompt_field: the field that errors about the prompt name.
-        Raises NotFound, InvalidRequest, Overloaded or Unavailable.
-        """
+        """Check a request against the server's state. max_tokens: None fills the context. Raises as `open` does."""
         n = request.n or 1
         context = await self.open(owner, request, num_sequences=n * len(prompts))
         check_sampling(request, self.base, self._limits.max_stop_strings)
@@ -157,7 +146,7 @@ class InferenceService:
     async def stream(self, generation: Generation) -> AsyncGenerator[Piece]:
         """Yield pieces of all answers as they come. Closing the iterator cancels the answers that still run.
 
-        Raises Unavailable when the engine dies, InvalidRequest when it refuses the request, DeadlineExceeded.
+        Raises Unavailable when the engine dies, InvalidRequest when it refuses, DeadlineExceeded, and as `pinned` does.
         """
         context = generation.context
         with self.pinned(context), self._metrics.request(is_metered=context.is_metered) as metered:
@@ -180,10 +169,7 @@ class InferenceService:
     async def score(
         self, context: RequestContext, request_id: str, prompts: Sequence[LabelledPrompt], *, prompt_field: str
     ) -> list[ScoredPrompt]:
-        """Return how likely each continuation of each prompt is; a prompt is computed once.
-
-        Raises Unavailable when the engine dies, InvalidRequest for a prompt that cannot run, DeadlineExceeded.
-        """
+        """Return how likely each continuation of each prompt is; a prompt is computed once. Raises as `stream` does."""
         for prompt in prompts:
             for token_ids in (prompt.prompt_ids, *prompt.label_ids):
                 self._check_tokens(token_ids, prompt_field)
@@ -199,10 +185,7 @@ class InferenceService:
         return [ScoredPrompt(output.continuation_logprobs, output.cached_tokens) for output in outputs]
 
     async def complete(self, context: RequestContext, request_id: str, prompt: list[int], *, max_tokens: int) -> str:
-        """Return the greedy answer to one prompt, at most `max_tokens` long or what the context holds.
-
-        Raises as `score` does.
-        """
+        """Return the greedy answer to a prompt: at most `max_tokens`, or what fits. Raises as `stream` does."""
         self._check_tokens(prompt, "prompt")
         room = self._check_length(prompt, 1, "prompt")
         sampling = SamplingParams(max_tokens=min(max_tokens, room), stop_token_ids=self.base.eos_token_ids)
@@ -213,10 +196,7 @@ class InferenceService:
         return answer.text
 
     def pinned(self, context: RequestContext) -> AbstractContextManager[None]:
-        """Keep the versions' files while inside.
-
-        Raises NotFound when a version has been deleted since it was resolved.
-        """
+        """Keep the versions' files while inside. Raises NotFound when one has been deleted since it was resolved."""
         return pinned(self._registry, context.versions)
 
     def _require_room(self, num_sequences: int) -> None:
@@ -231,7 +211,6 @@ class InferenceService:
         return self._engine.ready
 
     def _check_tokens(self, token_ids: list[int], field: str) -> None:
-        """Raise InvalidRequest for an empty text or a token id that the base does not have."""
         if not token_ids:
             raise InvalidRequest(f"field {field!r} has no tokens", param=field, code="empty_prompt")
         vocabulary = self.base.fingerprint.vocab_size
@@ -240,11 +219,7 @@ class InferenceService:
             raise InvalidRequest(f"token id {wrong}; the base model has 0 to {vocabulary - 1}", param=field)
 
     def _check_length(self, prompt: list[int], wanted: int, field: str, answer_field: str | None = None) -> int:
-        """Return how many tokens may follow the prompt.
-
-        wanted: tokens that are to follow. answer_field: the request's field that sets `wanted`, where there is one.
-        Raises InvalidRequest when they do not fit.
-        """
+        """Return how many tokens may follow the prompt. answer_field: the request's field that sets `wanted`."""
         max_context = self._ready().max_context
         room = max_context - len(prompt)
         if room < wanted:
@@ -277,7 +252,6 @@ class InferenceService:
         )
 
     async def _outputs(self, submit: Submit) -> AsyncGenerator[TokenOutput]:
-        """Yield the engine's outputs, its failures as the server's errors."""
         try:
             async with contextlib.aclosing(self._engine.generate(submit)) as outputs:
                 async for output in outputs:
@@ -296,7 +270,6 @@ class InferenceService:
             return [output async for output in outputs][-1]
 
     async def _answer(self, generation: Generation, index: int) -> AsyncGenerator[Piece]:
-        """Yield one answer's pieces; the last one has a finish reason."""
         params = generation.params[index]
         prompt = generation.prompt_of(index)
         submit = self._submit(generation.context, f"{generation.id}-{index}", prompt, params)
@@ -336,7 +309,6 @@ def cache_salt(owner: str, wanted: str | None = None) -> str:
 
 
 async def _together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Run all at once; when one fails, cancel the others."""
     tasks = [asyncio.create_task(each) for each in work]
     try:
         return list(await asyncio.gather(*tasks))

@@ -19,10 +19,7 @@ JSON_STYLE: JsonCompileOptions = {"whitespace_flexible": False, "item_separator"
 
 
 def grammar_of(request: GenerationFields) -> str:
-    """Return the grammar of a request's answer; "" for an unconstrained answer.
-
-    Raises InvalidRequest for a schema, expression or grammar that is wrong, too large, or given twice.
-    """
+    """Return the answer's grammar; "" allows any. Raises InvalidRequest if it is wrong, too large or given twice."""
     form, wanted = request.response_format, request.structured_outputs
     if wanted is not None and isinstance(form, (JsonObjectFormat, JsonSchemaFormat)):
         raise InvalidRequest("give response_format or structured_outputs, not both", param="structured_outputs")

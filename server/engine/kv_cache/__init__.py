@@ -28,10 +28,9 @@ def make_cache(
     has_kernel: bool,
     in_place: bool = True,
 ) -> KVCache:
-    """Return the cache with the fastest attention for this device and dtype.
+    """Return the fastest cache for this device and dtype. has_kernel: whether the CPU's attention kernel runs.
 
-    has_kernel: whether the CPU's attention kernel runs. in_place: False gathers on CUDA too, for comparison.
-    Raises EngineError when no block fits into max_bytes.
+    in_place: False gathers on CUDA too, for comparison. Raises EngineError when no block fits into max_bytes.
     """
     if has_kernel and device.type == "cpu" and dtype == torch.float32:
         return CpuCache(shapes, block_size=block_size, max_bytes=max_bytes)

@@ -1,9 +1,7 @@
 """Attention in float32 on the CPU: the kernel in cpu_kernels/attention.cpp reads the cache in place.
 
-keys[layer]    [blocks, kv_heads, key_dim, block_size]   transposed, so that one instruction reads sixteen keys
-values[layer]  [blocks, kv_heads, block_size, value_dim]
-
-block_size and value_dim are padded to multiples of sixteen. The kernel reads only a sequence's own tokens.
+keys[layer]    [blocks, kv_heads, key_dim, block_size]     transposed, so that one instruction reads sixteen keys
+values[layer]  [blocks, kv_heads, block_size, value_dim]   block_size and value_dim are padded to multiples of sixteen
 """
 
 from __future__ import annotations

@@ -2,12 +2,8 @@
 
 keys[layer]    [blocks + 1, block_size, kv_heads, key_dim]
 values[layer]  [blocks + 1, block_size, kv_heads, value_dim]
-
 The token dimension comes before heads, so that a token's keys are contiguous. The last block belongs to no sequence:
-padding rows of a recorded decode step (decode_graphs.py) write there.
-
-The kernels read only a sequence's own tokens. They are a parameter, so that tests without a GPU can replace those of
-triton.py.
+padding rows of a recorded decode step write there. Tests without a GPU replace the kernels of triton.py.
 """
 
 from __future__ import annotations
@@ -28,11 +24,10 @@ from reftserve.server.engine.transfers import to_device
 
 @dataclass(frozen=True)
 class PromptRows:
-    """The prompt chunks of a step.
+    """The prompt chunks of a step. tables: [chunks, n] int32, blocks of each sequence, with arbitrary padding.
 
-    tables: [chunks, n] int32, blocks of each chunk's sequence, with arbitrary padding. lengths: [chunks] int32, tokens
-    up to the chunk's end. first_rows: [chunks + 1] int32, first packed row of each chunk, and the end. counts: rows of
-    each chunk, on the host.
+    lengths: [chunks] int32, tokens up to the chunk's end. first_rows: [chunks + 1] int32, first packed row of each
+    chunk, and the end. counts: rows of each chunk, on the host.
     """
 
     tables: Tensor

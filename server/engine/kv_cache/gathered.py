@@ -1,13 +1,8 @@
 """Attention for any device and dtype: gathers the blocks of each sequence, then runs torch's attention over them.
 
-keys[layer]    [blocks, kv_heads, block_size, head_dim]
-values[layer]  the same
-
-The head dimension comes before a block's tokens, so that gathering a head's blocks gives one dense matrix. Prompt
-chunks attend one by one; decode tokens attend together, padded to the longest.
-
-On the CPU in float32 the decode rows use two batched products around a softmax. For queries of a few rows that is
-faster than the fused kernel, which is made for long queries.
+Keys and values of a layer are [blocks, kv_heads, block_size, dim]: gathering a head's blocks gives one dense matrix.
+Prompt chunks attend one by one; decode tokens attend together, padded to the longest. On the CPU in float32 they use
+two batched products around a softmax, which is faster for few rows than the fused kernel, made for long queries.
 """
 
 from __future__ import annotations
@@ -182,11 +177,7 @@ class GatheredStep:
         return self._biases[kv_heads, window]
 
     def _blocks(self, chunks: list[Chunk], device: torch.device) -> PerHead:
-        """Return the sequences' blocks up to the chunks' ends, [chunks, n].
-
-        A row is padded with one of its own blocks. Masked values are still multiplied by zero, and another sequence's
-        block may contain numbers that are not finite.
-        """
+        """Return the blocks up to each chunk's end, [chunks, n]. Padding is the row's own: 0 * another's inf is NaN."""
         size = self.cache.block_size
         counts = [-(-chunk.stop // size) for chunk in chunks]
         blocks = np.empty((len(chunks), max(counts)), dtype=np.int64)

@@ -2,7 +2,6 @@
 
 A program holds a tile of query rows, `tokens * heads of one group`, because query heads of one key-value head share its
 keys. It walks over the keys `KEYS` at a time with a running softmax (Dao et al. 2022) and looks up each key's block.
-
 If decode tokens are too few to fill the device, several programs share a row's keys, and `_merge` weighs their parts
 (Dao et al. 2023). The number of programs depends on the number of rows only, because the host does not know lengths.
 """
@@ -243,7 +242,6 @@ def _shape(query: Tensor, keys: Tensor, values: Tensor, tokens: int, window: int
 
 
 def _dense_rows(x: Tensor) -> Tensor:
-    """Return x [heads, rows, dim] with a dense last dimension; usually x itself."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
