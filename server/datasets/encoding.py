@@ -37,10 +37,7 @@ class EncodedExample:
 
 
 def encode(tokenizer: Tokenizer, example: Example) -> EncodedExample:
-    """Return an example's token ids, rendered as serving renders its prompt and generates its answer.
-
-    Raises InvalidRequest when a chat meets a base without a chat template, or a template that refuses the messages.
-    """
+    """Return an example's token ids. Raises InvalidRequest if a chat's template is missing or refuses the messages."""
     prompt = example.prompt
     if isinstance(prompt, Instruction):
         prompt = _instruction_prompt(prompt, has_template=tokenizer.chat_template is not None)
@@ -55,7 +52,6 @@ def encode(tokenizer: Tokenizer, example: Example) -> EncodedExample:
 
 
 def _instruction_prompt(asked: Instruction, *, has_template: bool) -> tuple[ChatMessage, ...] | str:
-    """Return a user's message with instruction and input as paragraphs; without a chat template, Alpaca's text."""
     if has_template:
         text = f"{asked.instruction}\n\n{asked.input}" if asked.input else asked.instruction
         return (ChatMessage(role="user", content=text),)

@@ -110,10 +110,7 @@ def row_kind(fields: Collection[str]) -> type[Row] | None:
 
 
 def row_examples(row: Any, location: SourceLocation) -> list[Example]:
-    """Return the examples of a row, a mapping of its fields; `messages` may be JSON, as in a table's cell.
-
-    Raises InvalidRequest with the location, the field and the expected value.
-    """
+    """Return a row's examples; `messages` may be JSON text. Raises InvalidRequest with location, field and reason."""
     if not isinstance(row, dict):
         raise location.error(f"{type(row).__name__}; expected an object")
     kind = row_kind([name for name, value in row.items() if value is not None])

@@ -73,10 +73,7 @@ class FileStore:
         *,
         check: Callable[[Session], object] = lambda session: None,
     ) -> File:
-        """Store a job's result file; a repeated call, after a crash, replaces it.
-
-        check: called in the transaction that stores the row; its exception rolls the transaction back.
-        """
+        """Store or replace a job's result file. check: runs in the transaction; its exception rolls this back."""
         with tempfile.TemporaryDirectory() as scratch:
             file = Path(scratch) / "result"
             with map_enospc(filename):

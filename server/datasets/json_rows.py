@@ -34,10 +34,7 @@ def read_lines(path: Path) -> Iterator[tuple[SourceLocation, Any]]:
 
 
 def read_array(path: Path) -> Iterator[tuple[SourceLocation, Any]]:
-    """Yield the items of a JSON array, decoded one by one so that an error names its row.
-
-    Raises InvalidRequest with the row number, or for a file of more than MAX_ARRAY_BYTES.
-    """
+    """Yield the items of a JSON array one by one. Raises InvalidRequest with the row, or above MAX_ARRAY_BYTES."""
     if path.stat().st_size > MAX_ARRAY_BYTES:
         raise file_error(f"a JSON array of more than {MAX_ARRAY_BYTES} bytes; write it as JSON Lines, one row per line")
     try:

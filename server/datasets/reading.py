@@ -25,18 +25,12 @@ HEAD_BYTES = 4096
 
 
 def read_examples(path: Path, filename: str = "") -> list[Example]:
-    """Return all examples of a data set. filename: its owner's name for it; a checked file needs none.
-
-    Raises InvalidRequest with the line or row, the field and the expected value.
-    """
+    """Return all examples. filename: the owner's, for unchecked files. Raises InvalidRequest with row and field."""
     return list(_examples(path, filename))
 
 
 def count_examples(path: Path, filename: str = "") -> int:
-    """Check a data set and count its examples.
-
-    Raises InvalidRequest with the line or row, the field and the expected value.
-    """
+    """Check a data set and count its examples. Raises InvalidRequest with row, field and expected value."""
     count = sum(1 for _ in _examples(path, filename))
     if count == 0:
         raise file_error(f"the file is empty; expected at least one row with {KINDS}")

@@ -21,10 +21,7 @@ from reftserve.server.errors import InvalidRequest
 def make_report(
     tokenizer: Tokenizer, training: Path, validation: Path | None, *, max_length: int, seed: int
 ) -> DataReport:
-    """Read, encode and split the files as the job would, and return the report. max_length: tokens.
-
-    Raises InvalidRequest when the base cannot render a row, there are too few examples, or all are too long.
-    """
+    """Read, encode and split the files as the job would. Raises InvalidRequest if a row does not render, or few fit."""
     learned = _encoded(tokenizer, training, "training_file", max_length)
     held_out = None if validation is None else _encoded(tokenizer, validation, "validation_file", max_length)
     splits = split(learned.fitting, None if held_out is None else held_out.fitting, seed=seed)
@@ -44,8 +41,6 @@ def make_report(
 
 @dataclass(frozen=True)
 class _EncodedFile:
-    """A file's examples as text and as tokens. fitting: those of at most max_length tokens."""
-
     examples: list[Example]
     encoded: list[EncodedExample]
     fitting: list[EncodedExample]

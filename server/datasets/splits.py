@@ -26,11 +26,10 @@ class Splits:
 
 
 def split(training: Sequence[EncodedExample], validation: Sequence[EncodedExample] | None, *, seed: int) -> Splits:
-    """Split examples; those of one row, or with one prompt, stay in one part.
+    """Split examples into parts that share no row and no prompt. Raises InvalidRequest when there are too few.
 
-    Without validation data the parts are 80, 10 and 10 percent of the training data; with it, half selects and half
-    scores. A held-out example is dropped if an earlier part has its prompt, as in conversations that begin alike.
-    Raises InvalidRequest when there are too few examples.
+    Without validation data the parts are 80, 10 and 10 percent; with it, half of it selects and half scores. A held-out
+    example is dropped if an earlier part has its prompt, as in conversations that begin alike.
     """
     if len(training) < MIN_EXAMPLES:
         raise InvalidRequest(
@@ -66,11 +65,7 @@ def prompts_of(examples: Iterable[EncodedExample]) -> set[PromptIds]:
 
 
 def _shuffled_groups(examples: Sequence[EncodedExample], seed: int) -> list[Group]:
-    """Group conversations whose last learned turns have the same prompt, in random order.
-
-    A single-turn row is a conversation of one turn. Equal prompts of earlier turns form no group: conversations often
-    begin alike, and all of them would be one group.
-    """
+    """Group conversations by their last prompt, at random; groups by any prompt would join all that begin alike."""
     last = {example.location: example.prompt_ids for example in examples}
     groups: defaultdict[PromptIds, Group] = defaultdict(list)
     for example in examples:
@@ -97,7 +92,6 @@ def _split_off(groups: list[Group], count: int, *, min_groups: int) -> tuple[lis
 
 
 def _without_prompts_of(earlier: Sequence[EncodedExample], groups: list[Group]) -> list[Group]:
-    """Remove the examples whose prompts are in an earlier part, and groups that become empty."""
     prompts = prompts_of(earlier)
     kept = [[example for example in group if example.prompt_ids not in prompts] for group in groups]
     return [group for group in kept if group]

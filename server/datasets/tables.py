@@ -1,7 +1,6 @@
 """Reads rows of CSV and Parquet files in batches through Arrow, which is imported with the first of these files.
 
-Columns are the fields of one kind of row. `messages` of a chat is JSON, or in Parquet also a list of structs. Parquet
-compresses and stores repeated values once, so the declared and the actual unfolded size are both bounded.
+Parquet stores repeated values once, so two sizes are bounded: the declared one, and the one found while unfolding.
 """
 
 from __future__ import annotations
@@ -96,7 +95,6 @@ def _text_bytes(batch: pa.RecordBatch) -> int:
 
 
 def _leaves(array: pa.Array) -> Iterator[pa.Array]:
-    """Yield the arrays of plain values inside a nested array."""
     import pyarrow as pa
 
     if pa.types.is_struct(array.type):
@@ -109,7 +107,6 @@ def _leaves(array: pa.Array) -> Iterator[pa.Array]:
 
 
 def _lengths(leaf: pa.Array) -> pa.Array:
-    """Return the bytes of each text; null for other types."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -121,7 +118,6 @@ def _lengths(leaf: pa.Array) -> pa.Array:
 
 
 def _check_columns(names: Sequence[str]) -> None:
-    """Raise InvalidRequest unless the columns are the fields of one kind of row, each once."""
     kind = row_kind(names)
     found = ", ".join(map(repr, names[:20]))
     if kind is None:

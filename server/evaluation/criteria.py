@@ -1,7 +1,6 @@
 """The criteria of an evaluation: check them against the data set, and score them on one item. `tally.py` sums up.
 
-A criterion's final score is the weighted mean over the items; for the perplexity it is the exponential of that mean.
-Loss and perplexity weigh an item by its tokens, every other criterion by 1.
+A score is the mean over items, weighted by tokens for loss and perplexity; perplexity is that mean's exponential.
 """
 
 from __future__ import annotations
@@ -33,10 +32,7 @@ LARGEST_LOSS = 700.0  # exp(700) is still a finite float
 
 @dataclass(frozen=True)
 class ItemAnswer:
-    """The answers of an item. reference: the data's; output: the greedy one, if a criterion needs it.
-
-    reference_logprobs: of each token of the reference. label_logprobs: by criterion, of each token of each label.
-    """
+    """An item's reference, its greedy output, and the log-probabilities of the reference's and each label's tokens."""
 
     reference: str
     output: str = ""
@@ -55,10 +51,7 @@ class Score:
 
 
 def check_criteria(criteria: Sequence[TestingCriterion], references: Iterable[str]) -> list[TestingCriterion]:
-    """Return the criteria with names and labels filled in. references: the answers in the data.
-
-    Raises InvalidRequest for duplicate names, invalid patterns, and labels that do not fit the data.
-    """
+    """Return criteria with names and labels filled in. Raises InvalidRequest for bad names, patterns or labels."""
     answers = list(references) if any(isinstance(c, AccuracyCriterion) for c in criteria) else []
     checked: list[TestingCriterion] = []
     for index, criterion in enumerate(criteria):

@@ -1,8 +1,4 @@
-"""The eval service creates, lists, gets, cancels and deletes evals (a data set with criteria) and their runs.
-
-A run exists once its row is committed with status `queued`. The evaluator (`evaluator.py`) takes it from there, also
-after a restart.
-"""
+"""The evals of the API and their runs. A run exists once its row is committed as `queued`, also after a restart."""
 
 from __future__ import annotations
 
@@ -37,10 +33,7 @@ def criteria_of(row: Eval) -> list[TestingCriterion]:
 
 
 class EvalService:
-    """The evals of all owners and their runs.
-
-    served: returns the engine's fingerprint, or raises Unavailable. max_interventions: the limit of a composition.
-    """
+    """The evals of all owners and their runs. served: returns the engine's fingerprint, or raises Unavailable."""
 
     def __init__(
         self, store: Store, base: Base, served: Callable[[], ServingFingerprint], *, max_interventions: int
@@ -51,10 +44,7 @@ class EvalService:
         self._max_interventions = max_interventions
 
     def create(self, owner: str, request: EvalCreate) -> Eval:
-        """Check the criteria against the data set, and store the eval.
-
-        Raises InvalidRequest or NotFound with the field's name.
-        """
+        """Check criteria and data set, and store the eval. Raises InvalidRequest or NotFound with the field's name."""
         file_id = request.data_source_config.file_id
         file = self._store.files.get(owner, file_id, param="data_source_config.file_id")
         if file.purpose != TRAINING:
@@ -80,10 +70,7 @@ class EvalService:
         return self.get(owner, identity)
 
     def get(self, owner: str, eval_id: str) -> Eval:
-        """Return one eval with its runs, oldest first.
-
-        Raises NotFound.
-        """
+        """Return one eval with its runs, oldest first. Raises NotFound."""
         query = select(Eval).where(Eval.id == eval_id, Eval.owner == owner).options(selectinload(Eval.runs))
         with self._store.database.reading() as session:
             row = session.scalar(query)
@@ -101,19 +88,13 @@ class EvalService:
         return rows[:limit], len(rows) > limit
 
     def delete(self, owner: str, eval_id: str) -> None:
-        """Delete an eval with its runs. A run in progress stops.
-
-        Raises NotFound.
-        """
+        """Delete an eval with its runs. A run in progress stops. Raises NotFound."""
         self.get(owner, eval_id)
         with self._store.database.session() as session:
             session.delete(session.get_one(Eval, eval_id))
 
     def create_run(self, owner: str, eval_id: str, request: EvalRunCreate) -> EvalRun:
-        """Queue a run with the versions that its names mean now.
-
-        Raises InvalidRequest or NotFound with the field's name; Unavailable before the engine is first ready.
-        """
+        """Queue a run of the current versions. Raises InvalidRequest, NotFound, or Unavailable without an engine."""
         row = self.get(owner, eval_id)
         file = self._store.files.get(owner, row.file_id, param="eval_id")
         source = request.data_source
@@ -145,10 +126,7 @@ class EvalService:
         return run
 
     def get_run(self, owner: str, eval_id: str, run_id: str) -> EvalRun:
-        """Return one run.
-
-        Raises NotFound.
-        """
+        """Return one run. Raises NotFound."""
         with self._store.database.reading() as session:
             run = session.get(EvalRun, run_id)
         if run is None or run.owner != owner or run.eval_id != eval_id:
@@ -156,10 +134,7 @@ class EvalService:
         return run
 
     def require_served(self, run: EvalRun) -> None:
-        """Check that the run was made for the current fingerprint, so that all its items have one.
-
-        Raises Conflict with every difference.
-        """
+        """Raise Conflict if the engine's fingerprint has changed since the run's creation: all items must share one."""
         if run.served is None:
             return  # made before runs recorded it
         try:
@@ -170,10 +145,7 @@ class EvalService:
             ) from cause
 
     def cancel_run(self, owner: str, eval_id: str, run_id: str) -> EvalRun:
-        """Cancel a run. Items that the engine is computing are dropped.
-
-        Raises NotFound; Conflict when the run has ended.
-        """
+        """Cancel a run; the engine drops its current items. Raises NotFound, or Conflict if the run has ended."""
         self.get_run(owner, eval_id, run_id)
         with self._store.database.session() as session:
             run = session.get_one(EvalRun, run_id, with_for_update=True)
@@ -185,10 +157,7 @@ class EvalService:
         return run
 
     def delete_run(self, owner: str, eval_id: str, run_id: str) -> None:
-        """Delete a run with its items. A run in progress stops.
-
-        Raises NotFound.
-        """
+        """Delete a run with its items. A run in progress stops. Raises NotFound."""
         self.get_run(owner, eval_id, run_id)
         with self._store.database.session() as session:
             session.delete(session.get_one(EvalRun, run_id))

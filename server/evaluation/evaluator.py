@@ -1,7 +1,6 @@
 """The task in the HTTP server's process that executes evaluation runs, the oldest first, chunk by chunk.
 
-The items of a chunk go to the engine together, at a lower priority than all other requests. One transaction stores
-their results. After a restart a run resumes with the items that have no result, unless the server has another base.
+A chunk's items go to the engine together, at the lowest priority. A restarted run does only the items without a result.
 """
 
 from __future__ import annotations
@@ -47,10 +46,7 @@ NumberedExample = tuple[int, Example]
 
 
 class Evaluator:
-    """Executes one run at a time; each server has one evaluator.
-
-    lease_s: seconds without a renewal after which another server may continue a run.
-    """
+    """Executes one run at a time. lease_s: seconds without renewal after which another server may continue it."""
 
     def __init__(self, store: Store, evals: EvalService, inference: InferenceService, *, lease_s: float) -> None:
         self._store = store
@@ -109,10 +105,6 @@ class Evaluator:
             logger.info("a run stops: %s", cause)
 
     async def _evaluate_or_fail(self, lease: Lease[EvalRun]) -> EvalError | None:
-        """Evaluate the run; return the error that fails it.
-
-        Raises LeaseLost, or one of `DATABASE_ERRORS`.
-        """
         try:
             await self._evaluate(lease)
         except ServerError as cause:
@@ -125,11 +117,6 @@ class Evaluator:
         return None
 
     async def _evaluate(self, lease: Lease[EvalRun]) -> None:
-        """Evaluate the items without a result.
-
-        Raises ServerError if the file, an intervention or the base is gone, if engines keep dying, or if servers do;
-        LeaseLost if the run was cancelled, deleted or taken over.
-        """
         require_attempts_left(lease, "the run's next items")
         run = await asyncio.to_thread(self._repository.get, lease)
         examples, target = await asyncio.to_thread(self._load, run)

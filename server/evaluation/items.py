@@ -1,9 +1,4 @@
-"""The evaluation of one example: score and generate its texts at the engine, then measure each criterion.
-
-Both use the door to the engine: `InferenceService.score` and `complete`. /v1/classify uses the same `score`,
-`LabelledPrompt` and `probabilities`, with prompts from requests instead of data sets. The criteria are in
-`criteria.py`, and `evaluator.py` schedules the items of a run.
-"""
+"""The evaluation of one example: score and generate its texts at the engine, then measure each criterion."""
 
 from __future__ import annotations
 
@@ -51,11 +46,7 @@ class ItemOutcome:
 
 @dataclass(frozen=True)
 class _Question:
-    """An example, encoded for the engine.
-
-    scored: the prompt with the distinct texts to score. reference: the index of the data's answer among these texts,
-    if a criterion needs it. labels: the indices of each criterion's labels, by criterion name.
-    """
+    """An encoded example. reference, labels (by criterion): indices into the distinct texts of `scored`."""
 
     scored: LabelledPrompt
     reference: int | None
@@ -63,10 +54,7 @@ class _Question:
 
 
 async def evaluate(inference: InferenceService, target: RunTarget, number: int, example: Example) -> ItemOutcome:
-    """Evaluate one example. An error of the example itself is an outcome, not an exception.
-
-    Raises Unavailable when the engine dies.
-    """
+    """Evaluate one example; its own error becomes the outcome. Raises Unavailable when the engine dies."""
     request_id = f"{target.run_id}-{number}"
     output: str | None = None
     logprobs: list[list[float]] = []
@@ -101,7 +89,6 @@ def label_example(base: Base, example: Example, labels: Sequence[str]) -> Labell
 
 def _question(base: Base, criteria: list[TestingCriterion], example: Example) -> _Question:
     encoded = encode(base.tokenizer, example)
-    # Criteria may share texts; each text is scored once.
     texts: dict[tuple[int, ...], int] = {}
 
     def index_of(token_ids: Sequence[int]) -> int:

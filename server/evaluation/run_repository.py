@@ -1,8 +1,4 @@
-"""The rows of runs while they are in progress: status, items chunk by chunk, and the sums over them.
-
-A run is written under its lease (`storage/leases.py`). Each write raises LeaseLost, with nothing written, when the run
-was cancelled, deleted or taken over by another server.
-"""
+"""The rows of runs in progress. Each write raises LeaseLost, and writes nothing, if the run has been taken away."""
 
 from __future__ import annotations
 
@@ -27,7 +23,7 @@ class RunRepository:
         self._database = database
 
     def get(self, lease: Lease[EvalRun]) -> EvalRun:
-        """Return the lease's run. Raises LeaseLost."""
+        """Return the lease's run."""
         with self._database.reading() as session:
             return require_lease(session, lease, lock=False)
 
@@ -37,7 +33,7 @@ class RunRepository:
             return set(session.scalars(select(EvalItem.number).where(EvalItem.run_id == run_id)))
 
     def add(self, lease: Lease[EvalRun], criteria: Sequence[TestingCriterion], outcomes: Sequence[ItemOutcome]) -> None:
-        """Store a chunk of items and count them, in one transaction. Raises LeaseLost."""
+        """Store a chunk of items and count them, in one transaction."""
         with self._database.session() as session:
             run = require_lease(session, lease)
             run.attempts = 0
@@ -49,7 +45,7 @@ class RunRepository:
             run.tally = tally.model_dump()
 
     def end(self, lease: Lease[EvalRun], error: EvalError | None = None) -> None:
-        """Complete the run, or fail it with an error. Raises LeaseLost."""
+        """Complete the run, or fail it with an error."""
         with self._database.session() as session:
             run = require_lease(session, lease)
             run.status = "completed" if error is None else "failed"

@@ -1,7 +1,4 @@
-"""The serving fingerprint identifies base, dtype and quantization; a run keeps one from its first item to its last.
-
-Apart from data and interventions, scores depend on nothing else.
-"""
+"""The serving fingerprint: base, dtype and quantization. Scores depend only on it, the data and the interventions."""
 
 from __future__ import annotations
 
@@ -18,10 +15,7 @@ class ServingFingerprint(BaseFingerprint):
 
 
 def serving_fingerprint(base: Base, *, dtype: str | None, quantization: str) -> ServingFingerprint:
-    """Return the engine's fingerprint. dtype: as the ready engine reported it; None: it has not been ready yet.
-
-    Raises Unavailable without a dtype: only the engine knows what `auto` means on its machine.
-    """
+    """Return the engine's fingerprint. Raises Unavailable without the dtype, which a ready engine reports."""
     if dtype is None:
         raise Unavailable("the engine is not ready yet; ask again in a moment")
     return ServingFingerprint(**base.fingerprint.model_dump(), dtype=dtype, quantization=quantization)

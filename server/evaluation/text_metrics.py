@@ -1,7 +1,4 @@
-"""Agreement of two texts: exact, or as the SQuAD benchmark defines it (Rajpurkar et al. 2016, evaluation script 1.1).
-
-SQuAD's rules suit short English phrases. They drop what distinguishes numbers, signs or single letters.
-"""
+"""Agreement of two texts: exact, or by SQuAD's rules for short English phrases (Rajpurkar et al. 2016, script 1.1)."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalized(text: str) -> str:
-    """Return the text in lower case with single spaces, without punctuation and English articles."""
+    """Return the text in lower case with single spaces, without English articles and punctuation (so without signs)."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
@@ -29,10 +26,7 @@ def squad_exact_match(prediction: str, reference: str) -> bool:
 
 
 def f1(prediction: str, reference: str) -> float:
-    """Return SQuAD's F1: the harmonic mean of precision and recall over the words of the normalized texts.
-
-    If a text has no words, F1 is 1 if neither has any, else 0, as in version 2 of the script.
-    """
+    """Return SQuAD's F1 over normalized words; if a text has none, 1 if neither has any, else 0 (script version 2)."""
     predicted, expected = normalized(prediction).split(), normalized(reference).split()
     if not predicted or not expected:
         return float(predicted == expected)

@@ -22,10 +22,7 @@ def resolve_composition(
     base: str,
     limit: int,
 ) -> Composition:
-    """Resolve a request's interventions to versions and scales: first `model`, unless it is the base, then the list.
-
-    Raises NotFound with similar names; InvalidRequest for more than `limit` interventions or a repeated one.
-    """
+    """Resolve `model`, unless it is the base, and the list. Raises NotFound, or InvalidRequest for a wrong list."""
     uses = list(interventions or [])
     if model != base:
         reference = Reference.parse(model)

@@ -1,7 +1,6 @@
 """The registry: published interventions by name and version, their aliases, and the pins of running requests.
 
-Publishing stores the artifact first; then one transaction commits name, version and `latest`. Without that commit the
-version does not exist. Versions are immutable, and their numbers are never used again.
+Publishing stores the artifact, then commits name, version and `latest`. Versions are immutable, numbers not reused.
 """
 
 from __future__ import annotations
@@ -47,10 +46,7 @@ class PublishedVersion:
 
 
 class InterventionRegistry:
-    """Published interventions of all owners, made for one base.
-
-    max_artifact_bytes: limit of one upload, unpacked; max_owner_bytes: limit of all versions of an owner.
-    """
+    """All owners' interventions on one base. max_artifact_bytes: of an unpacked upload; max_owner_bytes: per owner."""
 
     def __init__(
         self,
@@ -81,12 +77,9 @@ class InterventionRegistry:
         job_id: str | None = None,
         alongside: Callable[[Session, str], object] = lambda session, published_id: None,
     ) -> PublishedVersion:
-        """Publish an artifact folder as the next version of `name`; `latest` moves to it.
+        """Publish an artifact folder as the next version of `name`; a job's repeated call returns the same version.
 
-        A job publishes once: a repeated call with its job_id returns the same version. alongside: called with
-        `name@version` in the publishing transaction; an exception rolls the transaction back.
-        Raises InvalidRequest when the name or the artifact will not do, QuotaExceeded or StorageFull when there is no
-        room.
+        alongside: called with `name@version` in the transaction. Raises InvalidRequest, QuotaExceeded or StorageFull.
         """
         check_name(name)
         try:
@@ -112,10 +105,7 @@ class InterventionRegistry:
         return self._published(name, committed)
 
     def upload(self, owner: str, name: str, data: bytes) -> PublishedVersion:
-        """Publish a zipped artifact.
-
-        Raises InvalidRequest when the data is no artifact, or an artifact of another base.
-        """
+        """Publish a zipped artifact. Raises InvalidRequest when the data is no artifact of this base."""
         check_name(name)
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "artifact"
@@ -126,17 +116,11 @@ class InterventionRegistry:
             return self.publish(owner, name, folder)
 
     def download(self, owner: str, reference: Reference) -> bytes:
-        """Return a version's artifact as a zip.
-
-        Raises NotFound.
-        """
+        """Return a version's artifact as a zip. Raises NotFound."""
         return pack(self.resolve(owner, reference).folder)
 
     def history(self, owner: str, reference: Reference) -> tuple[PublishedVersion, History]:
-        """Return a version and the steps of its training.
-
-        Raises NotFound, also when the artifact has no history.
-        """
+        """Return a version and its training steps. Raises NotFound, also when the artifact has no history."""
         version = self.resolve(owner, reference)
         history = load_history(version.folder)
         if history is None:
@@ -157,27 +141,18 @@ class InterventionRegistry:
             return list(session.scalars(query))
 
     def get(self, owner: str, name: str) -> Intervention:
-        """Return one intervention with its versions and aliases.
-
-        Raises NotFound with near names.
-        """
+        """Return one intervention with its versions and aliases. Raises NotFound with near names."""
         with self._database.reading() as session:
             return self._get(session, owner, name)
 
     def resolve(self, owner: str, reference: Reference) -> PublishedVersion:
-        """Return the immutable version that a reference points at now.
-
-        Raises NotFound with near names.
-        """
+        """Return the immutable version that a reference points at now. Raises NotFound with near names."""
         with self._database.reading() as session:
             found = self._version(self._get(session, owner, reference.name), reference)
         return self._published(reference.name, found)
 
     def pin(self, version: PublishedVersion) -> None:
-        """Keep a version's files until `unpin`; pins count.
-
-        Raises NotFound when it has been deleted since it was resolved, unless it is pinned already.
-        """
+        """Keep a version's files until `unpin`; pins count. Raises NotFound if it was deleted before its first pin."""
         key = version.row.blob_key
         with self._lock:
             if not self._pins[key] and (key in self._doomed or not version.folder.exists()):
@@ -199,10 +174,9 @@ class InterventionRegistry:
             self._blobs.delete(key)
 
     def delete(self, owner: str, name: str, version: int | str | None = None, *, force: bool = False) -> list[str]:
-        """Delete one version, or all versions of a name; return their ids.
+        """Delete one version, or all versions of a name; return their ids. Running requests still finish.
 
-        Running requests still finish. Raises NotFound; and, unless forced, Conflict while a running request pins a
-        version or a user's alias points at it.
+        Raises NotFound; unless forced, Conflict if a request pins a version, or a user's alias points at the given one.
         """
         with self._lock, self._database.session() as session:
             row = self._get(session, owner, name)
@@ -222,10 +196,7 @@ class InterventionRegistry:
         return [f"{name}@{gone.version}" for gone in going]
 
     def set_alias(self, owner: str, name: str, alias: str, version: int) -> Intervention:
-        """Point a user's alias at a version.
-
-        Raises InvalidRequest for a name that aliases cannot have, NotFound.
-        """
+        """Point a user's alias at a version. Raises NotFound, or InvalidRequest for an invalid alias."""
         check_alias(alias)
         with self._database.session() as session:
             row = self._get(session, owner, name)
@@ -234,10 +205,7 @@ class InterventionRegistry:
         return self.get(owner, name)
 
     def delete_alias(self, owner: str, name: str, alias: str) -> Intervention:
-        """Remove a user's alias.
-
-        Raises NotFound.
-        """
+        """Remove a user's alias. Raises NotFound."""
         check_alias(alias)
         with self._database.session() as session:
             row = self._get(session, owner, name)

@@ -32,8 +32,7 @@ class Store:
     def sweep(self) -> list[str]:
         """Delete files and artifacts that a crash left without a row, at start-up; return their keys.
 
-        Blobs older than the database's first row stay: they belong to another database, which may be restored later.
-        An empty database deletes nothing and logs the number of blobs without a row.
+        Blobs older than the database's first row stay: another database may list them. An empty database deletes none.
         """
         since = self._first_row()
         if since is not None:
@@ -50,7 +49,6 @@ class Store:
         return []
 
     def _first_row(self) -> int | None:
-        """Return the creation time (Unix seconds) of the oldest file, intervention, job or eval; None without any."""
         with self.database.reading() as session:
             oldest = [session.scalar(select(func.min(table.created_at))) for table in (File, Intervention, Job, Eval)]
         return min((moment for moment in oldest if moment is not None), default=None)

@@ -1,8 +1,6 @@
 """Blobs: files and folders stored under keys, in a local folder or behind any fsspec URL (s3://, gs://, ...).
 
-A key is written once. A blob becomes reachable when the database commits a row that names it, after the write. The
-store deletes the remains of a failed write at once, and `sweep` deletes those of a crash. A key never holds part of a
-file.
+A key is written once and never holds part of a file. A blob is reachable once the database commits a row with its key.
 """
 
 from __future__ import annotations
@@ -42,10 +40,7 @@ class BlobStore:
             self._copy(source, self._path(key))
 
     def put_folder(self, key: str, source: Path) -> None:
-        """Store the files of a local folder, without its subfolders.
-
-        Raises StorageFull when the disk is full; nothing stays under the key.
-        """
+        """Store a folder's files, without subfolders. Raises StorageFull; nothing then stays under the key."""
         with self._all_or_nothing(key):
             for file in sorted(source.iterdir()):
                 self._copy(file, f"{self._path(key)}/{file.name}")
@@ -90,11 +85,7 @@ class BlobStore:
 
     @contextmanager
     def delete_blob_on_error(self, key: str) -> Iterator[None]:
-        """Delete the blob if the transaction that stores its row raises and has certainly committed nothing.
-
-        After an interruption or a database error the outcome of the commit is unknown: the blob stays, and `sweep`
-        deletes it if no row names it.
-        """
+        """Delete the blob if its transaction raises, but not after a database error: the row may be committed."""
         try:
             yield
         except DBAPIError:
@@ -104,10 +95,7 @@ class BlobStore:
             raise
 
     def sweep(self, prefix: str, keep: set[str], *, since: float = 0.0, older_than_s: float = 3600) -> list[str]:
-        """Delete old blobs directly below `prefix` that are not in `keep`; return their keys.
-
-        A young blob stays: another process may be about to commit its row. since: Unix seconds; older blobs stay.
-        """
+        """Delete blobs below `prefix`, from `since` on, that are not in `keep`. Young ones stay: a row may follow."""
         swept = []
         for key in self.children(prefix):
             if key not in keep and since <= self._modified(self._path(key)) < time.time() - older_than_s:

@@ -34,10 +34,7 @@ class Database:
 
     @contextmanager
     def session(self) -> Iterator[Session]:
-        """Open a writing transaction; commit it at the end, roll it back on any exception.
-
-        Raises StorageFull when the disk is full.
-        """
+        """Open a writing transaction; commit it, or roll back on any exception. Raises StorageFull for a full disk."""
         with Session(self.engine, expire_on_commit=False) as session:
             try:
                 yield session

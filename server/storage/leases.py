@@ -1,15 +1,13 @@
 """Leases let one process at a time work on a job or a run of an eval, as long as it renews its lease.
 
-A process takes a row with a lease, which expires unless renewed, and a fence, a number that grows with each change of
-owner. Every write compares the fence in its own transaction. So a process that was presumed dead and wakes up loses
-its lease before it can write or publish anything.
+A row's lease expires unless renewed, and its fence grows with each change of owner. Every write compares the fence in
+its own transaction, so a process that was presumed dead and wakes up loses its lease before it can write or publish.
 
     queued ──take──► running ─release─► ended, or paused
                      ▲     │
                      └─take┘  by another process, once the lease has expired
 
-A timer renews leases, not progress: a step may take longer than a lease. So hanging work keeps its row until its
-process ends or the work is cancelled; cancelling needs no answer from the process.
+A timer renews leases, not progress, so hanging work keeps its row until its process ends or the work is cancelled.
 """
 
 from __future__ import annotations
@@ -94,10 +92,7 @@ class Leases(Generic[Row]):
             session.execute(update(self._table).where(mine).values(lease_expires_at=expires_at))
 
     def release(self, *, in_order: bool = True) -> None:
-        """Give all leases back, so that other processes need not wait for them to expire.
-
-        in_order: the work did not cause the release, so the attempt does not count.
-        """
+        """Give all leases back at once. in_order: the work did not cause the release, so the attempt does not count."""
         with self._database.session() as session:
             query = select(self._table).where(self._table.lease_worker == self._worker)
             for row in session.scalars(query.with_for_update()):
@@ -124,10 +119,7 @@ def require_attempts_left(lease: Lease[Any], milestone: str) -> None:
 
 
 def require_lease(session: Session, lease: Lease[Row], *, lock: bool = True) -> Row:
-    """Return the lease's row. lock: until this transaction ends; False: for a transaction that only reads.
-
-    Raises LeaseLost when the row's fence has changed or the row is deleted.
-    """
+    """Return the row, locked for this transaction if `lock`. Raises LeaseLost if it was taken away or deleted."""
     row = session.get(lease.table, lease.id, with_for_update=lock)
     if row is None:
         raise LeaseLost(f"the lease on {lease.id} is lost: the row is deleted")

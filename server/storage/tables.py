@@ -23,11 +23,7 @@ class Table(DeclarativeBase):
 
 
 class Leased:
-    """Columns of a row that one process works on at a time (`leases.py`).
-
-    lease_worker: the process that holds the lease, which ends at lease_expires_at (Unix seconds) unless renewed.
-    fence: counts how often the row changed hands. attempts: how often it was taken since it last got further.
-    """
+    """Columns of a row that one process works on at a time (`leases.py`). attempts: leases since its last progress."""
 
     RUNNING: ClassVar[str]
     ENDED: ClassVar[tuple[str, ...]]
@@ -105,10 +101,7 @@ class Alias(Table):
 
 
 class Job(Leased, Table):
-    """A training run. plan: every decision of the recipe; error: code, message and param of its failure.
-
-    base: fingerprint of the model that it trains on. data_report: the report on its data at creation.
-    """
+    """A training run. plan: the recipe's decisions. base: fingerprint of its model. data_report: made at creation."""
 
     __tablename__ = "jobs"
     RUNNING = "running"
@@ -182,10 +175,7 @@ class Eval(Table):
 
 
 class EvalRun(Leased, Table):
-    """A run of an eval. uses: `name@version` and scale of each intervention; tally: sums over the items done.
-
-    served: fingerprint, dtype and quantization of the base that it evaluates.
-    """
+    """A run of an eval. uses: name, version and scale of interventions. served: fingerprint of base and engine."""
 
     __tablename__ = "eval_runs"
     RUNNING = "in_progress"

@@ -5,9 +5,8 @@ The base is frozen and causal. With edits at layer `lowest` and above, from toke
     layers up to `lowest`    constant for every token    cached: the output of `lowest` for the tokens from `start` on
     tokens before `start`    constant in every layer     cached: their keys and values in the layers above `lowest`
 
-So an epoch computes only the tokens from `start` on, in the layers above `lowest`. With `l1` these are the last prompt
-token and the completion. The trials of a sweep share a cache if its `lowest` and `start` hold for all of them. Examples
-beyond the budget are recomputed from their first token at each step.
+So an epoch computes only the tokens from `start` on in the layers above `lowest`: with `l1`, the last prompt token and
+the completion. Examples beyond the budget are recomputed from their first token at each step.
 """
 
 from __future__ import annotations
@@ -34,10 +33,7 @@ NUMBER_BYTES = 4
 
 
 class Arena:
-    """A budget for write-once tensors: memory, then mapped files without a name, which vanish with the process.
-
-    Only CPU tensors go to files. is_full: whether a tensor has been refused.
-    """
+    """A budget for write-once tensors: memory, then for CPU tensors mapped files, which vanish with the process."""
 
     def __init__(self, memory_bytes: int, disk_bytes: int = 0, folder: Path | None = None) -> None:
         self._memory_bytes, self._disk_bytes = memory_bytes, disk_bytes if folder is not None else 0
@@ -79,11 +75,9 @@ class Arena:
 
 @dataclass(frozen=True)
 class CachedActivations:
-    """The constant activations of one example.
+    """An example's constant activations. hidden: output of `lowest` for the tokens from `start` on, [rows, hidden].
 
-    hidden: output of the layer `lowest` for the tokens from `start` on, [rows, hidden].
-    before: keys and values of the tokens before `start`, one [2, kv_heads, start, dim] per layer above `lowest`;
-        empty if edits may begin at the first token.
+    before: keys and values of the tokens before, one [2, kv_heads, start, dim] per layer above `lowest`, or empty.
     """
 
     start: int
@@ -97,7 +91,6 @@ class _CachedPrefixes:
         self._first_layer = first_layer
 
     def of(self, layer: int) -> Sequence[Tensor]:
-        """Return each example's keys and values, [2, kv_heads, start, dim]."""
         return self._by_layer[layer - self._first_layer]
 
 
@@ -164,7 +157,6 @@ class ActivationCache:
         return Span(example, self.start(example) if example in self._cached else 0, example.length - 1, batch)
 
     def _fill(self, spans: Sequence[Span]) -> bool:
-        """Compute and cache the examples of one pass; return False if the arena has no room for all of them."""
         rows = VarlenRows(spans, self.varlen.device)
         starts = [self.start(span.example) for span in rows.scored]
         tokens = [rows.with_parent(number) for number, span in enumerate(rows.spans) if span.targets]
@@ -186,10 +178,7 @@ class ActivationCache:
 
 
 class ActivationCaches:
-    """The caches of one data set, in one arena, shared by the trials of a job and by consecutive jobs.
-
-    data: identifies the data set.
-    """
+    """The caches of one data set, named by `data`, in one arena; a job's trials and consecutive jobs share them."""
 
     def __init__(self, varlen: VarlenModel, arena: Arena, *, data: str = "") -> None:
         self._data = data

@@ -1,9 +1,8 @@
 """Candidates: the few settings that the recipe tries for open decisions, and the number of epochs for a data size.
 
-The candidates start from the paper's recipes (one middle layer at `l1`; all layers at a lower rate). Manual runs on
-200 rows of SST-2 and TREC with one seed selected them; `benchmarks/recipes.py` compares them with a grid.
-A suffix-only candidate computes each prompt once for all epochs, and then little more than the answers. A candidate
-that edits the prefix recomputes everything in every step, so it is tried only on small data.
+The candidates start from the paper's recipes (one middle layer at `l1`; all layers at a lower rate). Manual runs on 200
+rows of SST-2 and TREC with one seed selected them; `benchmarks/recipes.py` compares them with a grid. A candidate that
+edits the prefix recomputes every prompt in every step instead of once, so it is tried only on small data.
 """
 
 from __future__ import annotations
@@ -71,10 +70,7 @@ def known_good(base: BaseFingerprint) -> list[Candidate]:
 def candidates(
     plan: Plan, size: DataSize, base: BaseFingerprint, *, given: Collection[str], rate_factor: float = 1.0
 ) -> list[Variant]:
-    """Return different variants of a plan, at least one.
-
-    given: fields that the user set; every variant keeps them. rate_factor: multiplies every learning rate.
-    """
+    """Return different variants of a plan, at least one; all keep its `given` fields. rate_factor scales the rates."""
     found: list[Variant] = []
     for known in known_good(base):
         rate = known.learning_rate * rate_factor

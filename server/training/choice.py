@@ -1,28 +1,20 @@
 """The choice among a sweep's trials: the cheapest of those within one standard error of the best.
 
-A validation loss is an estimate from few examples. If two trials differ by less than its error, the rounding of the
-processor decides which loss is lower: the same job published an intervention of 14,000 parameters on one machine and
-of 277,000 on another. So trials within the error count as equals, and the cost decides (the one-standard-error rule,
-Breiman et al. 1984):
+A validation loss is an estimate from few examples. Without this rule, rounding chose among near-equal trials: the same
+job published 14,000 parameters on one machine and 277,000 on another (one-standard-error rule, Breiman et al. 1984).
 
     difference   the trial's loss per token minus the best trial's, on the same examples
     error        the standard error of the difference, paired by example: difficulty common to both trials cancels
-    equals       all trials whose difference is at most its error
-    chosen       the equal of the lowest cost, then of the fewest parameters, then the first
+    chosen       the cheapest trial whose difference is at most its error, then of fewest parameters, then the first
 
-The positions determine the cost, in training and in serving:
-
-    cost  positions         effect
+    cost  positions         effect in training and serving
     0     l1, l7            trains on a prompt's end against kept activations, shares the base's cached prefix
     1     f7, f7+l7         computes every prompt in every step, shares no cached prefix
     2     prompt            the same, and edits every row of a prompt
     3     generated, all    edits every decoded token
 
-A trial's loss is the lowest that it has reached in any epoch. The loss of the newest weights varies between epochs by
-more than the error: a trial of the demo had 0.202 after 57 steps and 0.254 after 76.
-
-Halvings use the same rule: it chooses one trial, then one of the rest, and so on, and the last are dropped. So a trial
-that is clearly worse than the best ranks behind all equals, and the most expensive equal ranks last among them.
+A trial's loss is the lowest of all its epochs, because the newest weights' loss varies by more than the error: a demo's
+trial had 0.202 after 57 steps and 0.254 after 76. Halvings drop the last trials by rank (`rank`).
 """
 
 from __future__ import annotations
@@ -63,9 +55,7 @@ class Contender:
 class Choice(BaseModel):
     """The record of a choice, stored in the job's plan; trials have their numbers in the plan's sweep.
 
-    step: the optimizer step after which the trials were compared. ranked: the compared trials by rank; the first
-    `kept` went on. best: the trial of the lowest validation loss. chosen: the trial that ranked first. difference: the
-    chosen trial's loss per token minus the best one's. standard_error: of the difference; None with a single example.
+    The first `kept` of `ranked` went on. difference, standard_error: of `chosen` minus `best`, in loss per token.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -81,10 +71,7 @@ class Choice(BaseModel):
 
 
 def rank(contenders: Sequence[Contender], tokens: NDArray[np.int64]) -> list[Contender]:
-    """Order trials by rank: the choice among all, then the choice among the rest, and so on.
-
-    tokens: [examples], the completion tokens of each example.
-    """
+    """Order trials: the choice among all, then among the rest, and so on. tokens: of each completion, [examples]."""
     left, ranked = list(contenders), list[Contender]()
     while left:
         _, chosen = _choose(left, tokens)
@@ -115,7 +102,6 @@ def explain(contenders: Sequence[Contender], tokens: NDArray[np.int64], *, step:
 
 
 def _choose(contenders: Sequence[Contender], tokens: NDArray[np.int64]) -> tuple[Contender, Contender]:
-    """Return the trial of the lowest loss, and the chosen one."""
     best = min(contenders, key=lambda each: (each.losses.sum(), each.number))
     equals = [each for each in contenders if _is_within_error(each, best, tokens)]
     return best, min(equals, key=lambda each: (each.cost, each.number))

@@ -6,8 +6,6 @@ tail: the first watcher that finds the last query too old runs the next one, and
     watcher ─┐
     watcher ─┼─► _Tail of the job ──(a query at most every POLL_S, in a thread)──► database
     watcher ─┘
-
-Between queries a watcher is a sleeping coroutine. A watcher that leaves needs no clean-up.
 """
 
 from __future__ import annotations
@@ -63,7 +61,6 @@ class EventFeed:
                 tail.extend(*await asyncio.to_thread(self._read, job_id, tail.newest))
 
     async def _page(self, job_id: str, after: int) -> Sequence[JobEvent]:
-        """Read events for a watcher that is behind the tail."""
         return (await asyncio.to_thread(self._read, job_id, after))[0]
 
     def _read(self, job_id: str, after: int) -> tuple[Sequence[JobEvent], bool]:
@@ -77,11 +74,7 @@ class EventFeed:
 
 
 class _Tail:
-    """The newest events of a job, up to KEPT. first: the number before the oldest; newest: that of the newest.
-
-    has_more: the last query returned a full page, so the next one need not wait.
-    ended: the job had ended before the last query, so no event follows `newest`.
-    """
+    """A job's newest events, up to KEPT, above `first`. has_more: the last page was full. ended: none follows."""
 
     def __init__(self, newest: int) -> None:
         self.lock = asyncio.Lock()
@@ -92,7 +85,6 @@ class _Tail:
         self._events: deque[JobEvent] = deque(maxlen=KEPT)
 
     def extend(self, events: Sequence[JobEvent], ended: bool) -> None:
-        """Append the events that a query found above `newest`."""
         self._events.extend(events)
         if events:
             self.newest = events[-1].number
@@ -102,5 +94,4 @@ class _Tail:
         self.polled_at = time.monotonic()
 
     def above(self, number: int) -> list[JobEvent]:
-        """Return the held events numbered above `number`."""
         return [event for event in self._events if event.number > number]

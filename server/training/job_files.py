@@ -2,10 +2,9 @@
 
     blobs / jobs / <id> / training.jsonl  validation.jsonl  checkpoint-<step>-<unique>/
 
-Only the holder of the job's lease changes its files. A checkpoint exists once its row is committed, and its key is
-unique: files that a fenced worker writes late belong to no row, and writing a step again leaves the first files in
-place until the row names the new ones. The files are removed once the job has succeeded. A failed or cancelled job can
-be retried, so its files stay for `keep_s` seconds, less if other jobs need the room.
+Only the holder of the job's lease changes its files. A checkpoint exists once its row names its unique key, so files
+that a fenced worker writes late belong to no row, and repeating a step leaves the first files until then. The files of
+a failed or cancelled job stay for a retry: `keep_s` seconds, or until other jobs need the room.
 """
 
 from __future__ import annotations
@@ -66,10 +65,7 @@ class JobFiles:
     def write_checkpoint(
         self, lease: Lease[Job], step: int, metrics: dict[str, object], write: Callable[[Path], None]
     ) -> None:
-        """Make a step durable. write: writes the step's state into a folder.
-
-        Raises QuotaExceeded, StorageFull or LeaseLost; the previous checkpoint then stays as it was.
-        """
+        """Store the folder that `write` fills. QuotaExceeded, StorageFull or LeaseLost keep the previous checkpoint."""
         key = f"{BLOBS}/{lease.id}/checkpoint-{step}-{uuid.uuid4().hex}"
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)

@@ -1,7 +1,6 @@
 """The rows of jobs, of their events and of their checkpoints.
 
-A run writes under its lease: each method that takes one raises LeaseLost, and writes nothing, if the job has changed
-hands. The functions at the end work inside the caller's transaction, which must hold the lock of the job's row.
+Methods with a lease raise LeaseLost once the job has changed hands. Functions at the end need the job's row locked.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""The job runner carries one job from its lease to its end: begin, advance (repeated), publish.
-
-Each step can be repeated after a crash. `begin` copies the data and loads the newest checkpoint. `advance` trains to
-the next checkpoint. `publish` writes the artifact; the registry accepts it once, in the transaction that ends the job.
-"""
+"""The job runner carries one job from its lease to its end. After a crash, every step can be repeated."""
 
 from __future__ import annotations
 
@@ -55,11 +51,7 @@ class Paused(Exception):
 
 
 class JobRunner:
-    """Runs the jobs of one worker, one after the other.
-
-    activation_cache_bytes, activation_cache_disk_bytes: budgets for a job's activations (`activation_cache.py`) in
-    memory and in files in `scratch`. A job that succeeds leaves its activations to the next job until `forget`.
-    """
+    """Runs a worker's jobs, one after the other. A succeeded job leaves its activations to the next, until `forget`."""
 
     def __init__(
         self,
@@ -88,11 +80,7 @@ class JobRunner:
         self._caches: ActivationCaches | None = None
 
     def execute(self, lease: Lease[Job]) -> None:
-        """Run the job from its current state to its end, a pause or the loss of the lease; then free its memory.
-
-        Raises one of `DATABASE_ERRORS` when the database is lost. The next worker that takes the job resumes it from
-        its checkpoint.
-        """
+        """Run the job to its end, a pause or the lease's loss, and free its memory. Raises one of `DATABASE_ERRORS`."""
         succeeded = False
         try:
             succeeded = self._run(lease)
@@ -111,10 +99,7 @@ class JobRunner:
             _free_memory()
 
     def begin(self, lease: Lease[Job]) -> Sweep:
-        """Check the base, copy and check the data, and return the job's trials at its newest checkpoint.
-
-        Raises Paused; ServerError when the data is gone, the base differs, or too many workers ended during the job.
-        """
+        """Check base and data, and return the trials at the newest checkpoint. Raises Paused or ServerError."""
         job = self._repository.get(lease.id)
         require_attempts_left(lease, "the job's next checkpoint")
         self._require_base(job)
@@ -149,7 +134,7 @@ class JobRunner:
         return True
 
     def publish(self, lease: Lease[Job], sweep: Sweep) -> str:
-        """Score base and best intervention on the test split, publish, end the job, and return `name@version`."""
+        """Score on the test split, then publish and end the job in one transaction; return `name@version`."""
         job = self._repository.get(lease.id)
         trainer = sweep.leader
         choices = [choice.model_dump() for choice in sweep.choices]
@@ -181,7 +166,6 @@ class JobRunner:
                 "succeeded",
                 f"Published {published_id}",
                 fine_tuned_model=published_id,
-                # The plan of the published trial, together with the sweep that it came from.
                 plan={**trainer.plan.model_dump(mode="json"), "sweep": job.plan["sweep"], "choices": choices},
                 trained_tokens=trainer.trained_tokens,
                 result_files=[results.id],
@@ -206,7 +190,6 @@ class JobRunner:
         self._repository.end(lease, "failed", f"The job failed: {error['message']}", level="error", error=error)
 
     def _run(self, lease: Lease[Job]) -> bool:
-        """Run the job, and return whether it succeeded."""
         try:
             sweep = self.begin(lease)
             while not sweep.has_ended:
@@ -248,7 +231,6 @@ class JobRunner:
         )
 
     def _trainers(self, lease: Lease[Job], job: Job, plan: Plan, splits: Splits) -> list[Trainer]:
-        """Make a trainer for each trial, on the previous job's caches if they are valid for this job."""
         data = dataset_hash(list(self._data(job).values()))
         caches = self._caches
         if caches is None or not caches.is_valid_for(data, cache_sites(plan).values()):
@@ -274,10 +256,7 @@ class JobRunner:
             ) from cause
 
     def _data(self, job: Job) -> dict[str, Path]:
-        """Return the job's copies of its data sets, and make missing ones.
-
-        Raises NotFound when a copy is missing and the uploaded file is deleted.
-        """
+        """Return the job's copies of its data sets; make missing ones. Raises NotFound if the upload is gone too."""
         copies = {}
         for name, file_id in (("training", job.training_file), ("validation", job.validation_file)):
             if file_id is not None:
@@ -369,7 +348,6 @@ class JobRunner:
 
 
 def _free_memory() -> None:
-    """Return unused memory of past trainers to the operating system and the GPU's other processes."""
     trim_heap()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,8 +1,4 @@
-"""The jobs of the API: create, list, cancel, pause, resume, retry, events, checkpoints. The worker trains them.
-
-A job exists once its row is committed with status `queued`, and a worker finds it by that row. There is no second
-write, so an acknowledged job cannot be lost between two stores.
-"""
+"""The jobs of the API. A job exists once its row is committed with status `queued`; workers find it by that row."""
 
 from __future__ import annotations
 
@@ -92,10 +88,7 @@ class JobService:
         return job
 
     def pause(self, owner: str, job_id: str) -> Job:
-        """Pause a job: a queued one at once, a running one after its current optimizer step, with a checkpoint.
-
-        Raises NotFound, or Conflict if the job has ended.
-        """
+        """Pause a job, a running one after its step, with a checkpoint. Raises NotFound, or Conflict if it ended."""
         with self._locked_job(owner, job_id) as (session, job):
             _require_not_ended(job, "paused")
             if is_held(job, self._store.database.now(session)):
@@ -105,10 +98,7 @@ class JobService:
         return job
 
     def resume(self, owner: str, job_id: str) -> Job:
-        """Queue a paused job again, or withdraw a pause that has not begun; otherwise change nothing.
-
-        Raises NotFound, or Conflict if the job has ended.
-        """
+        """Queue a paused job again, or withdraw a pause not yet begun. Raises NotFound, or Conflict if it ended."""
         with self._locked_job(owner, job_id) as (session, job):
             _require_not_ended(job, "resumed")
             job.pause_requested = False
@@ -117,10 +107,7 @@ class JobService:
         return job
 
     def retry(self, owner: str, job_id: str) -> Job:
-        """Queue a failed or cancelled job again; it resumes from its newest checkpoint if the files are still there.
-
-        Raises NotFound, or Conflict if the job has neither failed nor been cancelled.
-        """
+        """Queue a failed or cancelled job from its newest checkpoint. Raises NotFound, or Conflict for other jobs."""
         with self._locked_job(owner, job_id) as (session, job):
             if job.status not in ("failed", "cancelled"):
                 raise Conflict(
@@ -140,10 +127,7 @@ class JobService:
         return events[:limit], len(events) > limit
 
     def follow(self, owner: str, job_id: str, *, after: str | None) -> AsyncGenerator[JobEvent]:
-        """Return a stream of the events newer than event `after`, oldest first, which ends with the job.
-
-        Raises NotFound, or InvalidRequest if the job has no event `after`, before the stream begins.
-        """
+        """Stream the events after `after` until the job ends. Raises NotFound or InvalidRequest before it begins."""
         self.get(owner, job_id)
         number = 0 if after is None else event_number(after, job_id)
         if number and not self._feed.has(job_id, number):
@@ -157,13 +141,11 @@ class JobService:
 
     @contextmanager
     def _locked_job(self, owner: str, job_id: str) -> Iterator[tuple[Session, Job]]:
-        """Yield a job in a transaction that has locked its row."""
         self.get(owner, job_id)
         with self._store.database.session() as session:
             yield session, session.get_one(Job, job_id, with_for_update=True)
 
     def _check(self, owner: str, request: FineTuningJobCreate) -> tuple[Plan, DataReport]:
-        """Check a request; return the plan of its job and the report on its data."""
         if request.model != self._base.name:
             raise NotFound(
                 f"model {request.model!r} cannot be trained; the base is {self._base.name!r}",

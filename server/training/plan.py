@@ -1,7 +1,4 @@
-"""The plan holds every decision of a training run. It is made before the job exists and stored with it.
-
-`recipe.py` makes the plan from the user's request; training reads the plan alone.
-"""
+"""The plan holds every decision of a training run. `recipe.py` makes it, the job stores it, training reads it alone."""
 
 from __future__ import annotations
 
@@ -26,11 +23,7 @@ class Variant(BaseModel):
 
 
 class Plan(BaseModel):
-    """Every decision of a training run.
-
-    max_length: tokens of prompt and completion together. sweep: the trials, if there are several.
-    early_stopping_epochs: epochs without a better validation loss before the run ends; None: never.
-    """
+    """A run's decisions. max_length: tokens of prompt and completion. early_stopping_epochs: without a better loss."""
 
     model_config = ConfigDict(frozen=True)
 

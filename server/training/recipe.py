@@ -1,8 +1,4 @@
-"""The recipe turns a user's request into a complete plan: it makes every decision that the request leaves open.
-
-Without hyperparameters in the request, the plan is a sweep over several candidates (`candidates.py`). With some given,
-the plan is a single run, and the first candidate fills in the rest. Training itself is in `trainer.py`.
-"""
+"""The recipe turns a request into a plan: a sweep over `candidates.py`, or one run if hyperparameters are given."""
 
 from __future__ import annotations
 
@@ -33,10 +29,7 @@ MAX_LENGTH = 1024
 
 
 def token_limit(method: Method | None, max_context: int) -> int:
-    """Return the longest allowed example, in tokens. max_context: the base's context length.
-
-    Raises InvalidRequest when the request asks for more than the base's context.
-    """
+    """Return the longest allowed example, in tokens. Raises InvalidRequest above the base's context."""
     hyper = _asked(method, None).hyper
     if hyper.max_length is None:
         return min(max_context, MAX_LENGTH)
@@ -54,10 +47,7 @@ def make_plan(
     max_length: int,
     seed: int = 0,
 ) -> Plan:
-    """Make the plan for a job's `method` and OpenAI's older `hyperparameters`. max_length: tokens.
-
-    Raises InvalidRequest with the field's name and its valid values.
-    """
+    """Make a job's plan from `method` and OpenAI's older `hyperparameters`. Raises InvalidRequest with valid values."""
     asked = _asked(method, legacy)
     reft, hyper = asked.reft, asked.hyper
     default = known_good(base)[0]
@@ -132,10 +122,7 @@ def _asked(method: Method | None, legacy: SupervisedHyperparameters | None) -> _
 
 
 def variants(sweep: ReftSweep, base: BaseFingerprint, *, seed: int) -> list[Variant]:
-    """Return at most `trials` combinations of the sweep's values, drawn at random from a larger grid or from ranges.
-
-    Raises InvalidRequest with the field's name and its valid values.
-    """
+    """Return up to `trials` combinations, drawn from a larger grid or from ranges. Raises as `make_plan` does."""
     for rank in sweep.rank or ():
         _check_rank(rank, base, "sweep.rank")
     for positions in sweep.positions or ():

@@ -39,8 +39,7 @@ class Score:
     def means(self) -> dict[str, float]:
         """Return the loss per token, its standard error, token_accuracy, and exact_match (share of greedy completions).
 
-        The loss is a ratio of sums over examples; its error is that of the linearised ratio estimator (Cochran 1977,
-        2.11). With a single example the error is unknown and given as 0.
+        The error is the linearised ratio estimator's (Cochran 1977, 2.11); a single example has none, given as 0.
         """
         tokens, examples = sum(self.counts), len(self.counts)
         loss = math.fsum(self.losses) / tokens
@@ -56,10 +55,9 @@ class Score:
 def paired_difference(
     one: NDArray[np.float64], other: NDArray[np.float64], tokens: NDArray[np.int64]
 ) -> tuple[float, float | None]:
-    """Return the difference in loss per token, `one` minus `other`, and its standard error.
+    """Return the difference in loss per token, `one` minus `other`, and its standard error, None for one example.
 
-    one, other: losses of the same examples in the same order, summed over an example's tokens. tokens: their counts.
-    All are [examples]. The error is that of `Score.means`; None with a single example, where it is unknown.
+    one, other: losses per example in one order, summed over its tokens. tokens: their counts. All are [examples].
     """
     differences = one - other
     total = int(tokens.sum())

@@ -6,7 +6,6 @@ A pass computes one *span* per example: its tokens from `start` on. The tokens b
     examples   a b c d e f    a b c d g h i        (of one batch, with the same edits up to `d`)
     parent     a b c d
     children   e f    g h i
-
     rows       tokens of all spans, parents first and children last   [rows]
     targets    rows whose logits predict a completion token           [targets]
 """
@@ -31,10 +30,7 @@ LEAST_PART = 1 / 8
 
 @dataclass(frozen=True)
 class Span:
-    """The tokens [start, stop) of an example. batch: the number of its batch.
-
-    parent: the span that computes the tokens before `start`; None if they are cached or `start` is 0.
-    """
+    """The tokens [start, stop) of an example. parent: computes the tokens before `start` unless they are cached."""
 
     example: EncodedExample
     start: int
@@ -55,10 +51,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples that are computed under the same edits.
-
-    edited: the positions of the edits. at_random: whether the edits differ from row to row, as with dropout.
-    """
+    """Examples computed under the same edits at the positions `edited`. at_random: edits differ by row (dropout)."""
 
     examples: Sequence[EncodedExample]
     edited: Collection[Positions] = ()
@@ -88,10 +81,7 @@ class Batch:
 
 
 def _group_by_prefix(keyed: Iterable[tuple[Span, NDArray[np.int64]]]) -> list[tuple[list[Span], int]]:
-    """Group spans by the prefix that their keys share; return each group with that prefix's length.
-
-    Sorting makes spans with a common prefix neighbours. A span joins the group before it if that saves rows.
-    """
+    """Return groups of spans with the length of their shared prefix. Sorted neighbours join where that saves rows."""
     families: list[tuple[list[Span], int]] = []
     last = np.empty(0, dtype=np.int64)
     for span, keys in sorted(keyed, key=lambda pair: pair[1].tobytes()):
@@ -120,10 +110,9 @@ def _with_parent(family: list[Span], length: int) -> list[Span]:
 
 
 def in_passes(families: Iterable[Sequence[Span]], max_rows: int) -> list[list[Span]]:
-    """Divide spans into forward passes, with families together and spans of similar length together.
+    """Divide spans into passes of up to `max_rows` rows, with families and spans of similar length together.
 
-    A pass has up to `max_rows` rows; a single span and its parent may exceed them. A family that needs several passes
-    has its parent in each.
+    A single span and its parent may exceed the limit. A family that needs several passes has its parent in each.
     """
     passes: list[list[Span]] = []
     free = 0
@@ -141,11 +130,9 @@ def in_passes(families: Iterable[Sequence[Span]], max_rows: int) -> list[list[Sp
 
 
 class VarlenRows:
-    """Spans and their parents as tensors.
+    """Spans and their parents as tensors: input_ids and positions [rows], target_rows and labels [targets].
 
-    spans: in the order of their rows. roots: number of spans without a parent, which come first. parents: for each
-    other span, the index of its parent. offsets: the first row of each span.
-    input_ids, positions: [rows]. target_rows, labels: [targets].
+    spans: in row order, `roots` spans without a parent first. parents: the parent's index of each other span.
     """
 
     def __init__(self, spans: Sequence[Span], device: torch.device) -> None:

@@ -1,12 +1,9 @@
 """A sweep trains the trials of one job side by side, drops the worse half several times, and publishes the last one.
 
-Successive halving (Jamieson and Talwalkar 2016): with n trials, the sweep drops half of them after 1/n, 2/n, 4/n ...
-of the steps, but not before the warm-up ends. All n together cost about as much as 1 + log2(n) / 2 of them alone.
-Trials on one cache share their forward passes. A job without a sweep is a sweep of one trial. A diverged trial takes
-no more steps; its best weights may still win.
-
-`choice.py` ranks the trials, so that a processor's rounding decides neither which trials are dropped nor which one is
-published. `choices` records the reasons.
+Successive halving (Jamieson and Talwalkar 2016): with n trials, the sweep drops half of them after 1/n, 2/n, 4/n ... of
+the steps, but not before the warm-up ends. All n together cost about as much as 1 + log2(n) / 2 of them alone. Trials
+on one cache share their forward passes. `choice.py` ranks the trials, and `choices` records the reasons. A diverged
+trial takes no more steps; its best weights may still win. A job without a sweep is a sweep of one trial.
 """
 
 from __future__ import annotations
@@ -59,11 +56,7 @@ class Trial:
 
 
 class Sweep:
-    """Trials that take their steps together.
-
-    patience: epochs without a better validation loss of any running trial before the job ends; None: never.
-    Raises ValueError when the trials differ in their number of steps.
-    """
+    """Trials that step together. patience: epochs without a better loss. Raises ValueError if step counts differ."""
 
     def __init__(self, trainers: Sequence[Trainer], *, patience: int | None = None) -> None:
         first = trainers[0]
@@ -132,10 +125,7 @@ class Sweep:
         return [*self._choices, *now]
 
     def advance(self) -> StepMetrics:
-        """Do one optimizer step of every running trial, and return the metrics of the first in rank.
-
-        Raises NonFiniteError when the last trial diverges without validated weights.
-        """
+        """Step the running trials; return the best's metrics. Raises NonFiniteError if none is left to publish."""
         running, leading = self.running, self._first_of(self.running)
         found: dict[int, StepMetrics] = {}
         by_cache = {id(trial.trainer.cache): trial.trainer.cache for trial in running}
@@ -149,10 +139,7 @@ class Sweep:
         return found[leading.number]
 
     def validate(self) -> dict[str, float]:
-        """Validate the running trials, drop the last half if it is due, and return the scores of the first in rank.
-
-        Raises NonFiniteError when the last trial diverges without validated weights.
-        """
+        """Validate the running trials, drop half if due, and return the best one's scores. Raises as `advance`."""
         scores: dict[int, dict[str, float]] = {}
         for trial in self.running:
             try:
@@ -197,7 +184,6 @@ class Sweep:
         return self._first_of(self._trials)
 
     def _first_of(self, trials: Sequence[Trial]) -> Trial:
-        """Return the trial that ranks first. trials: at least one."""
         contenders = self._contenders(trials)
         if not contenders:
             return trials[0]
@@ -208,10 +194,7 @@ class Sweep:
         return [trial.contender for trial in trials if math.isfinite(trial.best_loss)]
 
     def _drop(self, kept: int) -> None:
-        """Keep the first `kept` running trials by rank, and record the reason.
-
-        The first diverged trial stays too: it costs no steps and may still win.
-        """
+        """Keep the first `kept` running trials, and the first diverged one: it costs no steps and may still win."""
         ranked = self._ranked
         self._choices.append(explain(self._contenders(ranked), self._tokens, step=self.step, kept=kept))
         staying = [trial for trial in ranked if not trial.diverged][:kept]
@@ -220,7 +203,6 @@ class Sweep:
         self._trials = sorted(staying, key=lambda trial: trial.number)
 
     def _stop(self, trial: Trial, cause: NonFiniteError) -> None:
-        """Stop a diverged trial, and drop it if it has no validated weights."""
         trial.diverged = True
         if trial.trainer.best is not None:
             return
@@ -233,10 +215,7 @@ class Sweep:
 def make_trainers(
     caches: ActivationCaches, splits: Splits, plan: Plan, *, seed: int, poll: Callable[[], object] = lambda: None
 ) -> list[Trainer]:
-    """Make a trainer for each trial of the plan. poll: called while the caches are filled; it may raise.
-
-    Suffix-only trials share one cache, and trials that edit the prefix share another.
-    """
+    """Make each trial's trainer. Suffix-only trials share a cache, the others another. poll: called as these fill."""
     shared = {alike: caches.get(*sites) for alike, sites in cache_sites(plan).items()}
     for _, cache in sorted(shared.items()):  # suffix-only trials get room first
         cache.fill([*splits.train, *splits.validation], poll=poll)

@@ -1,8 +1,8 @@
 """The number of threads that training computes with: all of them, until another process needs the cores.
 
-An operation on several threads lasts as long as its slowest thread. While the engine is busy, each low-priority thread
-waits about 30 ms for its core, and a step has hundreds of operations: on all threads a step took 80 times as long as on
-an idle machine. On one thread, training gets the share of a core that its niceness grants.
+An operation lasts as long as its slowest thread, and each low-priority thread waits about 30 ms for its core while the
+engine is busy: on all threads, a step of hundreds of operations took 80 times as long as on an idle machine. One thread
+gets the share of a core that its niceness grants.
 """
 
 from __future__ import annotations
@@ -21,18 +21,12 @@ PATIENCE = 10  # after a decrease, wait this many times the length of its window
 
 
 def set_mkl_deterministic() -> None:
-    """Make MKL's matrix products bitwise equal on any number of threads; call it before the first product.
-
-    Strict reproducibility has no measurable cost here. An MKL_CBWR that is already set stays.
-    """
+    """Make MKL's products bitwise equal on any number of threads, at no measurable cost. Call before the first one."""
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 
 class Threads:
-    """Halves the threads while the calling thread waits for a core or for other threads, and doubles them otherwise.
-
-    most: the largest number of threads. clock: wall time in seconds. running: CPU seconds of the calling thread.
-    """
+    """Halves the threads while the calling thread waits for a core or for other threads, and doubles them otherwise."""
 
     def __init__(
         self,

@@ -1,14 +1,9 @@
 """The trainer trains one intervention on one frozen base. It can stop after any step and resume bit for bit.
 
 The plan, the seed and the step's number determine the order of the examples, the learning rate and the dropout. So a
-checkpoint holds only the weights, the optimizer's moments and the best weights so far.
-
-The best weights are those of the lowest validation loss, or newer ones whose loss is within their standard error of it:
-by then the learning rate has fallen. On labels, the loss of a good model rises again as it becomes sure of its errors;
-there the lowest loss alone selected early weights with fewer right answers (docs/decisions.md).
-
-`advance` does one step of several trainers of one cache in shared forward passes. Each row of a pass belongs to one
-trainer, and each trainer's edits touch only its own rows, so gradients never mix.
+checkpoint holds only the weights, the optimizer's moments and the best weights so far. The best weights have the lowest
+validation loss, or are newer and within their standard error of it: by then the learning rate has fallen. On labels, a
+good model's loss rises as it becomes sure of its errors, and the lowest loss came too early (docs/decisions.md).
 """
 
 from __future__ import annotations
@@ -52,10 +47,7 @@ class StepMetrics:
 
 
 class Trainer:
-    """AdamW on the intervention's parameters, with clipped gradients; the base never changes.
-
-    Raises ValueError when the cache is not valid for the plan's layers and positions.
-    """
+    """AdamW on the intervention's parameters, gradients clipped. Raises ValueError if the cache is not valid for it."""
 
     def __init__(self, cache: ActivationCache, splits: Splits, plan: Plan, *, seed: int) -> None:
         self.cache = cache
@@ -111,10 +103,7 @@ class Trainer:
         return math.ceil(self.plan.warmup_ratio * self.total_steps)
 
     def validate(self) -> dict[str, float]:
-        """Score the validation split, and keep the weights unless older ones are better by more than the error.
-
-        Raises NonFiniteError when weights or loss are not finite.
-        """
+        """Score the validation split, and keep the weights if they are the best. Raises NonFiniteError."""
         found = self.score(self.splits.validation, self.intervention.lower())
         score = found.means()
         if not math.isfinite(score["loss"]):
@@ -194,10 +183,7 @@ class Trainer:
         return self.score(self.splits.validation, self.best_edits()).losses if self.best is not None else []
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
-        """Return the optimizer's groups: weight decay for all parameters except orthonormal matrices.
-
-        Their parameter's diagonal holds the signs of the columns, and decay would shrink the columns.
-        """
+        """Group parameters by weight decay: 0 for orthonormal matrices, since it would shrink their columns."""
         named = list(self.intervention.named_parameters())
         decayed = [parameter for name, parameter in named if "parametrizations" not in name]
         orthonormal = [parameter for name, parameter in named if "parametrizations" in name]
@@ -237,7 +223,7 @@ class Trainer:
 
 
 def advance(trainers: Sequence[Trainer]) -> list[StepMetrics]:
-    """Do one optimizer step of each trainer in shared passes. trainers: all of one cache."""
+    """Do one step of trainers on one cache, in shared passes. A row has one trainer's edits, so gradients never mix."""
     cache = trainers[0].cache
     batches = [Batch(t.batch(), t.plan.edited, at_random=t.plan.dropout > 0) for t in trainers]
     deltas = [trainer.site_deltas() for trainer in trainers]
@@ -262,7 +248,6 @@ def advance(trainers: Sequence[Trainer]) -> list[StepMetrics]:
 
 
 def _row_edits(rows: VarlenRows, deltas: Sequence[Sequence[SiteDelta]]) -> dict[int, list[RowEdit]]:
-    """Return the edits of a pass by layer. deltas: those of each batch."""
     touched: defaultdict[tuple[int, Positions], list[Tensor]] = defaultdict(list)
     for span, offset in zip(rows.spans, rows.offsets, strict=True):
         for positions in {positions for _, positions, _ in deltas[span.batch]}:

@@ -21,13 +21,10 @@ KEPT, COMPUTED = 64, 4  # tokens of each example
 
 @dataclass(frozen=True)
 class _Kept:
-    """The same keys and values before every span. before: [2, kv_heads, KEPT, dim]."""
-
     before: Tensor
     spans: int
 
     def of(self, layer: int) -> Sequence[Tensor]:
-        """Each span's."""
         return [self.before] * self.spans
 
 
@@ -39,7 +36,7 @@ def takes_span_attention(kernels: KernelChoice, config: PretrainedConfig) -> boo
     return kernels.takes("span_attention", f"{heads}/{kv_heads}x{dim}", lambda: _trials(heads, kv_heads, dim))
 
 
-@torch.inference_mode(False)  # there is a way back
+@torch.inference_mode(False)  # the trials include a backward pass
 def _trials(heads: int, kv_heads: int, dim: int) -> list[Trial]:
     example = EncodedExample((0,) * KEPT, (0,) * (COMPUTED + 1))
     trials = []

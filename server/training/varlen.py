@@ -1,8 +1,4 @@
-"""The forward pass of training runs the frozen base over packed rows (`spans.py`).
-
-Only attention pads rows, and on the CPU not even attention does if prefixes are kept. The layers up to the lowest
-edited one are constant, so a pass may begin with the kept output of that layer.
-"""
+"""The forward pass of training runs the frozen base over packed rows (`spans.py`). Only attention may pad them."""
 
 from __future__ import annotations
 
@@ -34,10 +30,7 @@ class RowEdit:
 
 
 class VarlenModel:
-    """A frozen base whose forward passes run over packed rows. It replaces the attention of the model it is given.
-
-    kernels: the CPU kernels to use, in float32; torch computes the rest.
-    """
+    """A frozen base over packed rows. It replaces the model's attention. kernels: CPU kernels to use, in float32."""
 
     def __init__(self, model: PreTrainedModel, *, kernels: KernelChoice = ALL_KERNELS) -> None:
         self.model = model
@@ -76,10 +69,7 @@ class VarlenModel:
 
     @torch.no_grad()
     def constants(self, rows: VarlenRows, layer: int, seen: Seen, *, above: bool) -> Tensor:
-        """Return the base's output of a layer, [rows, hidden], and give `seen` the keys and values of layers above it.
-
-        above: whether to compute the layers above.
-        """
+        """Return the base's output of a layer, [rows, hidden]. above: give `seen` higher layers' keys and values."""
         found: list[Tensor] = []
 
         def record(hidden: Tensor) -> None:

@@ -1,8 +1,4 @@
-"""Attention of a training pass over packed spans (`spans.py`).
-
-`SpanAttention` is the CPU kernel for cached prefixes and pads nothing. `VarlenAttention` is PyTorch's for all other
-cases, and pads the spans to the widest one.
-"""
+"""Attention of a training pass over packed spans (`spans.py`)."""
 
 from __future__ import annotations
 
@@ -18,7 +14,7 @@ from reftserve.server.training.spans import Span, VarlenRows
 FEW_ROWS = 16  # up to this width, stacking a group's query heads as rows is cheaper than repeating the keys
 
 KeysValues = tuple[Tensor, Tensor]
-Seen = Callable[[int, Tensor, Tensor], None]
+Seen = Callable[[int, Tensor, Tensor], None]  # takes a layer's new keys and values, [kv_heads, rows, dim]
 
 
 class Prefixes(Protocol):
@@ -47,10 +43,7 @@ class SpanAttention:
 
 
 class VarlenAttention:
-    """Attention of each span to its prefix or parent and to itself (an `AttentionStep`).
-
-    prefixes: the cached prefixes, if any. seen: called with each layer's new keys and values, [kv_heads, rows, dim].
-    """
+    """Attention of each span to its prefix or parent and to itself, by PyTorch, padded to the widest span."""
 
     def __init__(self, rows: VarlenRows, prefixes: Prefixes | None, seen: Seen | None = None) -> None:
         self._prefixes, self._seen = prefixes, seen
@@ -84,8 +77,6 @@ class VarlenAttention:
 
 
 class _PaddedSpans:
-    """Spans as a batch of sequences, padded to one width."""
-
     def __init__(self, spans: Sequence[Span], device: torch.device, *, has_before: bool) -> None:
         widths = torch.tensor([span.rows for span in spans], device=device)
         column = torch.arange(int(widths.max()), device=device)

@@ -1,8 +1,8 @@
 """The training worker is a separate process that takes jobs and runs them one after the other (`job_runner.py`).
 
-The server starts it as `python -m reftserve.server.training.worker`. The first line of standard input holds the
-settings and the second the weights that the engine lends, both as JSON; the end of standard input means that the
-server has ended, and ends the worker. `reftserve worker` starts further workers anywhere; leases assign the jobs.
+The server starts it as `python -m reftserve.server.training.worker`. Standard input gives the settings and the weights
+that the engine lends, one line of JSON each, and ends with the server; then the worker ends too. `reftserve worker`
+starts further workers anywhere; leases assign the jobs.
 """
 
 from __future__ import annotations
@@ -56,11 +56,7 @@ def main() -> None:
 
 
 def run(settings: Settings, lent: Sequence[LentTensor] = ()) -> NoReturn:
-    """Work until the process ends; SIGTERM and Ctrl-C free the current job at once for another worker.
-
-    lent: weights of an engine on the same GPU (`cuda_weights.py`), which must outlive the worker.
-    Raises NotFound when there is no base model.
-    """
+    """Work until the process ends; SIGTERM frees the job at once. lent: weights of an engine that must outlive it."""
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
     signal.signal(signal.SIGTERM, _exit)
     os.nice(settings.worker_niceness)
@@ -80,7 +76,6 @@ def run(settings: Settings, lent: Sequence[LentTensor] = ()) -> NoReturn:
             try:
                 work(runs, files, leases)
             except DATABASE_ERRORS as cause:
-                # Logged as text: a log record that holds the exception would hold the trainer's memory too.
                 logger.warning("the database is lost; retrying in %.0f s: %s", LOST_S, str(cause))
             runs.forget()
             trim_heap()
@@ -130,10 +125,7 @@ def open_job_runner(
 
 
 def work(runs: JobRunner, files: JobFiles, leases: Leases[Job]) -> NoReturn:
-    """Take and run jobs forever.
-
-    Raises one of `DATABASE_ERRORS` when the database is lost; the next call first releases this process's leases.
-    """
+    """Take and run jobs until one of `DATABASE_ERRORS` is raised; the next call releases this process's leases."""
     leases.release(in_order=False)
     swept_at = -SWEEP_S
     while True:
