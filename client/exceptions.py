@@ -1,17 +1,10 @@
 """The exceptions of the client, as one tree.
 
 ReftServeError
-├── ConnectionFailed             no answer: refused, reset, timed out
-├── ResponseError                the server answered with an error object
-│   ├── BadRequest       4xx     the request is wrong; `param` names the field
-│   ├── NotFound         404     no such model, intervention, file or job
-│   ├── Conflict         409     the state of the resource forbids it
-│   ├── Overloaded       429     the queue is full, after all retries
-│   ├── Unavailable      503     a part of the server is down, after all retries
-│   └── ServerFault      5xx     the server failed; its log has the cause
-├── StreamFailed                 the server ended a stream with an error
-├── JobEnded                     the awaited job failed or was cancelled
-└── EvalRunEnded                 the awaited run failed or was canceled
+├── ConnectionFailed                 no answer: refused, reset, timed out
+├── ResponseError                    NotFound 404, Conflict 409, Overloaded 429, Unavailable 503,
+│                                    BadRequest other 4xx, ServerFault other 5xx
+└── StreamFailed, JobEnded, EvalRunEnded
 """
 
 from __future__ import annotations
@@ -31,10 +24,7 @@ class ConnectionFailed(ReftServeError):
 
 
 class ResponseError(ReftServeError):
-    """An answer with status 400 or above.
-
-    status: of HTTP. type, param, code: of OpenAI's error object. retry_after_s: from the header, else None.
-    """
+    """An answer with status 400 or above, OpenAI's error fields, and the Retry-After header in seconds."""
 
     def __init__(self, status: int, detail: ErrorDetail, retry_after_s: float | None = None) -> None:
         super().__init__(detail.message)
@@ -112,5 +102,4 @@ def response_error(response: httpx.Response) -> ResponseError:
 
 
 def _retry_after_s(header: str | None) -> float | None:
-    """Return the seconds to wait, or None for the header's other form, a date."""
     return float(header) if header is not None and header.isdecimal() else None
