@@ -78,7 +78,7 @@ class LowRankEdit:
         return sum(getattr(self, name).nbytes for name in TENSORS)
 
     def delta(self, hidden: Tensor) -> Tensor:
-        """Return what `apply` adds to hidden states [rows, hidden_size], in the edit's dtype. Raises ShapeError."""
+        """Return the numbers that `apply` adds to [rows, hidden_size], in the edit's dtype. Raises ShapeError."""
         if hidden.shape[-1] != self.hidden_size:
             raise ShapeError(f"hidden states have size {hidden.shape[-1]}; the edit has {self.hidden_size}")
         y = functional.linear(hidden.to(self.A.dtype), self.A, self.b)

@@ -42,7 +42,7 @@ class History(BaseModel):
 
     @classmethod
     def of_steps(cls, steps: Sequence[Mapping[str, Any]]) -> History:
-        """Return the history of rows. Above MAX_POINTS they are thinned evenly, half of them to scored steps."""
+        """Return the history of rows. Above MAX_POINTS they are thinned evenly; half are reserved for scored steps."""
         scored = [row for row in steps if any(name.startswith(HELD_OUT) for name in row)]
         if len(steps) > MAX_POINTS:
             kept = [*_evenly(steps, MAX_POINTS // 2), *_evenly(scored, MAX_POINTS // 2)]

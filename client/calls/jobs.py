@@ -15,7 +15,7 @@ _SHAPE = ("family", "layers", "positions", "rank", "dropout", "tied", "sweep")
 class TrainingOptions(TypedDict, total=False):
     """What to train; the server's recipe decides each absent option. max_length: tokens. sweep: as `ReftSweep`.
 
-    early_stopping_epochs: end after so many epochs without a better validation loss.
+    early_stopping_epochs: end after this number of epochs without a better validation loss.
     """
 
     family: str | None

@@ -1,7 +1,7 @@
 """The families, one file each: trainable modules that lower to edits.
 
-A new family adds a file and a line below, a name in `client/cli_jobs.py` and docs/http.md, and pyreft's values by
-`tests/references/make_pyreft_reference.py`.
+A new family adds a file and a line below, and its name to `client/cli_jobs.py` and docs/http.md. The parity test
+requires pyreft's values: add the family to `tests/references/make_pyreft_reference.py` and run that.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Matrices that stay orthonormal in training: torch's parametrization in a smaller and cheaper form.
 
 `torch.nn.utils.parametrizations.orthogonal` multiplies a fixed matrix [hidden, hidden] by Householder reflections
-H_1 ... H_rank of the parameter's columns, and differentiates them one by one: 1.9 ms for [576, 4]. This module uses
-a few small products, the compact form (Schreiber and Van Loan 1989), for it and the fixed matrix's first columns:
+H_1 ... H_rank of the parameter's columns, and differentiates them one by one: 1.9 ms for [576, 4]. This module takes
+a few small products, the compact form (Schreiber and Van Loan 1989). It stores the fixed matrix as reflections too.
 
     H_1 ... H_rank = I - V T V^T,    T^-1 = striu(V^T V) + diag(V^T V) / 2       V [hidden, rank] unit lower triangular
 

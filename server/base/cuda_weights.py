@@ -40,7 +40,7 @@ def open_lent(lent: LentTensor) -> Tensor:
         lent.storage,
         lent.storage_bytes,
         lent.storage_offset,
-        False,
+        False,  # no gradient
         lent.counter,
         lent.counter_offset,
         lent.event,

@@ -26,7 +26,7 @@ from reftserve.server.base.model_errors import KernelsUnavailable
 
 logger = logging.getLogger(__name__)
 ROWS = (1, 32)  # a step of one request, and a step of many
-# Above 1, because our rows are the same to the bit in any batch. Repeated measurements differ by half as much.
+# Above 1, because our rows are the same to the bit in any batch. Equal speeds measure up to half as far apart.
 MOST_RATIO = 1.25
 ROUNDS = 50
 TRIAL_S = 0.0025  # a trial's time limit; it runs at least one round

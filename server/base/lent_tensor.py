@@ -6,7 +6,7 @@ import msgspec
 
 
 class LentTensor(msgspec.Struct, frozen=True):
-    """The fields that `torch.multiprocessing` would pickle. storage, counter, event: IPC handles."""
+    """The fields that `torch.multiprocessing` would pickle. storage, counter, event: IPC handles; read after event."""
 
     dtype: str
     size: tuple[int, ...]

@@ -14,7 +14,7 @@ MARK = "7e1f0c5a"  # placeholder for an answer; no template interprets it
 
 
 def render_chat(tokenizer: Tokenizer, messages: Sequence[ChatMessage]) -> str:
-    """Return the prompt of the next assistant turn. Raises InvalidRequest when the template is missing or refuses."""
+    """Return the next assistant turn's prompt. Raises InvalidRequest if the template is missing or refuses it."""
     return _apply_template(tokenizer, messages, add_generation_prompt=True)
 
 
