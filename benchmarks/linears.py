@@ -1,4 +1,5 @@
 """Time a pass through a model's linear layers, in ms for each form: `python benchmarks/linears.py MODEL_FOLDER`.
+
 It visits all layers in turn, so weights come from memory. Forward is y = x W^T; backward is y W, as for gradients.
 """
 

@@ -1,10 +1,17 @@
 """The exceptions of the client, as one tree.
 
 ReftServeError
-├── ConnectionFailed                 no answer: refused, reset, timed out
-├── ResponseError                    NotFound 404, Conflict 409, Overloaded 429, Unavailable 503,
-│                                    BadRequest other 4xx, ServerFault other 5xx
-└── StreamFailed, JobEnded, EvalRunEnded
+├── ConnectionFailed             no answer: refused, reset, timed out
+├── ResponseError                the server answered with an error object
+│   ├── BadRequest       4xx     the request is wrong; `param` names the field
+│   ├── NotFound         404     no such model, intervention, file or job
+│   ├── Conflict         409     the state of the resource forbids it
+│   ├── Overloaded       429     the queue is full, after all retries
+│   ├── Unavailable      503     a part of the server is down, after all retries
+│   └── ServerFault      5xx     the server failed; its log has the cause
+├── StreamFailed                 the server ended a stream with an error
+├── JobEnded                     the awaited job failed or was cancelled
+└── EvalRunEnded                 the awaited run failed or was canceled
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ LONGEST_RECONNECT_WAIT_S = 2.0
 
 def retry_policy(call: Call[Any], max_retries: int) -> dict[str, Any]:
     """Return tenacity's arguments. Every call is tried again after 429, 503 or a refused connection: nothing has begun.
+
     After a broken connection only idempotent calls are tried again.
     """
 

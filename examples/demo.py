@@ -1,4 +1,5 @@
 """The main job from end to end (`make demo`): serve, upload, train, and generate with and without the intervention.
+
 Exits with 0 when the intervention is clearly better than the base on held-out reviews.
 """
 

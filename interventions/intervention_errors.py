@@ -1,4 +1,16 @@
-"""Errors of the interventions package. Each message names the offending value and the expected one."""
+"""Errors of the interventions package.
+
+    InterventionError
+    ├── ShapeError            a tensor's shape does not fit
+    ├── DtypeError            a tensor's element type does not fit
+    ├── NonFiniteError        a number is NaN or infinity
+    ├── PositionsError        positions cannot be parsed
+    ├── ManifestError         a manifest or artifact does not follow the format
+    ├── HashMismatch          the content does not have its hash
+    └── FingerprintMismatch   made for another base model
+
+Each message names the offending value and the expected one.
+"""
 
 from __future__ import annotations
 

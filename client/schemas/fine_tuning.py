@@ -28,6 +28,7 @@ class SupervisedMethod(Request):
 
 class ReftHyperparameters(Request):
     """Training of an intervention; the recipe decides absent fields. max_length: tokens.
+
     early_stopping_epochs: epochs without a better validation loss after which training ends.
     """
 

@@ -1,4 +1,9 @@
-"""Errors about the base model on this machine; each message names the unsupported property or the missing package."""
+"""Errors about the base model on this machine.
+
+BaseModelError
+├── UnsupportedModel     the base cannot be computed here; names the unsupported property
+└── KernelsUnavailable   the CPU kernels cannot be compiled; names the missing package
+"""
 
 from __future__ import annotations
 
