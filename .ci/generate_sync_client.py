@@ -1,8 +1,4 @@
-"""Write client/_sync, the blocking twin, from client/_async; with --check, fail if the two differ.
-
-unasync drops `async` and `await` and replaces names: `AsyncJob` becomes `Job`, `aclose` becomes `close`. ruff then
-formats the result.
-"""
+"""Write client/_sync, the blocking twin, from client/_async by unasync and ruff; with --check, fail if they differ."""
 
 from __future__ import annotations
 

@@ -16,7 +16,6 @@ STEPS = 24
 
 
 def decode(engine: Engine, prompts: list[list[int]]) -> float:
-    """Return tokens per second while all requests decode, without the prompts."""
     name = time.perf_counter()
     for index, prompt in enumerate(prompts):
         engine.submit(Submit(f"{name}-{index}", prompt, SamplingParams(max_tokens=STEPS + 40)))

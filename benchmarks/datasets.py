@@ -1,9 +1,8 @@
 """Train on real data sets through the API, and compare with PEFT's LoRA: `python benchmarks/datasets.py FOLDER`.
 
-FOLDER is that of `real_data.py`; `benchmarks/peers/setup.sh` makes PEFT's environment. The script starts a server.
-For each data set it uploads a training file and a held-out file and waits for a job without `method`: half of the
-held-out rows select, half score base and intervention. LoRA (rank 8, all linear layers) gets the same rows, the same
-parts and the same number of epochs; its best epoch by validation loss is scored on the same rows in the same way.
+FOLDER is that of `real_data.py`; `benchmarks/peers/setup.sh` makes PEFT's environment. For each data set a server runs
+a job without `method`. LoRA (rank 8, all linear layers) gets the same parts and number of epochs; its best epoch by
+validation loss is scored on the same rows in the same way: half of the held-out rows select, half score.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from reftserve.client import Client
 from reftserve.server.base.tokenizer import load_tokenizer
 from reftserve.server.datasets import EncodedExample, Splits, encode, read_examples, split
 
-sys.path.append(str(w.ROOT / "tests" / "support"))  # for running_server
+sys.path.append(str(w.ROOT / "tests" / "support"))
 
 from running_server import running_server
 
@@ -32,7 +31,6 @@ BATCH, SEED = 8, 0
 
 
 def through_the_api(client: Client, name: str, files: Sequence[Path]) -> tuple[dict[str, dict[str, Any]], int, str]:
-    """Train a job, and return the scores of base and intervention, the number of epochs, and the winner."""
     training, held_out = files
     job = client.train(training, name=name, validation_file=held_out, seed=SEED).wait()
     version = client.interventions.version(name)
@@ -46,8 +44,6 @@ def through_the_api(client: Client, name: str, files: Sequence[Path]) -> tuple[d
 
 
 def lora(splits: Splits, epochs: int, learning_rate: float, threads: int) -> dict[str, Any]:
-    """Return the scores of PEFT's LoRA on the same rows."""
-
     def rows(examples: Sequence[EncodedExample]) -> list[dict[str, Any]]:
         return [{"ids": e.prompt_ids + e.completion_ids, "n_prompt": len(e.prompt_ids)} for e in examples]
 
@@ -97,7 +93,6 @@ def main() -> None:
             for file, chats in zip(files, (rows.train, rows.test), strict=True):
                 file.write_text("\n".join(json.dumps({"messages": chat}) for chat in chats), "utf-8")
             found, epochs, shape = through_the_api(client, name, files)
-            # The job's split.
             parts = [[encode(tokenizer, example) for example in read_examples(file)] for file in files]
             splits = split(parts[0], parts[1], seed=SEED)
             print(f"\n{name}: {len(splits.train)} rows, {epochs} epochs, {len(splits.test)} rows score; {shape}")

@@ -1,9 +1,8 @@
 """Compare requests in a mixture with the same requests alone, on a real model: `python benchmarks/exactness.py`.
 
-In float32 the reference is `attach()` on the transformers model, with logits over prompt and answer in one pass. If
-its best token is the engine's, `generate` inside `attach()` gives the same token. If not, the engine's token must be
-within twice the tolerance of the best: a near-tie, which is counted and listed. The comparison continues along the
-engine's tokens. In int8 the reference is the same engine with this request alone.
+In float32 the reference is `attach()` on the transformers model, in one pass along the engine's tokens. Each token must
+be the best, or within twice the tolerance of it: a near-tie, which is counted and listed. In int8 the reference is the
+same engine with this request alone.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import workload as w
 from torch import Tensor
 from transformers import PreTrainedModel
 
-sys.path.append(str(w.ROOT / "tests" / "support"))  # for the tests' oracle
+sys.path.append(str(w.ROOT / "tests" / "support"))
 
 from engine_oracle import (
     RecordingRunner,
@@ -94,11 +93,7 @@ class Tie:
 
 @dataclass
 class Comparison:
-    """The result of a comparison.
-
-    largest: the largest difference, as a share of the largest logit, or in int8 of the norm. unequal: tokens beyond the
-    tolerance, or different although the rival was further away than it.
-    """
+    """largest: difference, as a share of the largest logit (int8: of the norm). unequal: tokens beyond the limit."""
 
     requests: int
     cancelled: int
@@ -205,7 +200,6 @@ def workload(model: Path, folders: list[Path], count: int, rng: random.Random) -
 
 
 def serve(engine: Engine, arrivals: list[Arrival]) -> Run:
-    """Step through arrivals and cancellations, then until no work is left."""
     run = Run()
     for step in range(max(max(a.step, a.cancelled or 0) for a in arrivals) + 1):
         for arrival in arrivals:
@@ -218,7 +212,6 @@ def serve(engine: Engine, arrivals: list[Arrival]) -> Run:
 
 
 def alone_attached(model: Path, submits: list[Submit], run: Run) -> Iterator[Tensor]:
-    """Return the logits of each answer's tokens, [tokens, vocabulary], by `attach()`."""
     plain = load_model(model, torch.float32, torch.device("cpu"))
     for submit in submits:
         edits = [e for ref in submit.interventions for e in scaled_edits(load_artifact(Path(ref.folder)), ref.scale)]
@@ -227,7 +220,6 @@ def alone_attached(model: Path, submits: list[Submit], run: Run) -> Iterator[Ten
 
 
 def alone_in_engine(runner: ForcedRunner, submits: list[Submit], run: Run) -> Iterator[Tensor]:
-    """Return the same by an engine without other requests and with an empty cache."""
     for submit in submits:
         name, tokens = submit.request_id, run.tokens[submit.request_id]
         runner.forced = {name: tokens}

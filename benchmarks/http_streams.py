@@ -1,7 +1,5 @@
-"""Compare the server with 64 streams over HTTP to the engine alone: `python benchmarks/http_streams.py`.
-
-Server, engine and client share the machine's cores, so the script also prints the share of server and client: the
-processor time per token outside the engine. The client reads sockets and parses nothing.
+"""Compare the server with 64 streams over HTTP to the engine alone: `python benchmarks/http_streams.py`. Both and the
+client share the cores, so it also prints the processor time per token outside the engine.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ import psutil
 import torch
 import workload as w
 
-sys.path.append(str(w.ROOT / "tests" / "support"))  # for running_server
+sys.path.append(str(w.ROOT / "tests" / "support"))
 
 from running_server import RunningServer, running_server
 
@@ -28,7 +26,6 @@ STREAMS, NEW_TOKENS = 64, 64
 
 
 async def stream(port: int, prompt: list[int]) -> None:
-    """Read one stream to its end."""
     fields = {"model": w.MODEL.name, "prompt": prompt, "max_tokens": NEW_TOKENS, "ignore_eos": True, "temperature": 0}
     body = json.dumps({**fields, "stream": True}).encode()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -45,7 +42,6 @@ async def _all(port: int, prompts: list[list[int]]) -> None:
 
 
 def over_http(server: RunningServer, prompts: list[list[int]]) -> float:
-    """Return generated tokens per second."""
     port = int(server.url.rsplit(":", 1)[1])
     began = time.perf_counter()
     asyncio.run(_all(port, prompts))
@@ -54,7 +50,6 @@ def over_http(server: RunningServer, prompts: list[list[int]]) -> float:
 
 @contextmanager
 def counted(seconds: dict[str, float], processes: dict[str, psutil.Process]) -> Iterator[None]:
-    """Add the processor time that the processes use inside the context."""
     before = {name: sum(process.cpu_times()[:2]) for name, process in processes.items()}
     yield
     for name, process in processes.items():

@@ -1,6 +1,4 @@
-"""Compare the engine with and without AVX-512: `python benchmarks/instruction_sets.py --runs 3`.
-
-Each instruction set runs in a separate process that restricts torch and the CPU kernels to it. There Hugging Face's
+"""Compare the engine with and without AVX-512: `python benchmarks/instruction_sets.py --runs 3`. In a process per set,
 `generate` and engines with all kernels, with the faster ones and with none take turns on the same prompts.
 """
 
@@ -25,7 +23,6 @@ SETS: dict[str, dict[str, str]] = {"native": {}, "x86-64-v3": AVX2}
 
 
 def measure(march: str, requests: int, runs: int) -> None:
-    """Print the figures of one instruction set."""
     torch.set_num_threads(2)
     prompts = w.prompts(requests, 59, 72)
     faster = FasterKernels(None, march=march)

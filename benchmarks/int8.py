@@ -14,7 +14,6 @@ LENGTH = 256
 
 
 def run(engine: Engine, submits: list[Submit]) -> tuple[dict[str, float], dict[str, list[int]]]:
-    """Return the mean loss of each prompt, and the tokens generated after it."""
     losses: dict[str, float] = {}
     tokens: dict[str, list[int]] = {submit.request_id: [] for submit in submits}
     for submit in submits:

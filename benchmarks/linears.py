@@ -1,7 +1,6 @@
 """Time a pass through a model's linear layers, in ms for each form: `python benchmarks/linears.py MODEL_FOLDER`.
 
-Forward is y = x W^T. Backward is y W, as for gradients, from the panels of W or from a transposed form. A pass visits
-every layer in turn, so that the weights come from memory and not from a cache.
+It visits all layers in turn, so weights come from memory. Forward is y = x W^T; backward is y W, as for gradients.
 """
 
 from __future__ import annotations
@@ -58,7 +57,6 @@ class BackTransposed(nn.Module):
 
 
 def pass_ms(layers: list[nn.Module], inputs: list[torch.Tensor], runs: int) -> float:
-    """Return the median milliseconds of one pass."""
     times = []
     for _ in range(runs + 1):
         start = time.perf_counter()

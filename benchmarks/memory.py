@@ -1,9 +1,7 @@
 """Measure the memory of the server, its engine and its worker: `python benchmarks/memory.py`.
 
-The server runs as a user starts it: idle after its first answers, then with a job at its peak. The figures are the
-kernel's (/proc/PID/smaps, so Linux only). RSS counts every page that a process maps, USS those that no other process
-maps. A page that n processes map counts 1/n in the PSS of each, so PSS adds up to the memory in use; the columns after
-PSS are its parts.
+The server is idle after its first answers, then has a job at its peak. From /proc/PID/smaps: RSS counts every page that
+a process maps, USS those that no other process maps, PSS 1/n of a page that n processes map, so that it adds up.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ from politeness import begin_job, end_job, gaps
 from reftserve.client import Client
 from reftserve.server.base.tokenizer import load_tokenizer
 
-sys.path.append(str(w.ROOT / "tests" / "support"))  # for running_server
+sys.path.append(str(w.ROOT / "tests" / "support"))
 
 from running_server import RunningServer, running_server
 
@@ -42,7 +40,6 @@ Sizes = Counter[str]
 
 
 def sizes(process: psutil.Process) -> Sizes:
-    """Return bytes by column."""
     found: Sizes = Counter()
     part = ""
     for line in Path(f"/proc/{process.pid}/smaps").read_text().splitlines():

@@ -1,9 +1,8 @@
 """Compare our training results with pyreft's on real data: `python benchmarks/parity.py FOLDER`.
 
-FOLDER is that of `real_data.py`; `benchmarks/peers/setup.sh` makes pyreft's environment. Rows, hyperparameters and the
-number of steps are the same. Initial weights and the order of rows differ, so means over seeds must agree.
-pyreft's data helper is `make_last_position_supervised_data_module`, whose position is the last prompt token, our `l1`.
-Each side scores itself with its own forward pass.
+FOLDER is that of `real_data.py`; `benchmarks/peers/setup.sh` makes pyreft's environment. Rows and hyperparameters are
+the same; initial weights and order differ, so means over seeds must agree. pyreft edits the last prompt token, our
+`l1`. Each side scores itself with its own forward pass.
 """
 
 from __future__ import annotations
@@ -35,7 +34,6 @@ POSITIONS, ARENA_BYTES = "l1", 2 << 30
 def ours(
     packed: VarlenModel, rows: list[EncodedExample], test: list[EncodedExample], epochs: int, seeds: Sequence[int]
 ) -> list[dict[str, float]]:
-    """Return the scores of each seed's weights after the last step."""
     cache = ActivationCache(packed, min(ALL), {Positions.parse(POSITIONS)}, Arena(ARENA_BYTES))
     cache.fill(rows)
     cache.fill(test)

@@ -1,8 +1,7 @@
 """Measure how much a training job slows down serving: `python benchmarks/politeness.py`.
 
-Streams generate on a server with a worker, in turns with and without a training job. The script prints the median
-time between a stream's tokens, and the job's speed alone and during the streams. With `--beginning` the job has many
-rows and has not reached its first step: it reads its data and fills its cache.
+Prints the median time between a stream's tokens with and without a job, and the job's speed alone and during the
+streams. With `--beginning` the job has not reached its first step: it reads its data and fills its cache.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import workload as w
 
 from reftserve.client import Client, Job
 
-sys.path.append(str(w.ROOT / "tests" / "support"))  # for running_server
+sys.path.append(str(w.ROOT / "tests" / "support"))
 
 from running_server import RunningServer, running_server
 
@@ -31,7 +30,6 @@ WARM_UP_S = 5.0
 
 
 def gaps(server: RunningServer, streams: int, seconds: float) -> list[float]:
-    """Return the seconds between consecutive pieces, over all streams."""
     found: list[float] = []
     stop_at = time.perf_counter() + seconds
 
@@ -63,7 +61,6 @@ def queue_job(client: Client, positions: str, data: Path = DATA, batch_size: int
 
 
 def begin_job(client: Client, server: RunningServer, positions: str, data: Path = DATA, batch_size: int = 10) -> Job:
-    """Queue such a job, and wait for its first step."""
     job = queue_job(client, positions, data, batch_size)
     while steps_done(server, job) == 0:
         time.sleep(0.2)
@@ -71,14 +68,12 @@ def begin_job(client: Client, server: RunningServer, positions: str, data: Path 
 
 
 def end_job(job: Job) -> None:
-    """Cancel the job, and wait until it has ended."""
     job.cancel()
     while not job.refresh().has_ended:
         time.sleep(0.1)
 
 
 def many_rows(folder: Path, count: int) -> Path:
-    """Upload a file of this many different rows."""
     rows = [json.loads(line) for line in DATA.read_text().splitlines()]
     path = folder / "many.jsonl"
     with path.open("w") as file:
@@ -90,7 +85,6 @@ def many_rows(folder: Path, count: int) -> Path:
 
 
 def steps_done(server: RunningServer, job: Job) -> int:
-    """Return the number of finished optimizer steps."""
     newest = httpx.get(f"{server.url}/v1/fine_tuning/jobs/{job.id}/events", params={"limit": 20}).json()["data"]
     return max((event["data"]["step"] for event in newest if "step" in (event["data"] or {})), default=0)
 
@@ -98,7 +92,6 @@ def steps_done(server: RunningServer, job: Job) -> int:
 def measure_steps(
     client: Client, server: RunningServer, positions: str, streams: int, seconds: float
 ) -> tuple[float, float, float]:
-    """Return the median gap during a job's steps, and the job's steps/s alone and during the streams."""
     job = begin_job(client, server, positions)
     rates: list[float] = []
     beside: list[float] = []
@@ -116,7 +109,6 @@ def measure_steps(
 def measure_beginning(
     client: Client, server: RunningServer, positions: str, streams: int, seconds: float, data: Path
 ) -> float:
-    """Return the median gap during a job that has not reached its first step."""
     job = queue_job(client, positions, data)
     while job.refresh().status != "running":
         time.sleep(0.2)

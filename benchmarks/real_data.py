@@ -43,7 +43,6 @@ def load(name: str, folder: Path, *, train: int, validation: int, test: int | No
 
 
 def encoded(tokenizer: Tokenizer, chats: Sequence[Chat]) -> list[EncodedExample]:
-    """Encode rows as a job does."""
     found = []
     for number, chat in enumerate(chats, start=1):
         asked = tuple(ChatMessage.model_validate(turn) for turn in chat[:-1])
@@ -98,8 +97,6 @@ def _labelled(pattern: Path, system: str, labels: list[str], *, encoding: str) -
 
 
 def _adapters(name: str) -> Callable[[Path], tuple[list[Chat], list[Chat]]]:
-    """Read a commonsense set, with the LoReFT paper's prompts."""
-
     def read(folder: Path) -> tuple[list[Chat], list[Chat]]:
         parts = []
         for part in ("train", "test"):
@@ -111,7 +108,6 @@ def _adapters(name: str) -> Callable[[Path], tuple[list[Chat], list[Chat]]]:
 
 
 def _equations(folder: Path) -> tuple[list[Chat], list[Chat]]:
-    """Read word problems whose answer is an equation: `x=3-1`."""
     parts = []
     for part in ("train", "test"):
         rows = json.loads((folder / "arithmetic" / f"mawps.{part}set.json").read_text("utf-8"))

@@ -1,9 +1,8 @@
 """Compare the recipe for an absent `method` with the best of a grid: `python benchmarks/recipes.py FOLDER`.
 
-FOLDER is that of `real_data.py`. Each data set and seed has 200 training and 50 validation rows. The recipe runs as in
-a job; the grid of 24 plans (layers x positions x rank x learning rate) runs for the same number of epochs, without
-halving, in shared passes. The best of each by validation is scored on the test rows: the share of answers that
-greedy decoding gives word for word.
+FOLDER is that of `real_data.py`. Each data set and seed has 200 training and 50 validation rows. The grid of 24 plans
+(layers x positions x rank x learning rate) runs for the recipe's number of epochs, without halving. The best of each
+by validation is scored on the test rows: the share of answers that greedy decoding gives word for word.
 """
 
 from __future__ import annotations
@@ -56,7 +55,6 @@ class Winner:
 
 
 def recipe(packed: VarlenModel, splits: Splits, plan: Plan, seed: int) -> tuple[Winner, list[dict[str, object]]]:
-    """Return the trial that a job would publish, and the table of trials."""
     began = time.perf_counter()
     sweep = Sweep(make_trainers(ActivationCaches(packed, Arena(ARENA_BYTES)), splits, plan, seed=seed))
     while not sweep.has_ended:
@@ -67,7 +65,6 @@ def recipe(packed: VarlenModel, splits: Splits, plan: Plan, seed: int) -> tuple[
 
 
 def best_of_grid(packed: VarlenModel, splits: Splits, plan: Plan, seed: int) -> tuple[Winner, list[dict[str, object]]]:
-    """Return the grid's plan with the best validation loss, and a table of all."""
     grid = [
         Variant(layers=layers, positions=positions, rank=rank, learning_rate=rate)
         for layers, positions, rank, rate in itertools.product(LAYERS, POSITIONS, RANKS, LEARNING_RATES)

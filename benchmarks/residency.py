@@ -1,8 +1,7 @@
 """Measure the cost of loads and swaps for waiting and running requests: `python benchmarks/residency.py`.
 
-Swaps: 16 streams decode while 50 short requests arrive per second; each names an intervention that is only on disk, or
-one in the bank, or none. Cold: the time to the first token of a short request whose intervention is on disk, or in
-the bank.
+Swaps: 16 streams decode while 50 short requests arrive per second, whose interventions are on disk, in the bank, or
+none. Cold: the time to the first token of a short request whose intervention is on disk, or in the bank.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from reftserve.server.engine.engine import Engine
 from reftserve.server.engine.messages import InterventionRef, SamplingParams, Submit
 
 PROMPT_TOKENS = 2  # of arriving requests: they swap interventions without much computation
-HOT = 40  # interventions that are in the bank together
+HOT = 40
 STREAMS, ARRIVALS_PER_S, SECONDS = 16, 50, 20.0  # long enough that p99 is not the longest step
 
 
@@ -57,7 +56,6 @@ def p99_gap(engine: Engine, prompts: list[list[int]], refs: list[InterventionRef
 
 
 def first_token_s(engine: Engine, prompt: list[int], ref: InterventionRef) -> float:
-    """Return the seconds from submission to the first token, without other requests."""
     began = time.perf_counter()
     engine.submit(Submit(f"{began}", prompt, SamplingParams(max_tokens=1), (ref,)))
     while not engine.step().outputs:
@@ -66,7 +64,6 @@ def first_token_s(engine: Engine, prompt: list[int], ref: InterventionRef) -> fl
 
 
 def _forget(engine: Engine) -> None:
-    """Empty the host tier, so that the next intervention comes from disk."""
     engine.loader._kept.clear()
     engine.loader._bytes = 0
 

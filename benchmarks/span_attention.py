@@ -1,7 +1,4 @@
-"""Compare attention to kept prefixes by the CPU kernel and by torch: `python benchmarks/span_attention.py`.
-
-Ten spans of random widths after prefixes of random lengths, up to the printed sizes; forward and backward, best of 12.
-"""
+"""Compare attention to kept prefixes by the CPU kernel and torch, best of 12: `python benchmarks/span_attention.py`."""
 
 from __future__ import annotations
 
@@ -35,7 +32,6 @@ class Kept:
 
 
 def best(heads: tuple[int, int], width: int, start: int) -> dict[str, float]:
-    """Return the best seconds of each variant."""
     draw = random.Random(0)  # noqa: S311 - sizes, not a secret
     widths, starts = ([draw.randint(-(-most // 2), most) for _ in range(SPANS)] for most in (width, start))
     examples = [EncodedExample((0,) * (s + 1), (0,) * n) for n, s in zip(widths, starts, strict=True)]

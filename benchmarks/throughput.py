@@ -18,7 +18,6 @@ ALL_LAYERS = tuple(range(30))
 
 
 def hugging_face(prompts: list[list[int]]) -> Callable[[], float]:
-    """Generate in one static batch, padded on the left."""
     model = AutoModelForCausalLM.from_pretrained(w.MODEL, dtype=torch.float32).eval()
     width = max(map(len, prompts))
     ids = torch.tensor([[2] * (width - len(prompt)) + prompt for prompt in prompts])

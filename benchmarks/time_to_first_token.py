@@ -1,7 +1,5 @@
-"""Measure the time to first token after a long system prompt: `python benchmarks/time_to_first_token.py`.
-
-32 requests run one by one, each with a different suffix-only intervention and a different question after the same
-1,000 tokens. Cached: one request without an intervention ran before.
+"""Measure the time to first token after a long system prompt: `python benchmarks/time_to_first_token.py`. 32 requests
+run one by one, each with another suffix-only intervention and question. Cached: a plain request ran before.
 """
 
 from __future__ import annotations

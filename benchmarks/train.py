@@ -1,7 +1,7 @@
 """Compare training speed with pyreft and PEFT: `python benchmarks/train.py` (`make bench-train` sets up the peers).
 
-200 film reviews (SST-2) as chats with one-word answers, batches of 10, float32. Our time includes everything that a
-job does once: filling the cache. The peers take the same time for every epoch, so they run one.
+200 film reviews (SST-2) as chats with one-word answers, batches of 10, float32. Our time includes filling the cache.
+The peers take the same time for every epoch, so they run one.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ SWEEP = "sweep"
 
 
 def plan(layers: list[int], positions: str, epochs: int) -> Plan:
-    """Return the plan that every system trains."""
     return Plan(
         family="loreft",
         layers=layers,
@@ -73,7 +72,6 @@ def ours(packed: VarlenModel, data: list[EncodedExample], runs: list[Plan], epoc
 
 
 def peer(environment: str, script: str, job: dict[str, object]) -> float:
-    """Return a peer's examples per second."""
     return float(run_peer(environment, script, job)[0].split()[0])
 
 

@@ -34,7 +34,6 @@ MODEL = ROOT / "reftserve-data" / "models" / "HuggingFaceTB--SmolLM2-135M-Instru
 
 
 def prompts(count: int, low: int, high: int, seed: int = 0, model: Path = MODEL) -> list[list[int]]:
-    """Return prompts as token ids of real text, `low` to `high` tokens each."""
     lines = (ROOT / "examples" / "sentiment.train.jsonl").read_text("utf-8").splitlines()
     text = "\n".join(json.loads(line)["messages"][0]["content"] for line in lines)
     ids: list[int] = AutoTokenizer.from_pretrained(model)(text)["input_ids"]
@@ -68,7 +67,6 @@ def interventions(
 
 
 def _random_edit(rank: int, hidden_size: int, draw: torch.Generator) -> LowRankEdit:
-    """Make an edit of the size of an untrained LoReFT: rows of about length 1."""
     A, U = (torch.randn(rank, hidden_size, generator=draw) / hidden_size**0.5 for _ in range(2))
     linear = torch.zeros(rank, dtype=torch.int8)
     return LowRankEdit(A, torch.zeros(rank), U, linear, torch.ones(rank))
@@ -92,10 +90,7 @@ def serve(engine: Engine, workload: list[list[int]], new_tokens: int, refs: list
 
 
 def medians(variants: dict[str, Callable[[], float]], runs: int, *, warm_up: bool = True) -> dict[str, float]:
-    """Return each variant's median over `runs` rounds. Variants take turns, so that the machine's drift affects all.
-
-    warm_up: begin with a round that does not count.
-    """
+    """Return each variant's median over `runs` rounds, in turns, so that the machine's drift affects all."""
     figures: dict[str, list[float]] = {name: [] for name in variants}
     for counts in [False] * warm_up + [True] * runs:
         for name, variant in variants.items():
@@ -106,5 +101,4 @@ def medians(variants: dict[str, Callable[[], float]], runs: int, *, warm_up: boo
 
 
 def machine() -> str:
-    """Describe the machine of the figures."""
     return f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"

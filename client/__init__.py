@@ -7,15 +7,8 @@
             for piece in pieces:
                 print(piece, end="")
 
-    async with AsyncClient() as client:
-        job = await client.train("reviews.jsonl", name="sentiment")
-        await job.wait(progress=True)
-        answer = await client.chat("Is this good? ...", model=job.fine_tuned_model)
-        async with await client.stream("Once upon a time") as pieces:
-            async for piece in pieces:
-                print(piece, end="")
-
-Threads may share a Client. Its base model's id is `client.base_model`; AsyncClient has `await client.base_model()`.
+AsyncClient has the same methods to await, and `await client.base_model()` for the property `client.base_model`. Its
+streams open by `async with await client.stream(...)`. Threads may share a Client.
 """
 
 from __future__ import annotations
@@ -99,7 +92,6 @@ __all__ = [
 if not TYPE_CHECKING:  # a type checker would accept any name of a module with __getattr__
 
     def __getattr__(name: str) -> Any:
-        """Import a name's module at its first use: the server takes the wire types without httpx and rich."""
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

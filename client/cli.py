@@ -1,7 +1,6 @@
-"""The command line, `reftserve`: a client of a running server, and the commands that start one.
+"""The command line, `reftserve`: a client of a running server, and the server extra's `serve`, `worker` and `doctor`.
 
-Results go to standard output, messages to standard error. The exit code is 1 after a failure. The entry-point group
-`reftserve.commands` adds `serve`, `worker` and `doctor` when the server extra is installed.
+Results go to standard output, messages to standard error. The exit code is 1 after a failure.
 """
 
 from __future__ import annotations
@@ -163,7 +162,7 @@ def _print(pieces: TextStream, *, as_json: bool) -> None:
 
 
 def _add_server_commands() -> None:
-    """Add the server's commands, or ones that print how to install the server extra."""
+    """Add the server extra's commands, or ones that say how to install it."""
     try:
         for entry_point in entry_points(group="reftserve.commands"):
             app.registered_commands += entry_point.load().registered_commands

@@ -52,7 +52,6 @@ def evaluate(
 
 
 def _criterion(text: str) -> dict[str, Any]:
-    """Return the criterion that `type` or `type=argument` names."""
     kind, given, argument = text.partition("=")
     if not given:
         return {"type": kind}
@@ -72,7 +71,6 @@ def _wait(runs: list[Run]) -> None:
 
 
 def _comparison(compared: Eval) -> tuple[list[str], list[list[str]]]:
-    """Return headings and rows: one row per run, one column per criterion."""
     names = [str(criterion["name"]) for criterion in compared.testing_criteria]
     rows = []
     for run in compared.runs:

@@ -47,10 +47,9 @@ def train(
     seed: Annotated[int | None, typer.Option()] = None,
     detach: Annotated[bool, typer.Option("--detach", help="Return at once")] = False,
 ) -> None:
-    """Train an intervention on the server and wait for it. The recipe decides options that are absent.
+    """Train an intervention on the server and wait for it. The recipe decides absent options.
 
-    With --epochs, --batch-size, --learning-rate or --early-stopping the job is one run. Without them it compares
-    candidates for the open options.
+    Without --epochs, --batch-size, --learning-rate and --early-stopping the job compares candidates for open options.
     """
     here = session(context)
     job = here.client.train(

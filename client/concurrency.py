@@ -1,10 +1,4 @@
-"""The differences between asyncio and blocking code that are more than `async` and `await`.
-
-`_async/` uses the first form of each pair. `.ci/generate_sync_client.py` puts the second in its place.
-
-    async_sleep        sleep
-    coroutine_method   plain_property
-"""
+"""Pairs that unasync cannot derive: `.ci/generate_sync_client.py` puts the second in place of `_async/`'s first."""
 
 from __future__ import annotations
 

@@ -13,10 +13,7 @@ DOTS_PER_COLUMN = 2
 
 
 def draw(line: Mapping[int, float], marks: Mapping[int, float], width: int, height: int) -> list[str]:
-    """Return `height` lines of `width` characters; none without a value, or without room for the axes.
-
-    line, marks: finite y by x. Where several values of the line share a column of dots, it shows their mean.
-    """
+    """Return `height` lines of `width` characters; none without values or room. line, marks: finite y by x."""
     xs, ys = [*line, *marks], [*line.values(), *marks.values()]
     if not ys or height < MIN_HEIGHT or width < MIN_WIDTH:
         return []
@@ -38,7 +35,7 @@ def draw(line: Mapping[int, float], marks: Mapping[int, float], width: int, heig
 
 
 def _means(line: Mapping[int, float], left: int, right: int, dots: int) -> dict[float, float]:
-    """Return the mean point of each of `dots` equal parts of the x axis that has values."""
+    """Return the mean point of each of `dots` parts of the x axis: values that share a column of dots."""
     parts: dict[int, list[int]] = defaultdict(list)
     for x in line:
         parts[round((x - left) / ((right - left) or 1) * (dots - 1))].append(x)

@@ -1,8 +1,5 @@
-"""The position of a reader in a job's events. Both clients share it; each opens and reads the connection itself.
-
-until the server has sent [DONE]:
-    open the stream after the last event seen; ask again while the server is away (`retries.reconnect_policy`)
-    read events until [DONE], a broken connection, or too long a silence
+"""A position in a job's events, for both clients. Until the server has sent [DONE], a client opens the stream after the
+last event seen, waiting while the server is away, and reads until it breaks or is silent too long.
 """
 
 from __future__ import annotations
@@ -49,10 +46,7 @@ class EventReader:
             raise StreamFailed(ErrorDetail(message=message, type="http_error"))
 
     def take(self, message: ServerSentEvent) -> FineTuningEvent | None:
-        """Return the event in a message, or None when it has none.
-
-        Raises StreamFailed when the message is an error, TimeoutError after the deadline.
-        """
+        """Return a message's event, if any. Raises StreamFailed for an error, TimeoutError after the deadline."""
         self._check_deadline()
         if message.data == END:
             self.ended = True

@@ -31,10 +31,7 @@ class ConnectionFailed(ReftServeError):
 
 
 class ResponseError(ReftServeError):
-    """An answer with status 400 or above.
-
-    status: of HTTP. type, param, code: of OpenAI's error object. retry_after_s: from the header, else None.
-    """
+    """An answer with status 400 or above, OpenAI's error fields, and the Retry-After header in seconds."""
 
     def __init__(self, status: int, detail: ErrorDetail, retry_after_s: float | None = None) -> None:
         super().__init__(detail.message)
@@ -112,5 +109,4 @@ def response_error(response: httpx.Response) -> ResponseError:
 
 
 def _retry_after_s(header: str | None) -> float | None:
-    """Return the seconds to wait, or None for the header's other form, a date."""
     return float(header) if header is not None and header.isdecimal() else None

@@ -13,11 +13,7 @@ HELD_OUT, STANDARD_ERROR = "valid_", "_stderr"
 
 
 class TrainingFigures:
-    """The figures so far.
-
-    newest: data of the newest step, and the newest held-out scores. losses, held_out_losses: by step; a step that a
-    resumed job repeats replaces the earlier one.
-    """
+    """The figures so far: the newest ones, and losses by step; a step that a resumed job repeats replaces the first."""
 
     def __init__(self) -> None:
         self.newest: dict[str, Any] = {}

@@ -12,10 +12,7 @@ from reftserve.client.schemas import FineTuningEvent
 
 
 class JobProgress:
-    """Show steps, loss, held-out loss, speed and remaining time on standard error.
-
-    Without a terminal, print one line per message and per held-out score.
-    """
+    """Shows a bar on standard error; without a terminal, one line per message and per held-out score."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True, highlight=False)

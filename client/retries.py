@@ -18,10 +18,9 @@ LONGEST_RECONNECT_WAIT_S = 2.0
 
 
 def retry_policy(call: Call[Any], max_retries: int) -> dict[str, Any]:
-    """Return the arguments of tenacity's Retrying and AsyncRetrying for a call.
+    """Return tenacity's arguments. Every call is tried again after 429, 503 or a refused connection: nothing has begun.
 
-    After 429 and 503 the server has begun nothing, so every call is tried again. After a broken connection it may have
-    carried out the call, so only idempotent calls are tried again. A refused connection is safe for all.
+    After a broken connection only idempotent calls are tried again.
     """
 
     def is_transient(failure: BaseException) -> bool:

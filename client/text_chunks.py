@@ -23,10 +23,7 @@ def raise_if_error(data: str) -> None:
 
 
 class StreamedText:
-    """The part of a streamed answer that has arrived.
-
-    text: all pieces joined. finish_reason, usage: known once the answer is complete.
-    """
+    """The part of a streamed answer that has arrived. finish_reason, usage: known once it is complete."""
 
     def __init__(self, response: httpx.Response) -> None:
         self.response = response

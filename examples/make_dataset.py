@@ -1,8 +1,6 @@
-"""Make the demo's data set from the Stanford Sentiment Treebank: `python examples/make_dataset.py FOLDER`.
-
-FOLDER holds sst2.train.txt and sst2.test.txt with a line `LABEL text` each, label 0 (negative) or 1 (positive). Takes
-150 training and 60 held-out sentences of 6 to 30 words, as many of either label, and writes chats: the instruction and
-the sentence as the user's turn, one word as the assistant's.
+"""Make the demo's data set from the Stanford Sentiment Treebank: `python examples/make_dataset.py FOLDER`, which holds
+sst2.train.txt and sst2.test.txt with lines `LABEL text`, label 0 or 1. Takes 150 training and 60 held-out sentences of
+6 to 30 words, half of each label, as chats.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ def main(folder: Path) -> None:
 
 
 def sample(source: Path, count: int) -> list[tuple[str, str]]:
-    """`count` (label, sentence) pairs, half of either label, in random order."""
+    """Return `count` (label, sentence) pairs, half of either label, in random order."""
     rng = random.Random(SEED)  # noqa: S311 - a sample, not a secret
     rows = [line.split(" ", 1) for line in source.read_text("utf-8").splitlines()]
     chosen: list[tuple[str, str]] = []
@@ -37,7 +35,7 @@ def sample(source: Path, count: int) -> list[tuple[str, str]]:
 
 
 def write(target: Path, rows: list[tuple[str, str]]) -> None:
-    """One chat a line."""
+    """Write one chat per line."""
     with target.open("w", encoding="utf-8") as file:
         for label, text in rows:
             messages = [

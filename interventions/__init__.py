@@ -1,7 +1,6 @@
 """The mathematics of interventions: edits, families, positions, artifacts. Imports neither the server nor the client.
 
-Each name imports its module at first use (PEP 562). Fingerprints, manifests, positions and the checks of artifacts need
-no torch, so a process that uses only these never loads it.
+Each name imports its module at first use, so a process that only checks artifacts never loads torch.
 """
 
 from __future__ import annotations
@@ -114,7 +113,7 @@ __all__ = [
     "unpack",
 ]
 
-if not TYPE_CHECKING:  # a type checker would accept any name of a module with __getattr__
+if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:
         if name not in _HOMES:

@@ -1,8 +1,7 @@
 """Artifacts on disk: their files, the checks when reading them, and atomic writing. `intervention.py` makes tensors.
 
     manifest.json       base, family, positions and layers of the edits, and their provenance (`manifest.py`)
-    edits.safetensors   columns of all edits, concatenated in the manifest's order. Always five tensors, because a
-                        server reads, checks and hashes them while requests wait
+    edits.safetensors   five tensors, the concatenated columns of all edits: few, for checks while requests wait
     history.json        the training history, optional (`history.py`)
 
 The wire format is a zip of this folder. Reading checks every field, name, shape, type and number, bounds every size and
@@ -80,10 +79,7 @@ def content_hash(sites: Sequence[EditSite], columns_hash: str) -> str:
 
 
 def read_artifact(folder: Path) -> tuple[bytes, bytes]:
-    """Return the unchecked bytes of an artifact folder's manifest and edits, the arguments of `parse_artifact`.
-
-    Raises OSError; ManifestError when a file is too large.
-    """
+    """Return the unchecked manifest and edits. Raises OSError; ManifestError when a file is too large."""
     return _bounded(folder / MANIFEST_FILE), _bounded(folder / EDITS_FILE)
 
 
@@ -94,10 +90,7 @@ def load_history(folder: Path) -> History | None:
 
 
 def check_artifact(manifest_bytes: bytes, edits_bytes: bytes) -> Artifact:
-    """Check the bytes of an artifact's manifest and edits.
-
-    Raises ManifestError, ShapeError, DtypeError, NonFiniteError, PositionsError or HashMismatch.
-    """
+    """Check a manifest and edits. Raises an InterventionError, except FingerprintMismatch."""
     try:
         manifest = Manifest.model_validate_json(manifest_bytes)
     except ValidationError as cause:
@@ -124,10 +117,7 @@ def pack(folder: Path) -> bytes:
 
 
 def unpack(data: bytes, folder: Path, *, max_bytes: int = MAX_BYTES) -> Artifact:
-    """Check a zipped artifact and write it to a new folder; a refused one writes nothing.
-
-    Raises an InterventionError; ManifestError for a zip with other files, or with a file above `max_bytes`.
-    """
+    """Check a zipped artifact, then write it to a new folder. Raises an InterventionError."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             names = sorted(archive.namelist())

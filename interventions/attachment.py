@@ -24,12 +24,10 @@ Member = tuple[Positions, Callable[[Tensor], Tensor]]
 def attach(
     model: PreTrainedModel, edits: Sequence[PlacedEdit] | TrainableIntervention, n_prompt: int | Tensor
 ) -> Iterator[None]:
-    """Edit forward passes and `generate` of `model` while the context is open.
+    """Edit forward passes and `generate` of `model` in the context. Raises ShapeError if an edit does not fit.
 
-    edits: edits of one layer and position add up, each computed from the unedited hidden state.
-    n_prompt: prompt length, or one for each row, [batch]. Rows are padded on the right. Column t of a pass has
-    position t plus the length of the cache that the pass continues.
-    Raises ShapeError when an edit does not fit the model.
+    Edits of one layer and position add up, each computed from the unedited hidden state. n_prompt: prompt length, or
+    one for each row, [batch], padded on the right. A pass begins at the length of the cache that it continues.
     """
     layers = block_list(model)
     # Not `model.base_model`: OPT calls the decoder inside it directly, so hooks on it do not run.
@@ -56,7 +54,6 @@ def attach(
 def _members(
     edits: Sequence[PlacedEdit] | TrainableIntervention,
 ) -> list[tuple[int, Positions, Callable[[Tensor], Tensor]]]:
-    """Return each edit's layer, its positions and the function that computes the numbers to add."""
     if isinstance(edits, TrainableIntervention):
         return [(layer, positions, _family_delta(family)) for layer, positions, family in edits.placed()]
     return [(placed.layer, placed.positions, placed.edit.delta) for placed in edits]
@@ -71,8 +68,6 @@ def _family_delta(family: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def _edit(members: list[Member], n_prompt: int | Tensor, past: Callable[[], int]) -> HiddenEdit:
-    """Return a function that edits one layer's hidden states out of place; their first column has position `past`."""
-
     def edit(hidden: Tensor) -> Tensor:
         batch, tokens, _ = hidden.shape
         start = past()

@@ -1,8 +1,4 @@
-"""The fingerprint of a base model's folder: architecture, sizes, and hashes of weights, tokenizer and chat template.
-
-The weights' hash covers the stored tensors sorted by name. It depends neither on their split into files nor on the
-dtype in which the model is loaded.
-"""
+"""Fingerprints a base's folder. The weights' hash depends neither on the split into files nor on the loaded dtype."""
 
 from __future__ import annotations
 
@@ -18,14 +14,11 @@ from reftserve.interventions.columns import TORCH_NAMES
 from reftserve.interventions.intervention_errors import ManifestError
 from reftserve.interventions.manifest import BaseFingerprint
 
-CHUNK_BYTES = 4 << 20  # read at once
+CHUNK_BYTES = 4 << 20
 
 
 def fingerprint(folder: Path) -> BaseFingerprint:
-    """Return the fingerprint of a folder with config.json, *.safetensors and tokenizer.json. Reads every weight once.
-
-    Raises ManifestError when a part is missing.
-    """
+    """Return a folder's fingerprint, reading every weight once. Raises ManifestError when a part is missing."""
     config = _text_config(json.loads(_read(folder / "config.json")))
     return BaseFingerprint(
         architecture=config["architectures"][0],
@@ -63,8 +56,6 @@ def _weights_hash(folder: Path) -> str:
 
 @dataclass(frozen=True)
 class _Stored:
-    """The place of a tensor's bytes in its file. dtype: torch's name."""
-
     dtype: str
     shape: list[int]
     start: int
@@ -94,7 +85,6 @@ def _tokenizer_hash(folder: Path) -> str:
 
 
 def _chat_template_hash(folder: Path) -> str | None:
-    """Return the hash of the chat template, which transformers has kept in different files; None without one."""
     file = folder / "chat_template.jinja"
     if file.is_file():
         template: Any = file.read_text("utf-8")

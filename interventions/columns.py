@@ -1,8 +1,4 @@
-"""The rank columns of edits as numpy arrays: their names, types, checks and hash, without torch.
-
-The server's HTTP process checks uploads with this module. `edit.LowRankEdit` holds the same columns as tensors and
-passes the same checks.
-"""
+"""The rank columns of edits as numpy arrays: names, types, checks and hash, for processes without torch."""
 
 from __future__ import annotations
 
@@ -20,7 +16,6 @@ from reftserve.interventions.intervention_errors import DtypeError, ManifestErro
 TENSORS = ("A", "b", "U", "act", "scale")
 Columns = dict[str, NDArray[Any]]
 
-# safetensors' name of each type, and torch's name, which hashes and messages use.
 TORCH_NAMES = {
     "F64": "float64",
     "F32": "float32",
@@ -56,10 +51,7 @@ class Activation(IntEnum):
 
 
 def read_columns(edits_bytes: bytes, file: str) -> Columns:
-    """Read and check the columns of an artifact's edits. file: the file's name, for messages.
-
-    Raises ManifestError unless it is a safetensors file of exactly the five tensors, and the errors of `check_columns`.
-    """
+    """Read and check an artifact's edits: a safetensors file of exactly five tensors. file: its name, for messages."""
     try:
         found = {name: _array(tensor) for name, tensor in deserialize(edits_bytes)}  # type: ignore[no-untyped-call]
     except (SafetensorError, ValueError, TypeError, OverflowError) as cause:  # numpy's errors for absurd shapes
@@ -74,11 +66,7 @@ def read_columns(edits_bytes: bytes, file: str) -> Columns:
 
 
 def check_columns(columns: Mapping[str, Any]) -> None:
-    """Check that numpy arrays or torch tensors form an edit.
-
-    columns: by name, A and U [rank, hidden]; b, act and scale [rank].
-    Raises ShapeError, DtypeError or NonFiniteError.
-    """
+    """Raise ShapeError, DtypeError or NonFiniteError unless A, U [rank, hidden], b, act, scale [rank] form an edit."""
     A = columns["A"]
     if A.ndim != 2 or 0 in A.shape:
         raise ShapeError(f"A has shape {list(A.shape)}; expected [rank, hidden], both above 0")

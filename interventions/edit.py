@@ -2,15 +2,11 @@
 
     h  <-  h + sum_i scale_i * act_i(h · A_i + b_i) * U_i          i runs over the rank columns
 
-    A      [rank, hidden]    input direction of each column
-    b      [rank]
-    U      [rank, hidden]    output direction of each column
-    act    [rank] int8       the `Activation` of each column
-    scale  [rank]
+    A, U   [rank, hidden]    input and output direction of each column
+    b      [rank]            act    [rank] int8, an `Activation`         scale  [rank]
 
 The form act(hW^T + b)U - (hR^T + c)U is two sets of columns: one with `act`, and a linear one with A = -R and b = -c.
-If `act` is linear they fold into one set (LoReFT: A = W - R, U = R). Each column has its own activation and scale, so
-edits are composed by concatenation.
+If `act` is linear they fold into one set (LoReFT: A = W - R, U = R). Edits are composed by concatenating columns.
 """
 
 from __future__ import annotations
@@ -39,10 +35,7 @@ FUNCTIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 
 
 def activate(y: Tensor, act: Tensor) -> Tensor:
-    """Apply each column's activation to y.
-
-    y: [..., rank]. act: int8, broadcastable to y.
-    """
+    """Apply each column's activation. y: [..., rank]. act: int8, broadcastable to y."""
     for activation, function in FUNCTIONS.items():
         y = torch.where(act == activation, function(y), y)
     return y
@@ -50,10 +43,7 @@ def activate(y: Tensor, act: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class LowRankEdit:
-    """One edit in canonical form; the module's table has the shapes. Immutable; tensors are not copied.
-
-    Raises ShapeError, DtypeError or NonFiniteError when the tensors do not form an edit.
-    """
+    """An immutable edit in canonical form, without copies. Raises ShapeError, DtypeError or NonFiniteError."""
 
     A: Tensor
     b: Tensor
@@ -88,10 +78,7 @@ class LowRankEdit:
         return sum(getattr(self, name).nbytes for name in TENSORS)
 
     def delta(self, hidden: Tensor) -> Tensor:
-        """Return the numbers that the edit adds to hidden states [rows, hidden_size], in the edit's dtype.
-
-        Raises ShapeError if hidden_size differs from the edit's.
-        """
+        """Return the numbers that `apply` adds to [rows, hidden_size], in the edit's dtype. Raises ShapeError."""
         if hidden.shape[-1] != self.hidden_size:
             raise ShapeError(f"hidden states have size {hidden.shape[-1]}; the edit has {self.hidden_size}")
         y = functional.linear(hidden.to(self.A.dtype), self.A, self.b)
@@ -114,10 +101,7 @@ class LowRankEdit:
         return LowRankEdit(*(getattr(self, name).to(device) for name in TENSORS))
 
     def split(self, ranks: Sequence[int]) -> list[LowRankEdit]:
-        """Undo `compose`: return the columns as edits of these ranks, which are positive and sum to `rank`.
-
-        The edits are views.
-        """
+        """Undo `compose`: return the columns as edits of these ranks, which sum to `rank`. The edits are views."""
         parts = zip(*(getattr(self, name).split(list(ranks)) for name in TENSORS), strict=True)
         return [LowRankEdit(*tensors) for tensors in parts]
 
@@ -133,10 +117,7 @@ class LowRankEdit:
 
 
 def compose(edits: Sequence[LowRankEdit]) -> LowRankEdit:
-    """Concatenate the columns of edits: their sum on the same rows, each computed from the unedited h.
-
-    Raises ShapeError when the hidden sizes differ or `edits` is empty.
-    """
+    """Concatenate edits' columns: their sum, each computed from the unedited h. Raises ShapeError, also for none."""
     sizes = {edit.hidden_size for edit in edits}
     if len(sizes) != 1:
         raise ShapeError(f"edits of hidden sizes {sorted(sizes)} cannot be composed; they must be equal")

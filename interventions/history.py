@@ -1,7 +1,4 @@
-"""The training curve of an intervention: `history.json`, an optional third file of an artifact.
-
-It does not change the intervention, so the engine ignores it and the content hash leaves it out.
-"""
+"""The training curve of an intervention, `history.json`. The engine ignores it and the content hash leaves it out."""
 
 from __future__ import annotations
 
@@ -23,11 +20,7 @@ Column = list[float | None]
 
 
 class History(BaseModel):
-    """Columns of equal length, at most MAX_POINTS long; None for a number that is unknown or was not finite.
-
-    step: optimizer steps, rising. tokens_per_second: trained completion tokens; empty if not measured.
-    valid: each score of the held-out part (`loss`, `exact_match`, ...), after the steps with a validation.
-    """
+    """Columns of equal length, up to MAX_POINTS; None is unknown or not finite. valid: scores of the held-out part."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -49,10 +42,7 @@ class History(BaseModel):
 
     @classmethod
     def of_steps(cls, steps: Sequence[Mapping[str, Any]]) -> History:
-        """Return the history of rows with step, train_loss, learning_rate, tokens_per_second and perhaps valid_... .
-
-        More than MAX_POINTS steps are thinned evenly; half of the points are reserved for steps with scores.
-        """
+        """Return the history of rows. Above MAX_POINTS they are thinned evenly; half are reserved for scored steps."""
         scored = [row for row in steps if any(name.startswith(HELD_OUT) for name in row)]
         if len(steps) > MAX_POINTS:
             kept = [*_evenly(steps, MAX_POINTS // 2), *_evenly(scored, MAX_POINTS // 2)]
@@ -84,7 +74,6 @@ def _column(steps: Sequence[Mapping[str, Any]], name: str) -> Column:
 
 
 def _evenly(rows: Sequence[T], count: int) -> list[T]:
-    """Return at most `count` rows at equal distances, including the first and the last."""
     if len(rows) <= count:
         return list(rows)
     return [rows[round(index * (len(rows) - 1) / (count - 1))] for index in range(count)]

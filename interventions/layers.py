@@ -1,7 +1,4 @@
-"""A model's decoder layers: found by structure, and edited by one kind of forward hook.
-
-attach(), training and the engine all edit through `edit_layer`. Each supplies the rows and the numbers that it adds.
-"""
+"""A model's decoder layers, found by structure. attach(), training and the engine all edit through `edit_layer`."""
 
 from __future__ import annotations
 
@@ -14,16 +11,12 @@ from transformers import PreTrainedModel
 
 from reftserve.interventions.intervention_errors import ShapeError
 
-# From a layer's hidden states, [batch, tokens, hidden], to the edited ones. None leaves the tensor in place: either
-# nothing is edited, or the function has written to its rows.
+# Edits a layer's hidden states, [batch, tokens, hidden]. None: nothing is edited, or the function wrote in place.
 HiddenEdit = Callable[[Tensor], Tensor | None]
 
 
 def edit_layer(layer: nn.Module, edit: HiddenEdit) -> RemovableHandle:
-    """Pass the layer's hidden states through `edit` in every forward pass, until the handle is removed.
-
-    The layer's output is the hidden states or a tuple that begins with them; the rest of a tuple is kept.
-    """
+    """Pass a layer's hidden states, also first in an output tuple, through `edit` until the handle is removed."""
 
     def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
         is_tuple = isinstance(output, tuple)
@@ -36,10 +29,7 @@ def edit_layer(layer: nn.Module, edit: HiddenEdit) -> RemovableHandle:
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """Return the decoder blocks in order.
-
-    Raises ShapeError when the model does not have exactly one list of `num_hidden_layers` modules of one class.
-    """
+    """Return the decoder blocks. Raises ShapeError unless exactly one list has `num_hidden_layers` equal modules."""
     return list(block_list(model))
 
 

@@ -2,12 +2,10 @@
 
     f7+l7       the first 7 and the last 7 prompt tokens          (likewise f0+l1, f5, l1)
     prompt      every prompt token
-    generated   every token after the prompt
-    all         both
+    generated   every token after the prompt; `all` is both
 
 Positions are indices into the final token ids, chat template and BOS included. As in pyreft, at most n // 2 of a
-prompt's n tokens are first and at most n // 2 are last, so prefix and suffix never overlap. One exception: the token
-of a one-token prompt is last, so that `l1` is index n - 1 for every prompt.
+prompt's n tokens are first and at most n // 2 are last. A one-token prompt's token is last: `l1` is always index n - 1.
 """
 
 from __future__ import annotations

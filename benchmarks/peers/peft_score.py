@@ -1,7 +1,5 @@
-"""Train PEFT's LoRA, keep its best epoch, and score it like ours: `peft_score.py JOB.json`.
-
-The job names model, batch_size, epochs, learning_rate, and rows `train`, `validation` and `test`, each with its token
-`ids` and `n_prompt` of them before the answer. Prints RESULT and a JSON object.
+"""Train PEFT's LoRA, keep its best epoch, and score it like ours: `peft_score.py JOB.json`. The job names model,
+batch_size, epochs, learning_rate, and rows `train`, `validation`, `test` with token `ids`, `n_prompt` of the prompt.
 """
 
 import json

@@ -1,7 +1,5 @@
-"""Train with pyreft, and score its forward pass on held-out rows: `pyreft_score.py JOB.json`.
-
-The job is that of `pyreft_train.py` with positions `l1`, and names `seeds` and `test`: rows with their token `ids` and
-`n_prompt` of them before the answer. Prints a RESULT with a JSON object for each seed.
+"""Train with pyreft, and score its forward pass on held-out rows: `pyreft_score.py JOB.json`. The job is that of
+`pyreft_train.py` with positions `l1`, and names `seeds` and `test`: rows as in `peft_score.py`.
 """
 
 import json
@@ -15,9 +13,8 @@ from torch.nn.functional import cross_entropy
 
 @torch.no_grad()
 def scores(reft, rows, layers):
-    """Return the answers' loss per token, and the share of answers that greedy decoding gives word for word."""
     loss = tokens = exact = 0
-    for row in rows:  # one by one, without padding
+    for row in rows:
         ids, n_prompt = torch.tensor([row["ids"]]), row["n_prompt"]
         base = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         _, output = reft(base, unit_locations={"sources->base": (None, [[[n_prompt - 1]]] * len(layers))})

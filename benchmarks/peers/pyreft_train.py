@@ -24,7 +24,6 @@ def load(folder):
 
 
 def train(job, seed=42):
-    """Return the trained model and the training time in seconds. seed: of the initial weights and the order of rows."""
     torch.manual_seed(seed)
     torch.set_num_threads(2)
     model, tokenizer = load(Path(job["model"]))

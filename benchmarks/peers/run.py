@@ -1,7 +1,5 @@
-"""Compare ours with the peers, each in its environment, one by one: `python benchmarks/peers/run.py --runs 5`.
-
-`benchmarks/peers/setup.sh` makes the environments. Every process warms up with one run; Hugging Face runs first and
-last, which shows the machine's drift.
+"""Compare ours with the peers, in environments of `peers/setup.sh`: `python benchmarks/peers/run.py --runs 5`. Each
+process warms up with one run. Hugging Face runs first and last, which shows the machine's drift.
 """
 
 from __future__ import annotations
@@ -36,7 +34,6 @@ MLP_SIZES = {"gate_proj": (576, 1536), "up_proj": (576, 1536), "down_proj": (153
 
 
 def save_loras(folder: Path, count: int) -> list[str]:
-    """Save different random LoRAs of rank 8 on all linear layers, in PEFT's format."""
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -90,7 +87,6 @@ def vllm(name: str, workload: Path, *flags: str) -> float:
 
 
 def llama_cpp(file: str, batch: int, prompt: int, new: int, runs: int) -> tuple[float, float]:
-    """Return generated tokens per second, with the prompt's time and without it."""
     binaries = PEERS / "llama.cpp" / "build" / "bin"
     shape = ["-npp", str(prompt), "-ntg", str(new), "-npl", ",".join([str(batch)] * (runs + 1))]
     command = [str(binaries / "llama-batched-bench"), "-m", str(PEERS / "llama.cpp" / file), "-c", "8192", "-t", "2"]
@@ -107,7 +103,6 @@ def llama_cpp(file: str, batch: int, prompt: int, new: int, runs: int) -> tuple[
 
 
 def decode_alone(engine: Engine, prompt: list[int], new: int) -> float:
-    """Return generated tokens per second of one request, from its first token on."""
     engine.submit(Submit(f"{time.perf_counter()}", prompt, SamplingParams(max_tokens=new + 1)))
     while not engine.step().outputs:
         pass

@@ -53,11 +53,7 @@ class AsyncRun:
         return self
 
     async def wait(self, *, timeout_s: float | None = None, poll_s: float = POLL_S) -> AsyncRun:
-        """Return when all items have scores.
-
-        Raises EvalRunEnded when the run failed or was canceled, TimeoutError after `timeout_s`; the run itself
-        continues.
-        """
+        """Return when all items have scores. Raises EvalRunEnded if the run failed or was canceled, TimeoutError."""
         began = time.monotonic()
         while not (await self.refresh()).has_ended:
             if timeout_s is not None and time.monotonic() - began > timeout_s:
@@ -101,10 +97,7 @@ class AsyncEvals:
         name: str | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> Eval:
-        """Create an eval from a data set and criteria.
-
-        file: a path, an uploaded file or its id. criteria: types, or dicts as in the HTTP reference.
-        """
+        """Create an eval. file: path, uploaded file or id. criteria: types, or dicts as in the HTTP reference."""
         file_id = await self._files.id_of(file)
         return await self._connection.send(calls.create_eval(file_id, criteria, name=name, metadata=metadata))
 
@@ -130,10 +123,7 @@ class AsyncEvals:
         max_tokens: int | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> AsyncRun:
-        """Start to score `model` (default: the base) with `interventions`; see the run's `wait`.
-
-        max_tokens: the limit of a greedy answer.
-        """
+        """Start to score `model` (default: the base) by greedy answers up to `max_tokens`; see the run's `wait`."""
         model = model or await self._models.base()
         call = calls.create_run(eval_id, model, interventions, name=name, max_tokens=max_tokens, metadata=metadata)
         return AsyncRun(self._connection, await self._connection.send(call))

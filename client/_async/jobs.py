@@ -66,14 +66,12 @@ class AsyncJob:
         return await self._change("retry")
 
     async def events(self, *, timeout_s: float | None = None) -> AsyncGenerator[FineTuningEvent]:
-        """Yield all past events, oldest first, then new ones until the job has ended.
+        """Yield all past events, then new ones until the job has ended, over broken streams and restarts of the server.
 
-        Reopens a broken stream, e.g. after a restart of the server, at the next event. Raises ConnectionFailed when no
-        server comes back, TimeoutError after `timeout_s`; the job itself continues.
+        Raises ConnectionFailed when no server comes back, TimeoutError after `timeout_s`; the job itself continues.
         """
         reader = EventReader(self.id, timeout_s)
         while not reader.ended:
-            # A broken stream is no failure: the next one begins after the last event.
             with suppress(httpx.TransportError):
                 async with aclosing(await self._connection.open_events(reader)) as response:
                     reader.check(response)
@@ -85,10 +83,7 @@ class AsyncJob:
         await self.refresh()
 
     async def wait(self, *, progress: bool = False, timeout_s: float | None = None) -> AsyncJob:
-        """Return when the job has published its intervention. progress: show a bar in the terminal.
-
-        Raises JobEnded when it failed or was cancelled, TimeoutError after `timeout_s`; the job itself continues.
-        """
+        """Return when the intervention is published. Raises JobEnded, or TimeoutError while the job continues."""
         with JobProgress() if progress else nullcontext() as bar:
             async for event in self.events(timeout_s=timeout_s):
                 if bar is not None:

@@ -30,10 +30,10 @@ T = TypeVar("T")
 
 
 class Client:
-    """A connection to a ReftServe server, and a context manager that closes it.
+    """A connection to a ReftServe server; raises the exceptions that `reftserve.client.exceptions` draws.
 
     url: with or without `/v1`. api_key: sent as a bearer token. max_retries: after 429 and 503, and after a broken
-    connection if the call is idempotent. Methods raise the exceptions that `reftserve.client.exceptions` draws.
+    connection if the call is idempotent.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Client:
         messages: Sequence[Any] | None = None,
         **options: Unpack[ClassifyOptions],
     ) -> Classification:
-        """Return the probability of each label as the answer to a text or a conversation, or to several.
+        """Return each label's probability as the answer to one or several texts or conversations.
 
         labels: whole answers of the assistant for messages; whole continuations, leading space included, for texts.
         """
@@ -98,8 +98,7 @@ class Client:
     ) -> Job:
         """Train an intervention and publish it as the next version of `name`; see the job's `wait`.
 
-        Files: a path, which is uploaded; the result of `files.upload`; or its id, `file-` and hexadecimal digits.
-        An existing path wins over an id.
+        Files: a path, which is uploaded and wins over an id; the result of `files.upload`; or its id, `file-...`.
         """
         call = create_job(
             model or self.models.base(),
@@ -121,10 +120,7 @@ class Client:
         seed: int | None = None,
         **options: Unpack[TrainingOptions],
     ) -> DataReport:
-        """Return a report on the data that `train` would use, with warnings. Trains nothing.
-
-        Files: as for `train`. Uploaded files stay on the server.
-        """
+        """Report on the data that `train` would use, and keep uploaded files. Trains nothing. Files: as for `train`."""
         call = check_data(
             model or self.models.base(),
             self.files.id_of(training_file),

@@ -17,10 +17,7 @@ T = TypeVar("T")
 
 
 class Connection:
-    """A pool of HTTP connections, with one retry policy for all calls.
-
-    Methods raise the exceptions that `reftserve.client.exceptions` draws.
-    """
+    """A pool of HTTP connections, with one retry policy for all calls."""
 
     def __init__(self, url: str, api_key: str | None, timeout: httpx.Timeout | float, max_retries: int) -> None:
         self._http = httpx.Client(base_url=base_url(url), headers=headers(api_key), timeout=timeout)

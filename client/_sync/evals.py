@@ -54,11 +54,7 @@ class Run:
         return self
 
     def wait(self, *, timeout_s: float | None = None, poll_s: float = POLL_S) -> Run:
-        """Return when all items have scores.
-
-        Raises EvalRunEnded when the run failed or was canceled, TimeoutError after `timeout_s`; the run itself
-        continues.
-        """
+        """Return when all items have scores. Raises EvalRunEnded if the run failed or was canceled, TimeoutError."""
         began = time.monotonic()
         while not (self.refresh()).has_ended:
             if timeout_s is not None and time.monotonic() - began > timeout_s:
@@ -102,10 +98,7 @@ class Evals:
         name: str | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> Eval:
-        """Create an eval from a data set and criteria.
-
-        file: a path, an uploaded file or its id. criteria: types, or dicts as in the HTTP reference.
-        """
+        """Create an eval. file: path, uploaded file or id. criteria: types, or dicts as in the HTTP reference."""
         file_id = self._files.id_of(file)
         return self._connection.send(calls.create_eval(file_id, criteria, name=name, metadata=metadata))
 
@@ -131,10 +124,7 @@ class Evals:
         max_tokens: int | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> Run:
-        """Start to score `model` (default: the base) with `interventions`; see the run's `wait`.
-
-        max_tokens: the limit of a greedy answer.
-        """
+        """Start to score `model` (default: the base) by greedy answers up to `max_tokens`; see the run's `wait`."""
         model = model or self._models.base()
         call = calls.create_run(eval_id, model, interventions, name=name, max_tokens=max_tokens, metadata=metadata)
         return Run(self._connection, self._connection.send(call))

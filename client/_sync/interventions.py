@@ -29,10 +29,7 @@ class Interventions:
         return self._connection.send(calls.get_version(name, version))
 
     def history(self, name: str, version: int | str = "latest") -> InterventionHistory:
-        """Return the training history of a version: one column per figure, one row per step.
-
-        Raises NotFound when the artifact holds no history.
-        """
+        """Return a version's history: a column per figure, a row per step. Raises NotFound if it has none."""
         return self._connection.send(calls.get_history(name, version))
 
     def upload(self, name: str, artifact: str | Path) -> InterventionVersion:
@@ -44,10 +41,7 @@ class Interventions:
         return self._connection.send(calls.download_intervention(name, version, folder))
 
     def delete(self, name: str, version: int | str | None = None, *, force: bool = False) -> Deleted:
-        """Delete one version, or all of them.
-
-        force: even while running requests use it; they still finish. Raises Conflict otherwise.
-        """
+        """Delete one version, or all. Raises Conflict while running requests use it, unless `force`; they finish."""
         return self._connection.send(calls.delete_intervention(name, version, force=force))
 
     def alias(self, name: str, alias: str, version: int) -> InterventionInfo:

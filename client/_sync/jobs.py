@@ -67,14 +67,12 @@ class Job:
         return self._change("retry")
 
     def events(self, *, timeout_s: float | None = None) -> Generator[FineTuningEvent]:
-        """Yield all past events, oldest first, then new ones until the job has ended.
+        """Yield all past events, then new ones until the job has ended, over broken streams and restarts of the server.
 
-        Reopens a broken stream, e.g. after a restart of the server, at the next event. Raises ConnectionFailed when no
-        server comes back, TimeoutError after `timeout_s`; the job itself continues.
+        Raises ConnectionFailed when no server comes back, TimeoutError after `timeout_s`; the job itself continues.
         """
         reader = EventReader(self.id, timeout_s)
         while not reader.ended:
-            # A broken stream is no failure: the next one begins after the last event.
             with suppress(httpx.TransportError):
                 with closing(self._connection.open_events(reader)) as response:
                     reader.check(response)
@@ -86,10 +84,7 @@ class Job:
         self.refresh()
 
     def wait(self, *, progress: bool = False, timeout_s: float | None = None) -> Job:
-        """Return when the job has published its intervention. progress: show a bar in the terminal.
-
-        Raises JobEnded when it failed or was cancelled, TimeoutError after `timeout_s`; the job itself continues.
-        """
+        """Return when the intervention is published. Raises JobEnded, or TimeoutError while the job continues."""
         with JobProgress() if progress else nullcontext() as bar:
             for event in self.events(timeout_s=timeout_s):
                 if bar is not None:

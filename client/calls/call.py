@@ -26,10 +26,7 @@ class Upload:
 
 @dataclass(frozen=True)
 class Call(Generic[T]):
-    """A request and the reader of its answer.
-
-    read_timeout_s: the longest silence of the answer; None takes the client's timeout.
-    """
+    """A request and its answer's reader. read_timeout_s: longest silence; None takes the client's timeout."""
 
     method: str
     path: str

@@ -9,7 +9,6 @@ from reftserve.client.calls.call import Call, given, listed, one
 from reftserve.client.calls.generation import Composition, composed
 from reftserve.client.schemas import Deleted, Eval, EvalOutputItem, EvalRun, Page
 
-# Each criterion as its type, or as a dict with its arguments.
 Criteria = Sequence[str | Mapping[str, Any]]
 ItemStatus = Literal["pass", "fail", "error"]
 

@@ -9,7 +9,6 @@ from typing import TypeGuard
 from reftserve.client.calls.call import Call, Upload, given, listed, one
 from reftserve.client.schemas import Deleted, FileObject, Page
 
-# A local path, an uploaded file, or the id of one.
 DataFile = str | Path | FileObject
 _FILE_ID = re.compile("file-[0-9a-f]+")
 

@@ -15,12 +15,11 @@ Composition = Sequence[str | InterventionUse | Mapping[str, Any]]
 
 
 class GenerationOptions(TypedDict, total=False):
-    """How to generate. The server has a default for each option that is absent.
+    """How to generate. The server has a default for each absent option, and docs/http.md describes all.
 
-    model: the base's id, or an intervention as `name`, `name@version` or `name@alias`; default: the base.
-    interventions: composed on top of `model`; each as `name@version`, or as InterventionUse or dict with a scale.
-    logprobs: a bool for chats, the number of alternatives for completions. response_format, structured_outputs: the
-    form of the answer, as in the HTTP reference. priority: lower goes first. timeout: seconds until the request fails.
+    model: the base's id (default), or an intervention as `name`, `name@version` or `name@alias`. interventions: on top
+    of `model`, each as `name@version`, InterventionUse or dict with a scale. logprobs: a bool for chats, a number of
+    alternatives for completions. priority: lower goes first. timeout: seconds until the request fails.
     """
 
     model: str | None
@@ -50,10 +49,7 @@ class GenerationOptions(TypedDict, total=False):
 
 
 class ClassifyOptions(TypedDict, total=False):
-    """How to classify. model, interventions, priority, timeout: as in GenerationOptions.
-
-    normalize: "tokens" compares labels by their mean log-probability per token.
-    """
+    """How to classify; see GenerationOptions. normalize: "tokens" compares mean log-probabilities per token."""
 
     model: str | None
     interventions: Composition | None
@@ -79,10 +75,7 @@ def chat(model: str, messages: Messages, options: GenerationOptions) -> Call[Cha
 def stream(
     model: str, prompt: str | Sequence[int] | None, messages: Messages | None, options: GenerationOptions
 ) -> Call[None]:
-    """POST as `generate` does for a prompt, as `chat` does for messages, and stream the answer.
-
-    Raises TypeError unless exactly one of prompt and messages is given.
-    """
+    """Stream the answer to a prompt or messages. Raises TypeError unless exactly one of them is given."""
     whole: Call[Any]
     if messages is not None and prompt is None:
         whole = chat(model, messages, options)
@@ -126,7 +119,6 @@ def composed(composition: Composition) -> list[dict[str, Any]]:
 
 
 def _named(model: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the given options as JSON, with the model."""
     body = given(options)
     body["model"] = model
     if "interventions" in body:
@@ -142,7 +134,6 @@ def _use(item: str | InterventionUse | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _turns(messages: Sequence[Any]) -> list[Any]:
-    """Return the turns of a conversation, or of several, as JSON."""
     return [
         turn.model_dump(exclude_none=True)
         if isinstance(turn, BaseModel)

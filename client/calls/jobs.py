@@ -9,15 +9,13 @@ from reftserve.client.calls.call import Call, given, listed, one
 from reftserve.client.schemas import DataReport, FineTuningCheckpoint, FineTuningJob, Page
 
 JobAction = Literal["cancel", "pause", "resume", "retry"]
-# Fields of the method itself; the other options are hyperparameters.
 _SHAPE = ("family", "layers", "positions", "rank", "dropout", "tied", "sweep")
 
 
 class TrainingOptions(TypedDict, total=False):
-    """What to train. The server's recipe decides each option that is absent.
+    """What to train; the server's recipe decides each absent option. max_length: tokens. sweep: as `ReftSweep`.
 
-    max_length: tokens. early_stopping_epochs: end after so many epochs without a better validation loss. sweep:
-    fields of `ReftSweep`; the best of its trials is published.
+    early_stopping_epochs: end after this number of epochs without a better validation loss.
     """
 
     family: str | None

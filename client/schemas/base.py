@@ -1,7 +1,5 @@
-"""Base classes of all wire types.
-
-Requests refuse unknown fields, so that a misspelt field is not ignored. Responses ignore them, so that an older client
-can read a newer server.
+"""Base classes of all wire types. Requests refuse unknown fields, so that a misspelt field is not ignored. Responses
+ignore them, so that an older client can read a newer server.
 """
 
 from __future__ import annotations
@@ -28,10 +26,9 @@ Identifier = Annotated[str, Field(max_length=256), Printable]  # a name or an id
 class Request(BaseModel):
     """Base of all requests.
 
-    Null means "not given": the field has its default, or is missing if it is required. Clients send back null or empty
-    fields of OpenAI's answers (`refusal`, `annotations`, `tools`), so an unknown field is ignored when it is null, `[]`
-    or `{}`; any other unknown field is an error. A string with half a surrogate pair is an error, because no database
-    or answer can hold it.
+    Null means "not given": the field has its default, or is missing if it is required. Clients send back empty fields
+    of OpenAI's answers (`refusal`, `tools`), so an unknown field may be null, `[]` or `{}`. A string with half a
+    surrogate pair is an error, because no database or answer can hold it.
     """
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())

@@ -19,8 +19,8 @@ Chat = Annotated[list[ChatMessage], Field(min_length=1)]
 class ClassifyRequest(Request):
     """POST /v1/classify. Give either input, one text or several, or messages, one conversation or several.
 
-    labels: whole assistant answers to conversations, or continuations of texts, leading space included.
-    normalize: `tokens` compares labels by mean log-probability per token.
+    labels: whole assistant answers, or continuations of texts, leading space included. normalize: `tokens` compares
+    labels by mean log-probability per token.
     """
 
     model: Identifier
@@ -36,10 +36,9 @@ class ClassifyRequest(Request):
 
 
 class Classified(Response):
-    """Scores of one input. label: the likeliest label. The lists follow the order of the request's labels.
+    """Scores of one input, in the order of the request's labels. label: the likeliest.
 
-    probs: probabilities, which sum to 1. logprobs: log-likelihoods, not normalized. tokens: lengths, end of turn
-    included.
+    probs: sum to 1. logprobs: log-likelihoods, not normalized. tokens: lengths, end of turn included.
     """
 
     index: int

@@ -15,11 +15,9 @@ class TokenLengths(Response):
 
 
 class FileReport(Response):
-    """Counts of one file.
+    """Counts of one file. examples: one for each answer to learn. too_long: examples above `max_length`, left out.
 
-    examples: one for each answer to learn, so a conversation's row can hold several. too_long: examples of more than
-    `max_length` tokens, which are left out. duplicates: examples that repeat an earlier one. conflicts: prompts with
-    different targets. targets: distinct targets.
+    duplicates: examples that repeat an earlier one. conflicts: prompts with different targets. targets: distinct ones.
     """
 
     rows: int
@@ -42,9 +40,8 @@ class SplitSizes(Response):
 
 
 class DataReport(Response):
-    """Report on a job's data.
+    """Report on a job's data. leaked: validation examples whose prompts are in the training file, which are left out.
 
-    max_length: tokens. leaked: validation examples whose prompts are in the training file, which are left out.
     labels: the targets, if they look like class labels. warnings: sentences about likely faults in the data.
     """
 

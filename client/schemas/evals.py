@@ -34,9 +34,8 @@ class AccuracyCriterion(Criterion):
 
 
 class ExactMatchCriterion(Criterion):
-    """Share of items whose greedy answer equals the data's, white space around both ignored.
-
-    normalize: `squad` compares in lower case, without punctuation and English articles, so "15" equals "1.5".
+    """Share of items whose greedy answer equals the data's, white space aside. normalize: `squad` ignores case,
+    punctuation and English articles, so "15" equals "1.5".
     """
 
     type: Literal["exact_match"]

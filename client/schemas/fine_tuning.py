@@ -27,9 +27,9 @@ class SupervisedMethod(Request):
 
 
 class ReftHyperparameters(Request):
-    """Training of an intervention; the recipe decides absent fields.
+    """Training of an intervention; the recipe decides absent fields. max_length: tokens.
 
-    max_length: tokens. early_stopping_epochs: epochs without a better validation loss after which training ends.
+    early_stopping_epochs: epochs without a better validation loss after which training ends.
     """
 
     n_epochs: int | None = Field(None, ge=1, le=1000)
@@ -69,8 +69,7 @@ class ReftSweep(Request):
 class ReftMethod(Request):
     """The intervention to train; the recipe decides absent fields.
 
-    hyperparameters: "auto" also tries several candidates for absent fields. sweep: fields that trials vary in place of
-    these candidates; the best trial is published.
+    hyperparameters: "auto" also tries several candidates for absent fields, or sweep's values. The best is published.
     """
 
     family: str | None = None
@@ -119,8 +118,7 @@ class JobError(Response):
 class FineTuningJob(Response):
     """A training run. fine_tuned_model: `name@version` once it is published. data_report: the report on its data.
 
-    plan: every decision, the user's and the recipe's; `sweep` has the candidates or trials. After success the other
-    fields are those of the published trial, and `choices` says why it was chosen.
+    plan: the user's and the recipe's decisions, of the published trial after success; `choices` says why it was chosen.
     """
 
     id: str

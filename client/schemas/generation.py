@@ -148,10 +148,7 @@ class ChatCompletionRequest(GenerationFields):
 
 
 class CompletionRequest(GenerationFields):
-    """POST /v1/completions. prompt: one text or several, or token ids of one or several.
-
-    max_tokens: 0, with `echo`, generates no token.
-    """
+    """POST /v1/completions. prompt: texts, or token ids of one or several. max_tokens: 0, with `echo`, for none."""
 
     prompt: str | list[str] | list[int] | list[list[int]]
     max_tokens: int | None = Field(None, ge=0)

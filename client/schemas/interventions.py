@@ -38,9 +38,8 @@ class InterventionVersion(Response):
 class InterventionHistory(Response):
     """Training history of a version, in columns of equal length: one row per step, but at most 1,000 rows.
 
-    tokens_per_second: completion tokens trained on; empty if not measured.
-    valid: scores of the held-out part (`loss`, `exact_match`, ...) at the steps that scored it. None marks a number
-    that is unknown or not finite.
+    tokens_per_second: completion tokens trained on. valid: scores of the held-out part (`loss`, `exact_match`, ...).
+    None marks a number that is unknown or not finite.
     """
 
     id: str

@@ -1,8 +1,7 @@
 """The families, one file each: trainable modules that lower to edits.
 
-A new family adds a file and a line below; the recipe and the API take its name from here. Its name also stands in the
-help of `client/cli_jobs.py` and in docs/http.md. `tests/interventions/test_pyreft_parity.py` requires pyreft's values
-for every family: add it to `tests/references/make_pyreft_reference.py` and make the reference files again.
+A new family adds a file and a line below, and its name to `client/cli_jobs.py` and docs/http.md. The parity test
+requires pyreft's values: add the family to `tests/references/make_pyreft_reference.py` and run that.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from reftserve.interventions.families.base import Family
 
-# A family's name is that of its file, and beside it stands its class.
 _CLASSES = {
     "loreft": "LoReFT",
     "noreft": "NoReFT",
@@ -26,7 +24,7 @@ _CLASSES = {
 
 
 class _Families(Mapping[str, "type[Family]"]):
-    """Families by name. Their modules, and torch with them, are loaded when one is looked up: a name needs neither."""
+    """Families by name. Looking one up loads its module, and torch with it; names alone need neither."""
 
     def __getitem__(self, name: str) -> type[Family]:
         class_name = _CLASSES[name]
@@ -47,7 +45,7 @@ FAMILIES: Mapping[str, type[Family]] = _Families()
 
 __all__ = ["FAMILIES", "Family"]
 
-if not TYPE_CHECKING:  # for the type checker, a module with a __getattr__ has every name
+if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:
         if name != "Family":

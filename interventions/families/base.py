@@ -11,10 +11,7 @@ from reftserve.interventions.edit import Activation, LowRankEdit
 
 
 class Family(nn.Module, ABC):
-    """A trainable parametrisation of an edit at one layer and position. Computes in float32.
-
-    dropout: probability; applies in training to the whole edited hidden state, as in pyreft.
-    """
+    """A trainable edit at one layer and position, in float32. dropout: of the edited hidden state, as in pyreft."""
 
     def __init__(self, hidden_size: int, rank: int, *, dropout: float = 0.0) -> None:
         super().__init__()

@@ -1,13 +1,12 @@
 """Matrices that stay orthonormal in training: torch's parametrization in a smaller and cheaper form.
 
 `torch.nn.utils.parametrizations.orthogonal` multiplies a fixed matrix [hidden, hidden] by Householder reflections
-H_1 ... H_rank of the parameter's columns, and differentiates them one by one: 1.9 ms for [576, 4]. This module uses the
-compact form of the product (Schreiber and Van Loan 1989),
+H_1 ... H_rank of the parameter's columns, and differentiates them one by one: 1.9 ms for [576, 4]. This module takes
+a few small products, the compact form (Schreiber and Van Loan 1989). It stores the fixed matrix as reflections too.
 
     H_1 ... H_rank = I - V T V^T,    T^-1 = striu(V^T V) + diag(V^T V) / 2       V [hidden, rank] unit lower triangular
 
-so the value takes a few small products, and autograd gives the gradient. Only the fixed matrix's first `rank` columns
-matter, so it is stored as a product of `rank` reflections too. Parameters and buffers have torch's names.
+Parameters and buffers have torch's names.
 """
 
 from __future__ import annotations
@@ -34,11 +33,7 @@ class Reflections:
 
 
 class Householder(nn.Module):
-    """Map a parameter [hidden, rank], rank < hidden, to base @ H_1 ... H_rank, a matrix with orthonormal columns.
-
-    The parameter holds the reflections below its diagonal, and the columns' signs, which never change, on it.
-    base [hidden, rank]: the reflections of the fixed matrix, below its diagonal.
-    """
+    """Map a parameter [hidden, rank], rank < hidden, to base @ H_1 ... H_rank, orthonormal. Both hold reflections."""
 
     base: Tensor
 

@@ -1,8 +1,6 @@
-"""The contract for the attention of a forward pass, registered with transformers' AttentionInterface.
-
-A pass packs the tokens of many sequences into one row. Its caller provides an `AttentionStep`: for each layer the step
-receives the new keys and values, and lets every token attend to its own sequence. The engine's steps read the paged KV
-cache (`engine/kv_cache/`); training's steps read cached prefixes.
+"""The contract for the attention of a forward pass, registered with transformers' AttentionInterface. A pass packs the
+tokens of many sequences into one row. Its caller's `AttentionStep` lets each token attend to its own sequence: in the
+engine over the paged KV cache (`engine/kv_cache/`), in training over cached prefixes.
 """
 
 from __future__ import annotations

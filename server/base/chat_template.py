@@ -1,9 +1,5 @@
-"""Renders chat templates exactly as transformers does, without transformers.
-
-The Jinja environment is that of `transformers.utils.chat_template_utils`: sandboxed, because templates come from model
-repositories; trimmed blocks; `{% break %}` and `{% continue %}`; `{% generation %}`, which marks the learned part and
-does not change the text; `tojson` without HTML escapes; `raise_exception`; `strftime_now`; and restricted forms of
-`dict` and `namespace`. `tests/server/base/test_chat_template.py` compares both over the templates of many families.
+"""Renders chat templates exactly as transformers does, without transformers: in a Jinja environment with its functions,
+sandboxed because templates come from model repositories. A test compares both over the templates of many families.
 """
 
 from __future__ import annotations
@@ -30,10 +26,7 @@ def render_template(
     add_generation_prompt: bool,
     special_tokens: Mapping[str, str],
 ) -> str:
-    """Render a conversation to text. special_tokens: texts by name, such as `bos_token`, for use in the template.
-
-    Raises jinja2.TemplateError when the template is broken or refuses the messages.
-    """
+    """Render a conversation. Raises jinja2.TemplateError when the template is broken or refuses the messages."""
     return _compiled(template).render(
         **special_tokens,
         messages=[dict(message) for message in messages],
@@ -44,12 +37,11 @@ def render_template(
 
 
 class _Generation(Extension):
-    """`{% generation %}...{% endgeneration %}` renders its body in a scope of its own, as in transformers."""
+    """The learned part, `{% generation %}...{% endgeneration %}`, renders in a scope of its own, as in transformers."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja2's own declaration
 
     def parse(self, parser: Parser) -> nodes.Node:
-        """Return a call block whose caller is the body."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
@@ -65,13 +57,10 @@ class _Dict:
         return dict(*args, **kwargs)
 
     def fromkeys(self, *args: Any) -> dict[Any, Any]:
-        """Return `dict.fromkeys(*args)`."""
         return dict.fromkeys(*args)
 
 
 class _Namespace(Namespace):
-    """A namespace whose attributes cannot begin with an underscore."""
-
     def __init__(*args: Any, **kwargs: Any) -> None:
         # Like jinja2's own, without a parameter named self, so that `namespace(self=...)` works.
         self, *given = args
@@ -117,4 +106,4 @@ def _raise(message: str) -> NoReturn:
 
 
 def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)  # local time, as in transformers
+    return datetime.now().strftime(form)

@@ -1,7 +1,5 @@
-"""Shares one copy of the base's weights on a GPU: the engine lends its copy to the worker through CUDA IPC.
-
-A lent tensor is a handle of the engine's memory, plain data that any process of the machine can open. The handle is
-valid while the engine runs, so a process that opened it must end with the engine (`supervisor.keep_worker`).
+"""Shares one copy of the base's weights on a GPU: the engine lends its copy to the worker through CUDA IPC. The handles
+are valid while the engine runs, so a process that opened them must end with the engine (`supervisor.keep_worker`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The base model on disk: its folder, tokenizer and fingerprint.
-
-A model with a hub id is looked up in `<data>/models/<organisation>--<name>`, then in the hub's cache, then in the hub.
-"""
+"""The base model on disk; a hub id is looked up in `<data>/models/<org>--<name>`, the hub's cache, then the hub."""
 
 from __future__ import annotations
 
@@ -38,10 +35,7 @@ def model_name(settings: Settings) -> str:
 
 
 def resolve_model_folder(settings: Settings) -> Path:
-    """Return the folder with the base model's config, weights (safetensors) and tokenizer.
-
-    Raises NotFound, with the searched places and the remedy.
-    """
+    """Return the folder of the base model. Raises NotFound, with the searched places and the remedy."""
     as_folder = Path(settings.model)
     kept = settings.data / "models" / settings.model.replace("/", "--")
     for folder in (as_folder, kept):
@@ -67,10 +61,7 @@ def resolve_model_folder(settings: Settings) -> Path:
 
 @dataclass(frozen=True)
 class Base:
-    """The base model without its weights, for all rooms but the engine and the trainer.
-
-    eos_token_ids: tokens that end an answer. max_context: largest number of tokens of prompt and answer together.
-    """
+    """The base model without its weights. eos_token_ids: end an answer. max_context: tokens of prompt and answer."""
 
     name: str
     folder: Path
@@ -90,14 +81,11 @@ class Base:
 
 
 def open_base(settings: Settings) -> Base:
-    """Find the base model, load its tokenizer and compute its fingerprint.
-
-    The data folder caches the hash of the weights until the files change. Raises NotFound when there is no model.
-    """
+    """Find the base, load its tokenizer and compute its fingerprint, hashing changed weights only. Raises NotFound."""
     folder = resolve_model_folder(settings)
     try:
         return _open_folder(folder, settings)
-    except (InterventionError, KeyError, ValueError) as cause:  # no weights, no config, JSON that is none
+    except (InterventionError, KeyError, ValueError) as cause:  # no weights, no config, or a config that is not JSON
         raise NotFound(f"{folder} is no complete base model: {cause!s}", code="model_not_found") from cause
 
 
@@ -133,10 +121,7 @@ def _kept_fingerprint(folder: Path, cache: Path) -> BaseFingerprint:
 
 
 def _max_context(folder: Path) -> int:
-    """Read the context length from config.json; architectures have several names for it.
-
-    Raises NotFound when there is none; only transformers knows its default for the architecture.
-    """
+    """Read the context length from config.json. Raises NotFound; only transformers knows the architecture's default."""
     config = json.loads((folder / "config.json").read_text("utf-8"))
     config |= config.get("text_config") or {}
     for name in CONTEXT_FIELDS:

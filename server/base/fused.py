@@ -1,7 +1,6 @@
-"""Fused forms of the frozen base's modules on the CPU: RMS norms and gated MLPs; `fused_attention.py` has attention.
-
-A module is recognised by its submodules. It is replaced only if the fused form gives the same output on a probe and the
-kernel is faster than torch's operations (`kernel_choice.py`); every other module stays as it is.
+"""Fused forms of the frozen base's RMS norms and gated MLPs on the CPU; `fused_attention.py` has attention. A module is
+recognised by its submodules. It is replaced only if the fused form gives the same output on a probe and the kernel is
+faster than torch's operations (`kernel_choice.py`).
 """
 
 from __future__ import annotations
@@ -71,10 +70,7 @@ class Int8FusedMLP(nn.Module):
 
 @torch.no_grad()  # not inference mode: autograd cannot save tensors created in inference mode
 def fuse_modules(model: nn.Module, *, int8: bool, kernels: KernelChoice = ALL_KERNELS) -> None:
-    """Replace a float32 model's norms, MLPs and attention by fused forms where `kernels` allows; see the module.
-
-    Other linear layers stay as they are. Attention changes only if the model uses our function (`attention.ATTENTION`).
-    """
+    """Replace a float32 model's norms, MLPs and attention that uses `attention.ATTENTION`, where `kernels` allows."""
     # Norms first: attention modules may contain norms.
     for form in (_norm, partial(_mlp, int8=int8), partial(fused_attention, int8=int8)):
         replace_modules(model, partial(form, kernels=kernels))

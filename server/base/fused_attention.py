@@ -1,10 +1,7 @@
-"""The fused form of the frozen base's attention modules on the CPU, and the probe that decides where it fits.
-
-One product computes query, key and value. A kernel rotates them (Su et al. 2021), in place if no gradient is needed.
-transformers' rotation alone is fourteen operations a layer, and the number of operations bounds a step of few rows.
-
-A module is recognised by its submodules. It is replaced only if, on a probe, both forms pass the same tensors to
-attention and return the same output, so rotation, norms and scale agree.
+"""The fused form of the frozen base's attention modules on the CPU, and the probe that decides where it fits: both
+forms must pass the same tensors to attention and return the same output. One product computes query, key and value. A
+kernel rotates them (Su et al. 2021), in place if no gradient is needed; transformers' rotation alone is fourteen
+operations a layer, and the number of operations bounds a step of few rows.
 """
 
 from __future__ import annotations
@@ -23,7 +20,7 @@ from reftserve.server.base.kernel_choice import ROWS, KernelChoice, Trial
 from reftserve.server.base.panels import JoinedLinear, PanelLinear, is_linear, joined
 from reftserve.server.base.replacement import equal, random_rows
 
-ROTATION = "position_embeddings"  # transformers' argument for cosines and sines
+ROTATION = "position_embeddings"
 
 
 class FusedAttention(nn.Module):
@@ -112,8 +109,6 @@ def fused_attention(module: nn.Module, *, int8: bool, kernels: KernelChoice) -> 
 
 @dataclass(frozen=True)
 class _Call:
-    """The arguments of a module's call to attention."""
-
     layer: int
     query: Tensor
     key: Tensor
@@ -124,8 +119,6 @@ class _Call:
 
 @dataclass(frozen=True)
 class _Probed:
-    """A module's call to attention and its output on a probe."""
-
     call: _Call
     output: Tensor
 
@@ -136,8 +129,6 @@ class _Probed:
 
 @dataclass
 class _Recorder:
-    """A step that records calls to attention and always returns the same random numbers."""
-
     calls: list[_Call] = field(default_factory=list)
 
     def attend(
@@ -162,7 +153,6 @@ def _probed(module: nn.Module, x: Tensor, *, rotates: bool) -> _Probed | None:
 
 
 def _rotation_trials(call: _Call) -> list[Trial]:
-    """Return trials of rotating queries and keys of the call's shapes: in place, and by transformers' operations."""
     dim = call.query.shape[-1]
 
     def rotated(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
@@ -184,5 +174,4 @@ def _rotation_trials(call: _Call) -> list[Trial]:
 
 
 def _heads(rows: Tensor, size: int) -> Tensor:
-    """Reshape [tokens, heads * size] to [heads, tokens, size]."""
     return rows.view(len(rows), -1, size).transpose(0, 1)

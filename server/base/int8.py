@@ -1,8 +1,6 @@
-"""Optional int8 linear layers of the frozen base on the CPU (cpu_kernels/int8.cpp).
-
-Weights are scaled per output channel and activations per token, so that one request's scale never depends on another's.
-The products are exact integers, so a row's result does not depend on its batch. Layers that read the same tensor
-(query, key and value) are computed as one, because rounding the tensor takes as long as the product.
+"""Optional int8 linear layers of the frozen base on the CPU (cpu_kernels/int8.cpp). Weights are scaled per output
+channel, activations per token, and products are exact integers, so a row's result does not depend on its batch. Layers
+that read the same tensor (query, key and value) are one product, because rounding it takes as long as the product.
 """
 
 from __future__ import annotations
@@ -34,10 +32,7 @@ class Int8Weight(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """y = x W^T + b in integers, with the kernel in cpu_kernels/int8.cpp.
-
-    precise: round and multiply the activations' rounding error too, so that only the weights are inexact.
-    """
+    """y = x W^T + b in integers. precise: multiply the activations' rounding error too, so only weights are inexact."""
 
     def __init__(self, layers: Sequence[Linear], *, precise: bool = False) -> None:
         super().__init__()
@@ -67,12 +62,11 @@ class _Siblings:
         self._outputs: list[Tensor] = []
 
     def part(self, x: Tensor, index: int) -> Tensor:
-        """Return output `index` for the input x."""
         if x is not self._input:
             self._input, self._outputs = x, self._layer.parts(x)
         output = self._outputs[index]
         if index == len(self._outputs) - 1:
-            self._input, self._outputs = None, []  # free the tensors after the last part
+            self._input, self._outputs = None, []
         return output
 
 

@@ -1,15 +1,9 @@
-"""Chooses between the CPU kernels and torch's operations: both are timed once, and ours runs
-unless it takes more than 1.25 of torch's time.
+"""Chooses between the CPU kernels and torch's operations: both are timed once, and ours runs unless it takes more than
+1.25 of torch's time. No kernel is faster on every processor: without AVX-512, torch's products were 25 times as fast.
 
-No kernel is faster on every processor: without AVX-512, torch's products were 25 times as fast as ours. Code that can
-use a kernel asks a `KernelChoice` and passes both forms as trials.
-
-The engine, the worker and every later start must choose alike: the layout of their shared weights file depends on the
-choice (`weights.py`), and a resumed job must give the same result to the bit. So a file next to the weights stores the
-measured ratios. Its name holds a hash of kernels and processor, so another processor measures again. The hash omits the
-number of threads, which may differ between the engine and the worker.
-
-    kernels-<hash>.json   {"linear 576x1536": 0.61, ...}   our time in units of torch's
+The engine, the worker and later starts must choose alike, because the layout of the shared weights (`weights.py`) and
+the bits of a resumed job depend on it. So `kernels-<hash>.json`, next to the weights, stores the ratios as
+{"linear 576x1536": 0.61}. The hash covers kernels and processor, not the number of threads, which may differ.
 """
 
 from __future__ import annotations
@@ -32,8 +26,7 @@ from reftserve.server.base.model_errors import KernelsUnavailable
 
 logger = logging.getLogger(__name__)
 ROWS = (1, 32)  # a step of one request, and a step of many
-# A kernel may be slower by this ratio, because its rows are the same to the bit in any batch. Repeated measurements of
-# equal speeds differ by half as much.
+# Above 1, because our rows are the same to the bit in any batch. Equal speeds measure up to half as far apart.
 MOST_RATIO = 1.25
 ROUNDS = 50
 TRIAL_S = 0.0025  # a trial's time limit; it runs at least one round
@@ -111,11 +104,7 @@ class NoKernels:
 
 
 class FasterKernels:
-    """Runs each kernel that was measured to be as fast as torch's operations, within `MOST_RATIO`.
-
-    folder: holds the file of measured ratios; None keeps them in this object. measure: returns the kernel's time over
-    torch's, from its name and trials. march: see `AllKernels`.
-    """
+    """Runs kernels as fast as torch's, within `MOST_RATIO`. folder: of the ratios' file; None keeps them in memory."""
 
     def __init__(self, folder: Path | None, *, measure: Measure | None = None, march: str = NATIVE) -> None:
         self.missing = ""
@@ -161,7 +150,6 @@ class FasterKernels:
             return self._measure(kernel, trials())
 
     def _shared_ratio(self, key: str, measured: Callable[[], float]) -> float:
-        """Return the ratio from the file; if it is missing, measure it under the file's lock and store it."""
         if self._folder is None:
             return measured()
         file = self._folder / f"kernels-{_hardware(self._march)}.json"
@@ -183,9 +171,8 @@ ALL_KERNELS = AllKernels()
 
 
 def kernel_choice(mode: Literal["auto", "always", "never"], folder: Path | None) -> KernelChoice:
-    """Return the choice that the setting `cpu_kernels` names. folder: see `FasterKernels`."""
+    """Return the choice that the setting `cpu_kernels` names. folder: None keeps the ratios in the process."""
     if mode == "auto":
-        # Without a folder the measured ratios live as long as the process.
         return _process_choice() if folder is None else FasterKernels(folder)
     return ALL_KERNELS if mode == "always" else NoKernels()
 
@@ -196,10 +183,7 @@ def _process_choice() -> FasterKernels:
 
 
 def time_ratio(trials: Sequence[Trial], *, clock: Clock = time.thread_time) -> float:
-    """Return the kernel's time divided by torch's: the geometric mean over trials of the best rounds' ratio.
-
-    Runs on one thread and measures that thread's CPU time, so other processes do not distort it.
-    """
+    """Return the kernel's time over torch's: the geometric mean of the best rounds' ratios, in thread CPU time."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -224,7 +208,6 @@ def _ratio(trial: Trial, clock: Clock) -> float:
 
 
 def _read(file: Path) -> dict[str, float]:
-    """Return the file's ratios by key; empty if the file is missing or unreadable."""
     try:
         found = msgspec.json.decode(file.read_bytes(), type=dict[str, float])
     except FileNotFoundError:
@@ -255,7 +238,7 @@ def _instruction_set() -> str:
 
 
 def _processor() -> str:
-    """Return the processor's model name; processors with equal features can differ in speed."""
+    """Return the model name, because processors with equal features can differ in speed."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     return next((line for line in lines if line.startswith("model name")), "")

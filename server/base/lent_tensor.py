@@ -6,11 +6,7 @@ import msgspec
 
 
 class LentTensor(msgspec.Struct, frozen=True):
-    """A tensor in another process's GPU memory: the fields that `torch.multiprocessing` would pickle.
-
-    storage, counter, event: IPC handles of the memory, of its reference count, and of the event after which it may be
-    read.
-    """
+    """The fields that `torch.multiprocessing` would pickle. storage, counter, event: IPC handles; read after event."""
 
     dtype: str
     size: tuple[int, ...]

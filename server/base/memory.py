@@ -7,10 +7,7 @@ import gc
 
 
 def trim_heap() -> None:
-    """Return freed memory to the system.
-
-    glibc keeps the memory of freed tensors of up to 32 MB: hundreds of megabytes after loading a base or after a job.
-    """
+    """Return freed memory to the system; glibc keeps hundreds of MB after loading a base or after a job."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:  # other C libraries do not have it
@@ -18,9 +15,6 @@ def trim_heap() -> None:
 
 
 def freeze_gc() -> None:
-    """Exempt all current objects from garbage collection. Call it once, at the end of a process's start-up.
-
-    A full collection over the objects of torch and transformers would repeatedly take 0.2 s between two tokens.
-    """
+    """Exempt all current objects from garbage collection, at the end of start-up: a full one would take 0.2 s."""
     trim_heap()
     gc.freeze()

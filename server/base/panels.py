@@ -1,9 +1,6 @@
-"""Float32 linear layers of the frozen base, packed for the CPU kernel (cpu_kernels/linear.cpp) where it is faster.
-
-A panel holds 48 output channels. The kernel reads each panel from memory once, for y = x W^T and for the y W of a
-gradient; torch's `linear` calls MKL, which repacks the weight at every call. Panels replace the plain weights, so they
-cost no memory. An embedding tied to the language-model head reads its rows from the head's panels.
-`benchmarks/linears.py` measures the kernel.
+"""Float32 linear layers of the frozen base, packed for the CPU kernel (cpu_kernels/linear.cpp) where it is faster. The
+kernel reads a panel of 48 output channels from memory once, for y = x W^T and for a gradient's y W; torch calls MKL,
+which repacks the weight at every call. Panels replace the plain weights. `benchmarks/linears.py` measures the kernel.
 """
 
 from __future__ import annotations
@@ -115,7 +112,6 @@ def pack_linears(model: nn.Module, kernels: KernelChoice) -> None:
 
 
 def _linear_trials(layer: nn.Linear) -> list[Trial]:
-    """Return trials of the layer, cut to its first `TRIAL_WEIGHTS` weights so that timing is quick."""
     out_features = min(layer.out_features, max(1, TRIAL_WEIGHTS // layer.in_features))
     plain = nn.Linear(layer.in_features, out_features, bias=False, device="meta")
     plain.weight = nn.Parameter(layer.weight.detach()[:out_features], requires_grad=False)

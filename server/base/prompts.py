@@ -14,10 +14,7 @@ MARK = "7e1f0c5a"  # placeholder for an answer; no template interprets it
 
 
 def render_chat(tokenizer: Tokenizer, messages: Sequence[ChatMessage]) -> str:
-    """Return the prompt's text for the next assistant turn, rendered by the base's chat template.
-
-    Raises InvalidRequest when the base has no template or the template refuses the messages.
-    """
+    """Return the next assistant turn's prompt. Raises InvalidRequest if the template is missing or refuses it."""
     return _apply_template(tokenizer, messages, add_generation_prompt=True)
 
 
@@ -41,10 +38,7 @@ def encode_rendered(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def encode_completion(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Return the token ids of a plain prompt's completion, with the end of turn.
-
-    Raises InvalidRequest when the tokenizer has no token for the end.
-    """
+    """Return a plain completion's token ids, with the end of turn. Raises InvalidRequest if the tokenizer has none."""
     ids = encode_rendered(tokenizer, text)
     if tokenizer.eos_token_id is None:
         raise InvalidRequest("the base's tokenizer names no eos_token, so an answer could not end")

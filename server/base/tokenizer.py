@@ -1,14 +1,8 @@
 """The base's tokenizer and chat template, without transformers, whose import costs seconds and half a gigabyte.
 
-The library `tokenizers` computes token ids from the folder's tokenizer.json. The other files are read by transformers'
-rules (`PreTrainedTokenizerBase._from_pretrained`, `TokenizersBackend.__init__`, transformers 5):
-
-    tokenizer_config.json      names of special tokens; `added_tokens_decoder`, sometimes with more than tokenizer.json;
-                               `chat_template`, one text or a list of named ones, of which "default" is used
-    special_tokens_map.json    names of special tokens, in older folders without `added_tokens_decoder`
-    added_tokens.json          added tokens, in the same older folders
-    chat_template.jinja        the chat template; it has precedence
-
+The library `tokenizers` computes token ids from the folder's tokenizer.json. transformers' rules (version 5,
+`PreTrainedTokenizerBase._from_pretrained`) give the special tokens: tokenizer_config.json names them and may add some;
+special_tokens_map.json and added_tokens.json do so in older folders. chat_template.jinja wins over the config's one.
 `add_bos_token` and `add_eos_token` are ignored: tokenizer.json's post-processor adds these tokens.
 """
 
@@ -48,7 +42,6 @@ class Tokenizer:
         self.backend.no_truncation()
 
     def __len__(self) -> int:
-        """Return the number of tokens, added ones included."""
         return self.backend.get_vocab_size(with_added_tokens=True)
 
     @property
@@ -76,10 +69,7 @@ class Tokenizer:
         return self.backend.decode(list(token_ids), skip_special_tokens=False)
 
     def render(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
-        """Render a conversation by the chat template.
-
-        Raises jinja2.TemplateError when the template refuses the messages, ValueError when there is no template.
-        """
+        """Render a conversation. Raises jinja2.TemplateError when the template refuses it, ValueError without one."""
         if self.chat_template is None:
             raise ValueError("there is no chat template")
         return render_template(
@@ -125,7 +115,6 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def _add(backend: Backend, tokens: Sequence[AddedToken]) -> None:
-    """Add the tokens that the backend does not have yet with exactly these flags."""
     there = {repr(token) for token in backend.get_added_tokens_decoder().values()}
     for token in tokens:
         if repr(token) not in there:
@@ -133,7 +122,6 @@ def _add(backend: Backend, tokens: Sequence[AddedToken]) -> None:
 
 
 def _named(config: Mapping[str, Any]) -> dict[str, str]:
-    """Return the special tokens' texts by name: the usual ones and the model's own (`image_token`)."""
     extra = config.get("extra_special_tokens")
     entries = {**config, **(extra if isinstance(extra, dict) else {})}
     named = {name: _text(value) for name, value in entries.items() if name in ATTRIBUTES or name.endswith("_token")}
@@ -141,7 +129,6 @@ def _named(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _texts(config: Mapping[str, Any], named: Mapping[str, str]) -> list[str]:
-    """Return the distinct texts of all special tokens in the configuration."""
     lists = [config[name] for name in EXTRA if isinstance(config.get(name), list)]
     texts = [*named.values(), *(_text(value) for values in lists for value in values)]
     return list(dict.fromkeys(text for text in texts if text is not None))

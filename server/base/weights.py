@@ -1,12 +1,7 @@
-"""Shares one copy of the base's weights between the engine and the worker: on the CPU, a file that both map.
-
-Each process loads the base, packs its weights, and then replaces them by the tensors in the file. The first process
-writes the file, whose name is the weights' hash. Both copies are compared to the bit, and a damaged, truncated or
-foreign file is written again. Mapped pages belong to the page cache and occupy memory once for all processes. On a GPU
-the engine lends its weights to the worker (`cuda_weights.py`).
-
-    <hash>.weights   panels in the order of `named_parameters`, then plain weights, then biases and norms; each tensor
-                     starts at a multiple of 64 bytes
+"""Shares one copy of the base's weights between the engine and the worker: on the CPU, a file that both map. Each
+process loads the base, packs its weights, and replaces them by the file's tensors. The first process writes the file,
+whose name is the weights' hash. Both copies are compared to the bit, and a damaged or foreign file is written again.
+Mapped pages occupy memory once for all processes. `cuda_weights.py` does the same on a GPU.
 """
 
 from __future__ import annotations
@@ -30,7 +25,7 @@ from reftserve.server.base.model import load_model
 from reftserve.server.base.panels import pack_linears, takes_kernels
 
 logger = logging.getLogger(__name__)
-ALIGNMENT = 64  # a cache line, and the widest vector
+ALIGNMENT = 64
 
 
 def load_base(
@@ -44,9 +39,8 @@ def load_base(
 ) -> PreTrainedModel:
     """Load the frozen base, with its linear layers packed for the CPU kernels if `kernels` chooses them.
 
-    shared: folder of the shared weights file, used on the CPU; None keeps the weights private.
-    lent: the engine's weights, used on a GPU; without them the process makes its own copy there.
-    Raises KernelsUnavailable when `kernels` requires kernels that cannot be compiled, and the errors of `load_model`.
+    shared: the folder of the CPU's shared file; None keeps the weights private. lent: the engine's weights on a GPU;
+    without them the process makes its own copy. Raises KernelsUnavailable, and the errors of `load_model`.
     """
     if lent and device.type == "cuda":
         model = load_model(folder, dtype, torch.device("cpu"))
@@ -61,11 +55,7 @@ def load_base(
 
 
 def share_weights(model: nn.Module, folder: Path) -> None:
-    """Replace the parameters of a frozen model on the CPU by read-only tensors of the weights file in `folder`.
-
-    A process that writes to them is killed. Writing a new file deletes those of other bases. If the file cannot be
-    written, the model keeps its private weights and the function logs a warning.
-    """
+    """Map the parameters to the weights file in `folder`, or keep them private. Writing to them kills the process."""
     # In this order weights of layers that are later joined into one are adjacent, so joining copies nothing.
     parameters = sorted(model.parameters(), key=lambda parameter: -parameter.dim())
     file = folder / f"{model_checksum(model)}.weights"
@@ -85,10 +75,7 @@ def share_weights(model: nn.Module, folder: Path) -> None:
 
 
 def borrow_weights(model: nn.Module, lent: Sequence[LentTensor]) -> None:
-    """Replace the parameters of a frozen model on the CPU by the engine's tensors on the GPU.
-
-    If they cannot be opened or differ, the model keeps its own parameters and the function logs a warning.
-    """
+    """Replace parameters on the CPU by the engine's tensors on the GPU, unless they cannot be opened or differ."""
     parameters = list(model.parameters())
     try:
         found = [open_lent(one) for one in lent]
@@ -111,14 +98,12 @@ def _exchange(parameters: Sequence[Tensor], others: Sequence[Tensor]) -> None:
 
 
 def _mapped(file: Path, parameters: Sequence[Tensor]) -> list[Tensor] | None:
-    """Return the file's tensors, read-only; None if the file is missing or its content differs from the parameters."""
     offsets, size = _layout(parameters)
     if not file.is_file() or file.stat().st_size != size:
         return None
     with file.open("rb") as opened:
         mapping = mmap.mmap(opened.fileno(), size, prot=mmap.PROT_READ)
     with warnings.catch_warnings():
-        # The buffer is read-only on purpose.
         warnings.filterwarnings("ignore", message="The given buffer is not writable")
         whole = torch.frombuffer(mapping, dtype=torch.uint8)
     found = [
@@ -150,7 +135,6 @@ def _write(file: Path, parameters: Sequence[Tensor]) -> None:
 
 
 def _layout(parameters: Sequence[Tensor]) -> tuple[list[int], int]:
-    """Return each parameter's offset and the size of the file, in bytes."""
     offsets, end = [], 0
     for parameter in parameters:
         offsets.append(-(-end // ALIGNMENT) * ALIGNMENT)
@@ -159,7 +143,6 @@ def _layout(parameters: Sequence[Tensor]) -> tuple[list[int], int]:
 
 
 def _are_equal(found: Sequence[Tensor], parameters: Sequence[Tensor]) -> bool:
-    """Whether types, shapes and bits agree. parameters: on the CPU."""
     return len(found) == len(parameters) and all(
         (one.dtype, one.shape) == (other.dtype, other.shape) and torch.equal(_bytes(one.cpu()), _bytes(other))
         for one, other in zip(found, parameters, strict=True)

@@ -12,7 +12,6 @@ from reftserve.client.curve import MARK, draw
 
 
 def plotted(lines: list[str]) -> list[str]:
-    """Return the characters inside the frame."""
     return [line.rstrip()[:-1].replace("┤", "│").split("│", 1)[1] for line in lines if line.rstrip().endswith("│")]
 
 

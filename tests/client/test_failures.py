@@ -20,8 +20,6 @@ from reftserve.client import Client, ConnectionFailed, Overloaded, ReftServeErro
 
 
 class Misbehaving:
-    """A server that gives each request the next prepared answer, and counts requests."""
-
     def __init__(self, *answers: Response) -> None:
         self.answers = list(answers)
         self.requests: list[str] = []

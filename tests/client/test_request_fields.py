@@ -83,7 +83,6 @@ def optional_fields() -> list[Any]:
 
 
 def broken_fields() -> list[Any]:
-    """Return half a surrogate pair for each field of strings, lists of strings or free objects."""
     found = []
     for kind in LEAST:
         for field, schema in schema_of(kind)["properties"].items():

@@ -52,8 +52,6 @@ def piped(api: JobsApi, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 class Terminal:
-    """A command in a terminal of 100 by 40 characters. shown: everything it has written there."""
-
     def __init__(self, *words: str) -> None:
         ours, theirs = pty.openpty()
         environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "LINES": "40"}
@@ -143,8 +141,6 @@ def test_ctrl_c_ends_the_watching_not_the_job(api: JobsApi) -> None:
 
 
 class Still:
-    """A job that makes no requests."""
-
     id, status, data = "ftjob-1", "running", SimpleNamespace(suffix="tone")
 
 

@@ -26,7 +26,6 @@ SETTING_PREFIXES = {name.split("_")[0] for name in Settings.model_fields if "_" 
 
 
 def quoted(page: str) -> list[str]:
-    """Return the texts in backticks, and each line of a code block."""
     text = (ROOT / page).read_text()
     blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines()]
@@ -35,14 +34,12 @@ def quoted(page: str) -> list[str]:
 
 @cache
 def files() -> list[str]:
-    """Return every source file, relative to the repository's root."""
     found = [path for folder in SOURCES for path in (ROOT / folder).rglob("*")]
     return [str(path.relative_to(ROOT)) for path in [*found, *ROOT.glob("*")] if "__pycache__" not in path.parts]
 
 
 @cache
 def source(*folders: str) -> str:
-    """Return the text of all Python files in the folders."""
     return "\n".join(path.read_text() for folder in folders for path in sorted((ROOT / folder).rglob("*.py")))
 
 
@@ -54,7 +51,6 @@ def help_of(*command: str) -> str:
 
 
 def commands(page: str) -> list[list[str]]:
-    """Return the words of each `reftserve ...` line, without the prompt and the comment."""
     lines = (line.removeprefix("$ ").split("#")[0].strip() for line in quoted(page))
     return [line.split()[1:] for line in lines if line.startswith("reftserve ")]
 
@@ -118,7 +114,6 @@ def test_every_setting_and_variable_exists(page: str) -> None:
 
 @cache
 def kernels() -> str:
-    """Return the text of the C++ kernels, whose operations the pages name."""
     return "\n".join(
         path.read_text() for path in (ROOT / "server" / "base" / "cpu_kernels").iterdir() if path.is_file()
     )

@@ -112,7 +112,6 @@ def changed(tensors: dict[str, torch.Tensor], name: str, value: torch.Tensor) ->
 
 
 def with_shape(tensors: dict[str, torch.Tensor], name: str, shape: list[int]) -> bytes:
-    """Return a file whose header gives an empty tensor this shape."""
     saved = save({**tensors, name: torch.zeros(0)})
     size = int.from_bytes(saved[:8], "little")
     header = json.loads(saved[8 : 8 + size])
@@ -199,7 +198,6 @@ def zipped(**members: bytes) -> bytes:
 
 
 def damaged(archive: bytes) -> bytes:
-    """Return the archive with an invalid deflate stream in its first member."""
     at = 30 + len("manifest.json")
     return archive[:at] + b"\xff" * 20 + archive[at + 20 :]
 

@@ -1,7 +1,4 @@
-"""Our results against pyreft 0.1.0: outputs, gradients, positions and whole models, from files that pyreft computed.
-
-`tests/references/make_pyreft_reference.py` makes the files.
-"""
+"""Our results against pyreft 0.1.0's, from files that `tests/references/make_pyreft_reference.py` makes."""
 
 from __future__ import annotations
 
@@ -110,7 +107,6 @@ def edit_of(A: Tensor, b: Tensor, U: Tensor, activation: Activation = Activation
 
 
 def lowered(found: dict[str, Tensor], *, reads_projection: bool) -> LowRankEdit:
-    """Return the canonical edit of pyreft's weights. reads_projection: the formula subtracts Rh, or W2 h + b2."""
     W, b = found["W"], found["b"]
     U = found["W2"] if "W2" in found else found["Rt"].T.contiguous()
     A = W - U if reads_projection else W

@@ -1,10 +1,6 @@
 """Write the parity test's files in `pyreft/` next to this script: values that pyreft 0.1.0 computes.
 
-pyreft pins transformers 4.45.1, so it needs a separate environment:
-
-    python3.11 -m venv pyreft-venv
-    pyreft-venv/bin/pip install pyreft==0.1.0 transformers==4.45.1 torch
-    pyreft-venv/bin/python tests/references/make_pyreft_reference.py
+pyreft pins transformers 4.45.1, so it needs a separate environment: `pip install pyreft==0.1.0 transformers==4.45.1`.
 
 families.safetensors   `<family>.<activation>.<...>`: hidden states, weights, outputs, gradients of sum(output * ct)
 models.safetensors     `<case>.<...>`: a two-layer Llama, token ids, logits with interventions at positions
@@ -132,7 +128,6 @@ def models() -> dict[str, torch.Tensor]:
 
 
 def effective(made: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return the weights that the formula reads: R^T or W2, W, b."""
     found = {"W": made.learned_source.weight, "b": made.learned_source.bias}
     if hasattr(made, "rotate_layer"):
         found["Rt"] = made.rotate_layer.weight

@@ -1,8 +1,5 @@
-"""Write `pyreft/training.safetensors` for the parity test: the loss curves of pyreft 0.1.0's trainer.
-
-Run it in the environment of `make_pyreft_reference.py`, with `accelerate<1.0`:
-
-    pyreft-venv/bin/python tests/references/make_pyreft_training.py
+"""Write `pyreft/training.safetensors` for the parity test: the loss curves of pyreft 0.1.0's trainer. Run it in the
+environment of `make_pyreft_reference.py`, with `accelerate<1.0`.
 
 All examples have one length, so nothing is padded (pyreft's data collator shifts padded positions). Positions come
 from `get_intervention_locations` with `last_position` = prompt length, as in its `ReftDataset` helpers.

@@ -1,7 +1,4 @@
-"""Give pyreft's rotations our initial completion: a product of reflections as torch's fixed square matrix.
-
-torch completes the first columns of that matrix at random, and optimizer steps depend on the completion.
-"""
+"""Give pyreft's rotations our initial completion; torch's is random, and optimizer steps depend on it."""
 
 from __future__ import annotations
 
@@ -11,10 +8,7 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def begin_alike(rotate: nn.Module) -> Tensor:
-    """Set our fixed matrix in a module with an orthogonal weight [hidden, rank].
-
-    Returns the reflections below the diagonal.
-    """
+    """Set our fixed matrix in a module with an orthogonal weight [hidden, rank]; return its reflections."""
     weight = rotate.weight.detach().clone()
     hidden, rank = weight.shape
     reflections, factors = torch.geqrf(weight)

@@ -21,7 +21,6 @@ REFTSERVE = Path(sys.executable).parent / "reftserve"
 
 
 def run(*arguments: str, code: int = 0, **variables: str) -> str:
-    """Run `python -m reftserve.server.commands`, and return its output without line wrapping."""
     command = [sys.executable, "-m", "reftserve.server.commands", *arguments]
     environment = {**os.environ, "COLUMNS": "400", "NO_COLOR": "1", **variables}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)

@@ -54,7 +54,7 @@ async def kept_worker(engine: EngineClient, model: Path, data: Path) -> AsyncIte
 def children(module: str) -> list[psutil.Process]:
     found = []
     for child in psutil.Process().children():
-        with contextlib.suppress(psutil.NoSuchProcess):  # the process may have ended
+        with contextlib.suppress(psutil.NoSuchProcess):
             if module in child.cmdline():
                 found.append(child)
     return found

@@ -11,7 +11,6 @@ BASE = "tiny-llama"
 
 
 def chat_lines(count: int) -> bytes:
-    """Return a data set whose answers are one of two words."""
     rows = [
         {
             "messages": [
@@ -25,7 +24,6 @@ def chat_lines(count: int) -> bytes:
 
 
 def finished(client: openai.OpenAI, job_id: str) -> openai.types.fine_tuning.FineTuningJob:
-    """Wait for the job to end, and return it."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         job = client.fine_tuning.jobs.retrieve(job_id)

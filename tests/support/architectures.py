@@ -46,7 +46,6 @@ GEMMA = {
 
 
 def tiny_model(name: str) -> PreTrainedModel:
-    """Return a model with random weights from a fixed seed, in evaluation mode."""
     torch.manual_seed(0)
     heads = {"num_hidden_layers": 3, "num_attention_heads": 4}
     makers = {

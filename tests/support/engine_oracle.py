@@ -34,8 +34,6 @@ from reftserve.server.engine.scheduler import Batch
 
 
 class RecordingRunner(Runner):
-    """A runner that keeps the logits of every sampled token, by request and position."""
-
     def __init__(self, model: PreTrainedModel, **sizes: int) -> None:
         super().__init__(model, **sizes)
         self.logits: dict[tuple[str, int], Tensor] = {}
@@ -52,8 +50,6 @@ class RecordingRunner(Runner):
 
 @dataclass
 class Run:
-    """The outputs of an engine, by request."""
-
     tokens: dict[str, list[int]] = field(default_factory=dict)
     logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
     prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
@@ -134,7 +130,6 @@ def save_random(
     seed: int = 0,
     activation: int = 0,
 ) -> Path:
-    """Save an intervention with random edits at (layer, positions), and return its folder."""
     edits = [
         PlacedEdit(layer, Positions.parse(positions), random_edit(rank, hidden, seed * 100 + i, activation))
         for i, (layer, positions) in enumerate(placements)
@@ -145,7 +140,6 @@ def save_random(
 def save_edits(
     folder: Path, edits: list[PlacedEdit], *, positions: str = "prompt", rank: int = 1, hidden: int = 32
 ) -> Path:
-    """Save an intervention of these edits for the tiny Llama, and return its folder."""
     base = BaseFingerprint(architecture="LlamaForCausalLM", hidden_size=hidden, num_layers=4, vocab_size=300)
     save_artifact(folder, edits, family="loreft", positions=positions, rank=rank, base=base)
     return folder
@@ -164,10 +158,7 @@ def make_engine(
     recorded: bool = False,
     overlap: bool = False,
 ) -> Engine:
-    """Make an engine over a tiny float32 model with caches of exactly these sizes.
-
-    recorded: use the GPU's attention and decode steps, emulated by recorded.py.
-    """
+    """Make an engine with caches of exactly these sizes. recorded: emulate the GPU's steps by recorded.py."""
     model, tokenizer = _loaded(folder)
     hidden, layers, kv_heads, head_dim = 32, 4, 2, 8
     # The CPU's cache pads blocks and values to multiples of sixteen.

@@ -11,7 +11,6 @@ from api_data import BASE
 
 
 def chats(count: int, question: str = "say") -> list[dict[str, Any]]:
-    """Return conversations whose answer is one of two words."""
     return [
         {
             "messages": [
@@ -24,7 +23,6 @@ def chats(count: int, question: str = "say") -> list[dict[str, Any]]:
 
 
 def upload(http: httpx.Client, rows: list[dict[str, Any]]) -> str:
-    """Upload a data set, and return its file id."""
     content = "\n".join(map(json.dumps, rows)).encode()
     response = http.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": ("set.jsonl", content)})
     assert response.status_code == 200, response.text
@@ -32,7 +30,6 @@ def upload(http: httpx.Client, rows: list[dict[str, Any]]) -> str:
 
 
 def created(http: httpx.Client, rows: list[dict[str, Any]], *criteria: dict[str, Any]) -> str:
-    """Create an eval, and return its id."""
     source = {"type": "file", "file_id": upload(http, rows)}
     response = http.post("/v1/evals", json={"data_source_config": source, "testing_criteria": criteria})
     assert response.status_code == 200, response.text
@@ -40,7 +37,6 @@ def created(http: httpx.Client, rows: list[dict[str, Any]], *criteria: dict[str,
 
 
 def started(http: httpx.Client, eval_id: str, *, max_tokens: int = 8, **source: Any) -> dict[str, Any]:
-    """Queue a run, and return it."""
     sampling = {"max_completion_tokens": max_tokens}
     body = {"data_source": {"type": "completions", "model": BASE, "sampling_params": sampling, **source}}
     response = http.post(f"/v1/evals/{eval_id}/runs", json=body)
@@ -50,7 +46,6 @@ def started(http: httpx.Client, eval_id: str, *, max_tokens: int = 8, **source: 
 
 
 def ended(http: httpx.Client, run: dict[str, Any]) -> dict[str, Any]:
-    """Wait for the run to end, and return it."""
     deadline = time.monotonic() + 120
     while run["status"] in ("queued", "in_progress"):
         assert time.monotonic() < deadline, run
@@ -60,12 +55,10 @@ def ended(http: httpx.Client, run: dict[str, Any]) -> dict[str, Any]:
 
 
 def items(http: httpx.Client, run: dict[str, Any], **params: Any) -> list[dict[str, Any]]:
-    """Return the items of a run."""
     path = f"/v1/evals/{run['eval_id']}/runs/{run['id']}/output_items"
     found: list[dict[str, Any]] = http.get(path, params={"limit": 1000, **params}).json()["data"]
     return found
 
 
 def scores(run: dict[str, Any]) -> dict[str, float]:
-    """Return a run's scores by criterion."""
     return {result["testing_criteria"]: result["score"] for result in run["per_testing_criteria_results"]}

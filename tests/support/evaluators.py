@@ -26,8 +26,6 @@ OWNER = "default"
 
 
 class StubEngine:
-    """An engine that answers after 10 ms. asked: the ids of its requests."""
-
     is_alive = True
     ready = Ready(max_context=512, device="cpu", dtype="float32")
     num_requests = 0
@@ -36,7 +34,6 @@ class StubEngine:
         self.asked: list[str] = []
 
     async def generate(self, request: Submit) -> AsyncGenerator[TokenOutput]:
-        """Yield the same log-probability for every continuation token."""
         self.asked.append(request.request_id)
         await asyncio.sleep(0.01)
         logprobs = [[-1.0] * len(each) for each in request.continuations]
@@ -44,8 +41,6 @@ class StubEngine:
 
 
 class EvalWorkspace:
-    """The state that all servers of one data folder share."""
-
     def __init__(self, model_folder: Path, data: Path) -> None:
         self.settings = Settings(model=str(model_folder), data=data, device="cpu")
         self.base = open_base(self.settings)
@@ -55,11 +50,9 @@ class EvalWorkspace:
         self.engine = StubEngine()
 
     def service(self, served: ServingFingerprint) -> EvalService:
-        """Return a server's eval service."""
         return EvalService(self.store, self.base, lambda: served, max_interventions=8)
 
     def created(self, count: int) -> EvalRun:
-        """Queue a run over `count` examples."""
         file = self.store.files.upload(OWNER, "set.jsonl", "fine-tune", io.BytesIO(chat_lines(count)))
         source = {"type": "file", "file_id": file.id}
         body = {"data_source_config": source, "testing_criteria": [{"type": "loss"}]}
@@ -68,22 +61,18 @@ class EvalWorkspace:
         return self.evals.create_run(OWNER, made.id, run)
 
     def change(self, run: EvalRun, **fields: Any) -> None:
-        """Change fields of a run's row."""
         with self.store.database.session() as session:
             row = session.get_one(EvalRun, run.id)
             for name, value in fields.items():
                 setattr(row, name, value)
 
     def row(self, run: EvalRun) -> EvalRun:
-        """Return a run's current row."""
         return self.evals.get_run(OWNER, run.eval_id, run.id)
 
     def items(self, run: EvalRun) -> list[EvalItem]:
-        """Return the items of a run."""
         return self.evals.items(OWNER, run.eval_id, run.id, after=-1, status=None, limit=1000)[0]
 
     def evaluator(self, served: ServingFingerprint | None = None) -> Evaluator:
-        """Make a server's evaluator. served: its fingerprint; None: the one of `evals`."""
         evals = self.evals if served is None else self.service(served)
         limits = InferenceLimits(max_queue=1024, max_interventions=8, max_stop_strings=16)
         metrics = Metrics(lambda: None)
@@ -91,8 +80,6 @@ class EvalWorkspace:
         return Evaluator(self.store, evals, inference, lease_s=60)
 
     def execute(self, run: EvalRun, *evaluators: Evaluator) -> EvalRun:
-        """Let the evaluators work until the run ends, and return its row."""
-
         async def work() -> None:
             tasks = [asyncio.create_task(each.run_forever()) for each in evaluators]
             while self.row(run).finished_at is None:

@@ -34,24 +34,20 @@ def kill_at_step(worker: Worker, monkeypatch: pytest.MonkeyPatch, step: int) -> 
 
 
 def breaks_off(*_: object, **__: object) -> None:
-    """Raise the error of a lost database."""
     raise OperationalError("UPDATE", {}, Exception("connection lost"))
 
 
 def sweeps() -> int:
-    """Return the number of sweeps in memory, with their trainers."""
     gc.collect()
     return sum(type(found) is Sweep for found in gc.get_objects())
 
 
 def arenas() -> int:
-    """Return the number of activation arenas in memory."""
     gc.collect()
     return sum(type(found) is Arena for found in gc.get_objects())
 
 
 def on_step(patch: pytest.MonkeyPatch, step: int, act: Callable[[], object]) -> None:
-    """Call `act` at the end of the given step."""
     advance = Sweep.advance
 
     def with_act(sweep: Sweep) -> Any:

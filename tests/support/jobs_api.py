@@ -59,14 +59,12 @@ class JobsApi:
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop the server and break its streams."""
         self._server.should_exit = True
         self._thread.join(10)
         assert not self._thread.is_alive()
         self._listener.close()
 
     def add_job(self, owner: str = auth.DEFAULT_OWNER) -> str:
-        """Create a job with its first event, `Created ...`, and return its id."""
         file = self._store.files.upload(owner, "set.jsonl", "fine-tune", io.BytesIO(chat_lines(24)))
         request = FineTuningJobCreate(model=self._base.name, training_file=file.id, suffix="tone")
         return JobService(self._store, self._base).create(owner, request).id
@@ -101,14 +99,12 @@ def _owner(request: Request) -> str:
 
 
 def step(number: int, total: int = 10, **scores: float | None) -> dict[str, Any]:
-    """Return the metrics of a step; the loss falls from 1 towards 0."""
     pace = {"learning_rate": 0.004, "tokens_per_second": 1234.5, "eta_s": float(total - number)}
     return {"step": number, "total_steps": total, "train_loss": 1 / number, **pace, **scores}
 
 
 @contextmanager
 def jobs_api(model_folder: Path, data: Path) -> Iterator[JobsApi]:
-    """Run the API, and stop it at the end."""
     api = JobsApi(model_folder, data)
     try:
         yield api

@@ -21,5 +21,4 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def kernels() -> None:
-    """Load the CPU kernels, for tests that call them without an engine."""
     load_kernels()

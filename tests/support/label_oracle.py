@@ -15,7 +15,6 @@ from reftserve.interventions import Intervention, attach, load_artifact
 
 
 def download(http: httpx.Client, reference: str, folder: Path) -> Intervention:
-    """Download a published intervention from the server."""
     name, version = reference.split("@")
     content = http.get(f"/v1/interventions/{name}/versions/{version}/content").content
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -24,18 +23,14 @@ def download(http: httpx.Client, reference: str, folder: Path) -> Intervention:
 
 
 class LabelOracle:
-    """Computes log-probabilities of texts after a prompt, with one forward pass each."""
-
     def __init__(self, folder: Path) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
 
     def text(self, prompt: str, label: str, *uses: tuple[Intervention, float]) -> float:
-        """Return the log-probability that the text continues with the label and ends."""
         return self._logprob(self._ids(prompt), [*self._ids(label), self.tokenizer.eos_token_id], uses)
 
     def chat(self, messages: list[dict[str, str]], label: str, *uses: tuple[Intervention, float]) -> float:
-        """Return the log-probability that the assistant answers the conversation with the label."""
         prompt = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return self._logprob(self._ids(prompt), self._ids(f"{label}<|im_end|>"), uses)
 

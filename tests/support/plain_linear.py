@@ -7,6 +7,5 @@ from torch import nn
 
 
 def linear(n_in: int = 48, n_out: int = 20, *, bias: bool = True) -> nn.Linear:
-    """Return a frozen layer with the same weights at every call."""
     torch.manual_seed(1)
     return nn.Linear(n_in, n_out, bias=bias).requires_grad_(False)

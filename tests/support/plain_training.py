@@ -18,7 +18,6 @@ IGNORED = -100
 def plain_loss(
     model: PreTrainedModel, examples: Sequence[EncodedExample], edits: TrainableIntervention | Sequence[PlacedEdit]
 ) -> Tensor:
-    """Return the mean cross-entropy over all completion tokens."""
     width = max(example.length for example in examples)
     ids = torch.zeros(len(examples), width, dtype=torch.long)
     labels = torch.full((len(examples), width), IGNORED)

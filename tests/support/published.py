@@ -23,7 +23,6 @@ BASE = BaseFingerprint(architecture="LlamaForCausalLM", hidden_size=64, num_laye
 def make_artifact(
     folder: Path, *, seed: int = 0, rank: int = 2, base: BaseFingerprint = BASE, history: History | None = None
 ) -> Path:
-    """Write an artifact with random edits, and return its folder."""
     draw = torch.Generator().manual_seed(seed)
     A, U = (torch.randn(rank, base.hidden_size, generator=draw) for _ in range(2))
     edit = LowRankEdit(A, torch.zeros(rank), U, torch.zeros(rank, dtype=torch.int8), torch.ones(rank))
@@ -35,7 +34,6 @@ def make_artifact(
 def open_registry(
     folder: Path, *, blob_url: str | None = None, override: bool = False, **limits: int
 ) -> InterventionRegistry:
-    """Open a registry in a folder, on a migrated database."""
     database = Database(f"sqlite:///{folder / 'test.db'}")
     database.migrate()
     blobs = BlobStore(blob_url or str(folder / "blobs"), cache=folder / "cache")

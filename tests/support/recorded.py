@@ -60,10 +60,7 @@ class PlainKernels:
 
 
 class Recording(TorchDispatchMode):
-    """Records operations with their tensors. A replay runs the same operations on the same memory, without Python.
-
-    Like a CUDA graph, it refuses operations that read a tensor's values or host memory during recording.
-    """
+    """Replays operations without Python; refuses those that read values or host memory, like a CUDA graph."""
 
     REFUSED = ("_local_scalar_dense", "nonzero", "lift_fresh", "unique", "masked_select", "is_nonzero", "equal")
 
@@ -100,7 +97,6 @@ def record(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 
 def use_paged_cache(runner: Runner, shapes: list[LayerShape], blocks: int) -> None:
-    """Give a runner on the CPU the cache of a GPU runner."""
     size = runner.cache.block_size
     bytes_per_block = size * sum(s.kv_heads * (s.key_dim + s.value_dim) for s in shapes) * runner.model.dtype.itemsize
     runner.cache = CudaCache(

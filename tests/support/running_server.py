@@ -18,8 +18,6 @@ READY_TIMEOUT_S = 120
 
 
 class RunningServer:
-    """A `reftserve serve` on a free port, with its log in the data folder."""
-
     def __init__(self, model: Path, data: Path, *flags: str, env: dict[str, str] | None = None) -> None:
         data.mkdir(parents=True, exist_ok=True)
         self.data = data
@@ -32,7 +30,6 @@ class RunningServer:
 
     @property
     def url(self) -> str:
-        """Wait for the server's address in the log, and return it."""
         deadline = time.monotonic() + READY_TIMEOUT_S
         while time.monotonic() < deadline:
             for line in reversed(self.log.read_text().splitlines()):
@@ -43,7 +40,6 @@ class RunningServer:
         raise AssertionError(f"no address after {READY_TIMEOUT_S} s: {self.log.read_text()}")
 
     def wait_until_ready(self, *, worker: bool = True) -> RunningServer:
-        """Wait until model, database and (if configured) worker are ready."""
         deadline = time.monotonic() + READY_TIMEOUT_S
         url = self.url
         while time.monotonic() < deadline:
@@ -58,21 +54,18 @@ class RunningServer:
         raise AssertionError(f"not ready after {READY_TIMEOUT_S} s: {self.log.read_text()}")
 
     def child(self, module: str) -> psutil.Process:
-        """Return the child process that runs a module."""
         for child in psutil.Process(self.process.pid).children(recursive=True):
             if any(module in word for word in child.cmdline()):
                 return child
         raise AssertionError(f"no child runs {module}")
 
     def metric(self, name: str) -> float:
-        """Return a value from /metrics."""
         for line in httpx.get(f"{self.url}/metrics").text.splitlines():
             if line.split("{")[0].split(" ")[0] == name:
                 return float(line.rsplit(" ", 1)[1])
         raise AssertionError(f"no metric {name}")
 
     def stop(self) -> None:
-        """Stop the server as an operator does, and check that no process is left."""
         children = psutil.Process(self.process.pid).children(recursive=True) if self.process.poll() is None else []
         self.process.send_signal(signal.SIGTERM)
         self.process.wait(30)
@@ -92,7 +85,6 @@ class RunningServer:
 def running_server(
     model: Path, data: Path, *flags: str, worker: bool = True, env: dict[str, str] | None = None
 ) -> Iterator[RunningServer]:
-    """Run a server until the end of the context, and yield it when it is ready."""
     server = RunningServer(model, data, *flags, *([] if worker else ["--no-worker"]), env=env)
     try:
         yield server.wait_until_ready(worker=worker)

@@ -35,7 +35,6 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_base_tokenizer(*special: str, **special_tokens: str) -> BaseTokenizer:
-    """Return the same as the server's class. special: further special tokens; special_tokens: replacements by name."""
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
     named = {**tokenizer.special_tokens_map, **special_tokens}
@@ -43,7 +42,6 @@ def tiny_base_tokenizer(*special: str, **special_tokens: str) -> BaseTokenizer:
 
 
 def tiny_llama(vocab_size: int = 300, seed: int = 0) -> LlamaForCausalLM:
-    """Return a random float32 Llama with 4 layers and grouped key-value heads."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocab_size,

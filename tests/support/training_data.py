@@ -11,7 +11,6 @@ from reftserve.server.training.plan import Plan
 
 
 def plan(**changes: object) -> Plan:
-    """Return a small plan with some fields changed."""
     fields = {
         "family": "loreft",
         "layers": [1, 2],

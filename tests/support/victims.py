@@ -1,7 +1,4 @@
-"""Servers and workers for tests that kill them: those of `reftserve serve` and `reftserve worker`, but fast to start.
-
-They are forked from a process that has already imported everything.
-"""
+"""Servers and workers to kill. They start fast, forked from a process that has imported everything."""
 
 from __future__ import annotations
 
@@ -23,14 +20,12 @@ PROCESSES.set_forkserver_preload(["reftserve.server.main", "reftserve.server.tra
 
 
 def free_port() -> int:
-    """Return a port that is free now."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
 
 
 def serve(settings: Settings, log: Path) -> None:
-    """Run `reftserve serve` in this process."""
     _write_to(log)
     from reftserve.server.main import serve as run
 
@@ -38,7 +33,6 @@ def serve(settings: Settings, log: Path) -> None:
 
 
 def work(settings: Settings, log: Path) -> None:
-    """Run `reftserve worker` in this process."""
     _write_to(log)
     from reftserve.server.training.worker import run
 
@@ -52,8 +46,6 @@ def _write_to(log: Path) -> None:
 
 
 class Victim:
-    """A process that can be killed and restarted."""
-
     def __init__(self, target: Callable[[Settings, Path], None], settings: Settings, log: Path) -> None:
         self._target = target
         self._settings = settings
@@ -61,16 +53,13 @@ class Victim:
         self.process = self._start()
 
     def kill(self) -> None:
-        """Kill the process with SIGKILL."""
         self.process.kill()
         self.process.join()
 
     def restart(self) -> None:
-        """Start the process again."""
         self.process = self._start()
 
     def stop(self) -> None:
-        """Stop the process as an operator does."""
         self.process.terminate()
         self.process.join(30)
         assert not self.process.is_alive(), self.log.read_text()
@@ -82,7 +71,6 @@ class Victim:
 
 
 def wait_for_answer(url: str) -> None:
-    """Wait until the server answers."""
     deadline = time.monotonic() + ANSWER_TIMEOUT_S
     while time.monotonic() < deadline:
         try:

@@ -47,7 +47,6 @@ class Workspace:
         hyperparameters: dict[str, Any] | None = None,
         **fields: Any,
     ) -> str:
-        """Create a job through the API's service, of STEPS steps by default, and return its id."""
         file = self.store.files.upload(OWNER, "set.jsonl", "fine-tune", io.BytesIO(chat_lines(EXAMPLES)))
         hyper = {"n_epochs": 2, "batch_size": 4, **(hyperparameters or {})}
         reft: dict[str, Any] = {"layers": [1], "rank": 1, "dropout": 0.1, "hyperparameters": hyper}
@@ -58,38 +57,29 @@ class Workspace:
         return self.jobs.create(OWNER, request).id
 
     def worker(self, name: str = "a", *, base: Base | None = None) -> Worker:
-        """Make a worker on this store. base: its base; None: the workspace's."""
         return Worker(self, name, base or self.base)
 
     def job(self, job_id: str) -> Job:
-        """Return the job's row."""
         return self.jobs.get(OWNER, job_id)
 
     def messages(self, job_id: str) -> list[str]:
-        """Return the messages of a job's events, oldest first."""
         return [event.message for event in self.repository.events(job_id, before=None, limit=10**6)][::-1]
 
     def steps(self, job_id: str) -> list[int]:
-        """Return the optimizer steps in the order of execution."""
         events = self.repository.events(job_id, before=None, limit=10**6)[::-1]
         return [event.data["step"] for event in events if event.data and "step" in event.data]
 
     def published(self, name: str) -> list[int]:
-        """Return the versions of a name."""
         return [v.version for i in self.store.interventions.list_all(OWNER) if i.name == name for v in i.versions]
 
     def content_hash(self, name: str) -> str:
-        """Return the content hash of a name's first version."""
         return self.store.interventions.get(OWNER, name).versions[0].content_hash
 
     def kept(self) -> list[str]:
-        """Return the jobs that have files in the store."""
         return [key.rsplit("/", 1)[-1] for key in self.store.blobs.children("jobs")]
 
 
 class Worker:
-    """A worker whose runs the test starts."""
-
     def __init__(self, workspace: Workspace, name: str, base: Base) -> None:
         settings = workspace.settings
         self.leases = Leases(workspace.store.database, Job, name, lease_s=settings.lease_s)
@@ -112,11 +102,9 @@ class Worker:
         )
 
     def take(self) -> Lease:
-        """Take the next job, which must exist."""
         lease = self.leases.take()
         assert lease is not None, "no job to take"
         return lease
 
     def work(self) -> None:
-        """Take the next job, and run it until it ends or pauses."""
         self.runs.execute(self.take())

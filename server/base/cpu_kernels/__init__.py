@@ -38,15 +38,14 @@ SOURCES = (
 HEADERS = ("vector.h", "activation.h", "kernels.h")
 FLAGS = ("-O3", "-std=c++20", "-fopenmp", "-Wno-psabi", "-fno-math-errno")
 COMPLETE = "complete"  # stands beside a library that was compiled to its end
-NATIVE = "native"  # GCC's name for the processor it runs on
+NATIVE = "native"
 
 
 @functools.cache
 def load_kernels(march: str = NATIVE) -> None:
-    """Make `torch.ops.reftserve` available. The first call on a machine compiles for about 45 seconds.
+    """Make `torch.ops.reftserve` available, for one `march` in a process. The first call on a machine takes 45 s.
 
-    march: GCC's name of the processor to compile for; a process can load the kernels for one processor only.
-    Raises KernelsUnavailable when they cannot be compiled.
+    march: GCC's name of the processor to compile for. Raises KernelsUnavailable when the kernels cannot be compiled.
     """
     name = f"reftserve_kernels_{identity(march)}"
     # ninja is installed in this environment, whose scripts may be missing from PATH.
@@ -58,7 +57,7 @@ def load_kernels(march: str = NATIVE) -> None:
                 # The name says all that is in the library. ninja would compile it again for another checkout's paths.
                 torch.ops.load_library(str(build / f"{name}.so"))  # type: ignore[no-untyped-call]
                 return
-            # A killed process leaves torch's own lock file behind, and the next one would wait for it for ever.
+            # A killed process leaves torch's own lock file behind, and the next one would wait for it forever.
             (build / "lock").unlink(missing_ok=True)
             cpp_extension.load(
                 name,
@@ -76,10 +75,7 @@ def load_kernels(march: str = NATIVE) -> None:
 
 
 def identity(march: str = NATIVE, *more: str) -> str:
-    """Return a hash of the sources, the flags, torch's version, the processor's features and `more`.
-
-    All versions share one cache of compiled kernels, and its disk may move to another processor.
-    """
+    """Return a hash of the sources, flags, torch's version, processor (a disk may move to another one) and `more`."""
     cpuinfo = Path("/proc/cpuinfo")
     text = cpuinfo.read_text().split("\n\n")[0] if cpuinfo.is_file() else platform.processor()
     features = [line for line in text.splitlines() if line.startswith(("flags", "Features"))]

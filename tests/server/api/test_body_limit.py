@@ -36,7 +36,6 @@ def app() -> FastAPI:
 
 
 def post(path: str, headers: dict[str, str], begin: bytes, mebibytes: int, end: bytes) -> tuple[httpx.Response, int]:
-    """Send a body piece by piece; return the answer and the number of pieces read."""
     taken = 0
 
     async def pieces() -> AsyncIterator[bytes]:

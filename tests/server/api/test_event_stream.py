@@ -29,7 +29,6 @@ def path(api: JobsApi, job_id: str) -> str:
 
 
 def whole(api: JobsApi, job_id: str, **arguments: Any) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return the events of a finished job's stream, and their ids in the stream."""
     response = httpx.get(path(api, job_id), timeout=20, **{"params": {"stream": "true"}, **arguments})
     assert response.headers["content-type"].startswith("text/event-stream")
     data = [line.removeprefix("data: ") for line in response.text.splitlines() if line.startswith("data: ")]

@@ -19,7 +19,6 @@ LONG = {"prompt": "once", "max_tokens": 400, "temperature": 0, "ignore_eos": Tru
 
 @pytest.fixture
 def artifact(tiny_llama_folder: Path, tmp_path: Path) -> bytes:
-    """Return a zipped artifact with random edits for the served base."""
     return pack(make_artifact(tmp_path / "artifact", base=fingerprint(tiny_llama_folder)))
 
 

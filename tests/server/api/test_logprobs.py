@@ -10,8 +10,6 @@ from reftserve.server.engine.messages import TokenLogprobs
 
 @dataclass
 class Bytes:
-    """A base whose tokens are bytes."""
-
     def token_bytes(self, token_id: int) -> bytes:
         return bytes([token_id])
 

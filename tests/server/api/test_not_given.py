@@ -28,7 +28,6 @@ def file_id(client: openai.OpenAI) -> str:
 
 @pytest.fixture
 def bodies(http: httpx.Client, file_id: str) -> dict[tuple[str, str], tuple[str, dict[str, Any]]]:
-    """Return a path and a body for each operation that takes JSON."""
     eval_id = created(http, chats(4), {"type": "loss"})
     job = {"model": BASE, "training_file": file_id, "method": {"type": "reft", "reft": {"rank": 2}}}
     return {
@@ -47,7 +46,6 @@ def bodies(http: httpx.Client, file_id: str) -> dict[tuple[str, str], tuple[str,
 
 
 def json_operations(api: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
-    """Return the body schema of each operation that takes JSON, from the server's OpenAPI description."""
     found = {}
     for path, operations in api["paths"].items():
         for method, operation in operations.items():
@@ -64,7 +62,6 @@ def outcome(http: httpx.Client, method: str, path: str, body: dict[str, Any]) ->
 
 
 def without_identity(answer: Any) -> Any:
-    """Return an answer without the fields that differ between equal requests, such as ids."""
     if isinstance(answer, dict):
         kept = answer.keys() - {"id", "created", "created_at", "usage"}
         return {name: without_identity(answer[name]) for name in kept}

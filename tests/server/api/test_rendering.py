@@ -16,7 +16,6 @@ TURNS += [("assistant", "yes"), ("developer", "be polite"), ("user", "why?"), ("
 
 
 def answer(http: httpx.Client, path: str, **fields: Any) -> tuple[int, str]:
-    """Return the prompt's tokens and the model's answer, with the likelihood of each token."""
     body = {"model": BASE, "max_tokens": 8, "temperature": 0, "logprobs": True if "chat" in path else 1, **fields}
     response = http.post(path, json=body)
     assert response.status_code == 200, response.text

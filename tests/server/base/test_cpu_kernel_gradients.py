@@ -25,7 +25,6 @@ def randoms(seed: int, *shapes: Sequence[int]) -> list[Tensor]:
 
 
 def assert_same_both_ways(kernel: Function, plain: Function, inputs: Sequence[Tensor]) -> None:
-    """Compare outputs, and the inputs' gradients for a random gradient of the output."""
     results = []
     for function, dtype in ((kernel, torch.float32), (plain, torch.float64)):
         leaves = [tensor.to(dtype).requires_grad_() for tensor in inputs]

@@ -158,8 +158,6 @@ def test_a_norm_is_replaced_by_the_same_function(kind: type[nn.Module], size: in
 
 
 class NotQuiteRMSNorm(LlamaRMSNorm):
-    """Resembles an RMSNorm but computes something else."""
-
     def forward(self, hidden_states: Tensor) -> Tensor:
         return super().forward(hidden_states) + 0.01
 
@@ -218,8 +216,6 @@ def test_attention_that_rotates_halves_is_replaced(name: str, takes: int) -> Non
 
 
 class RotatesBackwards(LlamaAttention):
-    """Resembles an attention that is replaced."""
-
     def forward(self, *args: Any, position_embeddings: tuple[Tensor, Tensor], **kwargs: Any) -> tuple[Tensor, Tensor]:
         cosines, sines = position_embeddings
         return super().forward(*args, position_embeddings=(cosines, -sines), **kwargs)
@@ -233,8 +229,6 @@ class Clamps(LlamaAttention):
 
 
 class MayNotRotate(LlamaAttention):
-    """Some models have layers without rotation."""
-
     def forward(
         self, *args: Any, position_embeddings: tuple[Tensor, Tensor] | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:

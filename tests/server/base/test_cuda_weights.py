@@ -42,8 +42,6 @@ print(model_checksum(model), logits.float().sum().item(), flush=True)
 
 
 class Memory:
-    """Stands for another process's memory: a tensor for each handle."""
-
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.tensors: dict[bytes, torch.Tensor] = {}
         monkeypatch.setattr(cuda_weights, "rebuild_cuda_tensor", self._open)

@@ -68,8 +68,6 @@ def kernels() -> None:
 
 
 class Speeds:
-    """A measurement that finds some kernels slow, and records its calls."""
-
     def __init__(self, *slow: str) -> None:
         self._slow = slow
         self.asked: list[str] = []
@@ -86,15 +84,12 @@ def runner(kernels: KernelChoice, name: str = "llama", **fields: bool) -> Runner
 
 
 def forward(model: nn.Module, kernels: KernelChoice) -> Tensor:
-    """Return the logits of a training pass."""
     packed = VarlenModel(model, kernels=kernels)  # type: ignore[arg-type]
     rows = VarlenRows([Span(e, 0, e.length - 1) for e in examples(3, 1, vocabulary=100)], torch.device("cpu"))
     return packed.logits(rows, {})
 
 
 class Clock:
-    """A clock that advances only while a form runs."""
-
     def __init__(self) -> None:
         self.now = 0.0
 

@@ -60,7 +60,6 @@ def plain(folder: Path) -> None:
 
 
 def adds_bos(folder: Path) -> None:
-    """A post-processor that adds a token before and after a text, like Llama's."""
     entries = [{"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
     special = {"<|im_start|>": {"id": "<|im_start|>", "ids": [1], "tokens": ["<|im_start|>"]}}
     template = {"type": "TemplateProcessing", "single": entries, "pair": entries, "special_tokens": special}
@@ -73,7 +72,6 @@ def asks_for_bos(folder: Path) -> None:
 
 
 def later_tokens(folder: Path) -> None:
-    """Tokens that tokenizer.json lacks: special ones, and ones that absorb the spaces around them."""
     late = {
         "300": {"content": "<|late|>", "lstrip": True, "rstrip": True, "normalized": False, "special": True},
         "301": {"content": "<extra>", "lstrip": False, "rstrip": False, "normalized": False, "special": False},
@@ -91,7 +89,6 @@ def older_files(folder: Path) -> None:
 
 
 def objects(folder: Path) -> None:
-    """Tokens given as objects, and a model-specific one."""
     eos = {"__type": "AddedToken", "content": "<|im_end|>", "lstrip": False, "rstrip": False, "normalized": False}
     change_json(
         folder, "tokenizer_config.json", lambda content: content.update({"eos_token": eos, "image_token": "<extra>"})
@@ -99,25 +96,21 @@ def objects(folder: Path) -> None:
 
 
 def unknown_tokens(folder: Path) -> None:
-    """Special tokens that the vocabulary lacks."""
     entries = {"unk_token": "<unk>", "extra_special_tokens": ["<extra>", "<|late|>"]}
     change_json(folder, "tokenizer_config.json", lambda content: content.update(entries))
 
 
 def several_templates(folder: Path) -> None:
-    """A list of templates in the configuration, without a template file."""
     (folder / "chat_template.jinja").unlink()
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "{{ bos_token }}!"}]
     change_json(folder, "tokenizer_config.json", lambda content: content.update(chat_template=named))
 
 
 def no_template(folder: Path) -> None:
-    """A folder without a template."""
     (folder / "chat_template.jinja").unlink()
 
 
 def cuts_and_pads(folder: Path) -> None:
-    """A tokenizer.json saved with truncation and padding."""
     pad = {"strategy": {"Fixed": 8}, "direction": "Right", "pad_to_multiple_of": None}
     pad |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "<|endoftext|>"}
     cut = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}

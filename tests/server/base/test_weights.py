@@ -67,7 +67,6 @@ def the_file(folder: Path) -> Path:
 
 @contextmanager
 def children(model: Path, shared: Path, count: int) -> Iterator[list[subprocess.Popen[str]]]:
-    """Start processes that map the weights at the same time."""
     command = [sys.executable, "-c", CHILD, str(model), str(shared)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     processes = [subprocess.Popen(command, **pipes) for _ in range(count)]  # type: ignore[call-overload]
@@ -197,7 +196,7 @@ def test_any_dtype_is_shared(tmp_path: Path, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("packs", [False, True])
 @pytest.mark.parametrize("trains", [False, True])
-@pytest.mark.parametrize("name", ["llama", "qwen2"])  # without biases, and with
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
 def test_fused_layers_are_adjacent_in_the_file(name: str, trains: bool, packs: bool, tmp_path: Path) -> None:
     kernels = FasterKernels(None, measure=lambda kernel, trials: 9.0 if kernel == "linear" and not packs else 0.5)
     tiny_model(name).save_pretrained(tmp_path / "model")

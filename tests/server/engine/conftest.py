@@ -20,7 +20,6 @@ def oracle_model(tiny_llama_folder: Path) -> PreTrainedModel:
 
 @pytest.fixture(scope="session")
 def artifacts(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Interventions that differ in positions, layers, rank and activation."""
     root = tmp_path_factory.mktemp("artifacts")
     specs: list[tuple[list[tuple[int, str]], int, int]] = [
         ([(1, "l1")], 4, 0),

@@ -28,7 +28,6 @@ def make_bank(rows: int) -> Bank:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> list[Intervention]:
-    """Interventions of 2, 4, 6 and 8 rows."""
     root = tmp_path_factory.mktemp("small")
     folders = [save_random(root / str(i), [(0, "f2"), (1, "l1")], rank=i + 1, seed=i) for i in range(4)]
     return [load_artifact(folder) for folder in folders]

@@ -27,7 +27,6 @@ def scored(name: str, prompt: list[int], continuations: list[list[int]], **optio
 
 
 def one_by_one(model: PreTrainedModel, submit: Submit, edits: list[PlacedEdit]) -> list[list[float]]:
-    """Score each continuation with a plain forward pass of prompt and continuation."""
     found, n_prompt = [], len(submit.prompt_ids)
     for continuation in submit.continuations:
         with torch.no_grad(), attach(model, edits, n_prompt):

@@ -1,7 +1,4 @@
-"""Recorded decode steps: which steps are replayed, and that recordings keep CUDA's rules.
-
-test_mixtures.py checks that a replayed step gives each request its result alone.
-"""
+"""Which decode steps are replayed, and that recordings keep CUDA's rules; test_mixtures.py checks the results."""
 
 from __future__ import annotations
 
@@ -26,8 +23,6 @@ PROMPT = [5, 9, 17, 120, 44]
 
 
 class CountingRecorder:
-    """A recorder that counts replays by their number of rows."""
-
     def __init__(self) -> None:
         self.recorded = 0
         self.replayed: list[int] = []
@@ -53,7 +48,7 @@ def counting_engine(folder: Path, **sizes: int) -> tuple[Engine, CountingRecorde
 
 def test_every_plain_decode_step_is_replayed_at_the_next_larger_size(tiny_llama_folder: Path) -> None:
     engine, recorder = counting_engine(tiny_llama_folder, max_sequences=11)
-    assert recorder.recorded == 5  # 1, 2, 4, 8, 16
+    assert recorder.recorded == 5
     for index in range(3):
         engine.submit(request(str(index), PROMPT[index:], max_tokens=6))
     run_until_done(engine)
@@ -119,7 +114,6 @@ def test_every_architecture_can_be_recorded(name: str) -> None:
 
 
 def stores(runner: Runner) -> list[tuple[Tensor, Tensor]]:
-    """Return the cache's tensors by layer."""
     return list(zip(runner.cache.keys, runner.cache.values, strict=True))  # type: ignore[attr-defined]
 
 

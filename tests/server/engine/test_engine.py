@@ -222,7 +222,7 @@ def test_prompt_interventions_free_their_rows_while_their_answers_continue(
     tiny_llama_folder: Path, tmp_path: Path
 ) -> None:
     folders = [save_random(tmp_path / str(i), [(1, "f2+l2")], rank=4, seed=i) for i in range(4)]
-    engine = make_engine(tiny_llama_folder, bank_rows=9)  # row 0, and two of them
+    engine = make_engine(tiny_llama_folder, bank_rows=9)
     for index, folder in enumerate(folders):
         engine.submit(request(str(index), PROMPT[:10], uses=[(folder, 1.0)], max_tokens=40))
     while not engine.scheduler.running or engine.is_loading or engine.scheduler.waiting:

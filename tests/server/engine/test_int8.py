@@ -63,8 +63,6 @@ def test_int8_of_zeros_is_zero_and_infinity_stays_visible() -> None:
 
 
 class Fork(nn.Module):
-    """Two layers that read one tensor, and one that reads another."""
-
     def __init__(self) -> None:
         super().__init__()
         self.left, self.right, self.other = linear(48, 20), linear(48, 7), linear(48, 5)

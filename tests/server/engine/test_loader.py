@@ -19,7 +19,7 @@ def ref(folder: Path) -> InterventionRef:
 
 
 def wait_until_read(loader: Loader) -> None:
-    loader.close()  # the thread ends after the requested files
+    loader.close()
 
 
 def collect_all(loader: Loader) -> list[Loaded]:

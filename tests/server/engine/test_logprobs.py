@@ -19,7 +19,6 @@ TOLERANCE = 2e-3  # of a log-probability; logits agree to 1e-4 of the largest, w
 
 
 def oracle_logprobs(model: PreTrainedModel, tokens: list[int], n_prompt: int, edits: list[PlacedEdit]) -> torch.Tensor:
-    """Return log-probabilities of all tokens except the first, [tokens - 1, vocabulary]."""
     with torch.no_grad(), attach(model, edits, n_prompt):
         logits = model(torch.tensor([tokens]), use_cache=False).logits[0, :-1]
     return torch.log_softmax(logits, -1)

@@ -32,10 +32,7 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Planned:
-    """A request of a random workload, with the steps before which it arrives and is cancelled.
-
-    n_prompt: tokens of its prompt. n_shared: the first tokens, common to all requests with at least as many.
-    """
+    """n_prompt, n_shared: tokens of its prompt, and of the beginning common to all requests at least as long."""
 
     n_prompt: int
     n_shared: int
@@ -129,7 +126,6 @@ def test_a_request_in_a_mixture_gets_the_logits_it_would_get_alone(
 
 
 def copied(artifact: Path, into: Path) -> Path:
-    """Copy the artifact to a folder that may be deleted."""
     return Path(shutil.copytree(artifact, into / artifact.name, copy_function=os.link))
 
 

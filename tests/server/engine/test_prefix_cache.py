@@ -20,13 +20,11 @@ PROMPT = list(range(5, 45))
 
 
 def cached_tokens(engine: Engine, submit: Submit) -> int:
-    """Run a request to its end, and return the prompt tokens that it found in the cache."""
     engine.submit(submit)
     return run_until_done(engine).finished[submit.request_id].cached_tokens
 
 
 def edits_at(submit: Submit, interventions: dict[str, Intervention], index: int) -> list[object]:
-    """Return the edits of the token at `index`: intervention, edit and scale."""
     return [
         (ref.content_hash, number, ref.scale)
         for ref in submit.interventions

@@ -1,7 +1,4 @@
-"""The Triton kernels against plain attention, in Triton's interpreter, which runs them on the CPU.
-
-The interpreter must be enabled before the first import of Triton, so the kernels' tests run in a separate process.
-"""
+"""The Triton kernels in its CPU interpreter, which a separate process enables before it imports Triton."""
 
 from __future__ import annotations
 

@@ -90,8 +90,6 @@ def test_an_answer_that_begins_with_a_space_keeps_it() -> None:
 
 
 class CountingTokenizer:
-    """A tokenizer that counts decoded tokens."""
-
     def __init__(self) -> None:
         self.decoded = 0
 

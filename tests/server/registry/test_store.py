@@ -30,7 +30,6 @@ def stored(data: Path) -> set[Path]:
 
 
 def filled(data: Path) -> set[Path]:
-    """Fill a data folder with two data sets and two interventions, and return its stored files."""
     store = opened(data)
     for number in range(2):
         store.files.upload(OWNER, "set.jsonl", "fine-tune", io.BytesIO(LINES))

@@ -15,5 +15,4 @@ def workspace(tiny_llama_folder: Path, tmp_path: Path) -> Workspace:
 
 @pytest.fixture
 def expiring(tiny_llama_folder: Path, tmp_path: Path) -> Workspace:
-    """A workspace whose leases expire at once."""
     return Workspace(tiny_llama_folder, tmp_path, lease_s=1e-6)

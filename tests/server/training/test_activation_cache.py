@@ -51,7 +51,6 @@ def models() -> Models:
 
 @pytest.fixture(scope="module")
 def models_without_kernels() -> Models:
-    """Models without CPU kernels, as on a GPU."""
     return pairs(NoKernels())
 
 
@@ -70,7 +69,6 @@ def trainer_of(cache: ActivationCache, run: Plan, data: list[EncodedExample], se
 
 
 def gradients(trainers: list[Trainer]) -> list[tuple[float, list[torch.Tensor]]]:
-    """Return the losses and gradients of each trainer's next step."""
     kept: list[list[torch.Tensor]] = [[] for _ in trainers]
     for trainer, found in zip(trainers, kept, strict=True):
 
@@ -243,7 +241,6 @@ def test_the_head_computes_only_the_rows_that_predict_answers(models: Models, po
 
 @contextmanager
 def counted_rows(packed: VarlenModel) -> Iterator[list[int]]:
-    """Count the rows of each pass inside the context."""
     counts: list[int] = []
     handle = packed.layers[-1].register_forward_hook(lambda module, inputs, output: counts.append(inputs[0].shape[1]))
     try:

@@ -38,8 +38,6 @@ RECIPE = {"layers": [1], "rank": 1, "dropout": 0.1, "n_epochs": 12, "batch_size"
 
 @dataclass
 class Acknowledged:
-    """The requests that the server acknowledged. files: bytes by id; interventions: content hashes by id."""
-
     files: dict[str, bytes] = field(default_factory=dict)
     jobs: list[str] = field(default_factory=list)
     interventions: dict[str, str] = field(default_factory=dict)
@@ -70,7 +68,6 @@ class Users(threading.Thread):
                 return
 
     def leave(self) -> None:
-        """Stop after the current action."""
         self._gone.set()
         self.join()
 
@@ -97,7 +94,6 @@ class Users(threading.Thread):
 
 
 def train(client: Client, training_file: str, name: str) -> str:
-    """Create a job that differs from the others only in name, and return its id."""
     return client.train(training_file, name=name, seed=9, **RECIPE).id  # type: ignore[arg-type]
 
 
@@ -118,7 +114,6 @@ def settings(tiny_llama_folder: Path, tmp_path: Path) -> Settings:
 
 @contextmanager
 def running(settings: Settings, logs: Path) -> Iterator[list[Victim]]:
-    """Run a server and two workers."""
     victims = [Victim(serve, settings, logs / "server.log")]
     victims += [Victim(work, settings, logs / f"worker-{number}.log") for number in range(2)]
     try:
@@ -129,7 +124,6 @@ def running(settings: Settings, logs: Path) -> Iterator[list[Victim]]:
 
 
 def wait_for_steps(database: Database, count: int) -> None:
-    """Wait until the jobs together have done this many further steps."""
     query = select(func.count()).where(JobEvent.type == "metrics")
 
     def done() -> int:
@@ -179,7 +173,7 @@ def assert_whole(client: Client, acknowledged: Acknowledged, scratch: Path) -> N
     undisturbed = client.jobs.get(train(client, jobs[0].data.training_file, "undisturbed")).wait(timeout_s=TIMEOUT_S)
     expected = client.interventions.version("undisturbed").content_hash
     for job in jobs:
-        with suppress(Conflict):  # the job has ended
+        with suppress(Conflict):
             job.resume()
         job.wait(timeout_s=TIMEOUT_S)
         name, version = str(job.fine_tuned_model).split("@")

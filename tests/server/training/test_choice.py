@@ -25,7 +25,6 @@ def trials(*losses: NDArray[np.float64], costs: Sequence[Cost] = (DEAR, MIDDLE, 
 
 
 def uneven(seed: int, examples: int = EXAMPLES) -> NDArray[np.float64]:
-    """Return losses of examples, a few of them hard."""
     return np.random.default_rng(seed).lognormal(-1.5, 1.0, examples)
 
 
@@ -36,7 +35,6 @@ def deviations(seed: int, losses: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def rounded(contenders: Sequence[Contender], seed: int, relative: float) -> list[Contender]:
-    """Return the trials with another processor's rounding."""
     draw = np.random.default_rng(seed)
     return [
         replace(each, losses=each.losses * (1 + draw.uniform(-relative, relative, len(each.losses))))
@@ -73,10 +71,7 @@ def test_every_processor_chooses_the_cheapest_of_the_close_trials(
 
 
 def steady_choice(contenders: Sequence[Contender], relative: float) -> int | None:
-    """Return the choice that rounding cannot change; None if a difference almost equals its error.
-
-    Rounding by `relative` moves a difference, and its error, by at most `relative` times the sum of both losses.
-    """
+    """Return the choice that rounding cannot change; None if a difference almost equals its error."""
     slack = 4 * relative * max(each.losses.sum() for each in contenders) / TOKENS.sum()
     lowest = min(each.losses.sum() for each in contenders) / TOKENS.sum()
     possible_best = [each for each in contenders if each.losses.sum() / TOKENS.sum() <= lowest + slack]

@@ -28,7 +28,6 @@ def create_job(client: openai.OpenAI, name: str) -> str:
 
 
 def wait_until_between_checkpoints(client: openai.OpenAI, job_id: str) -> None:
-    """Wait until the job is some steps past its first checkpoint and far from the second."""
     deadline = time.monotonic() + 60
     while max(steps(client, job_id), default=0) < CHECKPOINT_STEPS + 3:
         assert time.monotonic() < deadline, client.fine_tuning.jobs.list_events(job_id).data
@@ -36,7 +35,6 @@ def wait_until_between_checkpoints(client: openai.OpenAI, job_id: str) -> None:
 
 
 def steps(client: openai.OpenAI, job_id: str) -> list[int]:
-    """Return the optimizer steps in the order of execution."""
     events = reversed(list(client.fine_tuning.jobs.list_events(job_id, limit=1000)))
     return [event.data["step"] for event in events if event.type == "metrics" and "step" in event.data]  # type: ignore[index, operator]
 

@@ -130,5 +130,4 @@ def test_files_of_ended_jobs_expire_and_those_of_others_stay(
 
 
 def fill(folder: Path, size: int) -> None:
-    """Write a checkpoint of `size` bytes."""
     (folder / "f").write_bytes(bytes(size))

@@ -39,7 +39,6 @@ def test_the_supervised_method_uses_the_recipe(client: openai.OpenAI) -> None:
 
 
 def trials(client: openai.OpenAI, server: RunningServer, name: str, method: object) -> list[dict[str, Any]]:
-    """Train a job, and return the table of its trials."""
     file = client.files.create(file=("set.jsonl", chat_lines(24)), purpose="fine-tune")
     fields = {} if method is None else {"method": method}
     job = client.fine_tuning.jobs.create(model=BASE, training_file=file.id, suffix=name, **fields)  # type: ignore[arg-type]

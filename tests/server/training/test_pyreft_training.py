@@ -1,8 +1,4 @@
-"""Our trainer against pyreft 0.1.0's: the same weights, data, order and hyperparameters give the same loss curve.
-
-`tests/references/make_pyreft_training.py` makes the file. pyreft begins at our weights, with our completion of each
-rotation (`tests/references/rotations.py`); the one that torch draws is another seed's.
-"""
+"""Our trainer's loss curve equals pyreft 0.1.0's for the same weights, data, order and hyperparameters."""
 
 from __future__ import annotations
 
@@ -79,5 +75,5 @@ def test_the_losses_of_fifty_steps_equal_those_of_pyrefts_trainer(packed: Varlen
         losses.append(trainer.advance().loss)
     expected = REFERENCE[f"{case}.losses"]
     assert len(losses) == len(expected) == 50
-    assert expected[-5:].mean() < 0.95 * expected[:5].mean()  # the loss does fall
+    assert expected[-5:].mean() < 0.95 * expected[:5].mean()
     torch.testing.assert_close(torch.tensor(losses), expected, atol=TOLERANCE, rtol=0)

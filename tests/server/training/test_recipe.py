@@ -182,7 +182,6 @@ def test_an_invalid_field_is_refused_with_and_without_candidates(fields: dict[st
 
 
 def swept(sweep: dict[str, object], seed: int = 0) -> list[dict[str, object]]:
-    """Return the fields in which the trials of a sweep differ."""
     method = Method.model_validate(reft(sweep=sweep))
     plan = make_plan(method, None, BASE, LABELS, max_length=512, seed=seed)
     return [variant.model_dump(exclude_none=True) for variant in plan.sweep]

@@ -30,7 +30,6 @@ def whole(batch: Batch) -> list[Span]:
 
 
 def tokens(span: Span) -> tuple[int, ...]:
-    """Return the tokens of the parent's rows and of the span."""
     before = () if span.parent is None else tokens(span.parent)
     return before + (span.example.prompt_ids + span.example.completion_ids)[span.start : span.stop]
 

@@ -197,7 +197,6 @@ def test_a_trial_with_a_non_finite_loss_never_leads(cache: ActivationCache) -> N
 
 
 def with_losses(sweep: Sweep, *losses: list[float]) -> Sweep:
-    """Give each trial the losses of its validation examples, and return the sweep."""
     for trial, each in zip(sweep.running, losses, strict=True):
         trial.trainer.best = {"loss": sum(each), "loss_stderr": 0.0, "step": 1}
         trial.trainer.lowest_losses = each

@@ -68,8 +68,6 @@ def test_a_resumed_run_ends_bit_for_bit_as_an_uninterrupted_one(model: VarlenMod
 
 
 class Scored(Trainer):
-    """A trainer with given validation scores: loss and standard error."""
-
     def script(self, *scores: tuple[float, float]) -> Scored:
         self.scores = iter(scores)
         return self
@@ -79,8 +77,6 @@ class Scored(Trainer):
 
 
 class Given(Score):
-    """A score with a given loss and standard error."""
-
     def __init__(self, loss: float, error: float) -> None:
         super().__init__(losses=[loss])
         self.given = {"loss": loss, "loss_stderr": error}
