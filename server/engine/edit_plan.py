@@ -6,6 +6,9 @@ one batched low-rank product and one write, whatever mixture of interventions ru
     y = act(x A[columns]^T + b[columns]) * scale  [groups, width, rank]
     h[rows] = x + y U[columns]                    each row belongs to exactly one group: the write is deterministic
 With the CPU kernels, `edit_rows` (cpu_kernels/edits.cpp) computes the same row by row.
+
+A decode token whose interventions edit only prompt tokens is no edited row. Without edited rows the plan is empty, and
+the step is the base model's own.
 """
 
 from __future__ import annotations

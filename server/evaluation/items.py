@@ -1,4 +1,7 @@
-"""The evaluation of one example: score and generate its texts at the engine, then measure each criterion."""
+"""The evaluation of one example: score and generate its texts at the engine, then measure each criterion.
+
+/v1/classify uses the same `InferenceService.score`, `LabelledPrompt` and `probabilities`, with prompts from requests.
+"""
 
 from __future__ import annotations
 

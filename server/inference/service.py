@@ -119,7 +119,10 @@ class InferenceService:
         prompt_field: str,
         max_tokens: int | None,
     ) -> Generation:
-        """Check a request against the server's state. max_tokens: None fills the context. Raises as `open` does."""
+        """Check a request against the server's state. Raises as `open` does.
+
+        max_tokens: None fills the context. prompt_field: the field that errors about the prompt name.
+        """
         n = request.n or 1
         context = await self.open(owner, request, num_sequences=n * len(prompts))
         check_sampling(request, self.base, self._limits.max_stop_strings)
