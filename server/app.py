@@ -47,7 +47,7 @@ def open_services(settings: Settings) -> Services:
     """Create the application's services, without starting the engine. Raises NotFound when there is no base model."""
     base = open_base(settings)
     store = open_store(settings, base.fingerprint)
-    store.sweep()
+    store.sweep_in_background()
     engine = EngineClient(_engine_config(settings, base))
     metrics = Metrics(lambda: engine.stats)
     limits = InferenceLimits(

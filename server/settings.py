@@ -75,6 +75,22 @@ class ServerSettings(BaseModel):
     blob_url: Annotated[str | None, Unset("the data folder")] = Field(
         None, description="fsspec URL of files and artifacts, such as s3://bucket/prefix"
     )
+    blob_cache_bytes: Bytes = Field(
+        16 << 30,
+        gt=0,
+        description="Disk space in the data folder for local copies of remote files and artifacts. The least recently "
+        "used copies go first",
+    )
+    reserve_bytes: Bytes = Field(
+        8 << 20,
+        ge=0,
+        description="Disk space that is kept back beside an SQLite database, so that deleting works on a full disk",
+    )
+    keep_trash_s: float = Field(
+        7 * 86400.0,
+        ge=0,
+        description="Files and artifacts that no row of the database names go to a trash below the store for this time",
+    )
     worker: bool = Field(
         True, description="Start a training worker and keep it running; without it, run `reftserve worker`"
     )

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from pydantic import TypeAdapter
 from sqlalchemy import select
-from sqlalchemy.orm import selectinload
+from sqlalchemy.orm import Session, selectinload
 
 from reftserve.client.schemas import EvalCreate, EvalRunCreate, TestingCriterion
 from reftserve.interventions.intervention_errors import FingerprintMismatch
@@ -75,7 +75,7 @@ class EvalService:
         with self._store.database.reading() as session:
             row = session.scalar(query)
         if row is None:
-            raise NotFound(f"no eval {eval_id!r}", param="eval_id", code="eval_not_found")
+            raise _no_eval(eval_id)
         return row
 
     def list_page(self, owner: str, *, after: str | None, limit: int) -> tuple[list[Eval], bool]:
@@ -89,9 +89,12 @@ class EvalService:
 
     def delete(self, owner: str, eval_id: str) -> None:
         """Delete an eval with its runs. A run in progress stops. Raises NotFound."""
-        self.get(owner, eval_id)
-        with self._store.database.session() as session:
-            session.delete(session.get_one(Eval, eval_id))
+        with self._store.database.session(may_use_reserve=True) as session:
+            # Locked: of two deletions at once the second finds nothing.
+            row = session.get(Eval, eval_id, with_for_update=True)
+            if row is None or row.owner != owner:
+                raise _no_eval(eval_id)
+            session.delete(row)
 
     def create_run(self, owner: str, eval_id: str, request: EvalRunCreate) -> EvalRun:
         """Queue a run of the current versions. Raises InvalidRequest, NotFound, or Unavailable without an engine."""
@@ -129,9 +132,7 @@ class EvalService:
         """Return one run. Raises NotFound."""
         with self._store.database.reading() as session:
             run = session.get(EvalRun, run_id)
-        if run is None or run.owner != owner or run.eval_id != eval_id:
-            raise NotFound(f"no run {run_id!r} of eval {eval_id!r}", param="run_id", code="eval_run_not_found")
-        return run
+        return _require_run(run, owner, eval_id, run_id)
 
     def require_served(self, run: EvalRun) -> None:
         """Raise Conflict if the engine's fingerprint has changed since the run's creation: all items must share one."""
@@ -146,9 +147,8 @@ class EvalService:
 
     def cancel_run(self, owner: str, eval_id: str, run_id: str) -> EvalRun:
         """Cancel a run; the engine drops its current items. Raises NotFound, or Conflict if the run has ended."""
-        self.get_run(owner, eval_id, run_id)
-        with self._store.database.session() as session:
-            run = session.get_one(EvalRun, run_id, with_for_update=True)
+        with self._store.database.session(may_use_reserve=True) as session:
+            run = _locked_run(session, owner, eval_id, run_id)
             if run.status in EvalRun.ENDED:
                 raise Conflict(f"run {run_id} is {run.status} and cannot be canceled", code="eval_run_ended")
             release_lease(run)
@@ -158,9 +158,8 @@ class EvalService:
 
     def delete_run(self, owner: str, eval_id: str, run_id: str) -> None:
         """Delete a run with its items. A run in progress stops. Raises NotFound."""
-        self.get_run(owner, eval_id, run_id)
-        with self._store.database.session() as session:
-            session.delete(session.get_one(EvalRun, run_id))
+        with self._store.database.session(may_use_reserve=True) as session:
+            session.delete(_locked_run(session, owner, eval_id, run_id))
 
     def items(
         self, owner: str, eval_id: str, run_id: str, *, after: int, status: str | None, limit: int
@@ -173,6 +172,20 @@ class EvalService:
         with self._store.database.reading() as session:
             rows = list(session.scalars(query.order_by(EvalItem.number).limit(limit + 1)))
         return rows[:limit], len(rows) > limit
+
+
+def _no_eval(eval_id: str) -> NotFound:
+    return NotFound(f"no eval {eval_id!r}", param="eval_id", code="eval_not_found")
+
+
+def _locked_run(session: Session, owner: str, eval_id: str, run_id: str) -> EvalRun:
+    return _require_run(session.get(EvalRun, run_id, with_for_update=True), owner, eval_id, run_id)
+
+
+def _require_run(run: EvalRun | None, owner: str, eval_id: str, run_id: str) -> EvalRun:
+    if run is None or run.owner != owner or run.eval_id != eval_id:
+        raise NotFound(f"no run {run_id!r} of eval {eval_id!r}", param="run_id", code="eval_run_not_found")
+    return run
 
 
 def _identity(prefix: str) -> str:

@@ -77,7 +77,7 @@ class Leases(Generic[Row]):
 
     def take_ended(self, row_id: str) -> Lease[Row] | None:
         """Take an ended row to clean up after it; return None if it has not ended or another process holds it."""
-        with self._database.session() as session:
+        with self._database.session(may_use_reserve=True) as session:
             now = self._database.now(session)
             table = self._table
             query = select(table).where(table.id == row_id, table.status.in_(table.ENDED), _is_free(table, now))
@@ -86,14 +86,14 @@ class Leases(Generic[Row]):
 
     def renew(self) -> None:
         """Extend all leases of this process."""
-        with self._database.session() as session:
+        with self._database.session(may_use_reserve=True) as session:
             expires_at = self._database.now(session) + self._lease_s
             mine = self._table.lease_worker == self._worker
             session.execute(update(self._table).where(mine).values(lease_expires_at=expires_at))
 
     def release(self, *, in_order: bool = True) -> None:
         """Give all leases back at once. in_order: the work did not cause the release, so the attempt does not count."""
-        with self._database.session() as session:
+        with self._database.session(may_use_reserve=True) as session:
             query = select(self._table).where(self._table.lease_worker == self._worker)
             for row in session.scalars(query.with_for_update()):
                 release_lease(row)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from sqlalchemy import JSON, Double, ForeignKey, MetaData, UniqueConstraint
+from sqlalchemy import JSON, Double, ForeignKey, Index, MetaData, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 
@@ -38,13 +38,25 @@ class Leased:
     started_at: Mapped[int | None]
 
 
+class Identity(Table):
+    """The database's id, the only row; the store of its blobs carries the same (`store_identity.py`)."""
+
+    __tablename__ = "identity"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+
+
 class File(Table):
     """An uploaded file or a job's result. blob_key: blob of its bytes; examples: their number in a data set."""
 
     __tablename__ = "files"
+    __table_args__ = (
+        Index("ix_files_owner_created_at_id", "owner", "created_at", "id"),
+        Index("ix_files_owner_purpose_created_at_id", "owner", "purpose", "created_at", "id"),
+    )
 
     id: Mapped[str] = mapped_column(primary_key=True)
-    owner: Mapped[str] = mapped_column(index=True)
+    owner: Mapped[str]
     filename: Mapped[str]
     purpose: Mapped[str]
     bytes: Mapped[int]
@@ -71,7 +83,10 @@ class Intervention(Table):
 
 
 class Version(Table):
-    """A published version. blob_key: folder of its artifact; job_id: the job that trained it, which publishes once."""
+    """A published version. blob_key: folder of its artifact; job_id: the job that trained it, which publishes once.
+
+    file_hashes: SHA-256 of each of the artifact's files, by name; None in rows older than the column.
+    """
 
     __tablename__ = "versions"
     __table_args__ = (UniqueConstraint("intervention_id", "version"), UniqueConstraint("job_id"))
@@ -84,6 +99,7 @@ class Version(Table):
     bytes: Mapped[int]
     parameters: Mapped[int]
     manifest: Mapped[dict[str, Any]]
+    file_hashes: Mapped[dict[str, Any] | None] = mapped_column(JSON)
     blob_key: Mapped[str]
     job_id: Mapped[str | None]
     created_at: Mapped[int]

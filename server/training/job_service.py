@@ -142,7 +142,7 @@ class JobService:
     @contextmanager
     def _locked_job(self, owner: str, job_id: str) -> Iterator[tuple[Session, Job]]:
         self.get(owner, job_id)
-        with self._store.database.session() as session:
+        with self._store.database.session(may_use_reserve=True) as session:
             yield session, session.get_one(Job, job_id, with_for_update=True)
 
     def _check(self, owner: str, request: FineTuningJobCreate) -> tuple[Plan, DataReport]:

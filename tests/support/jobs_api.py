@@ -36,7 +36,7 @@ class JobsApi:
         self._store = open_store(settings, self._base.fingerprint)
         self.database = self._store.database
         self.reads = 0
-        sqlalchemy.event.listen(self.database.engine, "before_cursor_execute", self._count)
+        sqlalchemy.event.listen(self.database.reader, "before_cursor_execute", self._count)
         self._port = 0
         self.start()
 

@@ -12,10 +12,11 @@ from api_data import chat_lines
 from reftserve.client.schemas import FineTuningJobCreate
 from reftserve.server.base.folder import Base, open_base
 from reftserve.server.base.model import load_model
+from reftserve.server.registry.names import Reference
 from reftserve.server.registry.store import Store, open_store
 from reftserve.server.settings import Settings
 from reftserve.server.storage.leases import Lease, Leases
-from reftserve.server.storage.tables import Job
+from reftserve.server.storage.tables import Job, Version
 from reftserve.server.training.job_files import JobFiles
 from reftserve.server.training.job_repository import JobRepository
 from reftserve.server.training.job_runner import JobRunner
@@ -70,10 +71,15 @@ class Workspace:
         return [event.data["step"] for event in events if event.data and "step" in event.data]
 
     def published(self, name: str) -> list[int]:
-        return [v.version for i in self.store.interventions.list_all(OWNER) if i.name == name for v in i.versions]
+        rows, _ = self.store.interventions.list_page(OWNER)
+        return [version for row in rows if row.name == name for version in row.versions]
 
     def content_hash(self, name: str) -> str:
-        return self.store.interventions.get(OWNER, name).versions[0].content_hash
+        return self.first_version(name).content_hash
+
+    def first_version(self, name: str) -> Version:
+        registry = self.store.interventions
+        return registry.find(OWNER, Reference(name, registry.get(OWNER, name).versions[0])).row
 
     def kept(self) -> list[str]:
         return [key.rsplit("/", 1)[-1] for key in self.store.blobs.children("jobs")]
