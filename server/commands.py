@@ -7,7 +7,7 @@ import shutil
 import socket
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from pydantic import ValidationError
@@ -113,9 +113,19 @@ def worker(settings: Settings) -> None:
 
 @app.command()
 @explained
-@takes_settings(*COMMON, "host", "port")
-def doctor(settings: Settings) -> None:
+@takes_settings(*COMMON, "host", "port", "database_url", "blob_url")
+def doctor(
+    settings: Settings,
+    *,
+    store: Annotated[bool, typer.Option("--store", help="Compare the database with the stored files instead")] = False,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="With --store: register stored interventions that no row names")
+    ] = False,
+    deep: Annotated[bool, typer.Option("--deep", help="Hash the base model's files instead")] = False,
+) -> None:
     """Check that this machine can serve; exit with code 1 when a check fails."""
+    if store or rebuild or deep:
+        raise typer.Exit(1 if _faults(settings, store=store or rebuild, rebuild=rebuild, deep=deep) else 0)
     checks: list[tuple[str, Callable[[Settings], str]]] = [
         ("python", lambda _: platform.python_version()),
         ("base model", _check_model),
@@ -134,6 +144,17 @@ def doctor(settings: Settings) -> None:
             failed += 1
             console.print(f"[red]wrong[/] {name}: {cause}", highlight=False)
     raise typer.Exit(1 if failed else 0)
+
+
+def _faults(settings: Settings, *, store: bool, rebuild: bool, deep: bool) -> int:
+    from reftserve.server.store_doctor import examine
+
+    faults = 0
+    for line in examine(settings, store=store, rebuild=rebuild, deep=deep):
+        faults += line.is_fault
+        word = "[red]wrong[/]" if line.is_fault else "[green]ok[/]   "
+        console.print(f"{word} {escape(line.text)}", highlight=False, soft_wrap=True)
+    return faults
 
 
 def _check_torch(settings: Settings) -> str:

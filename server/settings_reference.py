@@ -57,16 +57,22 @@ def settings_reference() -> dict[str, Setting]:
     }
 
 
-def takes_settings(*names: str) -> Callable[[Callable[[Settings], None]], Callable[..., None]]:
-    """Decorate a command with a flag for each named setting; typer passes text, which pydantic parses and checks."""
+def takes_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorate a command with a flag for each named setting; typer passes text, which pydantic parses and checks.
+
+    The command's parameters behind the settings stay options of its own.
+    """
     reference = settings_reference()
 
-    def decorate(command: Callable[[Settings], None]) -> Callable[..., None]:
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        options = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+
         @wraps(command)
         def run(**flags: Any) -> None:
-            command(Settings.from_flags(**flags))
+            given = {option.name: flags.pop(option.name) for option in options}
+            command(Settings.from_flags(**flags), **given)
 
-        parameters = [_flag(reference[name]) for name in names]
+        parameters = [*options, *(_flag(reference[name]) for name in names)]
         del run.__wrapped__  # typer would follow it to the parameter `settings`
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

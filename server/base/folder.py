@@ -95,16 +95,22 @@ def _open_folder(folder: Path, settings: Settings) -> Base:
         name=model_name(settings),
         folder=folder,
         tokenizer=tokenizer,
-        fingerprint=_kept_fingerprint(folder, settings.data / "fingerprints.json"),
+        fingerprint=_kept_fingerprint(folder, fingerprint_file(settings)),
         eos_token_ids=eos_token_ids(folder, tokenizer),
         max_context=_max_context(folder),
         created_at=int((folder / "config.json").stat().st_mtime),
     )
 
 
+def fingerprint_file(settings: Settings) -> Path:
+    """Return the file that keeps the base's fingerprint, so that unchanged weights are hashed once."""
+    return settings.data / "fingerprints.json"
+
+
 def _kept_fingerprint(folder: Path, cache: Path) -> BaseFingerprint:
-    files = sorted(file for file in folder.iterdir() if file.is_file())
-    key = f"{folder} {[(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]}"
+    states = [(file.name, file.stat()) for file in sorted(folder.iterdir()) if file.is_file()]
+    # The time of the last change of the inode too: whoever rewrites a file can set the other time, but not this one.
+    key = f"{folder} {[(name, state.st_size, state.st_mtime_ns, state.st_ctime_ns) for name, state in states]}"
     known: dict[str, Any] = json.loads(cache.read_text()) if cache.is_file() else {}
     if key not in known:
         cache.parent.mkdir(parents=True, exist_ok=True)
