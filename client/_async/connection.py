@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypeVar
 
 import httpx
 from tenacity import AsyncRetrying
 
-from reftserve.client.calls.call import Call
+from reftserve.client.calls.call import Call, M
 from reftserve.client.event_reader import EventReader
 from reftserve.client.retries import reconnect_policy, retry_policy
+from reftserve.client.schemas import Page
 from reftserve.client.transport import answered, base_url, checked, headers, opened
 
 T = TypeVar("T")
@@ -26,6 +28,17 @@ class AsyncConnection:
         """Return the answer to a call, after retries where they are safe."""
         answer: T = await AsyncRetrying(**retry_policy(call, self._max_retries))(self.send_once, call)
         return answer
+
+    async def send_pages(self, page_after: Callable[[str | None], Call[Page[M]]]) -> list[M]:
+        """Return the rows of all pages of a list. page_after: makes the call for the page behind an id."""
+        rows: list[M] = []
+        after = None
+        while True:
+            page = await self.send(page_after(after))
+            rows += page.data
+            if not page.has_more:
+                return rows
+            after = page.last_id
 
     async def send_once(self, call: Call[T]) -> T:
         """Return the answer to a call, without retries."""

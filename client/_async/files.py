@@ -24,7 +24,7 @@ class AsyncFiles:
 
     async def list(self, *, purpose: str | None = None) -> list[FileObject]:
         """Return all files, newest first."""
-        return await self._connection.send(calls.list_files(purpose))
+        return await self._connection.send_pages(lambda after: calls.list_files(purpose, after))
 
     async def get(self, file_id: str) -> FileObject:
         """Return one file's description."""

@@ -25,7 +25,7 @@ class Files:
 
     def list(self, *, purpose: str | None = None) -> list[FileObject]:
         """Return all files, newest first."""
-        return self._connection.send(calls.list_files(purpose))
+        return self._connection.send_pages(lambda after: calls.list_files(purpose, after))
 
     def get(self, file_id: str) -> FileObject:
         """Return one file's description."""

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import TypeGuard
 
-from reftserve.client.calls.call import Call, Upload, given, listed, one
+from reftserve.client.calls.call import Call, Upload, given, one
 from reftserve.client.schemas import Deleted, FileObject, Page
 
 DataFile = str | Path | FileObject
@@ -26,9 +26,9 @@ def upload_file(file: str | Path | bytes, purpose: str, filename: str | None) ->
     return Call("POST", "/v1/files", one(FileObject), form={"purpose": purpose}, upload=upload)
 
 
-def list_files(purpose: str | None) -> Call[list[FileObject]]:
-    """GET /v1/files."""
-    return Call("GET", "/v1/files", listed(Page[FileObject]), params=given({"purpose": purpose}))
+def list_files(purpose: str | None, after: str | None) -> Call[Page[FileObject]]:
+    """GET /v1/files: the page behind the file `after`."""
+    return Call("GET", "/v1/files", one(Page[FileObject]), params=given({"purpose": purpose, "after": after}))
 
 
 def get_file(file_id: str) -> Call[FileObject]:
