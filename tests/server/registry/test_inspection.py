@@ -85,17 +85,9 @@ def test_a_lost_database_is_rebuilt_with_names_versions_and_latest(tmp_path: Pat
     ]
     for text, row in before.items():
         found = store.interventions.resolve(OWNER, Reference.parse(text))
-        columns = (
-            "version",
-            "content_hash",
-            "bytes",
-            "parameters",
-            "manifest",
-            "file_hashes",
-            "created_at",
-            "blob_key",
-        )
-        assert [getattr(found.row, c) for c in columns] == [getattr(row, c) for c in columns]
+        for column in ("version", "content_hash", "bytes", "parameters", "manifest", "file_hashes", "blob_key"):
+            assert getattr(found.row, column) == getattr(row, column)
+        assert found.row.created_at == row.created_at
     assert list(inspect_store(store)) == []
     assert list(rebuild(store, BASE, owner="unused", override=False))[1:] == [], "a second time there is nothing to do"
     store = opened(tmp_path)
