@@ -18,7 +18,7 @@ from reftserve.server.storage.tables import Alias, Intervention, Version
 
 S = TypeVar("S", bound=Select[*tuple[Any, ...]])
 VERSIONS_SHOWN = 20  # of an intervention in a list or an error
-NEIGHBOURS = 100  # names before and behind an unknown one that are compared with it
+NEIGHBOURS = 50  # names before and behind an unknown one that are compared with it
 
 
 @dataclass(frozen=True)
