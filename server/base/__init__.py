@@ -6,6 +6,7 @@ tokenizer.py          token ids without transformers       chat_template.py     
 weights.py            one copy for all processes (CPU)     cuda_weights.py      the same on a GPU
 panels.py, int8.py    linear layers in faster layouts      fused.py, fused_attention.py   faster modules
 kernel_choice.py      ours or torch's, by measured speed   cpu_kernels/         the C++ kernels
+weights_check.py      hash the model's files again
 replacement.py        put faster modules in place          memory.py            freeze the collector, trim the heap
 lent_tensor.py        a GPU tensor as plain data           model_errors.py      models and kernels that cannot run
 """

@@ -101,6 +101,8 @@ class Database:
                 "database_url"
             ) from cause
         except DatabaseError as cause:
+            if isinstance(cause, OperationalError) and _is_full(cause):
+                raise StorageFull(f"the disk of the database {self} is full; make room and start again") from cause
             if not is_unavailable(cause):
                 raise
             raise Unavailable(

@@ -37,8 +37,9 @@ def http(
 ) -> Iterator[httpx.Client]:
     places = ("--database-url", f"sqlite:///{disk / 'reftserve.db'}", "--blob-url", str(disk / "blobs"))
     data = tmp_path_factory.mktemp("data")
+    environment = {"TMPDIR": str(temporary), "REFTSERVE_RESERVE_BYTES": "8MiB"}
     with (
-        running_server(tiny_llama_folder, data, *places, worker=False, env={"TMPDIR": str(temporary)}) as server,
+        running_server(tiny_llama_folder, data, *places, worker=False, env=environment) as server,
         httpx.Client(base_url=server.url, timeout=60) as client,
     ):
         yield client

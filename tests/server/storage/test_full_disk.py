@@ -30,7 +30,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def opened(disk: Path) -> Store:
-    return open_store(Settings(data=disk / "data"), BASE)
+    return open_store(Settings(data=disk / "data", reserve_bytes=8 << 20), BASE)
 
 
 def upload(store: Store, kibibytes: int = 1) -> str:
