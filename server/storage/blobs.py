@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -65,6 +65,8 @@ class BlobStore:
         with map_enospc(key):
             self._write(content, self._path(key))
             self._sync_folders(key)
+            if self.is_local:
+                _sync(Path(self.root).parent)  # the store's own name, when this is its first file
 
     def read_bytes(self, key: str) -> bytes | None:
         """Return a small file, or None if there is none."""
@@ -74,11 +76,6 @@ class BlobStore:
         except FileNotFoundError:
             return None
         return content
-
-    def open(self, key: str) -> BinaryIO:
-        """Open a stored file for reading."""
-        stream: BinaryIO = self.filesystem.open(self._path(key), "rb")
-        return stream
 
     def local_path(self, key: str) -> Path:
         """Return where `local_file` or `local_folder` puts a blob, without looking."""
@@ -147,9 +144,11 @@ class BlobStore:
         """
         swept = []
         for key in self.children(prefix):
-            if key not in keep and since <= self._modified(self._path(key)) < time.time() - older_than_s:
-                self._move_to_trash(key)
-                swept.append(key)
+            # A file that was listed may have been renamed or deleted since.
+            with suppress(FileNotFoundError):
+                if key not in keep and since <= self._modified(self._path(key)) < time.time() - older_than_s:
+                    self._move_to_trash(key)
+                    swept.append(key)
         return swept
 
     def empty_trash(self, *, older_than_s: float) -> list[str]:
@@ -209,7 +208,6 @@ class BlobStore:
                 _sync(folder)
                 if folder == root:
                     break
-            _sync(root.parent)
 
     @contextmanager
     def _all_or_nothing(self, key: str) -> Iterator[None]:

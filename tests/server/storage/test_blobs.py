@@ -45,7 +45,7 @@ def test_a_stored_name_is_synced_as_its_bytes_are(
     else:
         store.put_folder("files/a", source, {"more": b"more"})
         names = ["files/a", "files"]
-    above = [tmp_path / "blobs" / name for name in names] + [tmp_path / "blobs", tmp_path]
+    above = [tmp_path / "blobs" / name for name in names] + [tmp_path / "blobs"]
     assert [path for path in synced if path.suffix != ".partial"] == above
     assert sum(path.suffix == ".partial" for path in synced) == (1 if kind == "file" else 2)
 
@@ -115,3 +115,15 @@ def test_a_pin_is_refused_once_its_blob_is_deleted_and_counts_until_then() -> No
     assert pins.add("a"), "what runs may use more of it"
     assert [pins.remove("a") for _ in range(3)] == [False, False, True]
     assert not pins.add("a")
+
+
+def test_a_file_that_goes_while_the_store_is_swept_does_not_stop_the_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = BlobStore(str(tmp_path / "blobs"), tmp_path / "cache")
+    left = tmp_path / "blobs" / "files" / "left"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    os.utime(left, (0, 0))
+    monkeypatch.setattr(BlobStore, "children", lambda *_: ["files/a.partial", "files/left"])
+    assert store.sweep("files", set()) == ["files/left"]
