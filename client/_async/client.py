@@ -135,7 +135,7 @@ class AsyncClient:
         return await self.models.base()
 
     async def is_ready(self) -> bool:
-        """Return whether a server answers and its model, worker and database are ready. Does not retry."""
+        """Return whether a server answers and its model and database are there. Does not retry."""
         try:
             return (await self._connection.send_once(readiness())).ready
         except (ConnectionFailed, Unavailable):

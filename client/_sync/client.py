@@ -136,7 +136,7 @@ class Client:
         return self.models.base()
 
     def is_ready(self) -> bool:
-        """Return whether a server answers and its model, worker and database are ready. Does not retry."""
+        """Return whether a server answers and its model and database are there. Does not retry."""
         try:
             return (self._connection.send_once(readiness())).ready
         except (ConnectionFailed, Unavailable):

@@ -62,9 +62,9 @@ class Database:
             command.upgrade(config, "head")
 
     def is_reachable(self) -> bool:
-        """Say whether the database answers a query."""
+        """Say whether the database answers a query, which waits for no writer."""
         try:
-            with self.engine.connect() as connection:
+            with self.engine.connect().execution_options(read_only=True) as connection:
                 connection.execute(text("SELECT 1"))
         except DatabaseError:
             return False
