@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Header, Query, Response
 
@@ -17,6 +17,7 @@ from reftserve.client.schemas import (
     Page,
 )
 from reftserve.server.api.dependencies import Jobs, Owner
+from reftserve.server.api.metadata_filter import WantedMetadata
 from reftserve.server.api.sse import event_stream
 from reftserve.server.storage.tables import Job, JobCheckpoint, JobEvent
 from reftserve.server.training.job_service import event_id
@@ -38,10 +39,15 @@ def create_job(request: FineTuningJobCreate, jobs: Jobs, owner: Owner) -> FineTu
 
 @router.get("/jobs")
 def list_jobs(
-    jobs: Jobs, owner: Owner, after: str | None = None, limit: int = Query(20, ge=1, le=1000)
+    jobs: Jobs,
+    owner: Owner,
+    metadata: WantedMetadata,
+    after: str | None = None,
+    limit: int = Query(20, ge=1, le=1000),
+    order: Literal["asc", "desc"] = "desc",
 ) -> Page[FineTuningJob]:
-    """List jobs, newest first."""
-    rows, more = jobs.list_page(owner, after=after, limit=limit)
+    """List jobs, newest first unless `order` is `asc`. `metadata[key]=value` lists those with that metadata."""
+    rows, more = jobs.list_page(owner, after=after, limit=limit, ascending=order == "asc", metadata=metadata)
     return Page(data=[_job(row) for row in rows], has_more=more)
 
 

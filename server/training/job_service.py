@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import contextmanager
 
 from sqlalchemy import select
@@ -18,6 +18,7 @@ from reftserve.server.errors import Conflict, InvalidRequest, NotFound
 from reftserve.server.registry.names import check_name
 from reftserve.server.registry.store import Store
 from reftserve.server.storage.leases import is_held
+from reftserve.server.storage.pages import has_metadata, read_page
 from reftserve.server.storage.tables import File, Job, JobCheckpoint, JobEvent
 from reftserve.server.training.candidates import DataSize
 from reftserve.server.training.event_feed import EventFeed
@@ -70,15 +71,18 @@ class JobService:
         """Return a job of this owner. Raises NotFound."""
         return self.repository.get(job_id, owner)
 
-    def list_page(self, owner: str, *, after: str | None, limit: int) -> tuple[list[Job], bool]:
-        """Return up to `limit` jobs, newest first, older than job `after`, and whether there are more."""
-        query = select(Job).where(Job.owner == owner).order_by(Job.created_at.desc(), Job.id.desc())
+    def list_page(
+        self, owner: str, *, after: str | None, limit: int, ascending: bool = False, metadata: Mapping[str, str] = {}
+    ) -> tuple[list[Job], bool]:
+        """Return up to `limit` jobs by age, from the one after job `after`, and whether there are more.
+
+        The newest comes first unless `ascending`. metadata: entries that the jobs must have. Raises NotFound.
+        """
+        last = None if after is None else self.get(owner, after)
         with self._store.database.reading() as session:
-            jobs = list(session.scalars(query))
-        if after is not None:
-            self.get(owner, after)
-            jobs = jobs[[job.id for job in jobs].index(after) + 1 :]
-        return jobs[:limit], len(jobs) > limit
+            query = select(Job).where(Job.owner == owner, *has_metadata(session, Job.job_metadata, metadata))
+            place = None if last is None else (last.created_at, last.id)
+            return read_page(session, query, (Job.created_at, Job.id), after=place, limit=limit, ascending=ascending)
 
     def cancel(self, owner: str, job_id: str) -> Job:
         """End a job at once; its worker stops before the next optimizer step. Raises NotFound, or Conflict if ended."""
