@@ -3,8 +3,9 @@
     blobs / jobs / <id> / training.jsonl  validation.jsonl  checkpoint-<step>-<unique>/
 
 Only the holder of the job's lease changes its files. A checkpoint exists once its row names its unique key, so files
-that a fenced worker writes late belong to no row, and repeating a step leaves the first files until then. The files of
-a failed or cancelled job stay for a retry: `keep_s` seconds, or until other jobs need the room.
+that a fenced worker writes late belong to no row, and repeating a step leaves the first files until then. The row also
+holds the files' checksums: a damaged checkpoint is passed over for the one before it. The files of a failed or
+cancelled job stay for a retry: `keep_s` seconds, or until other jobs need the room.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from pathlib import Path
 from reftserve.server.errors import QuotaExceeded
 from reftserve.server.storage.blobs import BlobStore, map_enospc
 from reftserve.server.storage.leases import Lease, LeaseLost, Leases
-from reftserve.server.storage.tables import Job
+from reftserve.server.storage.tables import Job, JobCheckpoint
+from reftserve.server.training.checksums import checksums, find_damage
 from reftserve.server.training.job_repository import JobRepository
 
 BLOBS = "jobs"
@@ -49,17 +51,18 @@ class JobFiles:
         return self._blobs.local_file(key)
 
     def newest_checkpoint(self, lease: Lease[Job]) -> Path | None:
-        """Return the folder of the newest checkpoint, or None. Also remove what a killed worker left unrecorded."""
+        """Return the folder of the newest whole checkpoint, or None. Also remove a killed worker's unrecorded files."""
         rows, folder = self._repository.checkpoints(lease.id), f"{BLOBS}/{lease.id}"
         data = {f"{folder}/{name}.jsonl" for name in ("training", "validation")}
-        self._blobs.sweep(folder, data | {row.path for row in rows if row.kept})
-        for row in rows:
-            if row.kept and self._blobs.exists(row.path):
+        kept = [row for row in rows if row.kept]
+        self._blobs.sweep(folder, data | {row.path for row in kept})
+        for row in kept:
+            fault = self._fault(row)
+            if fault is None:
                 return self._blobs.local_folder(row.path)
-            if row.kept:
-                self._repository.event(
-                    lease, f"The checkpoint at step {row.step} is missing from the store", level="warn"
-                )
+            self._repository.event(lease, f"The checkpoint at step {row.step} {fault}; it is not used", level="warn")
+        if kept:
+            self._repository.event(lease, "No checkpoint is whole; the job starts again", level="warn")
         return None
 
     def write_checkpoint(
@@ -67,14 +70,14 @@ class JobFiles:
     ) -> None:
         """Store the folder that `write` fills. QuotaExceeded, StorageFull or LeaseLost keep the previous checkpoint."""
         key = f"{BLOBS}/{lease.id}/checkpoint-{step}-{uuid.uuid4().hex}"
-        with tempfile.TemporaryDirectory() as scratch:
+        with map_enospc(f"the checkpoint at step {step}"), tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
-            with map_enospc(f"the checkpoint at step {step}"):
-                write(folder)
+            write(folder)
             self._make_room(sum(file.stat().st_size for file in folder.iterdir()))
+            files = checksums(folder)
             self._blobs.put_folder(key, folder)
         with self._blobs.delete_blob_on_error(key):
-            outdated = self._repository.checkpoint(lease, step, key, metrics)
+            outdated = self._repository.checkpoint(lease, step, key, files, metrics)
         for old in outdated:
             self._blobs.delete(old)
 
@@ -99,6 +102,11 @@ class JobFiles:
             # The lease expired meanwhile, so another worker removes the files.
             return False
         return True
+
+    def _fault(self, row: JobCheckpoint) -> str | None:
+        if not self._blobs.exists(row.path):
+            return "is missing from the store"
+        return None if row.files is None else find_damage(self._blobs.local_folder(row.path), row.files)
 
     def _make_room(self, more: int) -> None:
         """Remove the files of ended jobs, the longest ended first, until `more` bytes fit. Raises QuotaExceeded."""

@@ -82,7 +82,9 @@ class JobRepository:
             job.estimated_finish = estimated_finish
             append_event(session, job, message, data=data)
 
-    def checkpoint(self, lease: Lease[Job], step: int, path: str, metrics: dict[str, Any]) -> list[str]:
+    def checkpoint(
+        self, lease: Lease[Job], step: int, path: str, files: dict[str, str], metrics: dict[str, Any]
+    ) -> list[str]:
         """Record a checkpoint and reset the attempts; return the paths of checkpoints that the caller must delete."""
         with self._database.session() as session:
             job = require_lease(session, lease)
@@ -94,9 +96,18 @@ class JobRepository:
             paths = [row.path for row in replaced]
             for row in replaced:
                 row.kept = False
-            row = JobCheckpoint(job_id=job.id, step=step, owner=job.owner, path=path, kept=True, metrics=metrics)
-            row.created_at = int(time.time())
-            session.merge(row)
+            session.merge(
+                JobCheckpoint(
+                    job_id=job.id,
+                    step=step,
+                    owner=job.owner,
+                    path=path,
+                    kept=True,
+                    files=files,
+                    metrics=metrics,
+                    created_at=int(time.time()),
+                )
+            )
             return paths
 
     def forget_checkpoints(self, lease: Lease[Job]) -> None:

@@ -27,7 +27,7 @@ from reftserve.interventions import (
 from reftserve.server.base.folder import Base
 from reftserve.server.base.memory import trim_heap
 from reftserve.server.datasets import EncodedExample, Splits, dataset_hash, encode, read_examples, split
-from reftserve.server.errors import Conflict, InvalidRequest, ServerError
+from reftserve.server.errors import Conflict, InvalidRequest, ServerError, StorageFull
 from reftserve.server.registry.store import Store
 from reftserve.server.storage.blobs import map_enospc
 from reftserve.server.storage.database import DATABASE_ERRORS
@@ -36,6 +36,7 @@ from reftserve.server.storage.tables import Job
 from reftserve.server.training.activation_cache import ActivationCaches, Arena
 from reftserve.server.training.job_files import JobFiles
 from reftserve.server.training.job_repository import JobRepository, finish
+from reftserve.server.training.outages import Outages
 from reftserve.server.training.pace import Pace
 from reftserve.server.training.plan import Plan
 from reftserve.server.training.sweep import Sweep, cache_sites, make_trainers
@@ -80,7 +81,7 @@ class JobRunner:
         self._caches: ActivationCaches | None = None
 
     def execute(self, lease: Lease[Job]) -> None:
-        """Run the job to its end, a pause or the lease's loss, and free its memory. Raises one of `DATABASE_ERRORS`."""
+        """Run the job to its end, a pause or the lease's loss, and free its memory. Raises one of `OUTAGES`."""
         succeeded = False
         try:
             succeeded = self._run(lease)
@@ -179,7 +180,7 @@ class JobRunner:
         return published.id
 
     def fail(self, lease: Lease[Job], cause: Exception) -> None:
-        """End the job as failed with `cause`; its last checkpoint stays for a retry."""
+        """End the job as failed with `cause`, on a full disk as soon as there is room; its last checkpoint stays."""
         if not isinstance(cause, ServerError):
             logger.error("job %s failed", lease.id, exc_info=cause)
         error = {
@@ -187,7 +188,13 @@ class JobRunner:
             "message": str(cause) or type(cause).__name__,
             "param": getattr(cause, "param", None),
         }
-        self._repository.end(lease, "failed", f"The job failed: {error['message']}", level="error", error=error)
+        outages = Outages()
+        while True:
+            try:
+                self._repository.end(lease, "failed", f"The job failed: {error['message']}", level="error", error=error)
+                return
+            except StorageFull as full:
+                outages.wait(full)
 
     def _run(self, lease: Lease[Job]) -> bool:
         try:
