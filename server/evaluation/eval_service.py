@@ -55,8 +55,8 @@ class EvalService:
                 param="data_source_config.file_id",
                 code="invalid_file",
             )
-        examples = read_examples(self._store.files.path(file))
-        criteria = check_criteria(request.testing_criteria, (example.target for example in examples))
+        path = self._store.files.path(file)
+        criteria = check_criteria(request.testing_criteria, lambda: [each.target for each in read_examples(path)])
         identity = _identity("eval")
         row = Eval(
             id=identity,

@@ -8,11 +8,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
+from typing import TypeGuard, TypeVar
 
 from sqlalchemy.exc import SQLAlchemyError
-from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt
 
 from reftserve.client.schemas import EvalError
 from reftserve.client.schemas.evals import CompletionsDataSource
@@ -40,8 +42,11 @@ logger = logging.getLogger(__name__)
 CHUNK_ITEMS = 32
 POLL_S = 0.5
 TABLES_POLL_S = 10.0
-ENGINES_PER_CHUNK = 3  # a run fails if this many engines die while they compute the same chunk
+ENGINES_PER_CHUNK = 3  # a run fails if this many engines in a row are gone before they take the same items
+ENGINE_FAILURES = ("engine_died", "engine_failed")  # codes of errors of requests that an engine was computing
+MAX_FATAL_ITEMS = 3  # a run with more of them would restart the engine again and again, at everybody's cost
 
+T = TypeVar("T")
 NumberedExample = tuple[int, Example]
 
 
@@ -53,6 +58,8 @@ class Evaluator:
         self._evals = evals
         self._repository = RunRepository(store.database)
         self._leases = Leases(store.database, EvalRun, worker_id(), lease_s=lease_s)
+        # One thread, so that a release comes after a `take` that goes on although its caller was cancelled.
+        self._lease_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="eval-leases")
         self._lease_s = lease_s
         self._inference = inference
 
@@ -61,15 +68,16 @@ class Evaluator:
         try:
             await self._execute_runs()
         finally:
-            await asyncio.to_thread(self._leases.release)
+            await self._on_leases(self._leases.release)
+            self._lease_thread.shutdown(wait=False)
 
     async def _execute_runs(self) -> None:
         while True:
             try:
                 # Free the run that an error of the tables left in hand, for this server or another.
-                await asyncio.to_thread(self._leases.release, in_order=False)
+                await self._on_leases(partial(self._leases.release, in_order=False))
                 while True:
-                    lease = await asyncio.to_thread(self._leases.take) if self._inference.is_ready else None
+                    lease = await self._on_leases(self._leases.take) if self._inference.is_ready else None
                     if lease is None:
                         await asyncio.sleep(POLL_S)
                         continue
@@ -79,6 +87,9 @@ class Evaluator:
                 # The tables cannot be read or written. The run resumes once they can.
                 logger.exception("evaluations wait for the database; the next try is in %s s", TABLES_POLL_S)
                 await asyncio.sleep(TABLES_POLL_S)
+
+    async def _on_leases(self, call: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._lease_thread, call)
 
     @contextmanager
     def _lease_renewed(self) -> Iterator[None]:
@@ -92,7 +103,7 @@ class Evaluator:
         while True:
             await asyncio.sleep(self._lease_s / RENEWALS_PER_LEASE)
             try:
-                await asyncio.to_thread(self._leases.renew)
+                await self._on_leases(self._leases.renew)
             except (SQLAlchemyError, StorageFull):
                 # The next renewal may still be in time. If none is, the run notices its lost lease at its next write.
                 logger.exception("the lease could not be renewed")
@@ -121,26 +132,61 @@ class Evaluator:
         run = await asyncio.to_thread(self._repository.get, lease)
         examples, target = await asyncio.to_thread(self._load, run)
         done = await asyncio.to_thread(self._repository.done, run.id)
+        fatal: list[int] = []
         with self._inference.pinned(target.context):
             for chunk in _chunks([item for item in enumerate(examples) if item[0] not in done]):
-                outcomes = await self._evaluate_chunk(target, chunk)
+                outcomes = await self._evaluate_chunk(target, chunk, fatal)
                 await asyncio.to_thread(self._repository.add, lease, target.criteria, outcomes)
 
-    async def _evaluate_chunk(self, target: RunTarget, chunk: Sequence[NumberedExample]) -> list[ItemOutcome]:
-        async def attempt() -> list[ItemOutcome]:
+    async def _evaluate_chunk(
+        self, target: RunTarget, chunk: Sequence[NumberedExample], fatal: list[int]
+    ) -> list[ItemOutcome]:
+        """Evaluate items together. Those that an engine failed with run once more, alone, so only its cause fails.
+
+        fatal: gets the items that failed an engine alone. Raises ServerError after MAX_FATAL_ITEMS of them.
+        """
+        found = await self._attempt(target, chunk)
+        for number, example in chunk:
+            if isinstance(found[number], ItemOutcome):
+                continue
+            found |= await self._attempt(target, [(number, example)])
+            failure = found[number]
+            if isinstance(failure, ServerError):
+                fatal.append(number)
+                if len(fatal) >= MAX_FATAL_ITEMS:
+                    raise ServerError(
+                        f"items {', '.join(map(str, fatal))} each ended the engine twice: {failure.message}",
+                        code=failure.code,
+                    )
+                found[number] = ItemOutcome(number, EvalError(code=failure.code, message=failure.message))
+        return [outcome for number, _ in chunk if isinstance(outcome := found[number], ItemOutcome)]
+
+    async def _attempt(
+        self, target: RunTarget, items: Sequence[NumberedExample]
+    ) -> dict[int, ItemOutcome | ServerError]:
+        """Evaluate items together; return outcomes, and the errors of those that an engine failed with, by number.
+
+        Items whose engine was not there are tried again. Raises their error after ENGINES_PER_CHUNK engines.
+        """
+        found: dict[int, ItemOutcome | ServerError] = {}
+        left = list(items)
+        for last in (number == ENGINES_PER_CHUNK for number in range(1, ENGINES_PER_CHUNK + 1)):
             while not self._inference.is_ready:
                 await asyncio.sleep(POLL_S)
-            tasks = [evaluate(self._inference, target, number, example) for number, example in chunk]
-            outcomes = await asyncio.gather(*tasks, return_exceptions=True)
-            for outcome in outcomes:
-                if isinstance(outcome, BaseException):
-                    raise outcome
-            return [outcome for outcome in outcomes if isinstance(outcome, ItemOutcome)]
-
-        retrying = AsyncRetrying(
-            retry=retry_if_exception_type(Unavailable), stop=stop_after_attempt(ENGINES_PER_CHUNK), reraise=True
-        )
-        return await retrying(attempt)
+            tasks = [evaluate(self._inference, target, number, example) for number, example in left]
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+            again = []
+            for item, result in zip(left, results, strict=True):
+                if isinstance(result, ItemOutcome) or _is_engine_failure(result):
+                    found[item[0]] = result
+                elif isinstance(result, Unavailable) and not last:
+                    again.append(item)
+                else:
+                    raise result
+            left = again
+            if not left:
+                break
+        return found
 
     def _load(self, run: EvalRun) -> tuple[list[Example], RunTarget]:
         self._evals.require_served(run)
@@ -158,6 +204,10 @@ class Evaluator:
             max_tokens=source.sampling_params.max_completion_tokens,
         )
         return read_examples(self._store.files.path(file)), target
+
+
+def _is_engine_failure(result: object) -> TypeGuard[ServerError]:
+    return isinstance(result, ServerError) and result.code in ENGINE_FAILURES
 
 
 def _chunks(items: list[NumberedExample]) -> Iterator[tuple[NumberedExample, ...]]:
