@@ -5,4 +5,5 @@ models, interventions          the registry       health                       /
 dependencies.py     the services that a router takes            auth.py              the request's owner
 error_responses.py  errors -> status codes and OpenAI's shape   body_limit.py        the limit on a body's size
 sse.py              server-sent events, lost clients            logprobs.py          log-probabilities on the wire
+metadata_filter.py  `metadata[key]=value` of lists
 """

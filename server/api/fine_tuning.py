@@ -27,13 +27,13 @@ router = APIRouter(prefix="/v1/fine_tuning", tags=["fine-tuning"])
 
 @router.post("/validate")
 def validate(request: FineTuningJobCreate, jobs: Jobs, owner: Owner) -> DataReport:
-    """Run the checks of job creation and report on the data; queue nothing."""
+    """Run a job's checks and report on its data; queue nothing."""
     return jobs.validate(owner, request)
 
 
 @router.post("/jobs")
 def create_job(request: FineTuningJobCreate, jobs: Jobs, owner: Owner) -> FineTuningJob:
-    """Queue a training run, which publishes an intervention named `suffix`."""
+    """Queue a training run, which checks its files first and publishes an intervention named `suffix`."""
     return _job(jobs.create(owner, request))
 
 
@@ -111,7 +111,7 @@ def list_checkpoints(job_id: str, jobs: Jobs, owner: Owner) -> Page[FineTuningCh
 
 
 def _job(job: Job) -> FineTuningJob:
-    hyperparameters = {name: job.plan[name] for name in ("n_epochs", "batch_size", "learning_rate")}
+    hyperparameters = {name: job.plan.get(name, "auto") for name in ("n_epochs", "batch_size", "learning_rate")}
     return FineTuningJob(
         id=job.id,
         created_at=job.created_at,

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from sqlalchemy import ColumnElement, Select, exists, func, select, tuple_
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
-T = TypeVar("T")
 Key = Sequence[InstrumentedAttribute[Any]]
 
 
 def read_page(
-    session: Session, query: Select[tuple[T]], key: Key, *, after: Sequence[Any] | None, limit: int, ascending: bool
-) -> tuple[list[T], bool]:
+    session: Session, query: Select[Any], key: Key, *, after: Sequence[Any] | None, limit: int, ascending: bool
+) -> tuple[list[Any], bool]:
     """Return up to `limit` rows in the order of `key`, and whether more follow.
 
     key: columns that order the rows without ties. after: their values in the row before the page.
@@ -34,7 +33,7 @@ def has_metadata(
     if session.get_bind().dialect.name != "sqlite":
         return [column[name].as_string() == value for name, value in wanted.items()]
     # SQLite's paths cannot name a key that holds a quotation mark.
-    conditions = []
+    conditions: list[ColumnElement[bool]] = []
     for name, value in wanted.items():
         entry = func.json_each(column).table_valued("key", "value")
         conditions.append(exists(select(1).select_from(entry).where(entry.c.key == name, entry.c.value == value)))

@@ -34,7 +34,7 @@ def test_a_killed_workers_half_written_files_are_removed_when_the_job_resumes(
     sweep = worker.runs.begin(worker.take())
     assert sweep.step == CHECKPOINT_STEPS
     left = sorted(path.name.rsplit("-", 1)[0] for path in folder.iterdir())
-    assert left == [f"checkpoint-{CHECKPOINT_STEPS}", "checkpoint-8", "training.jsonl"], "what is new may be another's"
+    assert left == [f"checkpoint-{CHECKPOINT_STEPS}", "checkpoint-8", "data"], "what is new may be another's"
 
 
 def test_a_checkpoint_is_as_small_as_the_trained_weights(workspace: Workspace) -> None:
@@ -121,7 +121,7 @@ def test_a_full_disk_fails_the_job_with_its_previous_checkpoint_intact(
     assert job.error is not None
     assert (job.status, job.error["code"]) == ("failed", "storage_full")
     left = [key.rsplit("/", 1)[-1] for key in workspace.store.blobs.children(f"jobs/{job_id}")]
-    assert [name.rsplit("-", 1)[0] for name in left] == [f"checkpoint-{CHECKPOINT_STEPS}", "training.jsonl"]
+    assert [name.rsplit("-", 1)[0] for name in left] == [f"checkpoint-{CHECKPOINT_STEPS}", "data"]
     workspace.jobs.retry(OWNER, job_id)
     workspace.worker().work()
     assert workspace.job(job_id).status == "succeeded"
