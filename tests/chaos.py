@@ -28,6 +28,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "support"))
 
+import httpx
 import psutil
 from api_data import chat_lines
 from published import make_artifact
@@ -272,7 +273,8 @@ def full_disk(truth: Truth, folder: Path) -> Row:
             time.sleep(FULL_S)
             chats = sum(moment > began for moment in here.chats.answered_at)
             alive = sum(worker.process.is_alive() for worker in here.workers)
-            here.row.note = f"{chats} chats, {alive} of 2 workers alive; deletion {_deletion(here)}"
+            ready = httpx.get(f"{here.url}/ready", timeout=5).status_code
+            here.row.note = f"{chats} chats, /ready {ready}, {alive} of 2 workers alive; deletion {_deletion(here)}"
             filler.unlink()
             here.recover()
             here.close()

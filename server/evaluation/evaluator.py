@@ -14,12 +14,10 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TypeGuard, TypeVar
 
-from sqlalchemy.exc import SQLAlchemyError
-
 from reftserve.client.schemas import EvalError
 from reftserve.client.schemas.evals import CompletionsDataSource
 from reftserve.server.datasets import Example, read_examples
-from reftserve.server.errors import ServerError, StorageFull, Unavailable
+from reftserve.server.errors import ServerError, Unavailable
 from reftserve.server.evaluation.eval_service import EvalService, criteria_of
 from reftserve.server.evaluation.items import PRIORITY, ItemOutcome, RunTarget, evaluate
 from reftserve.server.evaluation.run_repository import RunRepository
@@ -36,12 +34,13 @@ from reftserve.server.storage.leases import (
     require_attempts_left,
     worker_id,
 )
+from reftserve.server.storage.outages import OUTAGES, Outages
 from reftserve.server.storage.tables import EvalRun
 
 logger = logging.getLogger(__name__)
 CHUNK_ITEMS = 32
 POLL_S = 0.5
-TABLES_POLL_S = 10.0
+ERROR_PAUSE_S = 10.0
 ENGINES_PER_CHUNK = 3  # a run fails if this many engines in a row are gone before they take the same items
 ENGINE_FAILURES = ("engine_died", "engine_failed")  # codes of errors of requests that an engine was computing
 MAX_FATAL_ITEMS = 3  # a run with more of them would restart the engine again and again, at everybody's cost
@@ -72,6 +71,7 @@ class Evaluator:
             self._lease_thread.shutdown(wait=False)
 
     async def _execute_runs(self) -> None:
+        outages = Outages()
         while True:
             try:
                 # Free the run that an error of the tables left in hand, for this server or another.
@@ -83,10 +83,12 @@ class Evaluator:
                         continue
                     with self._lease_renewed():
                         await self._run(lease)
+            except OUTAGES as cause:
+                # The run resumes once the database can be used.
+                await asyncio.sleep(outages.meet(cause))
             except Exception:
-                # The tables cannot be read or written. The run resumes once they can.
-                logger.exception("evaluations wait for the database; the next try is in %s s", TABLES_POLL_S)
-                await asyncio.sleep(TABLES_POLL_S)
+                logger.exception("evaluations failed; the next try is in %s s", ERROR_PAUSE_S)
+                await asyncio.sleep(ERROR_PAUSE_S)
 
     async def _on_leases(self, call: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._lease_thread, call)
@@ -100,13 +102,14 @@ class Evaluator:
             renewal.cancel()
 
     async def _renew_lease(self) -> None:
+        outages = Outages()
         while True:
             await asyncio.sleep(self._lease_s / RENEWALS_PER_LEASE)
             try:
                 await self._on_leases(self._leases.renew)
-            except (SQLAlchemyError, StorageFull):
+            except OUTAGES as cause:
                 # The next renewal may still be in time. If none is, the run notices its lost lease at its next write.
-                logger.exception("the lease could not be renewed")
+                outages.meet(cause)
 
     async def _run(self, lease: Lease[EvalRun]) -> None:
         try:

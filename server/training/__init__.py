@@ -10,6 +10,6 @@ activation_cache.py  what no step changes            spans.py          which tok
 varlen.py          the forward pass, unpadded        varlen_attention.py   its attention
 job_repository.py  rows of jobs, under their lease   job_files.py      encoded data and checkpoints (checksums.py)
 progress.py        steps as events, in batches       event_feed.py     events for those who watch
-outages.py         waits for the database            threads.py        politeness on a busy CPU
+threads.py         politeness on a busy CPU
 pace.py            time that is left                 training_kernels.py   attention to kept prefixes by our kernel
 """

@@ -32,12 +32,12 @@ from reftserve.server.registry.store import Store
 from reftserve.server.storage.blobs import map_enospc
 from reftserve.server.storage.database import DATABASE_ERRORS
 from reftserve.server.storage.leases import Lease, LeaseLost, require_attempts_left, require_lease
+from reftserve.server.storage.outages import Outages
 from reftserve.server.storage.tables import Job
 from reftserve.server.training.activation_cache import ActivationCaches, Arena
 from reftserve.server.training.job_data import JobData
 from reftserve.server.training.job_files import JobFiles
 from reftserve.server.training.job_repository import JobRepository, finish
-from reftserve.server.training.outages import Outages
 from reftserve.server.training.pace import Pace
 from reftserve.server.training.plan import Plan
 from reftserve.server.training.progress import Progress

@@ -18,7 +18,6 @@ from typing import Any, NoReturn
 
 import msgspec
 import torch
-from sqlalchemy.exc import SQLAlchemyError
 
 from reftserve.server.base.folder import Base, open_base
 from reftserve.server.base.kernel_choice import kernel_choice
@@ -26,15 +25,14 @@ from reftserve.server.base.lent_tensor import LentTensor
 from reftserve.server.base.memory import trim_heap
 from reftserve.server.base.model import resolve_device, resolve_dtype
 from reftserve.server.base.weights import load_base
-from reftserve.server.errors import StorageFull
 from reftserve.server.registry.store import Store, open_store
 from reftserve.server.settings import HEARTBEAT_S, LOG_FORMAT, Settings
 from reftserve.server.storage.leases import RENEWALS_PER_LEASE, Leases, worker_id
+from reftserve.server.storage.outages import OUTAGES, Outages
 from reftserve.server.storage.tables import Job
 from reftserve.server.training.job_files import JobFiles
 from reftserve.server.training.job_repository import JobRepository
 from reftserve.server.training.job_runner import JobRunner
-from reftserve.server.training.outages import OUTAGES, Outages
 from reftserve.server.training.threads import Threads, set_mkl_deterministic
 from reftserve.server.training.varlen import VarlenModel
 
@@ -157,7 +155,7 @@ def _beat(settings: Settings, leases: Leases[Job]) -> NoReturn:
             is_new = False
         try:
             leases.renew()
-        except (SQLAlchemyError, StorageFull) as cause:
+        except OUTAGES as cause:
             # The next beat retries. If none succeeds in time, the lease is lost, and the run ends at its next write.
             outages.meet(cause)
         time.sleep(pause_s)

@@ -16,8 +16,9 @@ import pytest
 from interruptions import on_step
 from workspace import Workspace
 
-from reftserve.server.training import outages, worker
-from reftserve.server.training.outages import Outages
+from reftserve.server.storage import outages
+from reftserve.server.storage.outages import Outages
+from reftserve.server.training import worker
 
 DISK = "24m"
 TIMEOUT_S = 60
