@@ -25,7 +25,6 @@ from reftserve.server.inference.generation import RequestContext
 from reftserve.server.inference.service import InferenceService, cache_salt
 from reftserve.server.registry.names import Reference
 from reftserve.server.registry.store import Store
-from reftserve.server.storage.database import DATABASE_ERRORS
 from reftserve.server.storage.leases import (
     RENEWALS_PER_LEASE,
     Lease,
@@ -34,7 +33,7 @@ from reftserve.server.storage.leases import (
     require_attempts_left,
     worker_id,
 )
-from reftserve.server.storage.outages import OUTAGES, Outages
+from reftserve.server.storage.outages import OUTAGES, UNREACHABLE, Outages
 from reftserve.server.storage.tables import EvalRun
 
 logger = logging.getLogger(__name__)
@@ -123,7 +122,7 @@ class Evaluator:
             await self._evaluate(lease)
         except ServerError as cause:
             return EvalError(code=cause.code, message=cause.message)
-        except (LeaseLost, *DATABASE_ERRORS):
+        except (LeaseLost, *UNREACHABLE):
             raise
         except Exception:
             logger.exception("evaluation %s failed", lease.id)

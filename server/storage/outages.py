@@ -11,7 +11,8 @@ from reftserve.server.errors import StorageFull
 from reftserve.server.storage.database import DATABASE_ERRORS
 
 logger = logging.getLogger(__name__)
-OUTAGES = (*DATABASE_ERRORS, PoolTimeout, StorageFull)
+UNREACHABLE = (*DATABASE_ERRORS, PoolTimeout)  # the database is away, or all its connections wait
+OUTAGES = (*UNREACHABLE, StorageFull)
 FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 30.0
 QUIET_S = 60.0  # a failure after this time without one belongs to a new outage

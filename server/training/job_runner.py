@@ -30,9 +30,8 @@ from reftserve.server.datasets import Splits
 from reftserve.server.errors import Conflict, ServerError, StorageFull
 from reftserve.server.registry.store import Store
 from reftserve.server.storage.blobs import map_enospc
-from reftserve.server.storage.database import DATABASE_ERRORS
 from reftserve.server.storage.leases import Lease, LeaseLost, require_attempts_left, require_lease
-from reftserve.server.storage.outages import Outages
+from reftserve.server.storage.outages import UNREACHABLE, Outages
 from reftserve.server.storage.tables import Job
 from reftserve.server.training.activation_cache import ActivationCaches, Arena
 from reftserve.server.training.job_data import JobData
@@ -223,7 +222,7 @@ class JobRunner:
         except Paused:
             # If the pause was withdrawn in the meantime, the job runs.
             return not self._repository.pause(lease, "The job was paused during data preparation") and self._run(lease)
-        except (LeaseLost, *DATABASE_ERRORS):
+        except (LeaseLost, *UNREACHABLE):
             raise
         except Exception as cause:
             self.fail(lease, cause)
