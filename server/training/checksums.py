@@ -1,4 +1,4 @@
-"""SHA-256 checksums of a folder's files. A job's row holds them, so what a job reads back is known to be whole."""
+"""SHA-256 checksums of a folder's files. A job's row holds them, so a job reads back only whole files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def checksums(folder: Path) -> dict[str, str]:
 
 
 def find_damage(folder: Path, expected: Mapping[str, str]) -> str | None:
-    """Return what is wrong with a folder's files, as the end of a sentence; None if all are whole."""
+    """Return the first damage to a folder's files, as the end of a sentence; None if all are whole."""
     for name, sha256 in expected.items():
         try:
             found = _sha256(folder / name)

@@ -41,7 +41,7 @@ class JobFiles:
     def write_data(
         self, lease: Lease[Job], write: Callable[[Path], None], record: Callable[[str, dict[str, str]], Job]
     ) -> Job:
-        """Store the folder that `write` fills with encoded data, and return what `record` makes of key and checksums.
+        """Store the folder that `write` fills with encoded data, and return the result of `record(key, checksums)`.
 
         Raises QuotaExceeded, StorageFull or LeaseLost; nothing then stays in the store.
         """
@@ -54,7 +54,7 @@ class JobFiles:
         return self._blobs.local_folder(key)
 
     def find_fault(self, key: str, files: Mapping[str, str]) -> str | None:
-        """Return what is wrong with a stored folder, as the end of a sentence; None if all is whole."""
+        """Return the fault of a stored folder, as the end of a sentence; None if it is whole."""
         if not self._blobs.exists(key):
             return "is missing from the store"
         return find_damage(self._blobs.local_folder(key), files)

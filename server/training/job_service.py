@@ -154,7 +154,7 @@ class JobService:
             yield session, session.get_one(Job, job_id, with_for_update=True)
 
     def _check(self, owner: str, request: FineTuningJobCreate) -> tuple[dict[str, Path], Method | None]:
-        """Check what needs no look into the files; return these by the data set's name, and the method."""
+        """Check all but the content of the files; return these by the data set's name, and the method."""
         if request.model != self._base.name:
             raise NotFound(
                 f"model {request.model!r} cannot be trained; the base is {self._base.name!r}",
