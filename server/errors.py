@@ -7,7 +7,7 @@ ServerError                      (500 unless a subclass says otherwise)
 ├── Conflict              409    the resource's state forbids the request (in use, already cancelled, ...)
 ├── PayloadTooLarge       413    upload above the limit
 ├── QuotaExceeded         413    the disk quota of the owner, or of all jobs, is used up
-├── Overloaded            429    the queue is full; retry after `retry_after_s`
+├── Overloaded            429    the queue is full, or the wait too long; retry after `retry_after_s`
 ├── Unavailable           503    engine, worker or database is unavailable
 ├── DeadlineExceeded      504    the request's timeout has passed
 └── StorageFull           507    the disk is full; nothing was written
@@ -80,7 +80,7 @@ class QuotaExceeded(ServerError):
 
 
 class Overloaded(ServerError):
-    """The queue is full."""
+    """The queue is full, or the first token would come too late."""
 
     status, type, code = 429, "rate_limit_error", "overloaded"
 
