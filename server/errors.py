@@ -1,12 +1,13 @@
 """The errors that the server answers with, as one tree; only `api.error_responses` uses the status codes.
 
 ServerError                      (500 unless a subclass says otherwise)
+├── EngineFailed          500    the engine failed while it computed the request; not to be repeated
 ├── InvalidRequest        400    the request is malformed or out of range
 ├── NotFound              404    unknown model, intervention, file or job
 ├── Conflict              409    the resource's state forbids the request (in use, already cancelled, ...)
 ├── PayloadTooLarge       413    upload above the limit
 ├── QuotaExceeded         413    the disk quota of the owner, or of all jobs, is used up
-├── Overloaded            429    the queue is full; retry after `retry_after_s`
+├── Overloaded            429    the queue is full, or the wait too long; retry after `retry_after_s`
 ├── Unavailable           503    engine, worker or database is unavailable
 ├── DeadlineExceeded      504    the request's timeout has passed
 └── StorageFull           507    the disk is full; nothing was written
@@ -24,6 +25,7 @@ class ServerError(Exception):
     status = 500
     type = "server_error"
     code = "internal_error"
+    is_retriable = True  # False tells OpenAI's clients not to repeat the request
 
     def __init__(
         self,
@@ -38,6 +40,13 @@ class ServerError(Exception):
         self.param = param
         self.code = code or type(self).code
         self.retry_after_s = retry_after_s
+
+
+class EngineFailed(ServerError):
+    """The engine failed while it computed the request, which may be the cause, so it must not be repeated."""
+
+    code = "engine_failed"
+    is_retriable = False
 
 
 class InvalidRequest(ServerError):
@@ -71,7 +80,7 @@ class QuotaExceeded(ServerError):
 
 
 class Overloaded(ServerError):
-    """The queue is full."""
+    """The queue is full, or the first token would come too late."""
 
     status, type, code = 429, "rate_limit_error", "overloaded"
 

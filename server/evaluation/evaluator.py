@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from typing import TypeGuard, TypeVar
+from typing import TypeVar
 
 from reftserve.client.schemas import EvalError
 from reftserve.client.schemas.evals import CompletionsDataSource
 from reftserve.server.datasets import Example, read_examples
-from reftserve.server.errors import ServerError, Unavailable
+from reftserve.server.errors import EngineFailed, ServerError, Unavailable
 from reftserve.server.evaluation.eval_service import EvalService, criteria_of
 from reftserve.server.evaluation.items import PRIORITY, ItemOutcome, RunTarget, evaluate
 from reftserve.server.evaluation.run_repository import RunRepository
@@ -38,10 +38,10 @@ from reftserve.server.storage.tables import EvalRun
 
 logger = logging.getLogger(__name__)
 CHUNK_ITEMS = 32
+CLIENT = "evaluations"  # the engine shares its places fairly among clients
 POLL_S = 0.5
 ERROR_PAUSE_S = 10.0
 ENGINES_PER_CHUNK = 3  # a run fails if this many engines in a row are gone before they take the same items
-ENGINE_FAILURES = ("engine_died", "engine_failed")  # codes of errors of requests that an engine was computing
 MAX_FATAL_ITEMS = 3  # a run with more of them would restart the engine again and again, at everybody's cost
 
 T = TypeVar("T")
@@ -153,7 +153,7 @@ class Evaluator:
                 continue
             found |= await self._attempt(target, [(number, example)])
             failure = found[number]
-            if isinstance(failure, ServerError):
+            if isinstance(failure, EngineFailed):
                 fatal.append(number)
                 if len(fatal) >= MAX_FATAL_ITEMS:
                     raise ServerError(
@@ -165,12 +165,12 @@ class Evaluator:
 
     async def _attempt(
         self, target: RunTarget, items: Sequence[NumberedExample]
-    ) -> dict[int, ItemOutcome | ServerError]:
+    ) -> dict[int, ItemOutcome | EngineFailed]:
         """Evaluate items together; return outcomes, and the errors of those that an engine failed with, by number.
 
         Items whose engine was not there are tried again. Raises their error after ENGINES_PER_CHUNK engines.
         """
-        found: dict[int, ItemOutcome | ServerError] = {}
+        found: dict[int, ItemOutcome | EngineFailed] = {}
         left = list(items)
         for last in (number == ENGINES_PER_CHUNK for number in range(1, ENGINES_PER_CHUNK + 1)):
             while not self._inference.is_ready:
@@ -179,7 +179,7 @@ class Evaluator:
             results = await asyncio.gather(*tasks, return_exceptions=True)
             again = []
             for item, result in zip(left, results, strict=True):
-                if isinstance(result, ItemOutcome) or _is_engine_failure(result):
+                if isinstance(result, ItemOutcome | EngineFailed):
                     found[item[0]] = result
                 elif isinstance(result, Unavailable) and not last:
                     again.append(item)
@@ -202,14 +202,10 @@ class Evaluator:
         target = RunTarget(
             run_id=run.id,
             criteria=criteria_of(row),
-            context=RequestContext(versions, cache_salt(run.owner), PRIORITY, is_metered=False),
+            context=RequestContext(versions, CLIENT, cache_salt(run.owner), PRIORITY, is_metered=False),
             max_tokens=source.sampling_params.max_completion_tokens,
         )
         return read_examples(self._store.files.path(file)), target
-
-
-def _is_engine_failure(result: object) -> TypeGuard[ServerError]:
-    return isinstance(result, ServerError) and result.code in ENGINE_FAILURES
 
 
 def _chunks(items: list[NumberedExample]) -> Iterator[tuple[NumberedExample, ...]]:

@@ -27,7 +27,8 @@ OWNER = "default"
 
 class StubEngine:
     is_alive = True
-    ready = Ready(max_context=512, device="cpu", dtype="float32")
+    ready = Ready(max_context=512, device="cpu", dtype="float32", max_sequences=64, block_size=16)
+    stats = None
     num_requests = 0
 
     def __init__(self) -> None:
@@ -74,7 +75,7 @@ class EvalWorkspace:
 
     def evaluator(self, served: ServingFingerprint | None = None) -> Evaluator:
         evals = self.evals if served is None else self.service(served)
-        limits = InferenceLimits(max_queue=1024, max_interventions=8, max_stop_strings=16)
+        limits = InferenceLimits(max_queue=1024, max_wait_s=60.0, max_interventions=8, max_stop_strings=16)
         metrics = Metrics(lambda: None)
         inference = InferenceService(self.engine, self.base, self.store.interventions, metrics, limits)
         return Evaluator(self.store, evals, inference, lease_s=60)
