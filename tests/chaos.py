@@ -415,7 +415,7 @@ def show(rows: list[Row]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Inject faults and print what they cost")
     parser.add_argument("--moments", type=int, default=100, help="kills in all, a quarter of each kind")
-    parser.add_argument("--only", default="", help="run the faults whose name contains this text")
+    parser.add_argument("--only", nargs="*", default=[""], help="run the faults whose names contain one of these texts")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
     each = max(1, options.moments // 4)
@@ -434,7 +434,7 @@ def main() -> int:
     truth = find_truth(folder)
     rows = []
     for number, (name, fault) in enumerate(faults.items()):
-        if options.only in name:
+        if any(text in name for text in options.only):
             print(f"{name} ...", flush=True)
             rows.append(fault(truth, folder / str(number)))
     show(rows)
