@@ -114,3 +114,17 @@ def test_labels_of_the_data_must_be_few_and_not_one() -> None:
     for answers in (["yes"] * 5, [str(number) for number in range(1001)]):
         with pytest.raises(InvalidRequest, match="different answers"):
             check_criteria([PARSE.validate_python({"type": "accuracy"})], answers.copy)
+
+
+def test_the_data_is_read_only_for_a_criterion_that_needs_its_answers() -> None:
+    reads: list[int] = []
+
+    def read() -> list[str]:
+        reads.append(1)
+        return ["yes", "no"]
+
+    others = [{"type": "loss"}, {"type": "contains", "text": "a"}, {"type": "regex", "pattern": "a"}]
+    check_criteria([PARSE.validate_python(c) for c in others], read)
+    assert reads == []
+    check_criteria([PARSE.validate_python(c) for c in [*others, {"type": "accuracy"}]], read)
+    assert reads == [1]
