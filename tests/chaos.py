@@ -437,6 +437,7 @@ def main() -> int:
         if any(text in name for text in options.only):
             print(f"{name} ...", flush=True)
             rows.append(fault(truth, folder / str(number)))
+            show(rows[-1:])
     show(rows)
     bad = sum(len(row.lost) + len(row.wrong) + row.twice for row in rows)
     if not bad:
