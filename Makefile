@@ -6,7 +6,7 @@ DATA := reftserve-data
 PROPERTIES := $(addprefix tests/server/engine/test_,mixtures.py prefix_cache.py logprobs.py logits.py sampler.py)
 MODEL := $(DATA)/models/HuggingFaceTB--SmolLM2-135M-Instruct
 
-.PHONY: demo test test-thorough bench bench-peers bench-train check docs format generate install model lint-links clean help
+.PHONY: demo test test-thorough chaos bench bench-peers bench-train check docs format generate install model lint-links clean help
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -19,6 +19,9 @@ test: model ## Run every test
 
 test-thorough: install ## Run the engine's properties on thousands of random workloads (half an hour)
 	$(BIN)/python -m pytest --hypothesis-profile thorough --timeout 0 $(PROPERTIES)
+
+chaos: install ## Inject faults (kills, full disk, lost database, ...) and print what each costs (a quarter of an hour)
+	$(BIN)/python tests/chaos.py $(ARGS)
 
 bench: model ## Measure the engine: takes an hour, alone on the machine
 	for script in throughput curve time_to_first_token residency http_streams batch_sizes int8; do \

@@ -77,11 +77,14 @@ class StreamFailed(ReftServeError):
 
 
 class JobEnded(ReftServeError):
-    """A job ended without an intervention. `job` is its last state."""
+    """A job ended without an intervention. `job` is its last state; of a failure `code` and `param` (the field)."""
 
     def __init__(self, job: FineTuningJob) -> None:
         reason = job.error.message if job.error is not None else f"job {job.id} was {job.status}"
         super().__init__(reason)
+        self.message = reason
+        self.code = None if job.error is None else job.error.code
+        self.param = None if job.error is None else job.error.param
         self.job = job
 
 

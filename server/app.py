@@ -38,6 +38,7 @@ from reftserve.server.registry.store import open_store
 from reftserve.server.services import Services
 from reftserve.server.settings import Settings
 from reftserve.server.supervisor import supervise
+from reftserve.server.training.data_check import DataCheck
 from reftserve.server.training.job_service import JobService
 
 UNMETERED = ["/health", "/ready", "/metrics"]  # probes and scrapes are no users' requests
@@ -70,7 +71,7 @@ def open_services(settings: Settings) -> Services:
         database=store.database,
         files=store.files,
         registry=store.interventions,
-        jobs=JobService(store, base),
+        jobs=JobService(store, base, DataCheck(settings, base)),
         evals=evals,
         inference=inference,
         metrics=metrics,

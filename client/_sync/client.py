@@ -96,8 +96,9 @@ class Client:
         metadata: Mapping[str, str] | None = None,
         **options: Unpack[TrainingOptions],
     ) -> Job:
-        """Train an intervention and publish it as the next version of `name`; see the job's `wait`.
+        """Train an intervention and publish it as the next version of `name`.
 
+        Returns at once; the job then checks its data. The job's `wait` raises JobEnded if these cannot be learned.
         Files: a path, which is uploaded and wins over an id; the result of `files.upload`; or its id, `file-...`.
         """
         call = create_job(
@@ -136,7 +137,7 @@ class Client:
         return self.models.base()
 
     def is_ready(self) -> bool:
-        """Return whether a server answers and its model, worker and database are ready. Does not retry."""
+        """Return whether a server answers and its model and database are there. Does not retry."""
         try:
             return (self._connection.send_once(readiness())).ready
         except (ConnectionFailed, Unavailable):

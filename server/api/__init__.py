@@ -6,4 +6,5 @@ dependencies.py     the services that a router takes            auth.py         
 error_responses.py  errors -> status codes and OpenAI's shape   body_limit.py        the limit on a body's size
 sse.py              server-sent events, lost clients            logprobs.py          log-probabilities on the wire
 pages.py            OpenAI's list envelope
+metadata_filter.py  `metadata[key]=value` of lists
 """

@@ -13,13 +13,14 @@ from reftserve.server.datasets.encoding import EncodedExample, encode
 from reftserve.server.datasets.examples import Example, Instruction
 from reftserve.server.datasets.label_detection import label_set
 from reftserve.server.datasets.reading import count_examples, dataset_hash, read_examples
-from reftserve.server.datasets.report import make_report
+from reftserve.server.datasets.report import EncodedFile, encode_file, make_report
 from reftserve.server.datasets.source_location import SourceLocation
 from reftserve.server.datasets.splits import MIN_EXAMPLES, Splits, split
 
 __all__ = [
     "MIN_EXAMPLES",
     "EncodedExample",
+    "EncodedFile",
     "Example",
     "Instruction",
     "SourceLocation",
@@ -27,6 +28,7 @@ __all__ = [
     "count_examples",
     "dataset_hash",
     "encode",
+    "encode_file",
     "label_set",
     "make_report",
     "read_examples",

@@ -3,7 +3,7 @@
 A row's lease expires unless renewed, and its fence grows with each change of owner. Every write compares the fence in
 its own transaction, so a process that was presumed dead and wakes up loses its lease before it can write or publish.
 
-    queued ──take──► running ─release─► ended, or paused
+    waiting ─take──► running ─release─► ended, or paused
                      ▲     │
                      └─take┘  by another process, once the lease has expired
 
@@ -70,7 +70,8 @@ class Leases(Generic[Row]):
             row: Row | None = session.scalar(self._waiting(now).with_for_update(skip_locked=True))
             if row is None:
                 return None
-            row.status = self._table.RUNNING
+            if row.status == "queued":
+                row.status = self._table.RUNNING
             row.started_at = row.started_at or int(time.time())
             row.attempts += 1
             return self._lend(row, now)
@@ -86,9 +87,13 @@ class Leases(Generic[Row]):
 
     def renew(self) -> None:
         """Extend all leases of this process."""
+        mine = self._table.lease_worker == self._worker
+        # Read first: an idle process must not lock the database with every heartbeat.
+        with self._database.reading() as session:
+            if session.scalar(select(self._table.id).where(mine).limit(1)) is None:
+                return
         with self._database.session(may_use_reserve=True) as session:
             expires_at = self._database.now(session) + self._lease_s
-            mine = self._table.lease_worker == self._worker
             session.execute(update(self._table).where(mine).values(lease_expires_at=expires_at))
 
     def release(self, *, in_order: bool = True) -> None:
@@ -102,8 +107,12 @@ class Leases(Generic[Row]):
 
     def _waiting(self, now: float) -> Select[Any]:
         table = self._table
-        alive = table.status.in_(("queued", table.RUNNING))
-        return select(table).where(alive, _is_free(table, now)).order_by(table.created_at, table.id).limit(1)
+        return (
+            select(table)
+            .where(table.status.in_(table.ALIVE), _is_free(table, now))
+            .order_by(table.created_at, table.id)
+            .limit(1)
+        )
 
     def _lend(self, row: Row, now: float) -> Lease[Row]:
         row.fence += 1
