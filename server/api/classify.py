@@ -17,6 +17,7 @@ from reftserve.client.schemas import (
     PromptTokensDetails,
     Usage,
 )
+from reftserve.server.api.body_route import BodyRoute
 from reftserve.server.api.dependencies import Inference, Owner
 from reftserve.server.api.sse import unless_disconnected
 from reftserve.server.base.folder import Base
@@ -27,7 +28,7 @@ from reftserve.server.inference.labels import LabelledPrompt, label_chat, label_
 MAX_INPUTS = 256
 MAX_PAIRS = 20_000
 
-router = APIRouter(tags=["generation"])
+router = APIRouter(tags=["generation"], route_class=BodyRoute)
 
 
 @router.post("/v1/classify")

@@ -10,8 +10,10 @@ from fastapi.responses import Response
 from starlette.concurrency import run_in_threadpool
 
 from reftserve.client.schemas import Completion, CompletionChoice, CompletionRequest
+from reftserve.server.api.body_route import BodyRoute
 from reftserve.server.api.dependencies import Inference, Owner
 from reftserve.server.api.logprobs import TextLogprobs, joined
+from reftserve.server.api.openapi import EVENTS
 from reftserve.server.api.sse import event_stream, unless_disconnected
 from reftserve.server.base.folder import Base
 from reftserve.server.base.prompts import encode_text
@@ -22,10 +24,10 @@ from reftserve.server.inference.service import InferenceService
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 MAX_PROMPTS = 256
 
-router = APIRouter(tags=["generation"])
+router = APIRouter(tags=["generation"], route_class=BodyRoute)
 
 
-@router.post("/v1/completions", response_model=Completion)
+@router.post("/v1/completions", response_model=Completion, responses=EVENTS)
 async def create_completion(
     body: CompletionRequest, request: Request, inference: Inference, owner: Owner
 ) -> Response | Completion:
@@ -95,10 +97,12 @@ async def _complete(inference: InferenceService, body: CompletionRequest, genera
 async def _chunks(
     inference: InferenceService, body: CompletionRequest, generation: Generation
 ) -> AsyncGenerator[Completion]:
-    def chunk(choices: list[CompletionChoice]) -> Completion:
-        return Completion(id=generation.id, created=generation.created, model=body.model, choices=choices)
-
     meter, choices = UsageMeter(generation), _Choices(inference.base, body, generation)
+
+    def chunk(choices: list[CompletionChoice]) -> Completion:
+        usage = meter.usage if body.usage_in_chunks else None
+        return Completion(id=generation.id, created=generation.created, model=body.model, choices=choices, usage=usage)
+
     async with aclosing(inference.stream(generation)) as pieces:
         async for piece in pieces:
             meter.add(piece)

@@ -18,6 +18,7 @@ from reftserve.client.schemas import (
     Page,
     TestingCriterion,
 )
+from reftserve.server.api.body_route import BodyRoute
 from reftserve.server.api.dependencies import Evals, Owner
 from reftserve.server.errors import InvalidRequest
 from reftserve.server.evaluation.eval_service import criteria_of
@@ -25,7 +26,7 @@ from reftserve.server.evaluation.tally import Tally
 from reftserve.server.storage import tables
 from reftserve.server.training.job_service import MAX_DIGITS
 
-router = APIRouter(prefix="/v1/evals", tags=["evals"])
+router = APIRouter(prefix="/v1/evals", tags=["evals"], route_class=BodyRoute)
 
 
 @router.post("")

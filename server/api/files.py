@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Form, UploadFile
+from fastapi import APIRouter, Depends, Form, UploadFile
 from fastapi import File as FormFile
 from fastapi.responses import FileResponse
 
 from reftserve.client.schemas import Deleted, FileObject, Page
 from reftserve.server.api.dependencies import Files, Owner
+from reftserve.server.api.forms import only_fields
 from reftserve.server.storage.tables import File
 
 router = APIRouter(prefix="/v1/files", tags=["files"])
 
 
-@router.post("")
+@router.post("", dependencies=[Depends(only_fields("purpose", "file"))])
 def upload_file(files: Files, owner: Owner, purpose: str = Form(), file: UploadFile = FormFile()) -> FileObject:
     """Upload a data set, in JSON Lines, a JSON array, CSV or Parquet.
 

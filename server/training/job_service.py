@@ -15,7 +15,7 @@ from reftserve.server.base.folder import Base
 from reftserve.server.datasets import make_report
 from reftserve.server.datasets.file_store import TRAINING
 from reftserve.server.errors import Conflict, InvalidRequest, NotFound
-from reftserve.server.registry.names import check_name
+from reftserve.server.registry.names import check_free, check_name
 from reftserve.server.registry.store import Store
 from reftserve.server.storage.leases import is_held
 from reftserve.server.storage.tables import File, Job, JobCheckpoint, JobEvent
@@ -158,6 +158,7 @@ class JobService:
             validation = self._data_file(owner, request.validation_file, "validation_file")
         if request.suffix:
             check_name(request.suffix, "suffix")
+            check_free(request.suffix, self._base.name, "suffix")
         tokens = token_limit(request.method, self._base.max_context)
         report = make_report(
             self._base.tokenizer,
