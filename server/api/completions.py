@@ -32,7 +32,7 @@ async def create_completion(
     body: CompletionRequest, request: Request, inference: Inference, owner: Owner
 ) -> Response | Completion:
     """Continue a text, with the base or an intervention."""
-    prompts = await run_in_threadpool(_encode, inference.base, body)
+    prompts = await run_in_threadpool(_encode, inference, body)
     limit = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     generation = await inference.prepare(
         owner, body, prompts, id_prefix="cmpl", prompt_field="prompt", max_tokens=limit
@@ -42,7 +42,7 @@ async def create_completion(
     return await unless_disconnected(request, _complete(inference, body, generation))
 
 
-def _encode(base: Base, body: CompletionRequest) -> list[list[int]]:
+def _encode(inference: InferenceService, body: CompletionRequest) -> list[list[int]]:
     prompt = body.prompt
     given: list[str | list[int]]
     if isinstance(prompt, str):
@@ -53,7 +53,10 @@ def _encode(base: Base, body: CompletionRequest) -> list[list[int]]:
         given = [item for item in prompt if isinstance(item, (str, list))]
     if not 1 <= len(given) <= MAX_PROMPTS:
         raise InvalidRequest(f"{len(given)} prompts; expected 1 to {MAX_PROMPTS}", param="prompt")
-    return [encode_text(base.tokenizer, item) if isinstance(item, str) else item for item in given]
+    for item in given:
+        if isinstance(item, str):
+            inference.check_characters(len(item), "prompt")
+    return [encode_text(inference.base.tokenizer, item) if isinstance(item, str) else item for item in given]
 
 
 class _Choices:

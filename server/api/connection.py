@@ -31,7 +31,7 @@ class Connection(HttpToolsProtocol):
         self._header_arrived()
         super().on_headers_complete()
         if self.parser.get_http_version() == "1.0" and self.cycle is not None:
-            self.cycle.send = _without_chunks(self.cycle)  # type: ignore[method-assign]
+            self.cycle.send = _without_chunks(self.cycle)  # type: ignore[method-assign, assignment]
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop waiting."""

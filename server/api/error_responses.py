@@ -82,11 +82,15 @@ async def _validation_error(request: Request, error: Exception) -> JSONResponse:
 
 
 def _most_specific(error: RequestValidationError) -> Mapping[str, Any]:
-    """Return the error of the first wrong field. A union reports one for each member: take the deepest."""
-    found = error.errors()
+    """Return the error of the first wrong field. A union has one for each member: the deepest tells most."""
+    found: list[Mapping[str, Any]] = list(error.errors())
     unknown = next((each for each in found if each["type"] == "extra_forbidden"), None)
     same_field = [each for each in found if each["loc"][:2] == found[0]["loc"][:2]]
-    return unknown or max(same_field, key=lambda each: _path(each, error.body).count("."))
+
+    def depth(each: Mapping[str, Any]) -> tuple[int, bool]:
+        return _path(each, error.body).count("."), not each["type"].endswith("_type")
+
+    return unknown or max(same_field, key=depth)
 
 
 def _path(error: Mapping[str, Any], body: Any) -> str:
@@ -97,13 +101,13 @@ def _path(error: Mapping[str, Any], body: Any) -> str:
 def _reason(error: Mapping[str, Any]) -> str:
     limits = error.get("ctx", {})
     if error["type"] == "too_long":
-        return f"it has more than {limits['max_length']} entries, which is the limit"
+        return f"at most {limits['max_length']} entries are allowed"
     if error["type"] == "string_unicode":
         return "half a surrogate pair is no character"
     if error["type"] == "string_unicode":
         return "half a surrogate pair is no character"
     if error["type"] == "too_short":
-        return f"it has fewer than {limits['min_length']} entries"
+        return f"at least {limits['min_length']} entries are needed"
     return str(error["msg"])
 
 
@@ -112,7 +116,7 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
     headers = dict(error.headers or {})
     if error.status_code == 405:
         headers["Allow"] = ", ".join(_allowed_methods(request))
-    message = f"{request.method} {request.url.path}: {error.detail}"
+    message = f"{request.method} {_cut(request.url.path, MAX_QUOTED)}: {error.detail}"
     code = HTTP_CODES.get(error.status_code, "http_error")
     return error_answer(error.status_code, message, "invalid_request_error", None, code, headers)
 
