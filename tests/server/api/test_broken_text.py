@@ -153,6 +153,12 @@ def test_a_version_of_thousands_of_digits_is_not_found(
 ) -> None:
     artifact = pack(make_artifact(tmp_path / "artifact", base=fingerprint(tiny_llama_folder)))
     assert http.post("/v1/interventions", data={"name": "digits"}, files={"file": artifact}).status_code == 201
+    for path in ("/v1/models/digits@", "/v1/models/digits@@1", "/v1/models/@1", "/v1/interventions/digits/versions/@"):
+        assert error(http.get(path), 404)
+        assert error(http.delete(path), 404)
+    for model in ("digits@", "digits@@1", "@1"):
+        assert error(post(http, "/v1/chat/completions", {**CHAT, "model": model}), 404)
+    assert http.get("/v1/models/digits@1").status_code == 200
     many = "9" * 5000
     for path in (f"/v1/models/digits@{many}", f"/v1/interventions/digits/versions/{many}"):
         assert error(http.get(path), 404)["code"] == "model_not_found"

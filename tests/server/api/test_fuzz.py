@@ -13,7 +13,7 @@ from api_data import BASE, chat_lines
 from eval_data import chats, created
 from fastapi.routing import APIRoute
 from hostile_calls import HostileCall, Operation, hostile_calls, operations
-from hypothesis import given
+from hypothesis import event, given
 from hypothesis import strategies as st
 from published import make_artifact
 from pydantic import TypeAdapter
@@ -94,12 +94,14 @@ def send(http: httpx.Client, call: HostileCall) -> httpx.Response:
 
 def check(target: Target, call: HostileCall, answer: httpx.Response) -> None:
     status, operation = answer.status_code, call.operation
+    event(f"{status}")  # --hypothesis-show-statistics
     assert status < 500 or status in ALLOWED, (call, answer.text)
     # A hostile path may be another operation's.
     assert status in operation.statuses | {404, 405}, (call, answer.text)
     if status >= 400 and operation.path != "/ready":
         error = ErrorBody.model_validate(answer.json()).error
         assert len(error.message) < 3000, call
+        assert error.code != "engine_died", call
     elif "application/json" in answer.headers["content-type"] and operation.path.count("{") == 0:
         kind = target.types.get((operation.method, operation.path))
         if kind is not None:
