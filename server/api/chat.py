@@ -18,7 +18,7 @@ from reftserve.client.schemas import (
     Delta,
 )
 from reftserve.server.api.body_route import BodyRoute
-from reftserve.server.api.dependencies import Inference, Owner
+from reftserve.server.api.dependencies import ClientName, Inference, Owner
 from reftserve.server.api.logprobs import chat_logprobs
 from reftserve.server.api.openapi import EVENTS
 from reftserve.server.api.sse import event_stream, unless_disconnected
@@ -31,7 +31,7 @@ router = APIRouter(tags=["generation"], route_class=BodyRoute)
 
 @router.post("/v1/chat/completions", response_model=ChatCompletion, responses=EVENTS)
 async def create_chat_completion(
-    body: ChatCompletionRequest, request: Request, inference: Inference, owner: Owner
+    body: ChatCompletionRequest, request: Request, inference: Inference, owner: Owner, client: ClientName
 ) -> Response | ChatCompletion:
     """Generate the next turn of a conversation, with the base or an intervention."""
     if body.max_tokens is not None and body.max_completion_tokens is not None:
@@ -39,7 +39,7 @@ async def create_chat_completion(
     prompt = await inference.chat_prompt(body.messages)
     limit = body.max_completion_tokens or body.max_tokens
     generation = await inference.prepare(
-        owner, body, [prompt], id_prefix="chatcmpl", prompt_field="messages", max_tokens=limit
+        owner, client, body, [prompt], id_prefix="chatcmpl", prompt_field="messages", max_tokens=limit
     )
     if body.stream:
         return event_stream(_chunks(inference, body, generation))

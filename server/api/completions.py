@@ -11,7 +11,7 @@ from starlette.concurrency import run_in_threadpool
 
 from reftserve.client.schemas import Completion, CompletionChoice, CompletionRequest
 from reftserve.server.api.body_route import BodyRoute
-from reftserve.server.api.dependencies import Inference, Owner
+from reftserve.server.api.dependencies import ClientName, Inference, Owner
 from reftserve.server.api.logprobs import TextLogprobs, joined
 from reftserve.server.api.openapi import EVENTS
 from reftserve.server.api.sse import event_stream, unless_disconnected
@@ -29,13 +29,13 @@ router = APIRouter(tags=["generation"], route_class=BodyRoute)
 
 @router.post("/v1/completions", response_model=Completion, responses=EVENTS)
 async def create_completion(
-    body: CompletionRequest, request: Request, inference: Inference, owner: Owner
+    body: CompletionRequest, request: Request, inference: Inference, owner: Owner, client: ClientName
 ) -> Response | Completion:
     """Continue a text, with the base or an intervention."""
     prompts = await run_in_threadpool(_encode, inference, body)
     limit = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     generation = await inference.prepare(
-        owner, body, prompts, id_prefix="cmpl", prompt_field="prompt", max_tokens=limit
+        owner, client, body, prompts, id_prefix="cmpl", prompt_field="prompt", max_tokens=limit
     )
     if body.stream:
         return event_stream(_chunks(inference, body, generation))

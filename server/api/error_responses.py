@@ -59,6 +59,8 @@ async def _server_error(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, ClientLeft):
         logger.info("%s %s: %s", request.method, request.url.path, error.message)
     headers = {} if error.retry_after_s is None else {"Retry-After": str(math.ceil(error.retry_after_s))}
+    if not error.is_retriable:
+        headers["x-should-retry"] = "false"
     return JSONResponse(error_body(error).model_dump(), error.status, headers)
 
 
@@ -102,8 +104,6 @@ def _reason(error: Mapping[str, Any]) -> str:
     limits = error.get("ctx", {})
     if error["type"] == "too_long":
         return f"at most {limits['max_length']} entries are allowed"
-    if error["type"] == "string_unicode":
-        return "half a surrogate pair is no character"
     if error["type"] == "string_unicode":
         return "half a surrogate pair is no character"
     if error["type"] == "too_short":
