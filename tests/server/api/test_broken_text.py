@@ -156,7 +156,7 @@ def test_a_version_of_thousands_of_digits_is_not_found(
     for path in ("/v1/models/digits@", "/v1/models/digits@@1", "/v1/models/@1", "/v1/interventions/digits/versions/@"):
         assert error(http.get(path), 404)
         assert error(http.delete(path), 404)
-    for model in ("digits@", "digits@@1", "@1"):
+    for model in ("digits@", "digits@@1", "@1", f"digits@{2**31}", f"digits@{10**17}"):
         assert error(post(http, "/v1/chat/completions", {**CHAT, "model": model}), 404)
     assert http.get("/v1/models/digits@1").status_code == 200
     many = "9" * 5000
