@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DATA := reftserve-data
-PROPERTIES := $(addprefix tests/server/engine/test_,mixtures.py prefix_cache.py logprobs.py logits.py sampler.py)
+PROPERTIES := $(addprefix tests/server/engine/test_,mixtures.py prefix_cache.py logprobs.py logits.py sampler.py) tests/server/api/test_fuzz.py
 MODEL := $(DATA)/models/HuggingFaceTB--SmolLM2-135M-Instruct
 
 .PHONY: demo test test-thorough chaos bench bench-peers bench-train check docs format generate install model lint-links clean help
@@ -17,7 +17,7 @@ demo: model ## Serve, upload, train, and show base and intervened answers side b
 test: model ## Run every test
 	$(BIN)/python -m pytest $(ARGS)
 
-test-thorough: install ## Run the engine's properties on thousands of random workloads (half an hour)
+test-thorough: install ## Run the engine's properties on thousands of random workloads, and 21,000 hostile calls (an hour)
 	$(BIN)/python -m pytest --hypothesis-profile thorough --timeout 0 $(PROPERTIES)
 
 chaos: install ## Inject faults (kills, full disk, lost database, ...) and print what each costs (a quarter of an hour)

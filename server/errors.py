@@ -6,6 +6,7 @@ ServerError                      (500 unless a subclass says otherwise)
 ├── NotFound              404    unknown model, intervention, file or job
 ├── Conflict              409    the resource's state forbids the request (in use, already cancelled, ...)
 ├── PayloadTooLarge       413    upload above the limit
+├── ClientLeft            499    the client closed the connection; nobody reads this answer
 ├── QuotaExceeded         413    the disk quota of the owner, or of all jobs, is used up
 ├── Overloaded            429    the queue is full, or the wait too long; retry after `retry_after_s`
 ├── Unavailable           503    engine, worker or database is unavailable
@@ -71,6 +72,12 @@ class PayloadTooLarge(ServerError):
     """An upload above the configured limit."""
 
     status, type, code = 413, "invalid_request_error", "payload_too_large"
+
+
+class ClientLeft(ServerError):
+    """The client closed the connection; nobody reads the answer. 499 is nginx's number for it."""
+
+    status, type, code = 499, "invalid_request_error", "client_left"
 
 
 class QuotaExceeded(ServerError):

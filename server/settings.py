@@ -66,6 +66,23 @@ class ServerSettings(BaseModel):
         "the server has no authentication",
     )
     port: int = Field(8000, ge=0, le=65535, description="TCP port to listen on; 0 takes a free one")
+    root_path: Annotated[str, Unset("none")] = Field(
+        "",
+        pattern=r"^(/[^/\s]+)*$",
+        description="Prefix under which a reverse proxy shows the server, such as /llm; the proxy may strip it or not",
+    )
+    allowed_hosts: Annotated[str, Unset("any name; on a loopback address only its own")] = Field(
+        "",
+        description="Names that requests may use for this server, separated by commas; * allows any. On a loopback "
+        "address the default refuses others, so that no web page can reach the server through a name of its own",
+    )
+    cors_origins: Annotated[str, Unset("none")] = Field(
+        "",
+        description="Origins of web pages whose scripts may call the server, separated by commas; * allows any",
+    )
+    header_timeout_s: float = Field(
+        30.0, gt=0, description="A connection that has not sent a whole request header after this time is closed"
+    )
     data: Path = Field(
         Path("reftserve-data"), description="Folder of the database, artifacts, uploaded files and models"
     )
@@ -195,6 +212,12 @@ class LimitSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
+    max_json_bytes: Bytes = Field(
+        4 << 20,
+        gt=0,
+        description="Largest body of a request that uploads no file, unpacked; a larger one gets status 413. A body is "
+        "held in memory and takes turns with others above 64 KiB",
+    )
     max_queue: int = Field(
         1024, ge=1, description="Largest number of answers that wait or run; a request above it gets status 429"
     )

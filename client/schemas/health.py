@@ -1,4 +1,4 @@
-"""/ready: the server's readiness."""
+"""/ready: the server's readiness; / and /v1: where things are."""
 
 from __future__ import annotations
 
@@ -12,3 +12,14 @@ class Readiness(Response):
     model: bool
     worker: bool
     database: bool
+
+
+class Index(Response):
+    """Response of GET / and GET /v1: which server this is, and the paths of its API and documentation."""
+
+    name: str
+    version: str
+    model: str
+    api: str
+    documentation: str
+    openapi: str

@@ -19,6 +19,7 @@ from reftserve.client.schemas import (
     Page,
     TestingCriterion,
 )
+from reftserve.server.api.body_route import BodyRoute
 from reftserve.server.api.dependencies import Evals, Owner
 from reftserve.server.api.metadata_filter import WantedMetadata
 from reftserve.server.errors import InvalidRequest
@@ -27,7 +28,7 @@ from reftserve.server.evaluation.tally import Tally
 from reftserve.server.storage import tables
 from reftserve.server.training.job_service import MAX_DIGITS
 
-router = APIRouter(prefix="/v1/evals", tags=["evals"])
+router = APIRouter(prefix="/v1/evals", tags=["evals"], route_class=BodyRoute)
 
 
 @router.post("")

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from typing import Literal
 
-from fastapi import APIRouter, Form, Query, UploadFile
+from fastapi import APIRouter, Depends, Form, Query, UploadFile
 from fastapi import File as FormFile
 from fastapi.responses import FileResponse
 
 from reftserve.client.schemas import Deleted, FileObject, Page
 from reftserve.server.api.dependencies import Files, Owner
+from reftserve.server.api.forms import only_fields
 from reftserve.server.api.pages import page
 from reftserve.server.storage.tables import File
 
 router = APIRouter(prefix="/v1/files", tags=["files"])
 
 
-@router.post("")
+@router.post("", dependencies=[Depends(only_fields("purpose", "file"))])
 def upload_file(files: Files, owner: Owner, purpose: str = Form(), file: UploadFile = FormFile()) -> FileObject:
     """Upload a data set, in JSON Lines, a JSON array, CSV or Parquet.
 

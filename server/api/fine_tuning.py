@@ -16,13 +16,15 @@ from reftserve.client.schemas import (
     FineTuningJobCreate,
     Page,
 )
+from reftserve.server.api.body_route import BodyRoute
 from reftserve.server.api.dependencies import Jobs, Owner
 from reftserve.server.api.metadata_filter import WantedMetadata
+from reftserve.server.api.openapi import EVENTS
 from reftserve.server.api.sse import event_stream
 from reftserve.server.storage.tables import Job, JobCheckpoint, JobEvent
 from reftserve.server.training.job_service import event_id
 
-router = APIRouter(prefix="/v1/fine_tuning", tags=["fine-tuning"])
+router = APIRouter(prefix="/v1/fine_tuning", tags=["fine-tuning"], route_class=BodyRoute)
 
 
 @router.post("/validate")
@@ -81,7 +83,7 @@ def retry_job(job_id: str, jobs: Jobs, owner: Owner) -> FineTuningJob:
     return _job(jobs.retry(owner, job_id))
 
 
-@router.get("/jobs/{job_id}/events", response_model=Page[FineTuningEvent])
+@router.get("/jobs/{job_id}/events", response_model=Page[FineTuningEvent], responses=EVENTS)
 def list_events(
     job_id: str,
     jobs: Jobs,

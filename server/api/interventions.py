@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from fastapi import APIRouter, File, Form, Query, Response, UploadFile
+from fastapi import APIRouter, Depends, File, Form, Query, Response, UploadFile
 
 from reftserve.client.schemas import (
     AliasUpdate,
@@ -14,14 +14,16 @@ from reftserve.client.schemas import (
     InterventionVersion,
     Page,
 )
-from reftserve.server.api.dependencies import Owner, Registry, Settings
+from reftserve.server.api.body_route import BodyRoute
+from reftserve.server.api.dependencies import BaseInfo, Owner, Registry, Settings
+from reftserve.server.api.forms import only_fields
 from reftserve.server.api.pages import page
 from reftserve.server.errors import InvalidRequest, PayloadTooLarge
 from reftserve.server.registry.intervention_registry import PublishedVersion
-from reftserve.server.registry.names import LATEST, Reference
+from reftserve.server.registry.names import LATEST, Reference, check_free
 from reftserve.server.registry.queries import InterventionSummary
 
-router = APIRouter(prefix="/v1/interventions", tags=["interventions"])
+router = APIRouter(prefix="/v1/interventions", tags=["interventions"], route_class=BodyRoute)
 
 
 @router.get("")
@@ -37,11 +39,17 @@ def list_interventions(
     return page([_info(row) for row in rows], [row.name for row in rows], has_more=more)
 
 
-@router.post("", status_code=201)
+@router.post("", status_code=201, dependencies=[Depends(only_fields("name", "file"))])
 def upload_intervention(
-    registry: Registry, settings: Settings, owner: Owner, name: str = Form(), file: UploadFile = File()
+    registry: Registry,
+    settings: Settings,
+    base: BaseInfo,
+    owner: Owner,
+    name: str = Form(),
+    file: UploadFile = File(),
 ) -> InterventionVersion:
     """Publish a zipped artifact as the next version of `name`."""
+    check_free(name, base.name)
     limit = settings.max_artifact_bytes
     data = file.file.read(limit + 1)
     if len(data) > limit:

@@ -55,6 +55,11 @@ class Tokenizer:
         return None if self.eos_token is None else self.backend.token_to_id(self.eos_token)
 
     @cached_property
+    def longest_token(self) -> int:
+        """The most characters that one token stands for, or more: some vocabularies spell each byte as one."""
+        return max(map(len, self.backend.get_vocab(with_added_tokens=True)))
+
+    @cached_property
     def special_texts(self) -> tuple[str, ...]:
         """The texts of all special tokens, ordered by id."""
         added = sorted(self.backend.get_added_tokens_decoder().items())

@@ -15,7 +15,7 @@ from reftserve.client.schemas import DataReport, FineTuningJobCreate, Method
 from reftserve.server.base.folder import Base
 from reftserve.server.datasets.file_store import TRAINING as FINE_TUNE
 from reftserve.server.errors import Conflict, InvalidRequest, NotFound
-from reftserve.server.registry.names import check_name
+from reftserve.server.registry.names import check_free, check_name
 from reftserve.server.registry.store import Store
 from reftserve.server.storage.leases import is_held
 from reftserve.server.storage.pages import has_metadata, read_page
@@ -170,6 +170,7 @@ class JobService:
             files[VALIDATION] = self._data_file(owner, request.validation_file, "validation_file")
         if request.suffix:
             check_name(request.suffix, "suffix")
+            check_free(request.suffix, self._base.name, "suffix")
         method = requested_method(request)
         require_plan(self._base, method, seed=_seed(request))
         return files, method

@@ -6,7 +6,7 @@ import sqlalchemy as sa
 from alembic import op
 
 revision = "0010_job_data"
-down_revision = "0008_eval_run_fences"
+down_revision = "0009_store"
 branch_labels = None
 depends_on = None
 
