@@ -10,13 +10,13 @@ from functools import wraps
 from typing import Any, NoReturn
 
 import typer
-from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
 
 from reftserve.server.errors import ServerError
-from reftserve.server.settings import Settings, SettingsError
+from reftserve.server.settings import Settings
 from reftserve.server.settings_reference import takes_settings
+from reftserve.server.settings_sources import SettingsError
 
 app = typer.Typer()
 console = Console()
@@ -35,11 +35,6 @@ def explained(command: Callable[..., None]) -> Callable[..., None]:
             _fail(cause.message, cause)
         except SettingsError as cause:
             _fail(f"settings: {cause}", cause)
-        except ValidationError as cause:
-            wrong = (
-                f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}" for e in cause.errors()
-            )
-            _fail(f"settings: {'; '.join(wrong)}", cause)
 
     return run
 
@@ -78,7 +73,7 @@ COMMON = ("model", "data", "config", "device")
 def serve(settings: Settings) -> None:
     """Serve a base model and its interventions over HTTP.
 
-    Settings come from the environment, a TOML file and these flags, in order of rising precedence (docs/settings.md).
+    Settings come from a TOML file, the environment and these flags, in order of rising precedence (docs/settings.md).
     """
     from reftserve.server.base.folder import resolve_model_folder
 
