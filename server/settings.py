@@ -85,7 +85,7 @@ class ServerSettings(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     config: Annotated[LocalPath | None, Unset("none")] = Field(None, description="TOML file with any of these settings")
-    host: str = Field(
+    host: Annotated[str, AfterValidator(lambda host: host.strip("[]"))] = Field(
         "127.0.0.1",
         description="Address to listen on. The default admits this machine only; 0.0.0.0 admits every network, and "
         "the server has no authentication",
