@@ -120,7 +120,7 @@ def doctor(settings: Settings) -> None:
             outcome, found = examine(check, settings)
         failed |= outcome == "wrong"
         colour = {"ok": "green", "wrong": "red"}.get(outcome, "yellow")
-        console.print(f"[{colour}]{outcome:<6}[/] {name}: {escape(found)}", highlight=False, soft_wrap=True)
+        console.print(f"[{colour}]{outcome:<6}[/]{name}: {escape(found)}", highlight=False, soft_wrap=True)
     raise typer.Exit(1 if failed else 0)
 
 

@@ -63,11 +63,11 @@ def checks() -> dict[str, Check]:
 
 
 def examine(check: Check, settings: Settings) -> tuple[str, str]:
-    """Make one check; return "ok", "advice" or "wrong", and what it found."""
+    """Make one check; return "ok", "note" or "wrong", and what it found."""
     try:
         return "ok", check(settings)
     except Advice as cause:
-        return "advice", str(cause)
+        return "note", str(cause)
     except OSError as cause:
         return "wrong", ": ".join(filter(None, (cause.filename, cause.strerror or str(cause))))
     except (ServerError, BaseModelError, ImportError) as cause:
