@@ -113,7 +113,7 @@ def takes_session_options(command: Callable[..., None]) -> Callable[..., None]:
     ]
     hints = get_type_hints(command, include_extras=True)
     own = [one.replace(annotation=hints[one.name]) for one in signature(command).parameters.values()]
-    del run.__wrapped__  # type: ignore[attr-defined]  # typer would follow it to the command without these options
+    del run.__wrapped__  # typer would follow it to the command without these options
     run.__signature__ = Signature([*own, *added])  # type: ignore[attr-defined]
     run.__annotations__ = {**hints, **options}
     return run
