@@ -76,7 +76,7 @@ def test_files_train_jobs_and_interventions(run, tmp_path: Path) -> None:  # typ
     assert "deleted" in run("files", "delete", file["id"])
 
 
-def test_an_error_is_one_line_with_a_nonzero_exit_code(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_an_error_is_one_line_with_a_nonzero_exit_code(run, trained: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     unknown = run("chat", "hi", "--model", "nothing-like-it", code=1)
     assert unknown.startswith("error: ")
     assert "'nothing-like-it'" in unknown
