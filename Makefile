@@ -1,4 +1,4 @@
-# Everything a person or CI runs. `make demo` and `make test` need nothing but Python 3.11 and this folder.
+# Everything a person or CI runs. `make demo` and `make test` need nothing but Python 3.11 or newer and this folder.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -58,6 +58,9 @@ generate: install ## Write the blocking client, client/_sync, from client/_async
 install: $(VENV)/installed ## Create .venv with the pinned versions
 
 $(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "ReftServe needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>&1 | tail -n 1);" \
+	    "name another one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[server,dev]'
 	touch $@

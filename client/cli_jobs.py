@@ -68,7 +68,9 @@ def train(
         early_stopping_epochs=early_stopping,
         seed=seed,
     )
-    if not detach:
+    if detach:
+        print(f"the job runs on the server; follow it with: reftserve jobs watch {job.id}", file=sys.stderr)
+    else:
         with _left_running_by_ctrl_c(job):
             job.wait(progress=True)
     here.show(job.data)

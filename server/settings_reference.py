@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import typer
 from pydantic.fields import FieldInfo
 
-from reftserve.server.settings import ENV_PREFIX, GROUPS, Settings, Unset
+from reftserve.server.settings import GROUPS, Settings, Unset
+from reftserve.server.settings_sources import ENV_PREFIX
 
 UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
 ENDINGS = {"_bytes": "size", "_s": "seconds"}
@@ -113,6 +114,8 @@ def _describe(name: str, group: str, field: FieldInfo) -> Setting:
 def _unwrap(annotation: Any) -> tuple[Any, tuple[str, ...]]:
     if get_origin(annotation) in (Union, types.UnionType):
         annotation = next(part for part in get_args(annotation) if part is not type(None))
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
     return annotation, get_args(annotation) if get_origin(annotation) is Literal else ()
 
 

@@ -8,11 +8,12 @@ from typing import TypeVar
 import httpx
 from tenacity import AsyncRetrying
 
+from reftserve.client.address import connection_options
 from reftserve.client.calls.call import Call, M
 from reftserve.client.event_reader import EventReader
 from reftserve.client.retries import reconnect_policy, retry_policy
 from reftserve.client.schemas import Page
-from reftserve.client.transport import answered, base_url, checked, headers, opened
+from reftserve.client.transport import answered, checked, opened, read_answer
 
 T = TypeVar("T")
 
@@ -21,7 +22,7 @@ class AsyncConnection:
     """A pool of HTTP connections, with one retry policy for all calls."""
 
     def __init__(self, url: str, api_key: str | None, timeout: httpx.Timeout | float, max_retries: int) -> None:
-        self._http = httpx.AsyncClient(base_url=base_url(url), headers=headers(api_key), timeout=timeout)
+        self._http = httpx.AsyncClient(timeout=timeout, **connection_options(url, api_key))
         self._max_retries = max_retries
 
     async def send(self, call: Call[T]) -> T:
@@ -44,7 +45,7 @@ class AsyncConnection:
         """Return the answer to a call, without retries."""
         with opened(call) as arguments, answered(self._http.base_url):
             response = await self._http.request(call.method, call.path, **arguments)
-        return call.read(checked(response))
+        return read_answer(call, response)
 
     async def open(self, call: Call[None]) -> httpx.Response:
         """Return the open stream of an answer, after retries where they are safe."""

@@ -68,4 +68,5 @@ def _file(row: File) -> FileObject:
         filename=row.filename,
         purpose=row.purpose,
         examples=row.examples,
+        sha256=row.sha256,
     )

@@ -1,6 +1,7 @@
 """The frozen base model as it is computed; the engine and training stand on it.
 
 folder.py             find and identify the model          model.py             load it frozen
+folder_check.py       refuse what cannot be served       transformers_source.py  what transformers can compute
 prompts.py            chats and texts to token ids         attention.py         the contract of a pass's attention
 tokenizer.py          token ids without transformers       chat_template.py     templates without transformers
 weights.py            one copy for all processes (CPU)     cuda_weights.py      the same on a GPU
