@@ -14,7 +14,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from reftserve.client.schemas.unicode import half_pair
-from reftserve.server.datasets.reading import count_examples
+from reftserve.server.datasets.check import check_data_set
 from reftserve.server.errors import InvalidRequest, NotFound, PayloadTooLarge, QuotaExceeded
 from reftserve.server.storage.blobs import BlobStore, map_enospc
 from reftserve.server.storage.database import Database
@@ -56,7 +56,7 @@ class FileStore:
         with tempfile.TemporaryDirectory() as scratch:
             received = Path(scratch) / "upload"
             self._receive(stream, received)
-            examples = count_examples(received, filename)
+            examples = check_data_set(received, filename)
             file_id = f"file-{uuid.uuid4().hex}"
 
             def within_quota(session: Session) -> None:

@@ -13,7 +13,7 @@ from tiny_models import CHAT_TEMPLATE, tiny_base_tokenizer
 from reftserve.client.schemas import ChatMessage
 from reftserve.server.base.prompts import encode_rendered, encode_text, render_chat
 from reftserve.server.datasets import EncodedExample, SourceLocation, encode
-from reftserve.server.datasets.examples import row_examples
+from reftserve.server.datasets.rows import row_examples
 from reftserve.server.errors import InvalidRequest
 
 TOKENIZER = tiny_base_tokenizer()
