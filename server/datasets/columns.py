@@ -28,8 +28,8 @@ def check_columns(names: Sequence[str]) -> None:
         raise file_error(
             f"column {missing[0]!r} is missing; the columns are {in_words(names)}. {advice(names) or _expected(names)}"
         )
-    if repeated := [name for name, count in Counter(names).items() if count > 1]:
-        raise file_error(f"column {shown(repeated[0])!r} occurs twice; remove one of them")
+    if repeated := [name for name, count in Counter(names).items() if count > 1 and name in FIELDS]:
+        raise file_error(f"column {repeated[0]!r} occurs twice; remove one of them")
 
 
 def unknown_columns(names: Sequence[str]) -> str:

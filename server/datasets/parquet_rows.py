@@ -68,8 +68,8 @@ def _numbered(batches: Iterator[pa.RecordBatch], limit: int) -> Iterator[tuple[S
     unfolded = 0
     for batch in batches:
         batch.validate(full=True)
-        for name in batch.schema.names:
-            if name not in FIELDS and not _is_empty(batch.column(name)):
+        for name, column in zip(batch.schema.names, batch.columns, strict=True):
+            if name not in FIELDS and not _is_empty(column):
                 raise file_error(unknown_columns(batch.schema.names))
         known = batch.select([name for name in batch.schema.names if name in FIELDS])
         _check_lists(known, number)

@@ -50,7 +50,8 @@ def text_encoding(head: bytes) -> str:
     # Later lines may have the character NUL in a cell.
     line = head.partition(b"\n")[0]
     if b"\0" in line:
-        if 0 in (line[::2].count(0), line[1::2].count(0)):
+        zeros = [line[start::2].count(0) for start in (0, 1)]
+        if min(zeros) == 0 and max(zeros) > len(line) // 8:
             raise file_error("the file is UTF-16 without a byte order mark; save it as UTF-8")
         raise file_error(f"the file is no text: it holds zero bytes; {FORMATS}")
     return "utf-8"
