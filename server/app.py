@@ -10,6 +10,7 @@ from importlib.metadata import version
 from fastapi import Depends, FastAPI
 from fastapi_offline import FastAPIOffline
 from prometheus_fastapi_instrumentator import Instrumentator
+from sse_starlette.sse import AppStatus
 
 from reftserve.server.api import (
     chat,
@@ -36,7 +37,7 @@ from reftserve.server.inference.service import InferenceLimits, InferenceService
 from reftserve.server.registry.store import open_store
 from reftserve.server.services import Services
 from reftserve.server.settings import Settings
-from reftserve.server.supervisor import keep_engine, keep_worker
+from reftserve.server.supervisor import supervise
 from reftserve.server.training.job_service import JobService
 
 UNMETERED = ["/health", "/ready", "/metrics"]  # probes and scrapes are no users' requests
@@ -52,6 +53,7 @@ def open_services(settings: Settings) -> Services:
     metrics = Metrics(lambda: engine.stats)
     limits = InferenceLimits(
         max_queue=settings.max_queue,
+        max_wait_s=settings.max_wait_s,
         max_interventions=settings.max_interventions,
         max_stop_strings=settings.max_stop_strings,
     )
@@ -77,24 +79,20 @@ def open_services(settings: Settings) -> Services:
     )
 
 
-def create_app(services: Services, on_engine_failure: Callable[[str], None]) -> FastAPI:
-    """Create the application. on_engine_failure: called with the reason if the engine's first start fails."""
+def create_app(services: Services, on_failure: Callable[[str], None]) -> FastAPI:
+    """Create the application. on_failure: takes the reason when the engine or another task cannot be kept running."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        keepers = [
-            asyncio.create_task(keep_engine(services.engine, services.metrics, on_engine_failure)),
-            asyncio.create_task(services.evaluator.run_forever()),
-        ]
-        if services.settings.worker:
-            keepers.append(asyncio.create_task(keep_worker(services.settings, services.engine)))
+        supervision = asyncio.create_task(supervise(services, on_failure))
         yield
-        for keeper in keepers:
-            keeper.cancel()
-        await asyncio.gather(*keepers, return_exceptions=True)
+        supervision.cancel()
+        await asyncio.gather(supervision, return_exceptions=True)
         await services.engine.stop()
         services.database.close()
 
+    # Streams end with `drain`; sse_starlette would break them off at the signal.
+    AppStatus.enable_automatic_graceful_drain = False
     # FastAPIOffline serves the pages of /docs itself, because many servers cannot reach a content network.
     app: FastAPI = FastAPIOffline(
         title="ReftServe", version=version("reftserve"), lifespan=lifespan, dependencies=[Depends(check_parameters)]
@@ -108,6 +106,12 @@ def create_app(services: Services, on_engine_failure: Callable[[str], None]) -> 
     for router in ROUTERS:
         app.include_router(router.router)
     return app
+
+
+async def drain(services: Services) -> None:
+    """Refuse new requests, and let answers and streams of events end, before the server stops."""
+    services.jobs.end_streams()
+    await services.inference.drain(services.settings.shutdown_grace_s)
 
 
 def _engine_config(settings: Settings, base: Base) -> EngineConfig:

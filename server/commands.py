@@ -74,6 +74,8 @@ COMMON = ("model", "data", "config", "device")
     "worker_threads",
     "worker_niceness",
     "max_queue",
+    "max_wait_s",
+    "shutdown_grace_s",
 )
 def serve(settings: Settings) -> None:
     """Serve a base model and its interventions over HTTP.

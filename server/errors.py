@@ -1,6 +1,7 @@
 """The errors that the server answers with, as one tree; only `api.error_responses` uses the status codes.
 
 ServerError                      (500 unless a subclass says otherwise)
+├── EngineFailed          500    the engine failed while it computed the request; not to be repeated
 ├── InvalidRequest        400    the request is malformed or out of range
 ├── NotFound              404    unknown model, intervention, file or job
 ├── Conflict              409    the resource's state forbids the request (in use, already cancelled, ...)
@@ -24,6 +25,7 @@ class ServerError(Exception):
     status = 500
     type = "server_error"
     code = "internal_error"
+    is_retriable = True  # False tells OpenAI's clients not to repeat the request
 
     def __init__(
         self,
@@ -38,6 +40,13 @@ class ServerError(Exception):
         self.param = param
         self.code = code or type(self).code
         self.retry_after_s = retry_after_s
+
+
+class EngineFailed(ServerError):
+    """The engine failed while it computed the request, which may be the cause, so it must not be repeated."""
+
+    code = "engine_failed"
+    is_retriable = False
 
 
 class InvalidRequest(ServerError):

@@ -2,22 +2,50 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
+from types import FrameType
+from typing import Any
 
 import uvicorn
 from filelock import FileLock, Timeout
 
-from reftserve.server.app import create_app, open_services
+from reftserve.server.app import create_app, drain, open_services
 from reftserve.server.base.memory import freeze_gc
 from reftserve.server.errors import Conflict, ServerError
 from reftserve.server.settings import LOG_FORMAT, Settings
 
-GRACE_S = 10
+CLOSE_S = 5  # for connections to take their last bytes, after answers have ended
+
+
+class GracefulServer(uvicorn.Server):
+    """A server that lets answers end before it closes connections. A second signal closes them at once.
+
+    drain: refuses new requests, and returns when the running ones have ended.
+    """
+
+    def __init__(self, config: uvicorn.Config, drain: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        super().__init__(config)
+        self._drain = drain
+        self._draining: asyncio.Task[None] | None = None
+        self._has_signal = False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Note the first signal for `on_tick`."""
+        if self._has_signal:
+            super().handle_exit(sig, frame)
+        self._has_signal = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Return whether the server is to close its connections."""
+        if self._has_signal and self._draining is None:
+            self._draining = asyncio.create_task(self._drain())
+        return await super().on_tick(counter) or (self._draining is not None and self._draining.done())
 
 
 def serve(settings: Settings) -> None:
@@ -27,15 +55,15 @@ def serve(settings: Settings) -> None:
     with _data_folder(settings), _port(settings) as listener:
         services = open_services(settings)
         port = listener.getsockname()[1]
-        server: uvicorn.Server
+        server: GracefulServer
 
         def give_up(reason: str) -> None:
             failures.append(reason)
             server.should_exit = True
 
         app = create_app(services, give_up)
-        config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=GRACE_S)
-        server = uvicorn.Server(config)
+        config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=CLOSE_S)
+        server = GracefulServer(config, lambda: drain(services))
         logging.getLogger(__name__).info(
             "serving %s on http://%s:%d (documentation at /docs)", services.base.name, settings.host, port
         )

@@ -182,6 +182,16 @@ class LimitSettings(BaseModel):
     max_queue: int = Field(
         1024, ge=1, description="Largest number of answers that wait or run; a request above it gets status 429"
     )
+    max_wait_s: float = Field(
+        10.0,
+        gt=0,
+        description="Longest expected wait for a first token, seconds; a longer one gets status 429",
+    )
+    shutdown_grace_s: float = Field(
+        20.0,
+        ge=0,
+        description="How long answers may go on after SIGTERM before they end with an error, seconds",
+    )
     max_stop_strings: int = Field(16, ge=1, description="Largest number of stop strings in a request")
     max_interventions: int = Field(8, ge=1, description="Largest number of interventions in a request")
     max_file_bytes: Bytes = Field(

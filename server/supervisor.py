@@ -14,31 +14,51 @@ import msgspec
 from reftserve.server.engine.engine_errors import EngineDied
 from reftserve.server.inference.engine_client import EngineClient
 from reftserve.server.inference.metrics import Metrics
+from reftserve.server.services import Services
 from reftserve.server.settings import Settings
 
 logger = logging.getLogger(__name__)
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 30.0
+MAX_FAILED_STARTS = 8  # two minutes of growing pauses
 STABLE_S = 60.0
 STOP_TIMEOUT_S = 5.0
 GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA's, AMD's, and both under WSL
 
 
-async def keep_engine(engine: EngineClient, metrics: Metrics, on_failure: Callable[[str], None]) -> None:
-    """Keep the engine running. on_failure: takes the reason if the first start fails, when a retry would be useless."""
-    first = True
+async def supervise(services: Services, on_failure: Callable[[str], None]) -> None:
+    """Keep the engine, the worker and the evaluator running until cancelled.
+
+    on_failure: takes the reason when one of them cannot be kept; then all end.
+    """
+    try:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(keep_engine(services.engine, services.metrics))
+            group.create_task(services.evaluator.run_forever())
+            if services.settings.worker:
+                group.create_task(keep_worker(services.settings, services.engine))
+    except* EngineDied as died:
+        on_failure(str(died.exceptions[0]))
+    except* Exception as failed:
+        logger.exception("a task of the server failed")
+        on_failure(f"a task of the server failed: {failed.exceptions[0]}")
+
+
+async def keep_engine(engine: EngineClient, metrics: Metrics) -> None:
+    """Keep the engine running. Raises EngineDied when the first start fails, or MAX_FAILED_STARTS in a row."""
+    failed_starts = MAX_FAILED_STARTS - 1  # a retry is useless if the first start fails: a setting is wrong
 
     async def once() -> None:
-        nonlocal first
+        nonlocal failed_starts
         try:
             ready = await engine.start()
         except EngineDied as cause:
-            if first:
-                on_failure(str(cause))
-                raise asyncio.CancelledError from cause
+            failed_starts += 1
+            if failed_starts >= MAX_FAILED_STARTS:
+                raise
             logger.error("%s", cause)
             return
-        first = False
+        failed_starts = 0
         metrics.engine_starts.inc()
         logger.info("engine ready: %s, %s, context of %d tokens", ready.device, ready.dtype, ready.max_context)
         code = await engine.wait()
@@ -58,7 +78,7 @@ async def keep_worker(settings: Settings, engine: EngineClient) -> None:
         lent = (await engine.until_ready()).lent if may_be_on_gpu(settings) else []
         # Wait for the end of this engine, not of its successor, which may run before the worker does.
         ends = [asyncio.ensure_future(engine.ended())] if lent else []
-        command = [sys.executable, "-m", "reftserve.server.training.worker"]
+        command = [sys.executable, "-P", "-m", "reftserve.server.training.worker"]
         process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.PIPE)
         ends.append(asyncio.create_task(process.wait()))
         try:
@@ -97,7 +117,7 @@ async def _restart_forever(once: Callable[[], Awaitable[None]]) -> None:
         began = loop.time()
         try:
             await once()
-        except Exception:
+        except OSError:
             # No process, no memory, no room on the disk: the next try may find some.
             logger.exception("a child process could not be started")
         pause_s = FIRST_PAUSE_S if loop.time() - began > STABLE_S else min(2 * pause_s, LONGEST_PAUSE_S)

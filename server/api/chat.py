@@ -17,7 +17,7 @@ from reftserve.client.schemas import (
     ChunkChoice,
     Delta,
 )
-from reftserve.server.api.dependencies import Inference, Owner
+from reftserve.server.api.dependencies import ClientName, Inference, Owner
 from reftserve.server.api.logprobs import chat_logprobs
 from reftserve.server.api.sse import event_stream, unless_disconnected
 from reftserve.server.errors import InvalidRequest
@@ -29,7 +29,7 @@ router = APIRouter(tags=["generation"])
 
 @router.post("/v1/chat/completions", response_model=ChatCompletion)
 async def create_chat_completion(
-    body: ChatCompletionRequest, request: Request, inference: Inference, owner: Owner
+    body: ChatCompletionRequest, request: Request, inference: Inference, owner: Owner, client: ClientName
 ) -> Response | ChatCompletion:
     """Generate the next turn of a conversation, with the base or an intervention."""
     if body.max_tokens is not None and body.max_completion_tokens is not None:
@@ -37,7 +37,7 @@ async def create_chat_completion(
     prompt = await inference.chat_prompt(body.messages)
     limit = body.max_completion_tokens or body.max_tokens
     generation = await inference.prepare(
-        owner, body, [prompt], id_prefix="chatcmpl", prompt_field="messages", max_tokens=limit
+        owner, client, body, [prompt], id_prefix="chatcmpl", prompt_field="messages", max_tokens=limit
     )
     if body.stream:
         return event_stream(_chunks(inference, body, generation))

@@ -17,7 +17,7 @@ from reftserve.client.schemas import (
     PromptTokensDetails,
     Usage,
 )
-from reftserve.server.api.dependencies import Inference, Owner
+from reftserve.server.api.dependencies import ClientName, Inference, Owner
 from reftserve.server.api.sse import unless_disconnected
 from reftserve.server.base.folder import Base
 from reftserve.server.errors import InvalidRequest
@@ -31,10 +31,12 @@ router = APIRouter(tags=["generation"])
 
 
 @router.post("/v1/classify")
-async def classify(body: ClassifyRequest, request: Request, inference: Inference, owner: Owner) -> Classification:
+async def classify(
+    body: ClassifyRequest, request: Request, inference: Inference, owner: Owner, client: ClientName
+) -> Classification:
     """Score each label as the answer to each input, with the base or an intervention."""
     prompts = await run_in_threadpool(_encode, inference.base, body)
-    context = await inference.open(owner, body, num_sequences=len(prompts))
+    context = await inference.open(owner, client, body, num_sequences=len(prompts))
     request_id = f"classify-{uuid.uuid4().hex}"
     scoring = inference.score(
         context, request_id, prompts, prompt_field="input" if body.messages is None else "messages"

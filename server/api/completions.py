@@ -10,7 +10,7 @@ from fastapi.responses import Response
 from starlette.concurrency import run_in_threadpool
 
 from reftserve.client.schemas import Completion, CompletionChoice, CompletionRequest
-from reftserve.server.api.dependencies import Inference, Owner
+from reftserve.server.api.dependencies import ClientName, Inference, Owner
 from reftserve.server.api.logprobs import TextLogprobs, joined
 from reftserve.server.api.sse import event_stream, unless_disconnected
 from reftserve.server.base.folder import Base
@@ -27,13 +27,13 @@ router = APIRouter(tags=["generation"])
 
 @router.post("/v1/completions", response_model=Completion)
 async def create_completion(
-    body: CompletionRequest, request: Request, inference: Inference, owner: Owner
+    body: CompletionRequest, request: Request, inference: Inference, owner: Owner, client: ClientName
 ) -> Response | Completion:
     """Continue a text, with the base or an intervention."""
     prompts = await run_in_threadpool(_encode, inference.base, body)
     limit = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     generation = await inference.prepare(
-        owner, body, prompts, id_prefix="cmpl", prompt_field="prompt", max_tokens=limit
+        owner, client, body, prompts, id_prefix="cmpl", prompt_field="prompt", max_tokens=limit
     )
     if body.stream:
         return event_stream(_chunks(inference, body, generation))

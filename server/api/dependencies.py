@@ -38,6 +38,11 @@ async def check_parameters(request: Request) -> None:
             )
 
 
+async def client_name(request: Request) -> str:
+    """Return the name under which the engine shares its places fairly: the client's address."""
+    return request.client.host if request.client is not None else ""
+
+
 BaseInfo = Annotated[Base, Depends(_service("base"))]
 Database = Annotated[database.Database, Depends(_service("database"))]
 Evals = Annotated[EvalService, Depends(_service("evals"))]
@@ -48,3 +53,4 @@ Metrics = Annotated[metrics.Metrics, Depends(_service("metrics"))]
 Registry = Annotated[InterventionRegistry, Depends(_service("registry"))]
 Settings = Annotated[settings.Settings, Depends(_service("settings"))]
 Owner = Annotated[str, Depends(owner)]
+ClientName = Annotated[str, Depends(client_name)]

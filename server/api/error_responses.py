@@ -33,6 +33,8 @@ def install_error_handlers(app: FastAPI) -> None:
 async def _server_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ServerError)  # noqa: S101 - registered for it alone
     headers = {} if error.retry_after_s is None else {"Retry-After": str(math.ceil(error.retry_after_s))}
+    if not error.is_retriable:
+        headers["x-should-retry"] = "false"
     return JSONResponse(error_body(error).model_dump(), error.status, headers)
 
 

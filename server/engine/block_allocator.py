@@ -79,6 +79,10 @@ class BlockAllocator:
                 self._free.move_to_end(block, last=block in self._key_of)
         block_table.clear()
 
+    def distrust(self, blocks: list[int]) -> None:
+        """Treat these blocks as if edits had written to them."""
+        self._edited.update(blocks)
+
     def take_stale(self) -> list[int]:
         """Return the blocks allocated since the last call that edits may have written to before."""
         stale, self._stale = self._stale, []

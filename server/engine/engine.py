@@ -7,9 +7,11 @@ cancel ─► scheduler.finish                                        schedule �
 from __future__ import annotations
 
 import heapq
+import logging
 import math
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -26,11 +28,13 @@ from reftserve.server.engine.scheduler import Batch, Scheduler
 from reftserve.server.engine.sequence import Sequence, Status
 from reftserve.server.engine.transfers import ToHost, indices
 
+logger = logging.getLogger(__name__)
 NOT_FINITE = "the logits are not finite: an edit overflows; lower its scale, or train it with a lower learning rate"
-
-
 NO_GRAMMARS = "this engine has no tokenizer, so it cannot follow a grammar"
 PRIORITY_STEP_S = 10.0
+SIBLING_STEP_S = 1.0
+FAILED = "internal error in the engine; see the server's log"
+MAX_FAILED_STEPS = 3  # in a row; then the device or the engine is broken, and a new process is needed
 # Share of the previous step's time for checking loads, capped so that one long step cannot cause a longer one.
 LOADING_SHARE, LONGEST_LOADING_S = 0.1, 0.01
 IDLE_LOADING_S = 0.05  # the limit while no sequence runs
@@ -56,7 +60,9 @@ class Engine:
     """Continuous batching of requests with any mixture of interventions over one frozen model.
 
     grammars: None refuses structured output. overlap: launch the next step before the host processes this one's tokens.
-    A request of priority p is queued as if it had arrived p * PRIORITY_STEP_S later, so that no request waits for ever.
+    A request of priority p is queued as if it had arrived p * PRIORITY_STEP_S later, so that no request waits for ever;
+    the nth answer of one request, n * SIBLING_STEP_S later. on_admission: called with the ids of all running requests
+    before a step that has new ones.
     """
 
     def __init__(
@@ -69,6 +75,7 @@ class Engine:
         prefix_cache: bool = True,
         grammars: GrammarCompiler | None = None,
         overlap: bool = False,
+        on_admission: Callable[[list[str]], None] | None = None,
     ) -> None:
         self.overlap = overlap
         self.runner = runner
@@ -85,9 +92,12 @@ class Engine:
         self._awaiting: defaultdict[str, list[Sequence]] = defaultdict(list)
         self._outputs: list[TokenOutput] = []
         self._in_flight: InFlightStep | None = None
+        self.on_admission = on_admission
+        self._admissions = self._failed_steps = 0
         self._deadlines: list[tuple[float, str]] = []
         self._submitted = 0
-        self._step_s = 0.0
+        self._step_s = self._full_s = 0.0
+        self._full_prompt_tokens = self._full_generated_tokens = 0
         self._steps = self._prompt_tokens = self._cached_prompt_tokens = self._generated_tokens = 0
 
     @property
@@ -103,7 +113,8 @@ class Engine:
     def submit(self, submit: Submit) -> None:
         """Accept a request; later steps output its tokens or its error."""
         now = time.monotonic()
-        sequence = Sequence.from_submit(submit, order=(now + PRIORITY_STEP_S * submit.priority, self._submitted))
+        moment = now + PRIORITY_STEP_S * submit.priority + SIBLING_STEP_S * submit.sibling
+        sequence = Sequence.from_submit(submit, order=(moment, self._submitted))
         self._submitted += 1
         self._sequences[submit.request_id] = sequence
         if submit.timeout_s is not None:
@@ -130,20 +141,29 @@ class Engine:
             self._end(sequence, TokenOutput(request_id, [], "cancelled"))
 
     def step(self) -> StepOutput:
-        """Collect loads, compute one batch and sample; return the new tokens and the ended requests."""
+        """Collect loads, compute one batch and sample; return the new tokens and the ended requests.
+
+        An exception ends the requests of its step with an error. Raises it when MAX_FAILED_STEPS in a row fail.
+        """
         self._collect_loads()
         began = time.perf_counter()
         self._collect_grammars()
         self._drop_late()
+        computed, generated = self._prompt_tokens, self._generated_tokens
         step, self._in_flight = self._in_flight, None
-        if step is None:
-            batch = self.scheduler.schedule()
-            step = self._launch(batch) if batch.chunks else None
-        if step is not None:
-            ahead = self._run_ahead(step) if self.overlap else None
-            self._finish(step)
-            self._in_flight = ahead if self.scheduler.running else None
+        batch = self.scheduler.schedule() if step is None else step.batch
+        if batch.chunks:
+            try:
+                self._compute(batch, step)
+            except Exception:
+                self._fail(batch)
+            else:
+                self._failed_steps = 0
         self._step_s = time.perf_counter() - began
+        if self.scheduler.waiting:
+            self._full_s += self._step_s
+            self._full_prompt_tokens += self._prompt_tokens - computed
+            self._full_generated_tokens += self._generated_tokens - generated
         outputs, self._outputs = self._outputs, []
         return StepOutput(outputs, self.stats())
 
@@ -162,6 +182,9 @@ class Engine:
             cached_prompt_tokens=self._cached_prompt_tokens,
             generated_tokens=self._generated_tokens,
             preemptions=scheduler.preemptions,
+            full_s=self._full_s,
+            full_prompt_tokens=self._full_prompt_tokens,
+            full_generated_tokens=self._full_generated_tokens,
         )
 
     def close(self) -> None:
@@ -169,6 +192,28 @@ class Engine:
         self.loader.close()
         if self.grammars is not None:
             self.grammars.close()
+
+    def _compute(self, batch: Batch, step: InFlightStep | None) -> None:
+        """Launch the batch unless it is in flight as `step`, and finish it; perhaps launch the next one before that."""
+        if self.on_admission is not None and self.scheduler.admissions > self._admissions:
+            self._admissions = self.scheduler.admissions
+            self.on_admission([(each.parent or each).request_id for each in self.scheduler.running])
+        step = step or self._launch(batch)
+        ahead = self._run_ahead(step) if self.overlap else None
+        self._finish(step)
+        self._in_flight = ahead if self.scheduler.running else None
+
+    def _fail(self, batch: Batch) -> None:
+        """End the requests of a batch whose computation raised; the others go on. Requires a current exception."""
+        logger.exception("a step of %d requests failed", len(batch.chunks))
+        self._failed_steps += 1
+        if self._failed_steps == MAX_FAILED_STEPS:
+            raise
+        self.scheduler.abandon(batch)
+        for chunk in batch.chunks:
+            request = chunk.sequence.parent or chunk.sequence
+            if request.request_id in self._sequences:
+                self._end(request, TokenOutput(request.request_id, [], "failed", FAILED))
 
     def _launch(self, batch: Batch, token_ids: Tensor | None = None) -> InFlightStep:
         logits = self.runner.step(batch, token_ids)

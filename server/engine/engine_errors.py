@@ -12,4 +12,11 @@ class RequestRefused(EngineError):
 
 
 class EngineDied(EngineError):
-    """The engine's process has ended; its requests are lost."""
+    """The engine's process has ended; its requests are lost.
+
+    was_running: whether its last steps computed this request, which may then be the cause.
+    """
+
+    def __init__(self, message: str, *, was_running: bool = False) -> None:
+        super().__init__(message)
+        self.was_running = was_running

@@ -55,6 +55,7 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     cache_salt: only requests with equal salts share cached prefixes. priority: lower goes first. timeout_s: then the
     request ends with an error, in any state. continuations: non-empty texts to score after the prompt, which is
     computed once; nothing is generated and `sampling` is ignored. For edits, their tokens count as generated.
+    client: `FairQueue` is fair among clients. sibling: the answer's index in a request for several.
     """
 
     request_id: str
@@ -65,6 +66,8 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     priority: int = 0
     timeout_s: float | None = None
     continuations: list[list[int]] = []
+    client: str = ""
+    sibling: int = 0
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
@@ -82,6 +85,8 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     max_context: int
     device: str
     dtype: str
+    max_sequences: int
+    block_size: int
     lent: list[LentTensor] = []
 
 
@@ -94,8 +99,9 @@ class TokenLogprobs(msgspec.Struct, frozen=True):
 
 
 class TokenOutput(msgspec.Struct, frozen=True, omit_defaults=True):
-    """New tokens of one request; the last has `finish_reason` "stop", "length", "cancelled", "timeout" or "error".
+    """New tokens of one request; the last has a `finish_reason`.
 
+    "stop", "length"; "cancelled", "timeout"; "error": the request cannot be computed, "failed": the engine's fault.
     cached_tokens: of the prompt, the same in each output. logprobs: of the new tokens. prompt_logprobs: of all prompt
     tokens but the first, once. continuation_logprobs: of each continuation's tokens.
     """
@@ -111,7 +117,7 @@ class TokenOutput(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class EngineStats(msgspec.Struct, frozen=True):
-    """Gauges and counters after a step."""
+    """Gauges and counters after a step. full_*: seconds, and tokens, of the steps during which requests waited."""
 
     running: int
     waiting: int
@@ -124,6 +130,9 @@ class EngineStats(msgspec.Struct, frozen=True):
     cached_prompt_tokens: int
     generated_tokens: int
     preemptions: int
+    full_s: float
+    full_prompt_tokens: int
+    full_generated_tokens: int
 
 
 class StepOutput(msgspec.Struct, frozen=True, tag="step"):

@@ -1,4 +1,4 @@
-"""The engine's own process: `python -m reftserve.server.engine.process --socket ipc://...`.
+"""The engine's own process: `python -P -m reftserve.server.engine.process --folder ...`.
 
 Standard input is one line, the EngineConfig as JSON; when the parent ends and closes it, this process exits. Messages
 cross one ZeroMQ PAIR socket, which the parent binds. Both sides queue, so a slow reader never delays a step.
@@ -30,6 +30,7 @@ from reftserve.server.base.weights import load_base
 from reftserve.server.engine.config import EngineConfig
 from reftserve.server.engine.engine import Engine
 from reftserve.server.engine.engine_errors import EngineError
+from reftserve.server.engine.engine_folder import RunningRecord, socket_address
 from reftserve.server.engine.grammar_masks import GrammarCompiler
 from reftserve.server.engine.messages import Cancel, Fatal, FromEngine, Ready, Submit, ToEngine
 from reftserve.server.engine.runner import Runner
@@ -42,22 +43,22 @@ LOADING_POLL_MS = 1
 def main() -> None:
     """Run the engine's process."""
     arguments = argparse.ArgumentParser()
-    arguments.add_argument("--socket", required=True)
-    address = arguments.parse_args().socket
+    arguments.add_argument("--folder", type=Path, required=True)
+    folder = arguments.parse_args().folder
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends this process
     config = msgspec.json.decode(sys.stdin.readline(), type=EngineConfig)
     threading.Thread(target=_exit_with_parent, name="parent-watch", daemon=True).start()
     socket: zmq.Socket[bytes] = zmq.Context().socket(zmq.PAIR)
     socket.set_hwm(0)
-    socket.connect(address)
+    socket.connect(socket_address(folder))
     encoder = msgspec.msgpack.Encoder()
 
     def send(message: FromEngine) -> None:
         socket.send(encoder.encode(message))
 
     try:
-        engine, ready = build(config)
+        engine, ready = build(config, running=RunningRecord(folder))
     except (BaseModelError, EngineError, InterventionError, OSError, ValueError, RuntimeError) as cause:
         send(Fatal(f"{type(cause).__name__}: {cause}"))
         socket.close(linger=1000)
@@ -75,7 +76,9 @@ def main() -> None:
             send(output)
 
 
-def build(config: EngineConfig, kernels: KernelChoice | None = None) -> tuple[Engine, Ready]:
+def build(
+    config: EngineConfig, kernels: KernelChoice | None = None, running: RunningRecord | None = None
+) -> tuple[Engine, Ready]:
     """Load the model and create the engine. kernels: None follows the config. Raises as `load_base` and `Runner` do."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -110,12 +113,15 @@ def build(config: EngineConfig, kernels: KernelChoice | None = None) -> tuple[En
         host_bytes=config.host_bytes,
         prefix_cache=config.prefix_cache,
         overlap=device.type == "cuda",
+        on_admission=running.write if running is not None else None,
         grammars=GrammarCompiler(tokenizer, eos_token_ids(folder, tokenizer), runner.config.vocab_size),
     )
     ready = Ready(
         max_context=runner.max_context,
         device=str(device),
         dtype=str(model.dtype).removeprefix("torch."),
+        max_sequences=config.max_sequences,
+        block_size=config.block_size,
         lent=lent,
     )
     return engine, ready

@@ -1,9 +1,10 @@
 """Chooses the tokens of each step, within a budget of tokens and blocks.
 
 A step is a `Batch` of chunks: the one uncomputed token of each decoding sequence, then as many prompt tokens as the
-budget leaves, so a long prompt never delays running streams. Waiting sequences are admitted by `order`: arrival time,
-shifted by priority. When blocks run out, the running sequence with the last order is preempted: it releases its blocks,
-keeps its place in the queue, and later recomputes its tokens with edits at the same positions.
+budget leaves, so a long prompt never delays running streams. `FairQueue` says which waiting sequence goes
+next. When blocks run out, the last sequence of the client with most running ones is preempted: it releases its blocks,
+keeps its place in the queue, and later recomputes its tokens with edits at the same positions. The same happens when a
+waiting client finds all places taken, and another client has at least two more running sequences than it has.
 
 A sequence with forks leaves the running set but keeps its blocks. A fork shares the blocks that the prompt fills and
 copies the partial last one, so it computes only its own tokens. When blocks run out, these prefixes are dropped first;
@@ -12,12 +13,14 @@ the forks then reuse blocks still in the prefix cache and recompute the rest.
 
 from __future__ import annotations
 
-from bisect import insort
+import time
+from collections import Counter
 from dataclasses import dataclass, field
 
 from reftserve.server.engine.bank import Bank
 from reftserve.server.engine.block_allocator import BlockAllocator
 from reftserve.server.engine.engine_errors import RequestRefused
+from reftserve.server.engine.fair_queue import FairQueue, order_of
 from reftserve.server.engine.sequence import Sequence, Status
 
 
@@ -82,11 +85,12 @@ class Scheduler:
         self.bank = bank
         self.max_batch_tokens = max_batch_tokens
         self.max_sequences = min(max_sequences, max_batch_tokens)
-        self.waiting: list[Sequence] = []
+        self.waiting = FairQueue()
         self.running: list[Sequence] = []
         self.forked: list[Sequence] = []
         self.prefix_cache = prefix_cache
         self.preemptions = 0
+        self.admissions = 0
 
     def check(self, sequence: Sequence) -> None:
         """Raise RequestRefused when the sequence cannot run even alone."""
@@ -97,9 +101,9 @@ class Scheduler:
         self.bank.check(sequence.interventions)
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence whose interventions are loaded."""
+        """Queue a new sequence whose interventions are loaded."""
         sequence.status = Status.WAITING
-        insort(self.waiting, sequence, key=_order)
+        self.waiting.arrive(sequence)
 
     def schedule(self) -> Batch:
         """Return the next step's batch; empty when nothing can run."""
@@ -113,15 +117,19 @@ class Scheduler:
             if sequence.status is Status.RUNNING and self._reserve(sequence, stop):
                 planned.append(Chunk(sequence, sequence.n_computed, stop))
                 budget -= stop - sequence.n_computed
-        # A later reservation may have preempted a sequence whose chunk is already planned.
-        planned = [chunk for chunk in planned if chunk.sequence.status is Status.RUNNING]
-        while self.waiting and budget > 0 and len(self.running) < self.max_sequences:
-            sequence = self.waiting[0]
-            if not self._admit(sequence, budget, copied):
+        now = time.monotonic() if self.waiting else 0.0
+        while self.waiting and budget > 0:
+            sequence = self.waiting.first(now)
+            if len(self.running) < self.max_sequences and self._admit(sequence, budget, copied):
+                stop = sequence.n_computed + min(sequence.n_uncomputed, budget)
+                planned.append(Chunk(sequence, sequence.n_computed, stop))
+                budget -= stop - sequence.n_computed
+            elif (crowding := self._crowding_out(sequence, now)) is not None:
+                self._preempt(crowding)
+            else:
                 break
-            stop = sequence.n_computed + min(sequence.n_uncomputed, budget)
-            planned.append(Chunk(sequence, sequence.n_computed, stop))
-            budget -= stop - sequence.n_computed
+        # A sequence whose chunk is planned may have been preempted after that.
+        planned = [chunk for chunk in planned if chunk.sequence.status is Status.RUNNING]
         if not planned and self.waiting and self.forked:
             # Waiting sequences would otherwise wait for ever for the prefixes' blocks.
             while self.forked:
@@ -142,8 +150,8 @@ class Scheduler:
         """
         chunks = batch.chunks
         running = [(row, c) for row, c in enumerate(chunks) if c.sequence.status is Status.RUNNING]
-        may_admit = self.waiting and len(self.running) < self.max_sequences
-        if may_admit or len(running) < len(self.running) or not all(c.samples for c in chunks):
+        may_admit = len(self.running) < self.max_sequences or self._is_crowded()
+        if (self.waiting and may_admit) or len(running) < len(self.running) or not all(c.samples for c in chunks):
             return None
         if not all(c.sequence.can_run_ahead for _, c in running):
             return None
@@ -178,14 +186,22 @@ class Scheduler:
 
     def finish(self, sequence: Sequence) -> None:
         """Remove a sequence in any state, and free its blocks and slots."""
-        if sequence.status is Status.RUNNING:
+        if sequence.status is Status.FORKED:
+            self._drop_prefix(sequence)
+        elif sequence.status is Status.RUNNING:
             self.running.remove(sequence)
             self._release(sequence)
-        elif sequence.status is Status.FORKED:
-            self._drop_prefix(sequence)
+            self.waiting.leave(sequence)
         elif sequence.status is Status.WAITING:
             self.waiting.remove(sequence)
+            self.waiting.leave(sequence)
         sequence.status = Status.FINISHED
+
+    def abandon(self, batch: Batch) -> None:
+        """Distrust the content of a failed batch's blocks; its sequences must be finished next."""
+        self.allocator.distrust(batch.stale_blocks)
+        for chunk in batch.chunks:
+            self.allocator.distrust(chunk.sequence.block_table)
 
     def _admit(self, sequence: Sequence, budget: int, copied: list[tuple[int, int]]) -> bool:
         parent, size = sequence.parent, self.allocator.block_size
@@ -207,10 +223,27 @@ class Scheduler:
         self.allocator.extend(sequence.block_table, sequence.n_computed + min(sequence.n_uncomputed, budget))
         if prefix is not None and len(prefix) > len(known):
             copied.append((prefix[len(known)], sequence.block_table[len(known)]))
-        self.waiting.pop(0)
+        self.waiting.remove(sequence)
+        self.waiting.charge(sequence)
         sequence.status = Status.RUNNING
         self.running.append(sequence)
+        self.admissions += 1
         return True
+
+    def _crowding_out(self, sequence: Sequence, now: float) -> Sequence | None:
+        """Return the sequence to preempt for a waiting one: the last of the client with the most running ones.
+
+        None if that client has not at least two more than the waiting sequence's, or the sequence's time has not come.
+        """
+        running = Counter(each.client for each in self.running)
+        client, most = max(running.items(), key=lambda item: item[1], default=("", 0))
+        if most < running[sequence.client] + 2 or sequence.order[0] > now:
+            return None
+        return max((each for each in self.running if each.client == client), key=order_of)
+
+    def _is_crowded(self) -> bool:
+        now = time.monotonic()
+        return len(self.waiting) > 0 and self._crowding_out(self.waiting.first(now), now) is not None
 
     def _cached_blocks(self, sequence: Sequence) -> list[int]:
         if not self.prefix_cache:
@@ -224,7 +257,8 @@ class Scheduler:
             if self.forked:
                 self._drop_prefix(self.forked[-1])
                 continue
-            victim = max(self.running, key=_order)
+            running = Counter(each.client for each in self.running)
+            victim = max(self.running, key=lambda each: (running[each.client], each.order))
             self._preempt(victim)
             if victim is sequence:
                 return False
@@ -234,12 +268,14 @@ class Scheduler:
         self.running.remove(sequence)
         self._release(sequence)
         sequence.n_computed = 0
-        self.add(sequence)
+        sequence.status = Status.WAITING
+        self.waiting.push(sequence)
         self.preemptions += 1
 
     def _drop_prefix(self, sequence: Sequence) -> None:
         self.forked.remove(sequence)
         self._release(sequence)
+        self.waiting.leave(sequence)
         sequence.status = Status.FINISHED
 
     def _release(self, sequence: Sequence) -> None:
@@ -250,7 +286,3 @@ class Scheduler:
         if sequence.edits:
             self.bank.release(sequence.interventions)
         sequence.edits = ()
-
-
-def _order(sequence: Sequence) -> tuple[float, int]:
-    return sequence.order

@@ -35,7 +35,8 @@ class Sequence:
     """Tokens, progress, blocks and slots of one request.
 
     n_prompt: fixed at admission; edit positions refer to it, also after preemption. n_computed: tokens in the cache.
-    n_cached: those found there at the first run. order: place in the queue, lower first; preemption keeps it.
+    n_cached: those found there at the first run. charged: tokens that its client has paid for.
+    client, order: place in the queue (`fair_queue.py`); preemption keeps it.
     refs: interventions in composition order; loaded: those in host memory, by content hash.
     edits: their rows in the bank, until every token that they may edit is computed.
     scored: tokens whose logits score the next token; scores: the scores known so far.
@@ -51,6 +52,8 @@ class Sequence:
     order: tuple[float, int] = (0.0, 0)
     refs: tuple[InterventionRef, ...] = ()
     cache_salt: str = ""
+    client: str = ""
+    charged: int = 0
     loaded: dict[str, Intervention] = field(default_factory=dict)
     status: Status = Status.LOADING
     n_computed: int = 0
@@ -80,6 +83,7 @@ class Sequence:
             order=order,
             refs=submit.interventions,
             cache_salt=submit.cache_salt,
+            client=submit.client,
             scored=range(n_prompt - 1, n_prompt) if submit.continuations else scored,
             continuations=submit.continuations,
         )
@@ -96,6 +100,7 @@ class Sequence:
                     order=self.order,
                     refs=self.refs,
                     cache_salt=self.cache_salt,
+                    client=self.client,
                     loaded=self.loaded,
                     scored=range(self.n_prompt, self.n_prompt + len(continuation) - 1),
                     parent=self,

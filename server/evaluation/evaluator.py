@@ -38,6 +38,7 @@ from reftserve.server.storage.tables import EvalRun
 
 logger = logging.getLogger(__name__)
 CHUNK_ITEMS = 32
+CLIENT = "evaluations"  # the engine shares its places fairly among clients
 POLL_S = 0.5
 TABLES_POLL_S = 10.0
 ENGINES_PER_CHUNK = 3  # a run fails if this many engines die while they compute the same chunk
@@ -154,7 +155,7 @@ class Evaluator:
         target = RunTarget(
             run_id=run.id,
             criteria=criteria_of(row),
-            context=RequestContext(versions, cache_salt(run.owner), PRIORITY, is_metered=False),
+            context=RequestContext(versions, CLIENT, cache_salt(run.owner), PRIORITY, is_metered=False),
             max_tokens=source.sampling_params.max_completion_tokens,
         )
         return read_examples(self._store.files.path(file)), target

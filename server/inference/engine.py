@@ -8,13 +8,17 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from typing import Protocol
 
-from reftserve.server.engine.messages import Ready, Submit, TokenOutput
+from reftserve.server.engine.messages import EngineStats, Ready, Submit, TokenOutput
 
 
 class InferenceEngine(Protocol):
-    """An engine that answers requests made of token ids. ready: its sizes; None while it cannot take requests."""
+    """An engine that answers requests made of token ids. ready: its sizes; None while it cannot take requests.
+
+    stats: after its latest step.
+    """
 
     ready: Ready | None
+    stats: EngineStats | None
 
     @property
     def is_alive(self) -> bool:
@@ -24,6 +28,10 @@ class InferenceEngine(Protocol):
     @property
     def num_requests(self) -> int:
         """Requests that wait or run."""
+        ...
+
+    def end_requests(self, reason: str) -> None:
+        """End all requests with finish reason "stopped" and this error."""
         ...
 
     def generate(self, request: Submit) -> AsyncGenerator[TokenOutput]:

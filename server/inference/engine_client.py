@@ -19,6 +19,7 @@ import zmq.asyncio
 
 from reftserve.server.engine.config import EngineConfig
 from reftserve.server.engine.engine_errors import EngineDied
+from reftserve.server.engine.engine_folder import make_engine_folder, read_running, socket_address
 from reftserve.server.engine.messages import (
     Cancel,
     EngineStats,
@@ -64,18 +65,19 @@ class EngineClient:
 
     async def start(self) -> Ready:
         """Start the process and wait until its model is loaded. Raises EngineDied with the reason for a failure."""
-        self._folder = tempfile.TemporaryDirectory(prefix="reftserve-")
-        address = f"ipc://{Path(self._folder.name) / 'engine'}"
+        self._folder = make_engine_folder()
         self._socket = self._context.socket(zmq.PAIR)
         self._socket.set_hwm(0)
-        self._socket.bind(address)
-        command = [sys.executable, "-m", "reftserve.server.engine.process", "--socket", address]
+        # -P: a file of the working folder, such as random.py, must not be imported in place of a module.
+        command = [sys.executable, "-P", "-m", "reftserve.server.engine.process", "--folder", self._folder.name]
         try:
+            self._socket.bind(socket_address(Path(self._folder.name)))
             self._process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.PIPE)
             assert self._process.stdin is not None  # noqa: S101 - the line above requested it
             self._process.stdin.write(msgspec.json.encode(self._config) + b"\n")
             await self._process.stdin.drain()
-        except OSError as cause:  # no memory for a process, or it ended before it read its input
+        except (OSError, zmq.ZMQError) as cause:  # no memory, no room, or it ended before it read its input
+            self._close()
             raise EngineDied(f"the engine could not be started: {cause}") from cause
         self.ready = await self._first_message(self._socket, self._process)
         self.dtype = self.ready.dtype
@@ -96,12 +98,27 @@ class EngineClient:
         return self._process.wait()
 
     async def wait(self) -> int:
-        """Wait until the process ends, fail all running requests, and return its exit code."""
-        code = await self.ended()
+        """Wait until the process ends, fail all its requests, and return its exit code.
+
+        Ends the process if its messages cannot be read any more.
+        """
+        ended = asyncio.ensure_future(self.ended())
+        receiver = self._receiver or ended
+        await asyncio.wait([ended, receiver], return_when=asyncio.FIRST_COMPLETED)
+        if not ended.done() and self._process is not None:
+            self._process.kill()
+        code = await ended
+        running = read_running(Path(self._folder.name)) if self._folder is not None else set()
         self._close()
         for request_id, queue in self._queues.items():
-            queue.put_nowait(TokenOutput(request_id, [], "died", f"the engine ended with code {code}"))
+            reason = "died" if request_id in running else "lost"
+            queue.put_nowait(TokenOutput(request_id, [], reason, f"the engine ended with code {code}"))
         return code
+
+    def end_requests(self, reason: str) -> None:
+        """End all requests with finish reason "stopped" and this error."""
+        for request_id, queue in self._queues.items():
+            queue.put_nowait(TokenOutput(request_id, [], "stopped", reason))
 
     async def stop(self) -> None:
         """Stop the process and close the connection. The engine has no state to save."""
@@ -126,8 +143,8 @@ class EngineClient:
             while not finished:
                 output = await queue.get()
                 finished = output.finish_reason is not None
-                if output.finish_reason == "died":
-                    raise EngineDied(output.error or "the engine died")
+                if output.finish_reason in ("died", "lost"):
+                    raise EngineDied(output.error or "", was_running=output.finish_reason == "died")
                 yield output
         finally:
             del self._queues[request.request_id]
@@ -170,6 +187,7 @@ class EngineClient:
         self._is_ready.clear()
         if self._receiver is not None:
             self._receiver.cancel()
+            self._receiver = None
         if self._socket is not None:
             self._socket.close(linger=0)
             self._socket = None

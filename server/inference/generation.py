@@ -14,10 +14,12 @@ from reftserve.server.registry.composition import Composition
 class RequestContext:
     """Everything about a request except its tokens. versions: interventions and scales. priority: lower goes first.
 
-    cache_salt: prefixes are shared only under equal salts. is_metered: whether the metrics of users' requests count it.
+    client: the engine is fair among clients. cache_salt: prefixes are shared only under equal salts.
+    is_metered: whether metrics and admission count it; evaluations are not counted.
     """
 
     versions: Composition
+    client: str
     cache_salt: str
     priority: int = 0
     timeout_s: float | None = None

@@ -30,7 +30,8 @@ from reftserve.server.base.folder import Base
 from reftserve.server.base.prompts import encode_rendered, render_chat
 from reftserve.server.engine.engine_errors import EngineDied
 from reftserve.server.engine.messages import InterventionRef, Ready, SamplingParams, Submit, TokenOutput
-from reftserve.server.errors import DeadlineExceeded, InvalidRequest, Overloaded, Unavailable
+from reftserve.server.errors import DeadlineExceeded, EngineFailed, InvalidRequest, ServerError, Unavailable
+from reftserve.server.inference.admission import Admission
 from reftserve.server.inference.answer_queue import AnswerQueue
 from reftserve.server.inference.detokenizer import Detokenizer
 from reftserve.server.inference.engine import InferenceEngine
@@ -50,14 +51,17 @@ from reftserve.server.registry.composition import pinned, resolve_composition
 from reftserve.server.registry.intervention_registry import InterventionRegistry
 
 RETRY_AFTER_S = 1.0
+DRAIN_POLL_S = 0.05
+STOPPING = "the server is stopping"
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class InferenceLimits:
-    """max_queue: requests that wait or run at once. The other two are limits of one request."""
+    """max_queue: requests in the engine at once. max_wait_s: the longest expected wait. The others: of one request."""
 
     max_queue: int
+    max_wait_s: float
     max_interventions: int
     max_stop_strings: int
 
@@ -78,11 +82,21 @@ class InferenceService:
         self._registry = registry
         self._metrics = metrics
         self._limits = limits
+        self._admission = Admission(max_queue=limits.max_queue, max_wait_s=limits.max_wait_s)
+        self._is_stopping = False
 
     @property
     def is_ready(self) -> bool:
         """Whether the engine takes requests."""
-        return self._engine.is_alive
+        return self._engine.is_alive and not self._is_stopping
+
+    async def drain(self, grace_s: float) -> None:
+        """Refuse new requests; let those in the engine end, and fail them with Unavailable after `grace_s` seconds."""
+        self._is_stopping = True
+        until = time.monotonic() + grace_s
+        while self._engine.num_requests and time.monotonic() < until:
+            await asyncio.sleep(DRAIN_POLL_S)
+        self._engine.end_requests(STOPPING)
 
     async def chat_prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
         """Render a conversation with the chat template and encode it. Raises InvalidRequest if the template refuses."""
@@ -93,10 +107,10 @@ class InferenceService:
         return await run_in_threadpool(encode)
 
     async def open(
-        self, owner: str, request: GenerationFields | ClassifyRequest, *, num_sequences: int
+        self, owner: str, client: str, request: GenerationFields | ClassifyRequest, *, num_sequences: int
     ) -> RequestContext:
         """Check for room and resolve interventions. Raises Unavailable, Overloaded, NotFound or InvalidRequest."""
-        self._require_room(num_sequences)
+        self._admission.require_place(client, num_sequences, self._ready(), self._engine.stats)
         versions = await run_in_threadpool(
             resolve_composition,
             self._registry,
@@ -107,11 +121,12 @@ class InferenceService:
             limit=self._limits.max_interventions,
         )
         salt = cache_salt(owner, request.cache_salt)
-        return RequestContext(versions, salt, request.priority or 0, request.timeout)
+        return RequestContext(versions, client, salt, request.priority or 0, request.timeout)
 
     async def prepare(
         self,
         owner: str,
+        client: str,
         request: GenerationFields,
         prompts: list[list[int]],
         *,
@@ -124,7 +139,7 @@ class InferenceService:
         max_tokens: None fills the context. prompt_field: the field that errors about the prompt name.
         """
         n = request.n or 1
-        context = await self.open(owner, request, num_sequences=n * len(prompts))
+        context = await self.open(owner, client, request, num_sequences=n * len(prompts))
         check_sampling(request, self.base, self._limits.max_stop_strings)
         grammar = await run_in_threadpool(grammar_of, request)
         params = []
@@ -179,12 +194,17 @@ class InferenceService:
             self._check_length(prompt.prompt_ids, max(map(len, prompt.label_ids)), prompt_field)
         submits = [
             self._submit(
-                context, f"{request_id}-{index}", prompt.prompt_ids, SamplingParams(max_tokens=0), prompt.label_ids
+                context,
+                f"{request_id}-{index}",
+                prompt.prompt_ids,
+                SamplingParams(max_tokens=0),
+                continuations=prompt.label_ids,
+                sibling=index,
             )
             for index, prompt in enumerate(prompts)
         ]
         with self.pinned(context), self._metrics.request(is_metered=context.is_metered):
-            outputs = await _together(self._last_output(submit) for submit in submits)
+            outputs = await _together(self._last_output(submit, is_counted=context.is_metered) for submit in submits)
         return [ScoredPrompt(output.continuation_logprobs, output.cached_tokens) for output in outputs]
 
     async def complete(self, context: RequestContext, request_id: str, prompt: list[int], *, max_tokens: int) -> str:
@@ -202,13 +222,9 @@ class InferenceService:
         """Keep the versions' files while inside. Raises NotFound when one has been deleted since it was resolved."""
         return pinned(self._registry, context.versions)
 
-    def _require_room(self, num_sequences: int) -> None:
-        self._ready()
-        waiting, limit = self._engine.num_requests, self._limits.max_queue
-        if waiting + num_sequences > limit:
-            raise Overloaded(f"{waiting} requests are waiting, {limit} is the limit", retry_after_s=RETRY_AFTER_S)
-
     def _ready(self) -> Ready:
+        if self._is_stopping:
+            raise Unavailable(STOPPING, code="server_stopping", retry_after_s=RETRY_AFTER_S)
         if self._engine.ready is None:
             raise Unavailable("the engine is not ready", retry_after_s=RETRY_AFTER_S)
         return self._engine.ready
@@ -241,6 +257,7 @@ class InferenceService:
         prompt: list[int],
         sampling: SamplingParams,
         continuations: list[list[int]] | None = None,
+        sibling: int = 0,
     ) -> Submit:
         refs = tuple(InterventionRef(str(v.folder), v.row.content_hash, scale) for v, scale in context.versions)
         return Submit(
@@ -252,30 +269,36 @@ class InferenceService:
             priority=context.priority,
             timeout_s=context.timeout_s,
             continuations=continuations or [],
+            client=context.client,
+            sibling=sibling,
         )
 
-    async def _outputs(self, submit: Submit) -> AsyncGenerator[TokenOutput]:
+    async def _outputs(self, submit: Submit, *, is_counted: bool) -> AsyncGenerator[TokenOutput]:
+        """Yield the engine's outputs, its failures as the server's errors. is_counted: by admission."""
+        tracked = self._admission.track(submit) if is_counted else contextlib.nullcontext()
         try:
-            async with contextlib.aclosing(self._engine.generate(submit)) as outputs:
-                async for output in outputs:
-                    if output.finish_reason == "timeout":
-                        raise DeadlineExceeded(
-                            f"{output.error}; give a longer timeout, or fewer max_tokens", param="timeout"
-                        )
-                    if output.error is not None:
-                        raise InvalidRequest(output.error, code="request_refused")
-                    yield output
+            with tracked as advance:
+                async with contextlib.aclosing(self._engine.generate(submit)) as outputs:
+                    async for output in outputs:
+                        if output.error is not None:
+                            raise _server_error(output)
+                        if advance is not None:
+                            advance(len(output.token_ids))
+                        yield output
         except EngineDied as cause:
+            if cause.was_running:
+                message = f"{cause} while it computed this request, which may be the cause"
+                raise EngineFailed(message, code="engine_died") from cause
             raise Unavailable(str(cause), code="engine_died", retry_after_s=RETRY_AFTER_S) from cause
 
-    async def _last_output(self, submit: Submit) -> TokenOutput:
-        async with contextlib.aclosing(self._outputs(submit)) as outputs:
+    async def _last_output(self, submit: Submit, *, is_counted: bool) -> TokenOutput:
+        async with contextlib.aclosing(self._outputs(submit, is_counted=is_counted)) as outputs:
             return [output async for output in outputs][-1]
 
     async def _answer(self, generation: Generation, index: int) -> AsyncGenerator[Piece]:
         params = generation.params[index]
         prompt = generation.prompt_of(index)
-        submit = self._submit(generation.context, f"{generation.id}-{index}", prompt, params)
+        submit = self._submit(generation.context, f"{generation.id}-{index}", prompt, params, sibling=index)
         # The token that ends the turn is counted, never shown.
         detokenizer = Detokenizer(
             self.base.tokenizer,
@@ -284,7 +307,8 @@ class InferenceService:
             hidden_token_ids=params.stop_token_ids,
             min_tokens=params.min_tokens,
         )
-        async with contextlib.aclosing(self._outputs(submit)) as outputs:
+        is_counted = generation.context.is_metered
+        async with contextlib.aclosing(self._outputs(submit, is_counted=is_counted)) as outputs:
             async for output in outputs:
                 text = detokenizer.add(output.token_ids, last=output.finish_reason is not None)
                 reason: FinishReason | None = None
@@ -309,6 +333,18 @@ class InferenceService:
 def cache_salt(owner: str, wanted: str | None = None) -> str:
     """Salt an owner's cached prefixes. Owners never share them: timing must not reveal what another owner asked."""
     return f"{owner}\0{wanted or ''}"
+
+
+def _server_error(output: TokenOutput) -> ServerError:
+    match output.finish_reason:
+        case "timeout":
+            return DeadlineExceeded(f"{output.error}; give a longer timeout, or fewer max_tokens", param="timeout")
+        case "failed":
+            return EngineFailed(output.error or "")
+        case "stopped":
+            return Unavailable(output.error or "", code="server_stopping", retry_after_s=RETRY_AFTER_S)
+        case _:
+            return InvalidRequest(output.error or "", code="request_refused")
 
 
 async def _together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

@@ -18,10 +18,12 @@ from weakref import WeakValueDictionary
 
 from sqlalchemy import select
 
+from reftserve.server.errors import Unavailable
 from reftserve.server.storage.database import Database
 from reftserve.server.storage.tables import Job, JobEvent
 
 POLL_S = 0.25
+RETRY_AFTER_S = 1.0
 PAGE = 200
 KEPT = 5 * PAGE
 
@@ -33,11 +35,21 @@ class EventFeed:
         self._database = database
         # Only the watchers of a job hold its tail, so it goes with the last of them.
         self._tails: WeakValueDictionary[str, _Tail] = WeakValueDictionary()
+        self._is_closed = False
+
+    def close(self) -> None:
+        """End all streams with Unavailable; their clients go on with a later server."""
+        self._is_closed = True
 
     async def follow(self, job_id: str, after: int) -> AsyncGenerator[JobEvent]:
-        """Yield events numbered above `after` in order, then new ones as they are written, until the job has ended."""
+        """Yield events numbered above `after` in order, then new ones as they are written, until the job has ended.
+
+        Raises Unavailable when the feed is closed.
+        """
         tail = self._tails.setdefault(job_id, _Tail(after))
         while True:
+            if self._is_closed:
+                raise Unavailable("the server is stopping", code="server_stopping", retry_after_s=RETRY_AFTER_S)
             await self._poll(job_id, tail)
             is_behind = after < tail.first
             events = await self._page(job_id, after) if is_behind else tail.above(after)

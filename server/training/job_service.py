@@ -134,6 +134,10 @@ class JobService:
             raise InvalidRequest(f"job {job_id} has no event {after!r} yet", param="after")
         return self._feed.follow(job_id, number)
 
+    def end_streams(self) -> None:
+        """End all streams of events with Unavailable, because the server stops."""
+        self._feed.close()
+
     def checkpoints(self, owner: str, job_id: str) -> list[JobCheckpoint]:
         """Return the job's checkpoints, newest first."""
         self.get(owner, job_id)

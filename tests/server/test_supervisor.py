@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
+import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 from reftserve.server import supervisor
 from reftserve.server.base.lent_tensor import LentTensor
 from reftserve.server.engine.config import EngineConfig
+from reftserve.server.engine.engine_errors import EngineDied
 from reftserve.server.engine.messages import Ready
 from reftserve.server.inference.engine_client import EngineClient
 from reftserve.server.inference.metrics import Metrics
@@ -108,11 +110,10 @@ def test_an_engine_is_restarted_even_if_the_first_restart_fails(
     tiny_llama_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = shutil.copytree(tiny_llama_folder, tmp_path / "model")
-    failures: list[str] = []
 
     async def story() -> None:
         engine = EngineClient(config(model))
-        keeper = asyncio.create_task(keep_engine(engine, Metrics(lambda: None), failures.append))
+        keeper = asyncio.create_task(keep_engine(engine, Metrics(lambda: None)))
         await asyncio.wait_for(engine.until_ready(), TIMEOUT_S)
         model.rename(tmp_path / "moved")
         children(ENGINE)[0].kill()
@@ -120,24 +121,63 @@ def test_an_engine_is_restarted_even_if_the_first_restart_fails(
         assert engine.ready is None
         (tmp_path / "moved").rename(model)
         await asyncio.wait_for(engine.until_ready(), TIMEOUT_S)
+        assert not keeper.done()
         keeper.cancel()
         await engine.stop()
 
     asyncio.run(story())
-    assert failures == []
 
 
 def test_an_engine_that_never_started_is_not_restarted(tmp_path: Path) -> None:
-    failures: list[str] = []
-
     async def story() -> None:
         engine = EngineClient(config(tmp_path / "nothing"))
-        with pytest.raises(asyncio.CancelledError):
-            await asyncio.create_task(keep_engine(engine, Metrics(lambda: None), failures.append))
+        with pytest.raises(EngineDied, match="did not start"):
+            await keep_engine(engine, Metrics(lambda: None))
 
     asyncio.run(story())
-    assert len(failures) == 1
-    assert "did not start" in failures[0]
+
+
+def test_an_engine_that_cannot_be_restarted_ends_its_keeper(
+    tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "MAX_FAILED_STARTS", 2)
+    model = shutil.copytree(tiny_llama_folder, tmp_path / "model")
+
+    async def story() -> None:
+        engine = EngineClient(config(model))
+        keeper = asyncio.create_task(keep_engine(engine, Metrics(lambda: None)))
+        await asyncio.wait_for(engine.until_ready(), TIMEOUT_S)
+        shutil.rmtree(model)
+        children(ENGINE)[0].kill()
+        with pytest.raises(EngineDied, match="did not start"):
+            await asyncio.wait_for(keeper, TIMEOUT_S)
+
+    asyncio.run(story())
+
+
+def test_an_engine_whose_messages_cannot_be_read_is_ended(tiny_llama_folder: Path) -> None:
+    async def story() -> None:
+        engine = EngineClient(config(tiny_llama_folder))
+        await engine.start()
+        assert engine._receiver is not None
+        engine._receiver.cancel()
+        assert await asyncio.wait_for(engine.wait(), TIMEOUT_S) == -signal.SIGKILL
+
+    asyncio.run(story())
+
+
+def test_a_file_in_the_working_folder_is_not_imported_by_the_engine(
+    tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "random.py").write_text("raise SystemExit('the wrong module')")
+    monkeypatch.chdir(tmp_path)
+
+    async def story() -> None:
+        engine = EngineClient(config(tiny_llama_folder))
+        await engine.start()
+        await engine.stop()
+
+    asyncio.run(story())
 
 
 @pytest.mark.parametrize("driver", [True, False], ids=["a driver", "no driver"])

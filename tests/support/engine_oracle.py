@@ -99,11 +99,13 @@ def request(
     cache_salt: str = "",
     priority: int = 0,
     timeout_s: float | None = None,
+    client: str = "",
+    sibling: int = 0,
     **sampling: object,
 ) -> Submit:
     refs = tuple(InterventionRef(str(f), load_artifact(f).content_hash, scale) for f, scale in uses)
     params = SamplingParams(max_tokens=max_tokens, **sampling)  # type: ignore[arg-type]
-    return Submit(name, prompt, params, refs, cache_salt, priority, timeout_s)
+    return Submit(name, prompt, params, refs, cache_salt, priority, timeout_s, client=client, sibling=sibling)
 
 
 def random_edit(rank: int, hidden: int, seed: int, activation: int = 0) -> LowRankEdit:

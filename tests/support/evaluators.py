@@ -74,7 +74,7 @@ class EvalWorkspace:
 
     def evaluator(self, served: ServingFingerprint | None = None) -> Evaluator:
         evals = self.evals if served is None else self.service(served)
-        limits = InferenceLimits(max_queue=1024, max_interventions=8, max_stop_strings=16)
+        limits = InferenceLimits(max_queue=1024, max_wait_s=60.0, max_interventions=8, max_stop_strings=16)
         metrics = Metrics(lambda: None)
         inference = InferenceService(self.engine, self.base, self.store.interventions, metrics, limits)
         return Evaluator(self.store, evals, inference, lease_s=60)

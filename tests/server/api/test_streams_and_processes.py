@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import re
 import socket
@@ -104,6 +105,25 @@ def test_a_dead_engine_fails_its_requests_clearly_and_is_restarted(tiny_llama_fo
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
         own.wait_until_ready(worker=False)
         assert httpx.post(f"{own.url}/v1/completions", json={**LONG, "max_tokens": 3}).status_code == 200
+
+
+def test_only_requests_of_the_step_that_killed_the_engine_are_not_to_be_repeated(
+    tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    with (
+        running_server(tiny_llama_folder, tmp_path, "--max-sequences", "1", worker=False) as own,
+        concurrent.futures.ThreadPoolExecutor() as pool,
+    ):
+        httpx.post(f"{own.url}/v1/completions", json={**LONG, "max_tokens": 1})
+        running = pool.submit(httpx.post, f"{own.url}/v1/completions", json=LONG, timeout=60)
+        eventually(lambda: own.metric("reftserve_engine_running") == 1)
+        waiting = pool.submit(httpx.post, f"{own.url}/v1/completions", json=LONG, timeout=60)
+        eventually(lambda: own.metric("reftserve_engine_waiting") == 1)
+        own.child("engine.process").kill()
+        died, lost = running.result(), waiting.result()
+    assert (died.status_code, died.headers["x-should-retry"]) == (500, "false")
+    assert (lost.status_code, "x-should-retry" in lost.headers) == (503, False)
+    assert {died.json()["error"]["code"], lost.json()["error"]["code"]} == {"engine_died"}
 
 
 def test_a_full_queue_answers_429_with_retry_after(tiny_llama_folder: Path, tmp_path: Path) -> None:

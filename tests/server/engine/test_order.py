@@ -35,7 +35,7 @@ def test_a_lower_number_goes_first(tiny_llama_folder: Path) -> None:
 def test_no_request_starves_because_waiting_raises_its_priority(tiny_llama_folder: Path) -> None:
     engine = make_engine(tiny_llama_folder, max_sequences=1)
     engine.submit(request("patient", PROMPT, max_tokens=3, priority=1))
-    patient = next(iter(engine.scheduler.waiting))
+    patient = engine.scheduler.waiting.first(time.monotonic())
     patient.order = (patient.order[0] - 2 * PRIORITY_STEP_S, patient.order[1])  # it arrived two steps earlier
     engine.submit(request("new", PROMPT, max_tokens=3, priority=0))
     assert finished_in_order(run_until_done(engine)) == ["patient", "new"]
