@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from reftserve.server.datasets.examples import ChatPrompt, Example, Turn
@@ -15,7 +16,7 @@ from reftserve.server.datasets.field_checks import (
 )
 from reftserve.server.datasets.foreign_rows import SHAREGPT
 from reftserve.server.datasets.json_rows import parse_json
-from reftserve.server.datasets.limits import MAX_PARTS, MAX_TURNS
+from reftserve.server.datasets.limits import MAX_PARTS, MAX_PROMPTS_CHARACTERS, MAX_TURNS
 from reftserve.server.datasets.source_location import SourceLocation
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -55,7 +56,20 @@ def chat_examples(messages: Any, location: SourceLocation) -> list[Example]:
             examples.append(Example(location, ChatPrompt(turns, index), turn.text))
     if not examples:
         raise location.error("field messages: nothing to learn; every assistant message has weight 0")
+    _check_prompts(turns, examples, location)
     return examples
+
+
+def _check_prompts(turns: Sequence[Turn], examples: Sequence[Example], location: SourceLocation) -> None:
+    """Check the size of all prompts, which grows with the square of the conversation's length."""
+    lengths = [0, *itertools.accumulate(len(turn.text) for turn in turns)]
+    characters = sum(lengths[example.prompt.length] for example in examples if isinstance(example.prompt, ChatPrompt))
+    if characters > MAX_PROMPTS_CHARACTERS:
+        raise location.error(
+            f"field messages: the prompts of its {len(examples)} answers have {characters} characters, because each "
+            f"repeats the turns before it; at most {MAX_PROMPTS_CHARACTERS}: split the conversation, or give earlier "
+            "answers weight 0"
+        )
 
 
 def _turn(message: Any, path: str, location: SourceLocation) -> Turn:

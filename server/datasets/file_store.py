@@ -42,7 +42,7 @@ class FileStore:
         self._max_owner_bytes = max_owner_bytes
 
     def upload(self, owner: str, filename: str, purpose: str, stream: BinaryIO) -> File:
-        """Check and store a user's file. Raises InvalidRequest, PayloadTooLarge, QuotaExceeded or StorageFull."""
+        """Check and store a user's file. Raises InvalidRequest, Overloaded or others of storage."""
         if "\0" in filename or half_pair(filename) is not None:
             raise InvalidRequest(
                 f"the file's name is {filename!a}; expected text without NUL and half surrogate pairs", param="file"

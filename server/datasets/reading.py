@@ -28,6 +28,7 @@ from reftserve.server.datasets.text_encoding import decoding_error, text_encodin
 from reftserve.server.datasets.unpacking import PACKINGS, Content, open_content
 
 HEAD_BYTES = 4096
+CHUNK_BYTES = 1 << 20
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 
 
@@ -48,7 +49,9 @@ def dataset_hash(paths: Sequence[Path]) -> str:
     """Return the SHA-256 of the files' bytes, in order."""
     digest = hashlib.sha256()
     for path in paths:
-        digest.update(path.read_bytes())
+        with path.open("rb") as file:
+            while chunk := file.read(CHUNK_BYTES):
+                digest.update(chunk)
     return digest.hexdigest()
 
 

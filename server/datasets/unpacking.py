@@ -29,7 +29,7 @@ _EXCEL = (
 class Content:
     """A data file's bytes, unpacked. packing: None for a plain file. suffix: of the name without the packing's."""
 
-    file: io.BufferedReader
+    file: io.BufferedReader[Any]
     packing: str | None
     suffix: str
 

@@ -135,6 +135,15 @@ def test_a_zip_of_many_files_is_refused_without_unpacking_them(tmp_path: Path) -
     refused(tmp_path / "set.zip", "set.zip", "the zip holds 5000 files")
 
 
+def test_the_prompts_of_a_conversation_are_bounded_together(tmp_path: Path) -> None:
+    long = {"role": "user", "content": "a" * 40_000}
+    answers = [{"role": "assistant", "content": "b", "weight": weight} for weight in (0, 1)]
+    (tmp_path / "set").write_text(json.dumps({"messages": [long, answers[1]] * 45}))
+    refused(tmp_path / "set", "set.jsonl", "line 1: field messages: the prompts of its 45 answers have 41400990 char")
+    (tmp_path / "set").write_text(json.dumps({"messages": [long, answers[0]] * 44 + [long, answers[1]]}))
+    assert count_examples(tmp_path / "set") == 1
+
+
 def test_the_examples_of_a_conversation_share_its_turns(tmp_path: Path) -> None:
     (tmp_path / "set").write_text(chat(limits.MAX_TURNS))
     examples = read_examples(tmp_path / "set")
