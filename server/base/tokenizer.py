@@ -36,6 +36,7 @@ class Tokenizer:
     backend: Backend
     special_tokens: Mapping[str, str] = field(default_factory=dict)
     chat_template: str | None = None
+    model_vocab_size: int | None = None  # of config.json; added tokens may lie beyond it, where the model has no row
 
     def __post_init__(self) -> None:
         self.backend.no_padding()
@@ -116,7 +117,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         named["eos_token"] = eos
     known = backend.get_vocab(with_added_tokens=True)
     _add(backend, [AddedToken(text, special=True) for text in _texts(config, named) if text not in known])
-    return Tokenizer(backend, named, _chat_template(folder, config))
+    vocab_size = _json(folder / "config.json").get("vocab_size")
+    return Tokenizer(backend, named, _chat_template(folder, config), model_vocab_size=vocab_size)
 
 
 def _add(backend: Backend, tokens: Sequence[AddedToken]) -> None:

@@ -13,7 +13,7 @@ from sqlalchemy import func, select, tuple_
 from sqlalchemy.orm import Session
 
 from reftserve.client.schemas.unicode import half_pair
-from reftserve.server.datasets.reading import count_examples
+from reftserve.server.datasets.check import check_data_set
 from reftserve.server.errors import InvalidRequest, NotFound, PayloadTooLarge, QuotaExceeded
 from reftserve.server.storage.blobs import BlobStore
 from reftserve.server.storage.database import Database
@@ -42,7 +42,7 @@ class FileStore:
         self._max_owner_bytes = max_owner_bytes
 
     def upload(self, owner: str, filename: str, purpose: str, stream: BinaryIO) -> File:
-        """Check and store a user's file. Raises InvalidRequest, PayloadTooLarge, QuotaExceeded or StorageFull."""
+        """Check and store a user's file. Raises InvalidRequest, Overloaded or others of storage."""
         if "\0" in filename or half_pair(filename) is not None:
             raise InvalidRequest(
                 f"the file's name is {filename!a}; expected text without NUL and half surrogate pairs", param="file"
@@ -56,7 +56,7 @@ class FileStore:
         with scratch_folder("the upload") as scratch:
             received = scratch / "upload"
             self._receive(stream, received)
-            examples = count_examples(received, filename)
+            examples = check_data_set(received, filename)
             file_id = f"file-{uuid.uuid4().hex}"
 
             def within_quota(session: Session) -> None:

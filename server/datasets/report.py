@@ -14,7 +14,7 @@ from reftserve.server.datasets.encoding import EncodedExample, encode
 from reftserve.server.datasets.examples import Example
 from reftserve.server.datasets.label_detection import label_set
 from reftserve.server.datasets.reading import read_examples
-from reftserve.server.datasets.splits import prompts_of, split
+from reftserve.server.datasets.splits import MIN_EXAMPLES, prompts_of, split
 from reftserve.server.errors import InvalidRequest
 
 
@@ -43,10 +43,9 @@ def encode_file(
         except InvalidRequest as cause:
             raise InvalidRequest(f"{example.location}: {cause.message}", param=param, code=cause.code) from cause
     fitting = [example for example in encoded if example.length <= max_length]
-    if not fitting:
-        raise InvalidRequest(
-            f"every example is longer than max_length, {max_length} tokens", param=param, code="too_few_examples"
-        )
+    needed = MIN_EXAMPLES if param == "training_file" else 1
+    if len(fitting) < min(needed, len(encoded)):
+        raise InvalidRequest(_too_long(encoded, len(fitting), needed, max_length), param=param, code="too_few_examples")
     return EncodedFile(examples, encoded, fitting)
 
 
@@ -65,6 +64,15 @@ def make_report(learned: EncodedFile, held_out: EncodedFile | None, *, max_lengt
         warnings=[],
     )
     return report.model_copy(update={"warnings": _warnings(report)})
+
+
+def _too_long(encoded: Sequence[EncodedExample], fitting: int, needed: int, max_length: int) -> str:
+    shortest, longest = (choose(encoded, key=lambda example: example.length) for choose in (min, max))
+    return (
+        f"{fitting} of {len(encoded)} examples have at most max_length, {max_length} tokens; at least {needed} are "
+        f"needed. The longest, {longest.location}, has {longest.length} tokens, the shortest, {shortest.location}, "
+        f"{shortest.length}"
+    )
 
 
 def _file_report(file: EncodedFile) -> FileReport:

@@ -129,11 +129,21 @@ def test_a_label_set_is_a_set_of_repeated_targets_or_none(targets: list[str]) ->
     ("training", "validation", "param", "says"),
     [
         (SUMS[:9], None, "training_file", "9 training examples; at least 10"),
-        (pairs(("q" * 90, "long")) * 20, None, "training_file", "every example is longer than max_length, 64 tokens"),
-        (SUMS[:9] + pairs(("q" * 90, "long")) * 20, None, "training_file", "9 training examples"),
+        (
+            pairs(*(("q" * length, "long") for length in range(90, 110))),
+            None,
+            "training_file",
+            r"0 of 20 examples have at most max_length, 64 tokens; .* longest, line 20, has \d+ tokens",
+        ),
+        (
+            [*SUMS[:9], *pairs(("q" * 90, "long"))],
+            None,
+            "training_file",
+            r"9 of 10 examples have at most .*; at least 10 are needed. The longest, line 10, has \d+ tokens",
+        ),
         (SUMS[:2] * 10, None, "training_file", "three different prompts"),
         (SUMS, SUMS, "validation_file", "two prompts that are not in the training data"),
-        (SUMS, pairs(("q" * 90, "long")) * 20, "validation_file", "every example is longer"),
+        (SUMS, pairs(("q" * 90, "long")) * 20, "validation_file", "0 of 20 examples have at most"),
     ],
 )
 def test_an_untrainable_data_set_is_refused(report, training, validation, param, says) -> None:  # type: ignore[no-untyped-def]
