@@ -48,8 +48,8 @@ def _sample_rows(logits: Tensor, params: list[SamplingParams], positions: list[i
     top_k = column([p.top_k or ordered.shape[1] for p in params], shifted)
     ordered = ordered.masked_fill(rank >= top_k, 0.0)
     ordered /= ordered.sum(dim=-1, keepdim=True)
-    # Nucleus: the smallest set that reaches top_p, including the token that crosses it. 1 keeps all tokens, although the
-    # sum in float32 reaches 1 before the last one.
+    # Nucleus: the smallest set that reaches top_p, including the token that crosses it. 1 keeps all tokens: in float32
+    # the sum reaches 1 before the last one.
     before = ordered.cumsum(dim=-1) - ordered
     top_p = column([p.top_p if p.top_p < 1 else math.inf for p in params], shifted)
     ordered = ordered.masked_fill((before >= top_p) & (rank > 0), 0.0)
