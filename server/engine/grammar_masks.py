@@ -74,7 +74,7 @@ class GrammarCompiler:
             try:
                 matcher = LLMatcher(self._vocabulary_trie, grammar, log_level=SILENT)
                 compiled = Compiled(request_id, matcher, matcher.get_error() or None)
-            except Exception as cause:
+            except BaseException as cause:  # a panic of llguidance is no Exception
                 # Without an error the request would wait for ever, and without the thread all later ones.
                 logger.exception("a grammar could not be compiled")
                 compiled = Compiled(request_id, None, f"{type(cause).__name__}: {cause}")
