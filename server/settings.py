@@ -54,6 +54,9 @@ def _parse_size(value: object) -> int:
 Bytes = Annotated[int, BeforeValidator(_parse_size)]
 
 
+SpecialTokensInText = Literal["text", "control"]
+
+
 class ServerSettings(BaseModel):
     """The address of the server and the places of its data."""
 
@@ -111,6 +114,12 @@ class BaseModelSettings(BaseModel):
         False,
         description="Accept interventions for a base with other weights, another tokenizer or another chat template. "
         "A different architecture or size is always refused",
+    )
+    special_tokens_in_text: SpecialTokensInText = Field(
+        "text",
+        description="What a special token such as <|im_end|> is where a chat message, an answer or a label spells it. "
+        "text: its characters, so that no message ends a turn or forges one. control: the token itself. Plain prompts "
+        "always keep control tokens",
     )
 
 

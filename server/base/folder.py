@@ -90,7 +90,7 @@ def open_base(settings: Settings) -> Base:
 
 
 def _open_folder(folder: Path, settings: Settings) -> Base:
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, special_tokens_in_text=settings.special_tokens_in_text)
     return Base(
         name=model_name(settings),
         folder=folder,
