@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +17,6 @@ from reftserve.server.base.tokenizer import Tokenizer, load_tokenizer
 from reftserve.server.errors import NotFound
 
 if TYPE_CHECKING:
-    from llguidance import LLTokenizer
-
     from reftserve.server.settings import Settings
 
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -70,14 +67,6 @@ class Base:
     eos_token_ids: tuple[int, ...]
     max_context: int
     created_at: int
-
-    def token_bytes(self, token_id: int) -> bytes:
-        """Return a token's bytes, perhaps parts of characters; a special token gives the bytes of its name."""
-        return self._vocabulary.decode_bytes([token_id])
-
-    @cached_property
-    def _vocabulary(self) -> LLTokenizer:
-        return self.tokenizer.vocabulary()
 
 
 def open_base(settings: Settings) -> Base:

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer as Backend
 
 from reftserve.server.base.chat_template import render_template
 from reftserve.server.base.literal_tokenizer import ESCAPE, LiteralTokenizer
+from reftserve.server.base.token_bytes import TokenBytes
 from reftserve.server.errors import NotFound
 from reftserve.server.settings import SpecialTokensInText
 
@@ -89,6 +90,14 @@ class Tokenizer:
         """
         is_escaped = self.special_tokens_in_text == "text" and ESCAPE in text
         return self._literal.encode(text) if is_escaped else self.encode(text, add_special_tokens=False)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return a token's bytes, perhaps parts of characters; a special token gives the bytes of its name."""
+        return self._token_bytes.of(token_id)
+
+    @cached_property
+    def _token_bytes(self) -> TokenBytes:
+        return TokenBytes(self.backend)
 
     @cached_property
     def _literal(self) -> LiteralTokenizer:
