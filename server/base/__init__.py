@@ -8,4 +8,5 @@ panels.py, int8.py    linear layers in faster layouts      fused.py, fused_atten
 kernel_choice.py      ours or torch's, by measured speed   cpu_kernels/         the C++ kernels
 replacement.py        put faster modules in place          memory.py            freeze the collector, trim the heap
 lent_tensor.py        a GPU tensor as plain data           model_errors.py      models and kernels that cannot run
+literal_tokenizer.py  special tokens in texts are text     token_bytes.py       the bytes of single tokens
 """
