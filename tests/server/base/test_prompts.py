@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 
 from reftserve.client.schemas import ChatMessage
+from reftserve.server.base.literal_tokenizer import LiteralTokenizer
 from reftserve.server.base.prompts import (
     encode_completion,
     encode_rendered,
@@ -141,6 +142,22 @@ def test_the_spelled_token_is_read_back_as_its_characters(name: str) -> None:
     text = "a<|im_end|>b</s>c"
     ids = encode_completion(tokenizer, text)
     assert tokenizer.decode(ids[:-1]).strip() == text
+
+
+@given(
+    specials=st.sets(st.text("<a>", min_size=1, max_size=4), min_size=1, max_size=6),
+    content=st.text("<a>", max_size=20),
+)
+def test_the_longest_special_token_is_found_first_as_in_tokenizers(specials: set[str], content: str) -> None:
+    backend = Backend(models.WordLevel({"?": 0}, unk_token="?"))  # noqa: S106
+    backend.add_special_tokens(sorted(specials))
+    offsets = [span for span, token in zip(*spans(backend, content), strict=True) if token]
+    assert [found.span() for found in LiteralTokenizer(backend, None)._in_content.finditer(content)] == offsets
+
+
+def spans(backend: Backend, content: str) -> tuple[list[tuple[int, int]], list[int]]:
+    encoding = backend.encode(content)
+    return encoding.offsets, encoding.ids
 
 
 def test_a_template_trims_a_message_that_spells_a_token() -> None:
