@@ -77,6 +77,7 @@ def _expand_database(url: str | None) -> str | None:
 
 
 LocalPath = Annotated[Path, AfterValidator(expand_home)]
+SpecialTokensInText = Literal["text", "control"]
 
 
 class ServerSettings(BaseModel):
@@ -171,6 +172,12 @@ class BaseModelSettings(BaseModel):
         False,
         description="Accept interventions for a base with other weights, another tokenizer or another chat template. "
         "A different architecture or size is always refused",
+    )
+    special_tokens_in_text: SpecialTokensInText = Field(
+        "text",
+        description="What a special token such as <|im_end|> is where a chat message, an answer or a label spells it. "
+        "text: its characters, so that no message ends a turn or forges one. control: the token itself. Plain prompts "
+        "always keep control tokens",
     )
 
 

@@ -10,4 +10,5 @@ kernel_choice.py      ours or torch's, by measured speed   cpu_kernels/         
 weights_check.py      hash the model's files again
 replacement.py        put faster modules in place          memory.py            freeze the collector, trim the heap
 lent_tensor.py        a GPU tensor as plain data           model_errors.py      models and kernels that cannot run
+literal_tokenizer.py  special tokens in texts are text     token_bytes.py       the bytes of single tokens
 """

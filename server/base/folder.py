@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +19,7 @@ from reftserve.server.base.transformers_source import default_value
 from reftserve.server.errors import ServerError
 
 if TYPE_CHECKING:
-    from llguidance import LLTokenizer
-
-    from reftserve.server.settings import Settings
+    from reftserve.server.settings import Settings, SpecialTokensInText
 
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
@@ -52,7 +49,7 @@ def check_base(settings: Settings) -> str:
     Raises NotFound and UnsupportedModel.
     """
     folder = resolve_model_folder(settings)
-    eos_token_ids(folder, _load_tokenizer(folder))
+    eos_token_ids(folder, _load_tokenizer(folder, settings.special_tokens_in_text))
     return f"{model_name(settings)} in {folder}, context of {_max_context(folder)} tokens"
 
 
@@ -92,14 +89,6 @@ class Base:
     max_context: int
     created_at: int
 
-    def token_bytes(self, token_id: int) -> bytes:
-        """Return a token's bytes, perhaps parts of characters; a special token gives the bytes of its name."""
-        return self._vocabulary.decode_bytes([token_id])
-
-    @cached_property
-    def _vocabulary(self) -> LLTokenizer:
-        return self.tokenizer.vocabulary()
-
 
 def open_base(settings: Settings) -> Base:
     """Find the base, load its tokenizer and compute its fingerprint, hashing changed weights only.
@@ -118,7 +107,7 @@ def open_base(settings: Settings) -> Base:
 
 
 def _open_folder(folder: Path, settings: Settings) -> Base:
-    tokenizer = _load_tokenizer(folder)
+    tokenizer = _load_tokenizer(folder, settings.special_tokens_in_text)
     return Base(
         name=model_name(settings),
         folder=folder,
@@ -130,12 +119,12 @@ def _open_folder(folder: Path, settings: Settings) -> Base:
     )
 
 
-def _load_tokenizer(folder: Path) -> Tokenizer:
+def _load_tokenizer(folder: Path, special_tokens_in_text: SpecialTokensInText) -> Tokenizer:
     for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
         if (folder / name).is_file():
             read_json(folder / name)
     try:
-        return load_tokenizer(folder)
+        return load_tokenizer(folder, special_tokens_in_text=special_tokens_in_text)
     except ServerError:
         raise
     except Exception as cause:  # `tokenizers` raises this class itself
