@@ -61,8 +61,8 @@ def test_a_lease_lost_during_publishing_leaves_no_version(expiring: Workspace, m
     slow, live = expiring.worker("slow"), expiring.worker("live")
     put_folder = expiring.store.blobs.put_folder
 
-    def overtaken(key: str, source: Path) -> None:
-        put_folder(key, source)
+    def overtaken(key: str, source: Path, *more: dict[str, bytes]) -> None:
+        put_folder(key, source, *more)
         if key.startswith("interventions/"):
             live.take()
 
