@@ -15,9 +15,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from reftserve.client.schemas import ChatMessage
 from reftserve.server.base.tokenizer import Tokenizer
-from reftserve.server.datasets import EncodedExample, Example, SourceLocation, encode
+from reftserve.server.datasets import ChatPrompt, EncodedExample, Example, SourceLocation, Turn, encode
 
 Chat = list[dict[str, str]]
 
@@ -45,8 +44,9 @@ def load(name: str, folder: Path, *, train: int, validation: int, test: int | No
 def encoded(tokenizer: Tokenizer, chats: Sequence[Chat]) -> list[EncodedExample]:
     found = []
     for number, chat in enumerate(chats, start=1):
-        asked = tuple(ChatMessage.model_validate(turn) for turn in chat[:-1])
-        found.append(encode(tokenizer, Example(SourceLocation("line", number), asked, chat[-1]["content"])))
+        turns = tuple(Turn(turn["role"], turn["content"]) for turn in chat)
+        prompt = ChatPrompt(turns, len(turns) - 1)
+        found.append(encode(tokenizer, Example(SourceLocation("line", number), prompt, turns[-1].text)))
     return found
 
 

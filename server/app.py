@@ -44,6 +44,7 @@ from reftserve.server.registry.store import open_store
 from reftserve.server.services import Services
 from reftserve.server.settings import Settings
 from reftserve.server.supervisor import supervise
+from reftserve.server.training.data_check import DataCheck
 from reftserve.server.training.job_service import JobService
 
 UNMETERED = ["/health", "/ready", "/metrics"]  # probes and scrapes are no users' requests
@@ -54,7 +55,7 @@ def open_services(settings: Settings) -> Services:
     """Create the application's services, without starting the engine. Raises NotFound when there is no base model."""
     base = open_base(settings)
     store = open_store(settings, base.fingerprint)
-    store.sweep()
+    store.sweep_in_background()
     engine = EngineClient(_engine_config(settings, base))
     metrics = Metrics(lambda: engine.stats)
     limits = InferenceLimits(
@@ -76,7 +77,7 @@ def open_services(settings: Settings) -> Services:
         database=store.database,
         files=store.files,
         registry=store.interventions,
-        jobs=JobService(store, base),
+        jobs=JobService(store, base, DataCheck(settings, base)),
         evals=evals,
         inference=inference,
         metrics=metrics,

@@ -8,7 +8,7 @@ ServerError                      (500 unless a subclass says otherwise)
 ├── PayloadTooLarge       413    upload above the limit
 ├── ClientLeft            499    the client closed the connection; nobody reads this answer
 ├── QuotaExceeded         413    the disk quota of the owner, or of all jobs, is used up
-├── Overloaded            429    the queue is full; retry after `retry_after_s`
+├── Overloaded            429    the queue is full, or the wait too long; retry after `retry_after_s`
 ├── Unavailable           503    engine, worker or database is unavailable
 ├── DeadlineExceeded      504    the request's timeout has passed
 └── StorageFull           507    the disk is full; nothing was written
@@ -87,7 +87,7 @@ class QuotaExceeded(ServerError):
 
 
 class Overloaded(ServerError):
-    """The queue is full."""
+    """The queue is full, or the first token would come too late."""
 
     status, type, code = 429, "rate_limit_error", "overloaded"
 

@@ -154,7 +154,7 @@ class FineTuningJob(Response):
 
 
 class FineTuningEvent(Response):
-    """An event of a job. data: numbers of a metrics event."""
+    """An event of a job. data: numbers of a metrics event, of the newest step if it reports several."""
 
     id: str
     object: Literal["fine_tuning.job.event"] = "fine_tuning.job.event"
@@ -163,6 +163,19 @@ class FineTuningEvent(Response):
     message: str
     type: Literal["message", "metrics"] = "message"
     data: dict[str, Any] | None = None
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        """The metrics of the steps that the event reports, oldest first; none for events that report no step."""
+        data = self.data or {}
+        if "step" not in data:
+            return []
+        newest = {name: value for name, value in data.items() if name != "earlier"}
+        return [*({**_at_the_end(newest), **step} for step in data.get("earlier", [])), newest]
+
+
+def _at_the_end(step: dict[str, Any]) -> dict[str, Any]:
+    return {name: step[name] for name in ("total_steps", "eta_s") if name in step}
 
 
 class FineTuningCheckpoint(Response):

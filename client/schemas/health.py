@@ -6,7 +6,7 @@ from reftserve.client.schemas.base import Response
 
 
 class Readiness(Response):
-    """Response of GET /ready. ready: model, worker and database are all ready."""
+    """Response of GET /ready. ready: model and database are there. worker: one works on this server's data folder."""
 
     ready: bool
     model: bool

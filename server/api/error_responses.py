@@ -11,14 +11,18 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from reftserve.client.schemas import ErrorBody, ErrorDetail
 from reftserve.client.schemas.unicode import whole_text
-from reftserve.server.errors import ClientLeft, ServerError, field_path
+from reftserve.server.errors import ClientLeft, ServerError, Unavailable, field_path
+from reftserve.server.storage.database import is_unavailable
+from reftserve.server.storage.reserve import NO_ROOM, temporary_folder_full
 
 logger = logging.getLogger(__name__)
+DATABASE_RETRY_AFTER_S = 5.0
 
 HTTP_CODES = {
     400: "invalid_request",
@@ -51,6 +55,7 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(ServerError, _server_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(SQLAlchemyError, _database_error)
     app.add_exception_handler(Exception, _unexpected_error)
 
 
@@ -113,6 +118,9 @@ def _reason(error: Mapping[str, Any]) -> str:
 
 async def _http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)  # noqa: S101 - registered for it alone
+    # FastAPI answers 400 for whatever stops the parser of a body, which keeps uploads in a temporary file.
+    if isinstance(error.__cause__, OSError) and error.__cause__.errno in NO_ROOM:
+        return await _server_error(request, temporary_folder_full("the upload"))
     headers = dict(error.headers or {})
     if error.status_code == 405:
         headers["Allow"] = ", ".join(_allowed_methods(request))
@@ -129,6 +137,17 @@ def _allowed_methods(request: Request) -> list[str]:
         if any(each.matches(scope)[0] is Match.FULL for each in request.app.router.routes):
             found.add(method)
     return sorted(found | ({"HEAD"} if "GET" in found else set()))
+
+
+async def _database_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, SQLAlchemyError)  # noqa: S101 - registered for it alone
+    if not is_unavailable(error):
+        return await _unexpected_error(request, error)
+    logger.error("%s %s: the database is unavailable: %s", request.method, request.url.path, error)
+    away = "the database is locked, away or damaged; the server's log has the reason"
+    return await _server_error(
+        request, Unavailable(away, code="database_unavailable", retry_after_s=DATABASE_RETRY_AFTER_S)
+    )
 
 
 async def _unexpected_error(request: Request, error: Exception) -> JSONResponse:

@@ -1,9 +1,12 @@
 """The door to the engine: check and prepare a request, stream its answers, score texts.
 
-    prepare   capacity, sampling, grammar, interventions, prompt -> Generation
+    open      admission, names -> immutable versions (RequestContext); by `prepare` and by /v1/classify
+    prepare   open, sampling, grammar, prompt -> Generation
     stream    pin versions -> submit n sequences -> detokenise -> pieces;   collect: the same, whole
     score     pin versions -> submit prompts with continuations -> log-probabilities
-Every prompt's token ids and length are checked here, once, for every endpoint and for evaluations.
+    complete  the greedy answer to one prompt, for evaluations
+
+Token ids and lengths of all prompts and continuations are checked here, once, for every endpoint and for evaluations.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from api_data import BASE
 from tiny_models import tiny_base_tokenizer
 
 from reftserve.server.datasets import SourceLocation, encode
-from reftserve.server.datasets.examples import row_examples
+from reftserve.server.datasets.rows import row_examples
 
 TURNS = [("system", "be brief"), ("user", "is the fox lazy?"), ("assistant", "no"), ("user", "and\nthe dog?")]
 TURNS += [("assistant", "yes"), ("developer", "be polite"), ("user", "why?"), ("assistant", "it is asleep")]

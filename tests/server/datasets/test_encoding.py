@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import CHAT_TEMPLATE, tiny_base_tokenizer
+from tokenizers import AddedToken
 
 from reftserve.client.schemas import ChatMessage
 from reftserve.server.base.prompts import encode_rendered, encode_text, render_chat
+from reftserve.server.base.tokenizer import load_tokenizer
 from reftserve.server.datasets import EncodedExample, SourceLocation, encode
-from reftserve.server.datasets.examples import row_examples
+from reftserve.server.datasets.rows import row_examples
 from reftserve.server.errors import InvalidRequest
 
 TOKENIZER = tiny_base_tokenizer()
@@ -116,3 +120,21 @@ def test_without_a_chat_template_an_instruction_uses_alpacas_format_and_a_chat_i
     assert "### Input" not in TOKENIZER.decode(example.prompt_ids)
     with pytest.raises(InvalidRequest, match="no chat template"):
         encoded(chat(("user", "a"), ("assistant", "b")), plain)
+
+
+@pytest.mark.parametrize("part", ["prompt", "answer"])
+def test_a_token_beyond_the_models_vocabulary_is_refused_by_name(part: str) -> None:
+    tokenizer = tiny_base_tokenizer()
+    tokenizer.backend.add_tokens([AddedToken("<image>", special=False)])
+    image = tokenizer.backend.token_to_id("<image>")
+    row = {"prompt": "a ", "completion": " b"}
+    row["prompt" if part == "prompt" else "completion"] += "<image>"
+    assert encoded(row, replace(tokenizer, model_vocab_size=len(tokenizer)))
+    encoded({"prompt": "a", "completion": "b"}, replace(tokenizer, model_vocab_size=image))
+    with pytest.raises(InvalidRequest, match=f"of the {part} is '<image>', id {image}, but .* ends at {image - 1}"):
+        encoded(row, replace(tokenizer, model_vocab_size=image))
+
+
+def test_a_base_folder_gives_the_size_of_the_models_vocabulary(tiny_llama_folder: Path) -> None:
+    config = json.loads((tiny_llama_folder / "config.json").read_text())
+    assert load_tokenizer(tiny_llama_folder).model_vocab_size == config["vocab_size"]

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from reftserve.server.datasets import count_examples, read_examples, tables
+from reftserve.server.datasets import count_examples, limits, parquet_rows, read_examples
 from reftserve.server.errors import InvalidRequest
 
 Row = dict[str, Any]
@@ -114,32 +114,32 @@ GOOD = b'{"prompt": "a", "completion": "b"}'
         ("set.csv", b" \n", "the file is empty"),
         ("set.csv", b"prompt,completion\n", "the file is empty"),
         ("set.jsonl", b"prompt,completion\na,b\n", "line 1: not JSON"),
-        ("set.jsonl", GOOD + b'\n{"prompt": "a"}', "line 2: field completion: Field required"),
+        ("set.jsonl", GOOD + b'\n{"prompt": "a"}', "line 2: field completion is missing or null"),
         ("set.jsonl", b'{"prompt": "a", "completion": " \\n"}', "line 1: field completion: empty answer"),
         ("set.jsonl", b'{"instruction": "a", "output": ""}', "line 1: field output: empty answer"),
         ("set.jsonl", b'{"instruction": "a", "output": "b", "inputs": "c"}', "line 1: field inputs"),
-        ("set.jsonl", b'{"text": "a"}', "line 1: field messages is missing: found 'text'; expected messages, or"),
+        ("set.jsonl", b'{"text": "a"}', "line 1: field messages is missing: found 'text'. Plain text names no prompt"),
         ("set.jsonl", b'{"n": ' + b"1" * 5000 + b"}", "line 1: JSON that cannot be read"),
-        ("set.jsonl", '{"prompt": "a"}'.encode("utf-16"), "the file is UTF-16; save it as UTF-8"),
+        ("set.jsonl", '{"prompt": "a"}'.encode("utf-16-le"), "the file is UTF-16 without a byte order mark; save it"),
         ("set.json", b"[" + GOOD, "row 2: not JSON"),
         ("set.json", b"[" + GOOD + b" " + GOOD + b"]", "row 2: not JSON"),
         ("set.json", b"[" + GOOD + b",]", "row 2: not JSON"),
-        ("set.json", b"[" + GOOD + b"] x", "'x' follows"),
-        ("set.json", b"[" + GOOD + b", 3]", "row 2: int; expected an object"),
+        ("set.json", b"[" + GOOD + b"] x", "text follows the JSON array"),
+        ("set.json", b"[" + GOOD + b", 3]", "row 2: number; expected an object"),
         ("set.json", b'[{"prompt": "\xff"}]', "not UTF-8 at byte 13"),
         ("set.json", b"[" * 100_000, "row 1: JSON that is nested too deeply"),
-        ("set.csv", b"prompt;completion\na;b\n", "the columns are 'prompt;completion'; expected .*commas"),
+        ("set.csv", b"prompt/completion\na/b\n", "the columns are 'prompt/completion'. Expected .*separated by commas"),
         ("set.csv", b"prompt,completion,id\na,b,1\n", "column 'id' is unknown: remove it"),
         ("set.csv", b"prompt,prompt,completion\na,b,c\n", "column 'prompt' occurs twice"),
         ("set.csv", b"instruction,input\na,b\n", "column 'output' is missing"),
-        ("set.csv", b"prompt,completion\na,b\na,b,c\n", "Row #3: Expected 2 columns, got 3"),
+        ("set.csv", b"prompt,completion\na,b\na,b,c\n", "row 3: 3 cells, but the header has 2 columns; a cell"),
         ("set.csv", b"prompt,completion\na,b\na,\n", "row 3: field completion: empty answer"),
-        ("set.csv", b"prompt,completion\na,\xff\n", "Row #2: .*UTF8"),
+        ("set.csv", b"prompt,completion\na,\xff\n", "not UTF-8 at byte 20, line 2.*Windows-1252.*CSV UTF-8"),
         ("set.csv", b"prompt,completion\n\xff,b\n", "(?i)utf-?8"),
         ("set.csv", b"pr\xffompt,completion\na,b\n", "(?i)utf-?8"),
         ("set.csv", b'messages\n"[{""role"": "\n', "row 2: field messages: not JSON"),
-        ("set.csv", b'messages\n"[{""role"": ""user""}, 3]"\n', "row 2: field messages.0.content: Field required"),
-        ("set.csv", b"prompt,completion\n" + b"a" * (9 << 20) + b",b\n", "a row has more than 4194304 bytes"),
+        ("set.csv", b'messages\n"[{""role"": ""user""}, 3]"\n', "row 2: field messages.0.content is missing or null"),
+        ("set.csv", b"prompt,completion\n" + b"a" * (9 << 20) + b",b\n", "a row has more than 4194304 characters"),
         ("set.parquet", GOOD, "not a Parquet file"),
         ("set.parquet", b"PAR1 and nothing behind it", "cannot be read as Parquet"),
     ],
@@ -159,7 +159,7 @@ def test_an_error_gives_its_location_and_the_expected_value(
 @pytest.mark.parametrize(
     ("turns", "says"),
     [
-        ([("user", "a", None)], "field messages: List should have at least 2"),
+        ([("user", "a", None)], "field messages: 1 messages; a conversation has at least 2, a question and its answer"),
         ([("user", "a", None), ("assistant", "b", None), ("user", "c", None)], "field messages.2.role: 'user'"),
         ([("user", "a", 0), ("assistant", "b", None)], "field messages.0.weight: only assistant messages"),
         ([("user", "a", None), ("assistant", "b", 2)], "field messages.1.weight"),
@@ -181,9 +181,9 @@ def test_an_invalid_turn_is_named(tmp_path: Path, turns: list[tuple[str, str, in
     ("table", "says"),
     [
         ({"prompt": ["a", None], "completion": ["b", "c"]}, "row 2: field prompt"),
-        ({"prompt": [1, 2], "completion": ["b", "c"]}, "row 1: field prompt: Input should be a valid string"),
-        ({"prompt": [b"\xff"], "completion": ["b"]}, "row 1: field prompt"),
-        ({"text": ["a"], "label": [1]}, "the columns are 'text', 'label'; expected messages"),
+        ({"prompt": [1, 2], "completion": ["b", "c"]}, "column 'prompt' has type int64; expected string"),
+        ({"prompt": [b"\xff"], "completion": ["b"]}, "column 'prompt' has type binary; expected string"),
+        ({"text": ["a"], "label": [1]}, "the columns are 'text', 'label'. Texts and labels: rename"),
         ({"messages": [[{"role": "user", "content": "a", "tool": "b"}] * 2]}, "row 1: field messages.0.tool"),
     ],
 )
@@ -208,11 +208,12 @@ def test_a_damaged_parquet_file_is_refused_or_read_and_never_crashes(compression
             assert count_examples(path) <= len(COMPLETIONS)
 
 
-def test_a_small_parquet_file_that_decompresses_to_a_huge_one_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+ZSTD_PLAIN: dict[str, Any] = {"compression": "zstd", "use_dictionary": False}
+
+
+def test_a_small_parquet_file_that_decompresses_to_a_huge_one_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "set.parquet"
-    long = "x" * (tables.MAX_CELL_BYTES + 1)
+    long = "x" * (parquet_rows.MAX_CELL_BYTES + 1)
     folded = pa.DictionaryArray.from_arrays(pa.array([0] * 500, pa.int32()), [long])
     turns = pa.StructArray.from_arrays([pa.array(["user"] * 500), folded], ["role", "content"])
     chats = pa.ListArray.from_arrays(pa.array(range(0, 501, 2), pa.int32()), turns)
@@ -225,12 +226,11 @@ def test_a_small_parquet_file_that_decompresses_to_a_huge_one_is_refused(
         assert path.stat().st_size < 50_000
         with pytest.raises(InvalidRequest, match=f"column '{name}' has a text of {len(long)} bytes; at most"):
             count_examples(path)
-    write_parquet(path, COMPLETIONS)
-    monkeypatch.setattr(tables, "MAX_UNFOLDED_BYTES", 1000)
-    with pytest.raises(InvalidRequest, match=r"unfolds to \d+ bytes; at most 1000"):
-        count_examples(path)
-    folded = pa.DictionaryArray.from_arrays(pa.array([0] * 5000, pa.int32()), ["x" * 1000])
+    folded = pa.DictionaryArray.from_arrays(pa.array([0] * 5000, pa.int32()), ["x" * 100_000])
     parquet.write_table(pa.table({"prompt": folded, "completion": ["b"] * 5000}), path, store_schema=False)
-    monkeypatch.setattr(tables, "MAX_UNFOLDED_BYTES", 1_000_000)
-    with pytest.raises(InvalidRequest, match="unfolds to more than 1000000 bytes of text"):
+    assert path.stat().st_size < 50_000
+    with pytest.raises(InvalidRequest, match=f"unfolds to more than {limits.ALWAYS_UNPACKED_BYTES} bytes; split it"):
+        count_examples(path)
+    parquet.write_table(pa.table({"prompt": ["x" * 4_000_000] * 20, "completion": ["b"] * 20}), path, **ZSTD_PLAIN)
+    with pytest.raises(InvalidRequest, match=r"the Parquet file unfolds to \d+ bytes; at most 67108864 are read"):
         count_examples(path)

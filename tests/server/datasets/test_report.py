@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 from tiny_models import tiny_base_tokenizer
 
 from reftserve.client.schemas import DataReport
-from reftserve.server.datasets import Example, SourceLocation, encode, label_set, make_report, read_examples
+from reftserve.server.datasets import (
+    Example,
+    SourceLocation,
+    encode,
+    encode_file,
+    label_set,
+    make_report,
+    read_examples,
+)
 from reftserve.server.errors import InvalidRequest
 
 TOKENIZER = tiny_base_tokenizer()
@@ -29,13 +37,13 @@ SUMS = pairs(*((f"{i}+1=", str(i + 1)) for i in range(30)))
 @pytest.fixture
 def report(tmp_path: Path):  # type: ignore[no-untyped-def]
     def report(training: list[Any], validation: list[Any] | None = None, max_length: int = 64) -> DataReport:
-        files = []
+        files = {}
         for name, rows in (("training", training), ("validation", validation)):
             path = tmp_path / name
             path.write_text("\n".join(map(json.dumps, rows or [])))
-            files.append(path if rows is not None else None)
-        assert files[0] is not None
-        return make_report(TOKENIZER, files[0], files[1], max_length=max_length, seed=0)
+            if rows is not None:
+                files[name] = encode_file(TOKENIZER, path, f"{name}_file", max_length=max_length)
+        return make_report(files["training"], files.get("validation"), max_length=max_length, seed=0)
 
     return report
 
@@ -121,11 +129,21 @@ def test_a_label_set_is_a_set_of_repeated_targets_or_none(targets: list[str]) ->
     ("training", "validation", "param", "says"),
     [
         (SUMS[:9], None, "training_file", "9 training examples; at least 10"),
-        (pairs(("q" * 90, "long")) * 20, None, "training_file", "every example is longer than max_length, 64 tokens"),
-        (SUMS[:9] + pairs(("q" * 90, "long")) * 20, None, "training_file", "9 training examples"),
+        (
+            pairs(*(("q" * length, "long") for length in range(90, 110))),
+            None,
+            "training_file",
+            r"0 of 20 examples have at most max_length, 64 tokens; .* longest, line 20, has \d+ tokens",
+        ),
+        (
+            [*SUMS[:9], *pairs(("q" * 90, "long"))],
+            None,
+            "training_file",
+            r"9 of 10 examples have at most .*; at least 10 are needed. The longest, line 10, has \d+ tokens",
+        ),
         (SUMS[:2] * 10, None, "training_file", "three different prompts"),
         (SUMS, SUMS, "validation_file", "two prompts that are not in the training data"),
-        (SUMS, pairs(("q" * 90, "long")) * 20, "validation_file", "every example is longer"),
+        (SUMS, pairs(("q" * 90, "long")) * 20, "validation_file", "0 of 20 examples have at most"),
     ],
 )
 def test_an_untrainable_data_set_is_refused(report, training, validation, param, says) -> None:  # type: ignore[no-untyped-def]
@@ -142,4 +160,4 @@ def test_a_row_that_the_base_cannot_render_is_named(tmp_path: Path) -> None:
     path = tmp_path / "set.jsonl"
     path.write_text("\n".join(json.dumps({"messages": turns}) for turns in messages))
     with pytest.raises(InvalidRequest, match="line 2: the chat template refuses these messages: no system role"):
-        make_report(tokenizer, path, None, max_length=64, seed=0)
+        encode_file(tokenizer, path, "training_file", max_length=64)
