@@ -1,12 +1,12 @@
-# Everything a person or CI runs. `make demo` and `make test` need nothing but Python 3.11 and this folder.
+# Everything a person or CI runs. `make demo` and `make test` need nothing but Python 3.11 or newer and this folder.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DATA := reftserve-data
-PROPERTIES := $(addprefix tests/server/engine/test_,mixtures.py prefix_cache.py logprobs.py logits.py sampler.py)
+PROPERTIES := $(addprefix tests/server/engine/test_,mixtures.py prefix_cache.py logprobs.py logits.py sampler.py) tests/server/api/test_fuzz.py
 MODEL := $(DATA)/models/HuggingFaceTB--SmolLM2-135M-Instruct
 
-.PHONY: demo test test-thorough bench bench-peers bench-train check docs format generate install model lint-links clean help
+.PHONY: demo test test-thorough chaos bench bench-peers bench-train check docs format generate install model lint-links clean help
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -17,8 +17,11 @@ demo: model ## Serve, upload, train, and show base and intervened answers side b
 test: model ## Run every test
 	$(BIN)/python -m pytest $(ARGS)
 
-test-thorough: install ## Run the engine's properties on thousands of random workloads (half an hour)
+test-thorough: install ## Run the engine's properties on thousands of random workloads, and 21,000 hostile calls (an hour)
 	$(BIN)/python -m pytest --hypothesis-profile thorough --timeout 0 $(PROPERTIES)
+
+chaos: install ## Inject faults (kills, full disk, lost database, ...) and print what each costs (a quarter of an hour)
+	$(BIN)/python tests/chaos.py $(ARGS)
 
 bench: model ## Measure the engine: takes an hour, alone on the machine
 	for script in throughput curve time_to_first_token residency http_streams batch_sizes int8; do \
@@ -55,6 +58,9 @@ generate: install ## Write the blocking client, client/_sync, from client/_async
 install: $(VENV)/installed ## Create .venv with the pinned versions
 
 $(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "ReftServe needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>&1 | tail -n 1);" \
+	    "name another one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[server,dev]'
 	touch $@

@@ -145,7 +145,7 @@ def main() -> None:
             splits, test = Splits(*parts[:2], parts[1]), parts[2]
             prompts, completions = zip(*((len(e.prompt_ids), len(e.completion_ids)) for e in parts[0]), strict=True)
             size = DataSize(len(parts[0]), int(statistics.median(prompts)), int(statistics.median(completions)))
-            plan = make_plan(None, None, base, size, max_length=MAX_LENGTH, seed=seed)
+            plan = make_plan(None, base, size, max_length=MAX_LENGTH, seed=seed)
             for search in (recipe, best_of_grid):
                 winner, table = search(packed, splits, plan, seed)
                 winners.append(winner)

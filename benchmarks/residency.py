@@ -1,7 +1,8 @@
 """Measure the cost of loads and swaps for waiting and running requests: `python benchmarks/residency.py`.
 
-Swaps: 16 streams decode while 50 short requests arrive per second, whose interventions are on disk, in the bank, or
-none. Cold: the time to the first token of a short request whose intervention is on disk, or in the bank.
+Swaps: 16 streams decode while 3 requests of 64 prompt tokens arrive per second, whose interventions are on disk, in
+the bank, or none; the prefix cache is on, and no two prompts are equal. Cold: the time to the first token of a request
+whose intervention is on disk, or in the bank.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -18,12 +20,14 @@ import workload as w
 from reftserve.server.engine.engine import Engine
 from reftserve.server.engine.messages import InterventionRef, SamplingParams, Submit
 
-PROMPT_TOKENS = 2  # of arriving requests: they swap interventions without much computation
-HOT = 40
-STREAMS, ARRIVALS_PER_S, SECONDS = 16, 50, 20.0  # long enough that p99 is not the longest step
+PROMPT_TOKENS = 64  # of arriving requests
+HOT = 8
+STREAMS, ARRIVALS_PER_S, SECONDS = 16, 3, 20.0  # long enough that p99 is not the longest step
 
 
-def p99_gap(engine: Engine, prompts: list[list[int]], refs: list[InterventionRef], *, cold: bool) -> float:
+def p99_gap(
+    engine: Engine, prompts: list[list[int]], arriving: Iterator[list[int]], refs: list[InterventionRef], *, cold: bool
+) -> float:
     """Return the p99 of the time between two tokens of a running stream, in seconds. refs: arrive one by one."""
     if cold:
         _forget(engine)
@@ -40,7 +44,7 @@ def p99_gap(engine: Engine, prompts: list[list[int]], refs: list[InterventionRef
     while (now := time.perf_counter()) - began < SECONDS:
         while arrived < (now - began) * ARRIVALS_PER_S:
             uses = (refs[arrived % len(refs)],) if refs else ()
-            engine.submit(Submit(f"{began}-{arrived}", prompts[0][:PROMPT_TOKENS], SamplingParams(max_tokens=1), uses))
+            engine.submit(Submit(f"{began}-{arrived}", next(arriving), SamplingParams(max_tokens=1), uses))
             arrived += 1
         outputs = engine.step().outputs
         now = time.perf_counter()
@@ -74,15 +78,16 @@ def main() -> None:
     runs = arguments.parse_args().runs
     torch.set_num_threads(2)
     prompts = w.prompts(STREAMS, 59, 72)
-    # Room for about 60 interventions: each arrival evicts one.
-    engine = w.make_engine(prefix_cache=False, bank_bytes=40 << 20)
+    arriving = iter(w.prompts(10_000, PROMPT_TOKENS, PROMPT_TOKENS, seed=1))
+    # Room for about 12 interventions: each arrival evicts one.
+    engine = w.make_engine(bank_bytes=8 << 20)
     with tempfile.TemporaryDirectory() as scratch:
         refs = w.interventions(Path(scratch), 500, positions="f7+l7", rank=4, layers=tuple(range(30)))
         figures = w.medians(
             {
-                "none": lambda: p99_gap(engine, prompts, [], cold=False),
-                "hot": lambda: p99_gap(engine, prompts, refs[:HOT], cold=False),
-                "swaps": lambda: p99_gap(engine, prompts, refs, cold=True),
+                "none": lambda: p99_gap(engine, prompts, arriving, [], cold=False),
+                "hot": lambda: p99_gap(engine, prompts, arriving, refs[:HOT], cold=False),
+                "swaps": lambda: p99_gap(engine, prompts, arriving, refs, cold=True),
             },
             runs,
         )
@@ -93,8 +98,8 @@ def main() -> None:
         extra = []
         for ref in refs[: 10 * runs]:
             _forget(engine)
-            cold = first_token_s(engine, prompts[0], ref)
-            extra.append(cold - first_token_s(engine, prompts[0], ref))
+            cold = first_token_s(engine, next(arriving), ref)
+            extra.append(cold - first_token_s(engine, next(arriving), ref))
         print(f"cold first token, extra over hot: median {1000 * statistics.median(extra):.1f} ms")
     engine.close()
 

@@ -5,37 +5,32 @@ Results go to standard output, messages to standard error. The exit code is 1 af
 
 from __future__ import annotations
 
+import codecs
+import io
 import json
+import locale
+import os
 import sys
 from importlib.metadata import entry_points, version
 from typing import Annotated
 
-import httpx
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from reftserve.client import cli_evals, cli_files, cli_interventions, cli_jobs
-from reftserve.client._sync.client import Client
 from reftserve.client._sync.streams import TextStream
+from reftserve.client.address import DEFAULT_URL
 from reftserve.client.calls.generation import GenerationOptions
-from reftserve.client.cli_output import Session, parse_use, session
-from reftserve.client.exceptions import ReftServeError
-from reftserve.client.transport import DEFAULT_URL
+from reftserve.client.cli_jobs import INTERRUPTED
+from reftserve.client.cli_output import JSON_HELP, URL_HELP, Session, parse_use, session, takes_session_options
+from reftserve.client.exceptions import ReftServeError, ResponseError
 
 SERVER_COMMANDS = ("serve", "worker", "doctor")
 INSTALL_HINT = "this command needs the server: pip install 'reftserve[server]'"
 
 # One line says what to do about these; a traceback would not add to it.
-FAILURES = (
-    ReftServeError,
-    httpx.InvalidURL,
-    FileNotFoundError,
-    IsADirectoryError,
-    NotADirectoryError,
-    PermissionError,
-    TimeoutError,
-)
+FAILURES = (ReftServeError, OSError)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -66,17 +61,16 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def connection(
     context: typer.Context,
-    url: Annotated[str, typer.Option(envvar="REFTSERVE_URL", help="The server's address")] = DEFAULT_URL,
+    url: Annotated[str, typer.Option(envvar="REFTSERVE_URL", help=URL_HELP)] = DEFAULT_URL,
     api_key: Annotated[str | None, typer.Option(envvar="REFTSERVE_API_KEY", show_envvar=False)] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print results as JSON")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
     _: Annotated[
         bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit")
     ] = False,
 ) -> None:
     """Set the options of every command."""
-    client = Client(url, api_key=api_key)
-    context.obj = Session(client, as_json)
-    context.call_on_close(client.close)
+    context.obj = Session(url or DEFAULT_URL, api_key, as_json)
+    context.call_on_close(context.obj.close)
 
 
 @app.command()
@@ -93,7 +87,7 @@ def generate(
 ) -> None:
     """Continue a text; print it as it is generated."""
     options = _options(model, intervention, max_tokens, temperature, top_p, seed, stop)
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _standard_input() if prompt == "-" else prompt
     with session(context).client.stream(text, **options) as pieces:
         _print(pieces, as_json=session(context).as_json)
 
@@ -124,10 +118,23 @@ def chat(
 
 
 def _ask() -> str | None:
-    try:
-        return input("> " if sys.stdin.isatty() else "")
-    except EOFError:
+    """Return the next message; None at the end of input, at Ctrl-C, and without a standard input."""
+    if sys.stdin is None:
         return None
+    is_terminal = sys.stdin.isatty()
+    try:
+        return input("> " if is_terminal else "")
+    except (EOFError, KeyboardInterrupt):
+        if is_terminal:
+            print()
+        return None
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.read() if sys.stdin is not None else ""
+    except UnicodeDecodeError as cause:
+        raise typer.BadParameter(f"standard input is not {cause.encoding} at byte {cause.start}") from cause
 
 
 def _options(
@@ -161,6 +168,12 @@ def _print(pieces: TextStream, *, as_json: bool) -> None:
         print()
 
 
+for _app in (app, cli_files.app, cli_jobs.app, cli_interventions.app):
+    for _command in _app.registered_commands:
+        if _command.callback is not None:
+            _command.callback = takes_session_options(_command.callback)
+
+
 def _add_server_commands() -> None:
     """Add the server extra's commands, or ones that say how to install it."""
     try:
@@ -179,17 +192,34 @@ def _explain(message: str) -> None:
     raise typer.Exit(1)
 
 
+def _speak_utf8() -> None:
+    """Start again in Python's UTF-8 mode if the locale is ASCII: file names, arguments and answers are UTF-8."""
+    if sys.flags.utf8_mode or codecs.lookup(locale.getencoding()).name == "utf-8":
+        return
+    if codecs.lookup(locale.getencoding()).name == "ascii" and sys.executable:
+        os.environ["PYTHONUTF8"] = "1"  # for the server's child processes
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])  # noqa: S606 - this program again
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
 def main() -> None:
     """Run the command line; the entry point of the console script."""
-    _add_server_commands()
+    _speak_utf8()
     try:
+        _add_server_commands()
         app()
     except FAILURES as cause:
         Console(stderr=True).print("[red]error:[/]", escape(_line(cause)), highlight=False, soft_wrap=True)
         sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
 
 
 def _line(failure: Exception) -> str:
-    if isinstance(failure, OSError) and failure.filename is not None:
-        return f"{failure.filename}: {failure.strerror}"
+    if isinstance(failure, OSError) and failure.strerror is not None:
+        return ": ".join(str(part) for part in (failure.filename, failure.strerror) if part is not None)
+    if isinstance(failure, ResponseError) and failure.url is not None:
+        return f"{failure} (asked {failure.url})"
     return str(failure)

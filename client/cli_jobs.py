@@ -14,7 +14,7 @@ from rich.console import Console
 from reftserve.client._sync.jobs import Job
 from reftserve.client.cli_output import session
 from reftserve.client.exceptions import JobEnded
-from reftserve.client.figures import event_line
+from reftserve.client.figures import event_lines
 from reftserve.client.watch import watch as watch_live
 
 app = typer.Typer(no_args_is_help=True, help="Training runs.")
@@ -68,7 +68,9 @@ def train(
         early_stopping_epochs=early_stopping,
         seed=seed,
     )
-    if not detach:
+    if detach:
+        print(f"the job runs on the server; follow it with: reftserve jobs watch {job.id}", file=sys.stderr)
+    else:
         with _left_running_by_ctrl_c(job):
             job.wait(progress=True)
     here.show(job.data)
@@ -122,7 +124,8 @@ def events(context: typer.Context, job_id: Id) -> None:
 
 def _print_events(job: Job, *, as_json: bool) -> None:
     for event in job.events():
-        print(json.dumps(event.model_dump(mode="json")) if as_json else event_line(event), flush=True)
+        lines = [json.dumps(event.model_dump(mode="json"))] if as_json else event_lines(event)
+        print("\n".join(lines), flush=True)
 
 
 @contextmanager

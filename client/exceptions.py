@@ -1,7 +1,9 @@
 """The exceptions of the client, as one tree.
 
 ReftServeError
+├── AddressError                 the server's address, or a proxy of the environment, cannot be used
 ├── ConnectionFailed             no answer: refused, reset, timed out
+├── UnexpectedAnswer             an answer that is not a ReftServe server's
 ├── ResponseError                the server answered with an error object
 │   ├── BadRequest       4xx     the request is wrong; `param` names the field
 │   ├── NotFound         404     no such model, intervention, file or job
@@ -26,15 +28,26 @@ class ReftServeError(Exception):
     """Base of all exceptions of the client."""
 
 
+class AddressError(ReftServeError, ValueError):
+    """A server's address, or a proxy that the environment names, cannot be used."""
+
+
+class UnexpectedAnswer(ReftServeError):
+    """The answer is not a ReftServe server's."""
+
+
 class ConnectionFailed(ReftServeError):
     """No answer came from the server."""
 
 
 class ResponseError(ReftServeError):
-    """An answer with status 400 or above, OpenAI's error fields, and the Retry-After header in seconds."""
+    """An answer with status 400 or above, OpenAI's error fields, the asked URL, and Retry-After in seconds."""
 
-    def __init__(self, status: int, detail: ErrorDetail, retry_after_s: float | None = None) -> None:
+    def __init__(
+        self, status: int, detail: ErrorDetail, retry_after_s: float | None = None, url: str | None = None
+    ) -> None:
         super().__init__(detail.message)
+        self.url = url
         self.status = status
         self.message = detail.message
         self.type = detail.type
@@ -77,11 +90,14 @@ class StreamFailed(ReftServeError):
 
 
 class JobEnded(ReftServeError):
-    """A job ended without an intervention. `job` is its last state."""
+    """A job ended without an intervention. `job` is its last state; of a failure `code` and `param` (the field)."""
 
     def __init__(self, job: FineTuningJob) -> None:
-        reason = job.error.message if job.error is not None else f"job {job.id} was {job.status}"
+        reason = job.error.message if job.error is not None else f"job {job.id} {_ended(job.status)}"
         super().__init__(reason)
+        self.message = reason
+        self.code = None if job.error is None else job.error.code
+        self.param = None if job.error is None else job.error.param
         self.job = job
 
 
@@ -89,8 +105,12 @@ class EvalRunEnded(ReftServeError):
     """A run of an eval ended before it was complete. `run` is its last state."""
 
     def __init__(self, run: EvalRun) -> None:
-        super().__init__(run.error.message if run.error is not None else f"run {run.id} was {run.status}")
+        super().__init__(run.error.message if run.error is not None else f"run {run.id} {_ended(run.status)}")
         self.run = run
+
+
+def _ended(status: str) -> str:
+    return "has failed" if status == "failed" else f"was {status}" if status.startswith("cancel") else f"is {status}"
 
 
 _BY_STATUS: dict[int, type[ResponseError]] = {404: NotFound, 409: Conflict, 429: Overloaded, 503: Unavailable}
@@ -105,7 +125,7 @@ def response_error(response: httpx.Response) -> ResponseError:
         detail = ErrorDetail(message=f"HTTP {response.status_code}: {response.text[:200]}", type="http_error")
     status = response.status_code
     kind = _BY_STATUS.get(status) or (ServerFault if status >= 500 else BadRequest)
-    return kind(status, detail, _retry_after_s(response.headers.get("Retry-After")))
+    return kind(status, detail, _retry_after_s(response.headers.get("Retry-After")), str(response.request.url))
 
 
 def _retry_after_s(header: str | None) -> float | None:

@@ -21,23 +21,23 @@ class TrainingFigures:
         self.held_out_losses: dict[int, float] = {}
 
     def add(self, event: FineTuningEvent) -> bool:
-        """Add an event; return whether it reports a training step."""
-        data = event.data or {}
-        if "step" not in data:
-            return False
-        self.newest |= data
-        for losses, name in ((self.losses, "train_loss"), (self.held_out_losses, f"{HELD_OUT}loss")):
-            if (loss := data.get(name)) is not None and math.isfinite(loss):
-                losses[data["step"]] = loss
-        return True
+        """Add an event; return whether it reports training steps."""
+        for step in event.steps:
+            self.newest |= step
+            for losses, name in ((self.losses, "train_loss"), (self.held_out_losses, f"{HELD_OUT}loss")):
+                if (loss := step.get(name)) is not None and math.isfinite(loss):
+                    losses[step["step"]] = loss
+        return bool(event.steps)
 
 
-def event_line(event: FineTuningEvent) -> str:
-    """Return an event as one line; for a step, its figures."""
-    data = event.data or {}
-    if "step" not in data:
-        return event.message
-    return f"step {data['step']}/{data['total_steps']}: {', '.join([*scores(data), *pace(data)])}"
+def event_lines(event: FineTuningEvent) -> list[str]:
+    """Return an event as lines: its message, or the figures of each step that it reports."""
+    return [step_line(step) for step in event.steps] or [event.message]
+
+
+def step_line(step: Mapping[str, Any]) -> str:
+    """Return a step's figures as one line."""
+    return f"step {step['step']}/{step['total_steps']}: {', '.join([*scores(step), *pace(step)])}"
 
 
 def scores(data: Mapping[str, Any]) -> list[str]:

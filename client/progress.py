@@ -7,7 +7,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from reftserve.client.figures import HELD_OUT, TrainingFigures, event_line, pace, scores
+from reftserve.client.figures import HELD_OUT, TrainingFigures, pace, scores, step_line
 from reftserve.client.schemas import FineTuningEvent
 
 
@@ -36,8 +36,10 @@ class JobProgress:
         # The bar has one line: room for two scores, speed and time.
         figures = ", ".join([*scores(newest)[:2], *pace(newest)[1:]])
         self._progress.update(self._task, completed=newest["step"], total=newest["total_steps"], figures=figures)
-        if not self._console.is_terminal and any(name.startswith(HELD_OUT) for name in event.data or {}):
-            self._console.print(event_line(event))
+        if not self._console.is_terminal:
+            for step in event.steps:
+                if any(name.startswith(HELD_OUT) for name in step):
+                    self._console.print(step_line(step))
 
     def __enter__(self) -> JobProgress:
         self._progress.start()

@@ -1,32 +1,24 @@
-"""Code around httpx that both clients share: defaults, the arguments of a request, and the names of failures."""
+"""Code around httpx that both clients share: timeouts, the arguments of a request, and the names of failures."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from zipfile import BadZipFile
 
 import httpx
+from pydantic import ValidationError
 
 from reftserve.client.calls.call import Call
-from reftserve.client.exceptions import ConnectionFailed, response_error
+from reftserve.client.exceptions import ConnectionFailed, UnexpectedAnswer, response_error
 
-DEFAULT_URL = "http://127.0.0.1:8000"
+T = TypeVar("T")
 MAX_RETRIES = 3
 # A long answer is silent until its first byte.
 CONNECT_TIMEOUT_S = 5.0
 TIMEOUT = httpx.Timeout(600.0, connect=CONNECT_TIMEOUT_S)
-
-
-def base_url(url: str) -> str:
-    """Return a server's URL without the `/v1` that OpenAI's clients want at its end."""
-    return url.rstrip("/").removesuffix("/v1")
-
-
-def headers(api_key: str | None) -> dict[str, str]:
-    """Return the headers of every request."""
-    return {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
 
 
 @contextmanager
@@ -60,3 +52,13 @@ def checked(response: httpx.Response) -> httpx.Response:
     if response.is_error:
         raise response_error(response)
     return response
+
+
+def read_answer(call: Call[T], response: httpx.Response) -> T:
+    """Return what a successful answer holds. Raises the ResponseError of any other, and UnexpectedAnswer."""
+    try:
+        return call.read(checked(response))
+    except (ValidationError, BadZipFile) as cause:
+        raise UnexpectedAnswer(
+            f"the answer of {response.request.url} is not a ReftServe server's; does one run at that address?"
+        ) from cause

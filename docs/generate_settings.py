@@ -15,18 +15,20 @@ HEAD = """\
 
 A setting comes from one of three places. In rising precedence:
 
-1. an environment variable, `REFTSERVE_` and the name in capitals: `REFTSERVE_KV_CACHE_BYTES=2GiB`
-2. a TOML file, named by `--config` or `REFTSERVE_CONFIG`: `kv_cache_bytes = "2GiB"`
+1. a TOML file, named by `--config` or `REFTSERVE_CONFIG`: `kv_cache_bytes = "2GiB"`
+2. an environment variable, `REFTSERVE_` and the name in capitals: `REFTSERVE_KV_CACHE_BYTES=2GiB`
 3. a flag of `reftserve serve`, `reftserve worker` or `reftserve doctor`: `--kv-cache-bytes 2GiB`
 
-So a TOML file wins over the environment, unlike in most servers: a container that mounts a file cannot be changed by a
-variable. Use variables alone, or a file and flags. `--help` shows which settings have a flag.
+So a variable changes a container that mounts a file. `--help` shows which settings have a flag. `reftserve doctor`
+checks what the machine gives: folders, limits, port, proxies, database and model.
 
 - Sizes are bytes, or a number with a unit: `512MiB`, `2GiB`; `2GB` is 2,000,000,000 bytes.
 - A switch is `true` or `false`; as a flag it is `--worker` or `--no-worker`.
-- An unknown name is refused at start, with near names. Kubernetes gives pods variables like `REFTSERVE_PORT` and
-  `REFTSERVE_SERVICE_HOST` when a service is called `reftserve`: choose another name for it, or set
-  `enableServiceLinks: false`.
+- An empty variable is not given. `~` in a path is the home folder.
+- An unknown name, and a settings file that does not exist, is refused at start, with near names.
+- Kubernetes sets variables in pods when a service is called `reftserve`, such as `REFTSERVE_PORT=tcp://10.0.0.1:80`. A
+  variable with such a name and such a value is ignored, and the log names it; to set the port there, use `--port` or a
+  file, or `enableServiceLinks: false`.
 - Settings cannot change while the server runs. Child processes get them from the server.
 """
 

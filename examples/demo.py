@@ -66,7 +66,7 @@ def server() -> Iterator[Client]:
 
 
 def wait_until_ready(client: Client, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Wait until model, worker and database are there; exit with the log's end when the server gives up."""
+    """Wait until model and database are there; exit with the log's end when the server gives up."""
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         if process.poll() is not None:

@@ -15,6 +15,7 @@ import io
 import lzma
 import os
 import shutil
+import struct
 import tempfile
 import zipfile
 import zlib
@@ -24,16 +25,30 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from reftserve.interventions.columns import Columns, hash_columns, read_columns
-from reftserve.interventions.history import HISTORY_FILE, History
-from reftserve.interventions.intervention_errors import HashMismatch, ManifestError, ShapeError
-from reftserve.interventions.manifest import BaseFingerprint, Manifest
+from reftserve.interventions.columns import TENSORS, Columns, hash_columns, read_columns
+from reftserve.interventions.history import HISTORY_FILE, MAX_HISTORY_BYTES, History
+from reftserve.interventions.intervention_errors import (
+    HashMismatch,
+    InterventionError,
+    ManifestError,
+    ShapeError,
+    shorten,
+)
+from reftserve.interventions.manifest import Manifest
 from reftserve.interventions.positions import Positions
+from reftserve.interventions.strict_json import check_json, invalid_document
 
 MANIFEST_FILE = "manifest.json"
 EDITS_FILE = "edits.safetensors"
 REQUIRED_FILES = (MANIFEST_FILE, EDITS_FILE)
+EXPECTED_FILES = f"{MANIFEST_FILE}, {EDITS_FILE} and optionally {HISTORY_FILE}"
 MAX_BYTES = 1 << 30
+MAX_MANIFEST_BYTES = 1 << 20
+MEMBER_BYTES = {MANIFEST_FILE: MAX_MANIFEST_BYTES, HISTORY_FILE: MAX_HISTORY_BYTES, EDITS_FILE: MAX_BYTES}
+# Weights and JSON shrink by far less; zeros shrink to a thousandth, and a small file of zeros is nothing to fear.
+MAX_RATIO, SMALL_BYTES = 100, 1 << 20
+ZIP_MEMBER = b"PK\1\2"  # begins each entry of a zip's directory
+MAX_ZIP_MEMBERS = 16  # random numbers may spell it too
 # The errors of zipfile for data that is not an archive, is damaged or encrypted, or uses an unknown method.
 UNREADABLE = (
     zipfile.BadZipFile,
@@ -43,6 +58,9 @@ UNREADABLE = (
     OSError,
     NotImplementedError,
     RuntimeError,
+    ValueError,
+    OverflowError,
+    struct.error,
 )
 
 
@@ -80,26 +98,25 @@ def content_hash(sites: Sequence[EditSite], columns_hash: str) -> str:
 
 def read_artifact(folder: Path) -> tuple[bytes, bytes]:
     """Return the unchecked manifest and edits. Raises OSError; ManifestError when a file is too large."""
-    return _bounded(folder / MANIFEST_FILE), _bounded(folder / EDITS_FILE)
+    return _bounded(folder / MANIFEST_FILE, MAX_MANIFEST_BYTES), _bounded(folder / EDITS_FILE, MAX_BYTES)
 
 
 def load_history(folder: Path) -> History | None:
     """Return an artifact folder's training history, or None. Raises ManifestError."""
     file = folder / HISTORY_FILE
-    return History.parse(_bounded(file)) if file.exists() else None
+    return History.parse(_bounded(file, MAX_HISTORY_BYTES)) if file.exists() else None
 
 
 def check_artifact(manifest_bytes: bytes, edits_bytes: bytes) -> Artifact:
     """Check a manifest and edits. Raises an InterventionError, except FingerprintMismatch."""
+    check_json(manifest_bytes, MANIFEST_FILE, max_bytes=MAX_MANIFEST_BYTES)
     try:
         manifest = Manifest.model_validate_json(manifest_bytes)
     except ValidationError as cause:
-        first = cause.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ManifestError(f"{MANIFEST_FILE}: {where or 'document'}: {first['msg']}") from cause
+        raise invalid_document(MANIFEST_FILE, cause) from cause
     sites = tuple(EditSite(entry.layer, Positions.parse(entry.positions), entry.rank) for entry in manifest.edits)
     columns = read_columns(edits_bytes, EDITS_FILE)
-    _check_fit(sites, columns, manifest.base)
+    _check_fit(sites, columns, manifest)
     found = content_hash(sites, hash_columns(columns))
     if found != manifest.content_hash:
         raise HashMismatch(f"content_hash is {manifest.content_hash}; the edits' hash is {found}")
@@ -117,16 +134,26 @@ def pack(folder: Path) -> bytes:
 
 
 def unpack(data: bytes, folder: Path, *, max_bytes: int = MAX_BYTES) -> Artifact:
-    """Check a zipped artifact, then write it to a new folder. Raises an InterventionError."""
+    """Check a zipped artifact, then write it to a new folder. max_bytes: of all files together, unpacked.
+
+    Raises an InterventionError.
+    """
+    num_members = data.count(ZIP_MEMBER)
+    if num_members > MAX_ZIP_MEMBERS:  # before zipfile makes an object of each
+        raise ManifestError(f"the archive holds about {num_members} files; expected {EXPECTED_FILES}")
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             names = sorted(archive.namelist())
             if names not in (sorted(REQUIRED_FILES), sorted([*REQUIRED_FILES, HISTORY_FILE])):
-                expected = f"{MANIFEST_FILE}, {EDITS_FILE} and optionally {HISTORY_FILE}"
-                raise ManifestError(f"the archive holds {names}; expected {expected}")
-            contents = {name: _read_member(archive, name, max_bytes) for name in names}
+                raise ManifestError(f"the archive holds {shorten(str(names))}; expected {EXPECTED_FILES}")
+            contents: dict[str, bytes] = {}
+            for name in sorted(names, key=MEMBER_BYTES.__getitem__):
+                room = max_bytes - sum(map(len, contents.values()))
+                contents[name] = _read_member(archive, name, min(MEMBER_BYTES[name], room), len(data))
+    except InterventionError:
+        raise
     except UNREADABLE as cause:
-        raise ManifestError(f"not a readable zip file: {cause}") from cause
+        raise ManifestError(f"not a readable zip file: {shorten(str(cause))}") from cause
     artifact = check_artifact(contents[MANIFEST_FILE], contents[EDITS_FILE])
     if HISTORY_FILE in contents:
         History.parse(contents[HISTORY_FILE])
@@ -134,7 +161,8 @@ def unpack(data: bytes, folder: Path, *, max_bytes: int = MAX_BYTES) -> Artifact
     return artifact
 
 
-def _check_fit(sites: Sequence[EditSite], columns: Columns, base: BaseFingerprint) -> None:
+def _check_fit(sites: Sequence[EditSite], columns: Columns, manifest: Manifest) -> None:
+    base = manifest.base
     found, hidden_size = columns["A"].shape
     rank = sum(site.rank for site in sites)
     if found != rank:
@@ -144,16 +172,22 @@ def _check_fit(sites: Sequence[EditSite], columns: Columns, base: BaseFingerprin
     highest = max(site.layer for site in sites)
     if highest >= base.num_layers:
         raise ShapeError(f"an edit is at layer {highest}; the base has layers 0 to {base.num_layers - 1}")
+    numbers = sum(columns[name].size for name in TENSORS)
+    if manifest.parameters > numbers:
+        raise ManifestError(f"parameters is {manifest.parameters}; the edits hold {numbers} numbers")
 
 
-def _bounded(path: Path) -> bytes:
-    if path.stat().st_size > MAX_BYTES:
-        raise ManifestError(f"{path.name} has {path.stat().st_size} bytes; at most {MAX_BYTES} are read")
+def _bounded(path: Path, max_bytes: int) -> bytes:
+    if path.stat().st_size > max_bytes:
+        raise ManifestError(f"{path.name} has {path.stat().st_size} bytes; at most {max_bytes} are read")
     return path.read_bytes()
 
 
-def _read_member(archive: zipfile.ZipFile, name: str, max_bytes: int) -> bytes:
-    # The archive's directory may declare a false size, so bound the bytes that are read.
+def _read_member(archive: zipfile.ZipFile, name: str, max_bytes: int, num_bytes: int) -> bytes:
+    """Return a file's content. num_bytes: of the archive."""
+    # The archive's directory may declare false sizes, so bound the bytes that are read.
+    packed = min(archive.getinfo(name).compress_size, num_bytes)
+    max_bytes = min(max_bytes, max(SMALL_BYTES, MAX_RATIO * packed))
     with archive.open(name) as member:
         content = member.read(max_bytes + 1)
     if len(content) > max_bytes:

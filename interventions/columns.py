@@ -11,9 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, deserialize
 
-from reftserve.interventions.intervention_errors import DtypeError, ManifestError, NonFiniteError, ShapeError
+from reftserve.interventions.intervention_errors import DtypeError, ManifestError, NonFiniteError, ShapeError, shorten
+from reftserve.interventions.strict_json import check_json
 
 TENSORS = ("A", "b", "U", "act", "scale")
+MAX_HEADER_BYTES = 64 << 10  # five tensors take about 400 bytes
 Columns = dict[str, NDArray[Any]]
 
 TORCH_NAMES = {
@@ -52,36 +54,48 @@ class Activation(IntEnum):
 
 def read_columns(edits_bytes: bytes, file: str) -> Columns:
     """Read and check an artifact's edits: a safetensors file of exactly five tensors. file: its name, for messages."""
+    _check_header(edits_bytes, file)
     try:
         found = {name: _array(tensor) for name, tensor in deserialize(edits_bytes)}  # type: ignore[no-untyped-call]
     except (SafetensorError, ValueError, TypeError, OverflowError) as cause:  # numpy's errors for absurd shapes
-        raise ManifestError(f"{file} is not a safetensors file: {cause}") from cause
+        raise ManifestError(f"{file} is not a safetensors file: {shorten(str(cause))}") from cause
     if found.keys() != set(TENSORS):
         missing, surplus = sorted(set(TENSORS) - found.keys()), sorted(found.keys() - set(TENSORS))
-        raise ManifestError(f"{file}: missing tensors {missing}, unexpected ones {surplus}")
+        raise ManifestError(f"{file}: missing tensors {missing}, unexpected ones {shorten(str(surplus))}")
     if dtype_name(found["A"]) != "float32":
         raise DtypeError(f"A is torch.{dtype_name(found['A'])}; artifacts hold torch.float32")
     check_columns(found)
     return {name: found[name] for name in TENSORS}
 
 
+def _check_header(edits_bytes: bytes, file: str) -> None:
+    size = int.from_bytes(edits_bytes[:8], "little")
+    header = edits_bytes[8 : 8 + min(size, len(edits_bytes))]
+    try:
+        check_json(header, "header", max_bytes=MAX_HEADER_BYTES)
+    except ManifestError as cause:
+        raise ManifestError(f"{file} is not a safetensors file: {cause}") from cause
+
+
 def check_columns(columns: Mapping[str, Any]) -> None:
     """Raise ShapeError, DtypeError or NonFiniteError unless A, U [rank, hidden], b, act, scale [rank] form an edit."""
     A = columns["A"]
     if A.ndim != 2 or 0 in A.shape:
-        raise ShapeError(f"A has shape {list(A.shape)}; expected [rank, hidden], both above 0")
+        raise ShapeError(f"A has shape {shorten(str(list(A.shape)))}; expected [rank, hidden], both above 0")
     rank, hidden = A.shape
     expected = {"A": [rank, hidden], "b": [rank], "U": [rank, hidden], "act": [rank], "scale": [rank]}
     for name, shape in expected.items():
         array = columns[name]
         dtype = dtype_name(array)
         if list(array.shape) != shape:
-            raise ShapeError(f"{name} has shape {list(array.shape)}; expected {shape}")
+            raise ShapeError(f"{name} has shape {shorten(str(list(array.shape)))}; expected {shape}")
         if name == "act":
             if dtype != "int8":
                 raise DtypeError(f"act is torch.{dtype}; expected torch.int8")
             if not ((array >= 0) & (array < len(Activation))).all():
-                raise DtypeError(f"act holds {sorted(set(array.tolist()))}; expected 0 to {len(Activation) - 1}")
+                raise DtypeError(
+                    f"act holds {shorten(str(sorted(set(array.tolist()))))}; expected 0 to {len(Activation) - 1}"
+                )
         elif "float" not in dtype or dtype != dtype_name(A):
             raise DtypeError(f"{name} is torch.{dtype}; A, b, U and scale need one floating-point type")
         elif not _is_finite(array):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from reftserve.interventions.intervention_errors import ManifestError
+from reftserve.interventions.strict_json import check_json, invalid_document
 
 T = TypeVar("T")
 HISTORY_FILE = "history.json"
@@ -16,7 +16,10 @@ MAX_POINTS = 1000
 MAX_SCORES = 32
 HELD_OUT = "valid_"
 
-Column = list[float | None]
+MAX_HISTORY_BYTES = 8 << 20
+
+Column = Annotated[list[float | None], Field(max_length=MAX_POINTS)]
+Name = Annotated[str, StringConstraints(max_length=256)]
 
 
 class History(BaseModel):
@@ -28,7 +31,7 @@ class History(BaseModel):
     train_loss: Column
     learning_rate: Column
     tokens_per_second: Column = Field(default_factory=list)
-    valid: dict[str, Column] = Field(default_factory=dict, max_length=MAX_SCORES)
+    valid: dict[Name, Column] = Field(default_factory=dict, max_length=MAX_SCORES)
 
     @model_validator(mode="after")
     def _is_a_table(self) -> History:
@@ -59,12 +62,11 @@ class History(BaseModel):
     @classmethod
     def parse(cls, content: bytes) -> History:
         """Parse the file's content. Raises ManifestError when it is not a history."""
+        check_json(content, HISTORY_FILE, max_bytes=MAX_HISTORY_BYTES)
         try:
             return cls.model_validate_json(content)
         except ValidationError as cause:
-            first = cause.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise ManifestError(f"{HISTORY_FILE}: {where or 'document'}: {first['msg']}") from cause
+            raise invalid_document(HISTORY_FILE, cause) from cause
 
 
 def _column(steps: Sequence[Mapping[str, Any]], name: str) -> Column:

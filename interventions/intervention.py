@@ -22,6 +22,7 @@ from reftserve.interventions.artifact import (
 )
 from reftserve.interventions.columns import TENSORS
 from reftserve.interventions.edit import LowRankEdit, PlacedEdit, compose
+from reftserve.interventions.edited_runs import EditedRuns
 from reftserve.interventions.history import HISTORY_FILE, History
 from reftserve.interventions.manifest import BaseFingerprint, EditEntry, Manifest, Provenance
 
@@ -44,6 +45,11 @@ class Intervention:
         """The single edits, as views of `columns`."""
         parts = zip(self.sites, self.columns.split([site.rank for site in self.sites]), strict=True)
         return tuple(PlacedEdit(site.layer, site.positions, part) for site, part in parts)
+
+    @cached_property
+    def edited_runs(self) -> EditedRuns:
+        """Which of its edits touch which tokens of a request."""
+        return EditedRuns(self.content_hash, [site.positions for site in self.sites])
 
 
 def save_artifact(

@@ -9,10 +9,17 @@
     ├── HashMismatch          the content does not have its hash
     └── FingerprintMismatch   made for another base model
 
-Each message names the offending value and the expected one.
+Each message names the offending value, of which it quotes at most MAX_QUOTED characters, and the expected one.
 """
 
 from __future__ import annotations
+
+MAX_QUOTED = 200
+
+
+def shorten(text: str) -> str:
+    """Return a text of at most MAX_QUOTED characters, for messages about what was sent."""
+    return text if len(text) <= MAX_QUOTED else text[: MAX_QUOTED - 1] + "…"
 
 
 class InterventionError(ValueError):

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
 
 from reftserve.interventions.intervention_errors import FingerprintMismatch
 
 SCHEMA_VERSION = 2
+MAX_EDITS = 4096
+LARGEST = 2**31 - 1  # of an integer in every database
+
+Name = Annotated[str, StringConstraints(max_length=256)]
+Count = Annotated[int, Field(ge=1, le=LARGEST)]
+Layer = Annotated[int, Field(ge=0, le=LARGEST)]
 
 
 @dataclass(frozen=True)
@@ -31,13 +37,13 @@ class BaseFingerprint(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    architecture: str
-    hidden_size: int
-    num_layers: int
-    vocab_size: int
-    weights_hash: str | None = None
-    tokenizer_hash: str | None = None
-    chat_template_hash: str | None = None
+    architecture: Name
+    hidden_size: Count
+    num_layers: Count
+    vocab_size: Count
+    weights_hash: Name | None = None
+    tokenizer_hash: Name | None = None
+    chat_template_hash: Name | None = None
 
     def mismatches(self, found: BaseFingerprint) -> list[Mismatch]:
         """Return the fields in which `found` differs from this base; hashes can be overridden."""
@@ -60,9 +66,9 @@ class EditEntry(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    layer: int = Field(ge=0)
-    positions: str
-    rank: int = Field(ge=1)
+    layer: Layer
+    positions: Name
+    rank: Count
 
 
 class Provenance(BaseModel):
@@ -86,15 +92,17 @@ class Manifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: int = SCHEMA_VERSION
-    family: str
-    positions: str
-    layers: list[int]
-    rank: int = Field(ge=1)
+    family: Name
+    positions: Name
+    layers: list[Layer] = Field(max_length=MAX_EDITS)
+    rank: Count
     tied: bool = True
-    parameters: int = Field(ge=0, description="Numbers that were trained")
-    edits: list[EditEntry] = Field(min_length=1)
+    parameters: int = Field(
+        ge=0, le=LARGEST, description="Numbers that were trained: at most those that the edits hold"
+    )
+    edits: list[EditEntry] = Field(min_length=1, max_length=MAX_EDITS)
     base: BaseFingerprint
-    content_hash: str
+    content_hash: str = Field(pattern="^[0-9a-f]{64}$")
     created_at: datetime
     provenance: Provenance = Provenance()
 

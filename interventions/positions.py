@@ -17,7 +17,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from reftserve.interventions.intervention_errors import PositionsError
+from reftserve.interventions.intervention_errors import PositionsError, shorten
 
 _PATTERN = re.compile(r"(?:f(?P<first>\d{1,6}))?(?:\+?l(?P<last>\d{1,6}))?")
 
@@ -39,7 +39,9 @@ class Positions:
             return cls(prompt=text != "generated", generated=text != "prompt")
         match = _PATTERN.fullmatch(text)
         if not match or text.startswith("+"):
-            raise PositionsError(f"positions {text!r}; expected like 'f7+l7', 'l1', 'prompt', 'generated' or 'all'")
+            raise PositionsError(
+                f"positions {shorten(repr(text))}; expected like 'f7+l7', 'l1', 'prompt', 'generated' or 'all'"
+            )
         parsed = cls(first=int(match["first"] or 0), last=int(match["last"] or 0))
         if parsed == cls():
             raise PositionsError(f"positions {text!r} select no token; f or l must be above 0")

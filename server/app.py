@@ -11,6 +11,7 @@ from fastapi import Depends, FastAPI
 from fastapi_offline import FastAPIOffline
 from prometheus_fastapi_instrumentator import Instrumentator
 from sse_starlette.sse import AppStatus
+from starlette.middleware.cors import CORSMiddleware
 
 from reftserve.server.api import (
     chat,
@@ -20,12 +21,17 @@ from reftserve.server.api import (
     files,
     fine_tuning,
     health,
+    index,
     interventions,
     models,
 )
 from reftserve.server.api.body_limit import BodyLimit
+from reftserve.server.api.content_encoding import ContentEncoding
 from reftserve.server.api.dependencies import check_parameters
 from reftserve.server.api.error_responses import install_error_handlers
+from reftserve.server.api.host_check import HostCheck, names_of
+from reftserve.server.api.openapi import ERROR_RESPONSES, describe_truly
+from reftserve.server.api.request_line import RequestLine
 from reftserve.server.base.folder import Base, open_base
 from reftserve.server.engine.config import EngineConfig
 from reftserve.server.evaluation.eval_service import EvalService
@@ -38,17 +44,18 @@ from reftserve.server.registry.store import open_store
 from reftserve.server.services import Services
 from reftserve.server.settings import Settings
 from reftserve.server.supervisor import supervise
+from reftserve.server.training.data_check import DataCheck
 from reftserve.server.training.job_service import JobService
 
 UNMETERED = ["/health", "/ready", "/metrics"]  # probes and scrapes are no users' requests
-ROUTERS = (chat, completions, classify, models, files, fine_tuning, evals, interventions, health)
+ROUTERS = (chat, completions, classify, models, files, fine_tuning, evals, interventions, health, index)
 
 
 def open_services(settings: Settings) -> Services:
     """Create the application's services, without starting the engine. Raises NotFound when there is no base model."""
     base = open_base(settings)
     store = open_store(settings, base.fingerprint)
-    store.sweep()
+    store.sweep_in_background()
     engine = EngineClient(_engine_config(settings, base))
     metrics = Metrics(lambda: engine.stats)
     limits = InferenceLimits(
@@ -70,7 +77,7 @@ def open_services(settings: Settings) -> Services:
         database=store.database,
         files=store.files,
         registry=store.interventions,
-        jobs=JobService(store, base),
+        jobs=JobService(store, base, DataCheck(settings, base)),
         evals=evals,
         inference=inference,
         metrics=metrics,
@@ -95,17 +102,42 @@ def create_app(services: Services, on_failure: Callable[[str], None]) -> FastAPI
     AppStatus.enable_automatic_graceful_drain = False
     # FastAPIOffline serves the pages of /docs itself, because many servers cannot reach a content network.
     app: FastAPI = FastAPIOffline(
-        title="ReftServe", version=version("reftserve"), lifespan=lifespan, dependencies=[Depends(check_parameters)]
+        title="ReftServe",
+        version=version("reftserve"),
+        lifespan=lifespan,
+        dependencies=[Depends(check_parameters)],
+        root_path=services.settings.root_path,
+        responses=ERROR_RESPONSES,
+        redirect_slashes=False,
     )
     app.state.services = services
-    settings = services.settings
-    uploads = {"/v1/files": settings.max_file_bytes, "/v1/interventions": settings.max_artifact_bytes}
-    app.add_middleware(BodyLimit, upload_bytes=uploads)
+    _add_middlewares(app, services.settings)
     install_error_handlers(app)
     Instrumentator(registry=services.metrics.registry, excluded_handlers=UNMETERED).instrument(app)
     for router in ROUTERS:
         app.include_router(router.router)
+    describe_truly(app)
     return app
+
+
+def _add_middlewares(app: FastAPI, settings: Settings) -> None:
+    """Add them from the innermost to the outermost."""
+    uploads = {"/v1/files": settings.max_file_bytes, "/v1/interventions": settings.max_artifact_bytes}
+    app.add_middleware(BodyLimit, upload_bytes=uploads, json_bytes=settings.max_json_bytes)
+    app.add_middleware(ContentEncoding)
+    app.add_middleware(RequestLine)
+    if settings.cors_origins:
+        origins = [origin.strip() for origin in settings.cors_origins.split(",")]
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After", "x-should-retry"],
+        )
+    names = names_of(settings.host, settings.allowed_hosts)
+    if names is not None:
+        app.add_middleware(HostCheck, names=names)
 
 
 async def drain(services: Services) -> None:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import platform
-import shutil
-import socket
+import logging
+import os
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
-from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
 
+from reftserve.server.base.model_errors import BaseModelError
 from reftserve.server.errors import ServerError
-from reftserve.server.settings import Settings, SettingsError
+from reftserve.server.settings import LOG_FORMAT, Settings
 from reftserve.server.settings_reference import takes_settings
+from reftserve.server.settings_sources import SettingsError, service_links
 
+logger = logging.getLogger(__name__)
 app = typer.Typer()
 console = Console()
 
@@ -31,15 +32,12 @@ def explained(command: Callable[..., None]) -> Callable[..., None]:
             command(**flags)
         except ModuleNotFoundError as cause:
             _fail(f"{cause}; pip install 'reftserve[server]'", cause)
-        except ServerError as cause:
-            _fail(cause.message, cause)
+        except OSError as cause:
+            _fail(": ".join(filter(None, (cause.filename, cause.strerror or str(cause)))), cause)
+        except (ServerError, BaseModelError) as cause:
+            _fail(str(cause), cause)
         except SettingsError as cause:
             _fail(f"settings: {cause}", cause)
-        except ValidationError as cause:
-            wrong = (
-                f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}" for e in cause.errors()
-            )
-            _fail(f"settings: {'; '.join(wrong)}", cause)
 
     return run
 
@@ -58,6 +56,9 @@ COMMON = ("model", "data", "config", "device")
     *COMMON,
     "host",
     "port",
+    "root_path",
+    "allowed_hosts",
+    "cors_origins",
     "database_url",
     "blob_url",
     "worker",
@@ -80,11 +81,9 @@ COMMON = ("model", "data", "config", "device")
 def serve(settings: Settings) -> None:
     """Serve a base model and its interventions over HTTP.
 
-    Settings come from the environment, a TOML file and these flags, in order of rising precedence (docs/settings.md).
+    Settings come from a TOML file, the environment and these flags, in order of rising precedence (docs/settings.md).
     """
-    from reftserve.server.base.folder import resolve_model_folder
-
-    resolve_model_folder(settings)  # fail before the slow imports
+    _begin(settings)
     from reftserve.server.main import serve as run_server
 
     run_server(settings)
@@ -105,9 +104,7 @@ def serve(settings: Settings) -> None:
 )
 def worker(settings: Settings) -> None:
     """Run a separate training worker on the server's data folder. Several workers share the jobs."""
-    from reftserve.server.base.folder import resolve_model_folder
-
-    resolve_model_folder(settings)
+    _begin(settings)
     from reftserve.server.training.worker import run
 
     run(settings)
@@ -115,58 +112,54 @@ def worker(settings: Settings) -> None:
 
 @app.command()
 @explained
-@takes_settings(*COMMON, "host", "port")
-def doctor(settings: Settings) -> None:
-    """Check that this machine can serve; exit with code 1 when a check fails."""
-    checks: list[tuple[str, Callable[[Settings], str]]] = [
-        ("python", lambda _: platform.python_version()),
-        ("base model", _check_model),
-        ("data folder", _check_data),
-        ("port", _check_port),
-        ("torch", _check_torch),  # last, because the import takes seconds
-    ]
-    failed = 0
-    for name, check in checks:
-        if failed and check is _check_torch:
-            console.print("[yellow]left[/]  torch: not checked, because another check failed")
-            break
-        try:
-            console.print(f"[green]ok[/]    {name}: {check(settings)}", highlight=False)
-        except (ServerError, OSError, ImportError) as cause:
-            failed += 1
-            console.print(f"[red]wrong[/] {name}: {cause}", highlight=False)
+@takes_settings(*COMMON, "host", "port", "database_url", "blob_url")
+def doctor(
+    settings: Settings,
+    *,
+    store: Annotated[bool, typer.Option("--store", help="Compare the database with the stored files instead")] = False,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="With --store: register stored interventions that no row names")
+    ] = False,
+    deep: Annotated[bool, typer.Option("--deep", help="Hash the base model's files instead")] = False,
+) -> None:
+    """Check that this machine can serve, one line for each check; exit with code 1 when one fails."""
+    if store or rebuild or deep:
+        raise typer.Exit(1 if _faults(settings, store=store or rebuild, rebuild=rebuild, deep=deep) else 0)
+    from reftserve.server.doctor import checks, examine
+
+    failed = False
+    for name, check in checks().items():
+        if failed and name == "torch":
+            outcome, found = "left", "not checked, because another check failed"
+        else:
+            outcome, found = examine(check, settings)
+        failed |= outcome == "wrong"
+        colour = {"ok": "green", "wrong": "red"}.get(outcome, "yellow")
+        console.print(f"[{colour}]{outcome:<6}[/]{name}: {escape(found)}", highlight=False, soft_wrap=True)
     raise typer.Exit(1 if failed else 0)
 
 
-def _check_torch(settings: Settings) -> str:
-    import torch
+def _faults(settings: Settings, *, store: bool, rebuild: bool, deep: bool) -> int:
+    from reftserve.server.store_doctor import examine
 
-    from reftserve.server.base.model import resolve_device
-
-    return f"{torch.__version__} on {resolve_device(settings.device)}, {torch.get_num_threads()} threads"
-
-
-def _check_model(settings: Settings) -> str:
-    from reftserve.server.base.folder import model_name, resolve_model_folder
-
-    return f"{model_name(settings)} in {resolve_model_folder(settings)}"
+    faults = 0
+    for line in examine(settings, store=store, rebuild=rebuild, deep=deep):
+        faults += line.is_fault
+        word = "[red]wrong[/]" if line.is_fault else "[green]ok[/]   "
+        console.print(f"{word} {escape(line.text)}", highlight=False, soft_wrap=True)
+    return faults
 
 
-def _check_data(settings: Settings) -> str:
-    settings.data.mkdir(parents=True, exist_ok=True)
-    probe = settings.data / ".probe"
-    probe.touch()
-    probe.unlink()
-    free = shutil.disk_usage(settings.data).free
-    return f"{settings.data.resolve()}, {free / 2**30:.1f} GiB free"
+def _begin(settings: Settings) -> None:
+    """Make the checks that take less than a second, before the slow imports. Raises ServerError, BaseModelError."""
+    from reftserve.server.base.folder import check_base
+    from reftserve.server.environment import check_environment
 
-
-def _check_port(settings: Settings) -> str:
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    with socket.socket(family) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((settings.host, settings.port))
-    return f"{settings.host}:{settings.port} is free"
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
+    if links := service_links(os.environ):
+        logger.info("ignored, because Kubernetes sets these variables for a service: %s", ", ".join(links))
+    check_environment(settings)
+    check_base(settings)
 
 
 if __name__ == "__main__":

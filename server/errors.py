@@ -6,8 +6,9 @@ ServerError                      (500 unless a subclass says otherwise)
 ├── NotFound              404    unknown model, intervention, file or job
 ├── Conflict              409    the resource's state forbids the request (in use, already cancelled, ...)
 ├── PayloadTooLarge       413    upload above the limit
+├── ClientLeft            499    the client closed the connection; nobody reads this answer
 ├── QuotaExceeded         413    the disk quota of the owner, or of all jobs, is used up
-├── Overloaded            429    the queue is full; retry after `retry_after_s`
+├── Overloaded            429    the queue is full, or the wait too long; retry after `retry_after_s`
 ├── Unavailable           503    engine, worker or database is unavailable
 ├── DeadlineExceeded      504    the request's timeout has passed
 └── StorageFull           507    the disk is full; nothing was written
@@ -73,6 +74,12 @@ class PayloadTooLarge(ServerError):
     status, type, code = 413, "invalid_request_error", "payload_too_large"
 
 
+class ClientLeft(ServerError):
+    """The client closed the connection; nobody reads the answer. 499 is nginx's number for it."""
+
+    status, type, code = 499, "invalid_request_error", "client_left"
+
+
 class QuotaExceeded(ServerError):
     """A configured disk quota is used up. 413 and not 507: a retry cannot succeed."""
 
@@ -80,7 +87,7 @@ class QuotaExceeded(ServerError):
 
 
 class Overloaded(ServerError):
-    """The queue is full."""
+    """The queue is full, or the first token would come too late."""
 
     status, type, code = 429, "rate_limit_error", "overloaded"
 

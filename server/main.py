@@ -6,6 +6,7 @@ import asyncio
 import errno
 import logging
 import os
+import resource
 import socket
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
@@ -15,11 +16,13 @@ from typing import Any
 import uvicorn
 from filelock import FileLock, Timeout
 
+from reftserve.server.api.connection import connection_type
 from reftserve.server.app import create_app, drain, open_services
 from reftserve.server.base.memory import freeze_gc
 from reftserve.server.errors import Conflict, ServerError
 from reftserve.server.settings import LOG_FORMAT, Settings
 
+MIN_FILES = 4096  # a connection each for max_queue requests, and room for idle ones, artifacts and the database
 CLOSE_S = 5  # for connections to take their last bytes, after answers have ended
 
 
@@ -62,7 +65,14 @@ def serve(settings: Settings) -> None:
             server.should_exit = True
 
         app = create_app(services, give_up)
-        config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=CLOSE_S)
+        raise_file_limit()
+        config = uvicorn.Config(
+            app,
+            http=connection_type(settings.header_timeout_s),
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=CLOSE_S,
+        )
         server = GracefulServer(config, lambda: drain(services))
         logging.getLogger(__name__).info(
             "serving %s on http://%s:%d (documentation at /docs)", services.base.name, settings.host, port
@@ -71,6 +81,21 @@ def serve(settings: Settings) -> None:
         server.run(sockets=[listener])
     if failures:
         raise ServerError(failures[0])
+
+
+def raise_file_limit() -> None:
+    """Let the process open as many files and connections as the system allows; warn when these are few."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # macOS refuses its own infinity.
+    wanted = max(soft, MIN_FILES) if hard == resource.RLIM_INFINITY else hard
+    if soft != wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    if wanted < MIN_FILES:
+        logging.getLogger(__name__).warning(
+            "this process may open only %d files and connections; `ulimit -Hn %d` allows more clients",
+            wanted,
+            MIN_FILES,
+        )
 
 
 @contextmanager

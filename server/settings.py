@@ -1,37 +1,50 @@
 """The settings of a server; no other module of the server reads `REFTSERVE_*`.
 
-Sources in rising precedence: the environment (`REFTSERVE_*`), a TOML file (`REFTSERVE_CONFIG` or `--config`), flags.
+Sources in rising precedence: a TOML file (`REFTSERVE_CONFIG` or `--config`), the environment (`REFTSERVE_*`), flags.
+An empty variable, and one that Kubernetes sets for a service called `reftserve`, is not given.
 The engine and the worker get resolved values as JSON, never the sources. Names end with their unit: `_bytes`, `_s`.
 """
 
 from __future__ import annotations
 
 import os
-import tomllib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+)
 from pydantic_settings import (
     BaseSettings,
+    InitSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     TomlConfigSettingsSource,
 )
-from rapidfuzz import process
+from pydantic_settings import SettingsError as UnreadableSource
+
+from reftserve.server.settings_sources import (
+    ENV_PREFIX,
+    SettingsError,
+    expand_home,
+    readable_toml,
+    refusal,
+    refuse_unknown,
+    service_links,
+    unknown_variables,
+)
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 HEARTBEAT_S = 1.0  # a training worker's interval between heartbeats
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-ENV_PREFIX = "REFTSERVE_"
-# Variables with our prefix that are not settings: two are the client's, one is the tests'.
-OTHER_VARIABLES = frozenset({"REFTSERVE_URL", "REFTSERVE_API_KEY", "REFTSERVE_TEST_MODEL"})
-
-
-class SettingsError(ValueError):
-    """A setting is unknown, or a settings file cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +61,23 @@ def _parse_size(value: object) -> int:
     try:
         return int(_SIZE.validate_python(value))
     except ValidationError as cause:
-        raise ValueError(f"{value!r} is not a size; write bytes, or use a unit: 1073741824, 512MiB, 2GiB") from cause
+        raise ValueError("this is not a size; write bytes, or use a unit: 1073741824, 512MiB, 2GiB") from cause
 
 
 Bytes = Annotated[int, BeforeValidator(_parse_size)]
+
+
+def _expand_model(model: str) -> str:
+    return str(expand_home(Path(model))) if model.startswith("~") else model
+
+
+def _expand_database(url: str | None) -> str | None:
+    scheme, home, path = (url or "").partition(":///~")
+    return f"{scheme}:///{expand_home(Path(f'~{path}'))}" if home else url
+
+
+LocalPath = Annotated[Path, AfterValidator(expand_home)]
+SpecialTokensInText = Literal["text", "control"]
 
 
 class ServerSettings(BaseModel):
@@ -59,21 +85,54 @@ class ServerSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    config: Annotated[Path | None, Unset("none")] = Field(None, description="TOML file with any of these settings")
-    host: str = Field(
+    config: Annotated[LocalPath | None, Unset("none")] = Field(None, description="TOML file with any of these settings")
+    host: Annotated[str, AfterValidator(lambda host: host.strip("[]"))] = Field(
         "127.0.0.1",
         description="Address to listen on. The default admits this machine only; 0.0.0.0 admits every network, and "
         "the server has no authentication",
     )
     port: int = Field(8000, ge=0, le=65535, description="TCP port to listen on; 0 takes a free one")
-    data: Path = Field(
+    root_path: Annotated[str, Unset("none")] = Field(
+        "",
+        pattern=r"^(/[^/\s]+)*$",
+        description="Prefix under which a reverse proxy shows the server, such as /llm; the proxy may strip it or not",
+    )
+    allowed_hosts: Annotated[str, Unset("any name; on a loopback address only its own")] = Field(
+        "",
+        description="Names that requests may use for this server, separated by commas; * allows any. On a loopback "
+        "address the default refuses others, so that no web page can reach the server through a name of its own",
+    )
+    cors_origins: Annotated[str, Unset("none")] = Field(
+        "",
+        description="Origins of web pages whose scripts may call the server, separated by commas; * allows any",
+    )
+    header_timeout_s: float = Field(
+        30.0, gt=0, description="A connection that has not sent a whole request header after this time is closed"
+    )
+    data: LocalPath = Field(
         Path("reftserve-data"), description="Folder of the database, artifacts, uploaded files and models"
     )
-    database_url: Annotated[str | None, Unset("SQLite in the data folder")] = Field(
+    database_url: Annotated[str | None, AfterValidator(_expand_database), Unset("SQLite in the data folder")] = Field(
         None, description="SQLAlchemy URL of the database; use PostgreSQL if several machines share it"
     )
     blob_url: Annotated[str | None, Unset("the data folder")] = Field(
         None, description="fsspec URL of files and artifacts, such as s3://bucket/prefix"
+    )
+    blob_cache_bytes: Bytes = Field(
+        16 << 30,
+        gt=0,
+        description="Disk space in the data folder for local copies of remote files and artifacts. The least recently "
+        "used copies go first",
+    )
+    reserve_bytes: Bytes = Field(
+        8 << 20,
+        ge=0,
+        description="Disk space that is kept back beside an SQLite database, so that deleting works on a full disk",
+    )
+    keep_trash_s: float = Field(
+        7 * 86400.0,
+        ge=0,
+        description="Files and artifacts that no row of the database names go to a trash below the store for this time",
     )
     worker: bool = Field(
         True, description="Start a training worker and keep it running; without it, run `reftserve worker`"
@@ -85,7 +144,9 @@ class BaseModelSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    model: str = Field(DEFAULT_MODEL, description="Hugging Face id, or a folder with a model in Hugging Face's format")
+    model: Annotated[str, AfterValidator(_expand_model)] = Field(
+        DEFAULT_MODEL, description="Hugging Face id, or a folder with a model in Hugging Face's format"
+    )
     served_model_name: Annotated[str | None, Unset("the id, or the folder's name")] = Field(
         None, description="Name of the base model in the API"
     )
@@ -111,6 +172,12 @@ class BaseModelSettings(BaseModel):
         False,
         description="Accept interventions for a base with other weights, another tokenizer or another chat template. "
         "A different architecture or size is always refused",
+    )
+    special_tokens_in_text: SpecialTokensInText = Field(
+        "text",
+        description="What a special token such as <|im_end|> is where a chat message, an answer or a label spells it. "
+        "text: its characters, so that no message ends a turn or forges one. control: the token itself. Plain prompts "
+        "always keep control tokens",
     )
 
 
@@ -179,6 +246,12 @@ class LimitSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
+    max_json_bytes: Bytes = Field(
+        4 << 20,
+        gt=0,
+        description="Largest body of a request that uploads no file, unpacked; a larger one gets status 413. A body is "
+        "held in memory and takes turns with others above 64 KiB",
+    )
     max_queue: int = Field(
         1024, ge=1, description="Largest number of answers that wait or run; a request above it gets status 429"
     )
@@ -216,7 +289,7 @@ class LimitSettings(BaseModel):
 class Settings(ServerSettings, BaseModelSettings, EngineSettings, TrainingSettings, LimitSettings, BaseSettings):
     """Immutable settings of one server."""
 
-    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, env_ignore_empty=True, frozen=True, extra="forbid")
 
     @classmethod
     def settings_customise_sources(
@@ -227,25 +300,30 @@ class Settings(ServerSettings, BaseModelSettings, EngineSettings, TrainingSettin
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Return the sources: flags, TOML file, environment. A child process gets every field and reads no source."""
+        """Return the sources: flags, environment, TOML file. A child process gets every field and reads no source."""
         given = init_settings()
         if given.keys() >= settings_cls.model_fields.keys():
             return (init_settings,)
-        named = given.get("config") or os.environ.get(f"{ENV_PREFIX}CONFIG")
-        toml = (TomlConfigSettingsSource(settings_cls, _readable(Path(named))),) if named else ()
-        return (init_settings, *toml, env_settings)
+        links = {name.upper() for name in service_links(os.environ)}
+        variables = {name: value for name, value in env_settings().items() if ENV_PREFIX + name.upper() not in links}
+        named = given.get("config") or variables.get("config")
+        toml = (TomlConfigSettingsSource(settings_cls, readable_toml(Path(named))),) if named else ()
+        return (init_settings, InitSettingsSource(settings_cls, variables), *toml)
 
     @classmethod
     def from_flags(cls, **flags: Any) -> Settings:
-        """Read all sources; a flag of None is not given. Raises SettingsError (name, file), ValidationError (value)."""
-        _refuse_unknown(unknown_variables(os.environ), prefix=ENV_PREFIX)
+        """Read all sources; a flag of None is not given. Raises SettingsError, which names flag, variable or file."""
+        fields = cls.model_fields
+        refuse_unknown(unknown_variables(os.environ, fields), fields, prefix=ENV_PREFIX)
         given = {name: value for name, value in flags.items() if value is not None}
         try:
             return cls(**given)
         except ValidationError as cause:
-            unknown = [str(e["loc"][0]) for e in cause.errors() if e["type"] == "extra_forbidden"]
-            _refuse_unknown(unknown)
-            raise
+            errors = cause.errors(include_url=False)
+            refuse_unknown([str(e["loc"][0]) for e in errors if e["type"] == "extra_forbidden"], fields)
+            raise SettingsError("; ".join(refusal(error, given) for error in errors)) from cause
+        except UnreadableSource as cause:  # a list or object that is not JSON
+            raise SettingsError(str(cause)) from cause
 
     @property
     def resolved_database_url(self) -> str:
@@ -276,31 +354,3 @@ GROUPS: dict[str, type[BaseModel]] = {
     "Training": TrainingSettings,
     "Limits": LimitSettings,
 }
-
-
-def unknown_variables(environment: Mapping[str, str]) -> list[str]:
-    """Return the variables with our prefix that name no setting. Like pydantic-settings, this ignores case."""
-    settings = {ENV_PREFIX + name.upper() for name in Settings.model_fields}
-    ours = (name for name in environment if name.upper().startswith(ENV_PREFIX))
-    return sorted(name for name in ours if name.upper() not in settings | OTHER_VARIABLES)
-
-
-def _refuse_unknown(names: list[str], *, prefix: str = "") -> None:
-    sentences = []
-    for name in names:
-        near = process.extract(name[len(prefix) :].lower(), sorted(Settings.model_fields), limit=2, score_cutoff=75)
-        known = [prefix + (field.upper() if prefix else field) for field, _, _ in near]
-        sentences.append(f"{name} is not a setting" + (f"; did you mean {' or '.join(known)}?" if known else ""))
-    if sentences:
-        raise SettingsError(". ".join(sentences))
-
-
-def _readable(file: Path) -> Path:
-    """Return the file, or raise SettingsError unless it is readable TOML; pydantic-settings ignores a missing file."""
-    try:
-        tomllib.loads(file.read_text(encoding="utf-8"))
-    except OSError as cause:
-        raise SettingsError(f"settings file {file}: {cause.strerror}") from cause
-    except ValueError as cause:
-        raise SettingsError(f"settings file {file} is not valid TOML: {cause}") from cause
-    return file

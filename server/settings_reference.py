@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import typer
 from pydantic.fields import FieldInfo
 
-from reftserve.server.settings import ENV_PREFIX, GROUPS, Settings, Unset
+from reftserve.server.settings import GROUPS, Settings, Unset
+from reftserve.server.settings_sources import ENV_PREFIX
 
 UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
 ENDINGS = {"_bytes": "size", "_s": "seconds"}
@@ -57,16 +58,22 @@ def settings_reference() -> dict[str, Setting]:
     }
 
 
-def takes_settings(*names: str) -> Callable[[Callable[[Settings], None]], Callable[..., None]]:
-    """Decorate a command with a flag for each named setting; typer passes text, which pydantic parses and checks."""
+def takes_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorate a command with a flag for each named setting; typer passes text, which pydantic parses and checks.
+
+    The command's parameters behind the settings stay options of its own.
+    """
     reference = settings_reference()
 
-    def decorate(command: Callable[[Settings], None]) -> Callable[..., None]:
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        options = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+
         @wraps(command)
         def run(**flags: Any) -> None:
-            command(Settings.from_flags(**flags))
+            given = {option.name: flags.pop(option.name) for option in options}
+            command(Settings.from_flags(**flags), **given)
 
-        parameters = [_flag(reference[name]) for name in names]
+        parameters = [*options, *(_flag(reference[name]) for name in names)]
         del run.__wrapped__  # typer would follow it to the parameter `settings`
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -107,6 +114,8 @@ def _describe(name: str, group: str, field: FieldInfo) -> Setting:
 def _unwrap(annotation: Any) -> tuple[Any, tuple[str, ...]]:
     if get_origin(annotation) in (Union, types.UnionType):
         annotation = next(part for part in get_args(annotation) if part is not type(None))
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
     return annotation, get_args(annotation) if get_origin(annotation) is Literal else ()
 
 

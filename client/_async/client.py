@@ -14,6 +14,7 @@ from reftserve.client._async.interventions import AsyncInterventions
 from reftserve.client._async.jobs import AsyncJob, AsyncJobs
 from reftserve.client._async.models import AsyncModels
 from reftserve.client._async.streams import AsyncTextStream
+from reftserve.client.address import DEFAULT_URL
 from reftserve.client.calls import generation
 from reftserve.client.calls.call import Call
 from reftserve.client.calls.files import DataFile
@@ -23,7 +24,7 @@ from reftserve.client.calls.models import readiness
 from reftserve.client.concurrency import coroutine_method
 from reftserve.client.exceptions import ConnectionFailed, Unavailable
 from reftserve.client.schemas import ChatCompletion, Classification, Completion, DataReport
-from reftserve.client.transport import DEFAULT_URL, MAX_RETRIES, TIMEOUT
+from reftserve.client.transport import MAX_RETRIES, TIMEOUT
 
 T = TypeVar("T")
 
@@ -31,8 +32,8 @@ T = TypeVar("T")
 class AsyncClient:
     """A connection to a ReftServe server; raises the exceptions that `reftserve.client.exceptions` draws.
 
-    url: with or without `/v1`. api_key: sent as a bearer token. max_retries: after 429 and 503, and after a broken
-    connection if the call is idempotent.
+    url: with or without scheme and `/v1`. api_key: sent as a bearer token. max_retries: after 429 and 503, and after a
+    broken connection if the call is idempotent.
     """
 
     def __init__(
@@ -95,16 +96,19 @@ class AsyncClient:
         metadata: Mapping[str, str] | None = None,
         **options: Unpack[TrainingOptions],
     ) -> AsyncJob:
-        """Train an intervention and publish it as the next version of `name`; see the job's `wait`.
+        """Train an intervention and publish it as the next version of `name`.
 
-        Files: a path, which is uploaded and wins over an id; the result of `files.upload`; or its id, `file-...`.
+        Returns at once; the job then checks its data. The job's `wait` raises JobEnded if these cannot be learned.
+        Files: a path, which wins over an id and is uploaded unless the server has that content under that name; the
+        result of `files.upload`; or its id, `file-...`.
         """
+        training, validation = await self._ids_of(training_file, validation_file)
         call = create_job(
             model or await self.models.base(),
-            await self.files.id_of(training_file),
+            training,
             options,
             name=name,
-            validation_file=None if validation_file is None else await self.files.id_of(validation_file),
+            validation_file=validation,
             seed=seed,
             metadata=metadata,
         )
@@ -120,13 +124,8 @@ class AsyncClient:
         **options: Unpack[TrainingOptions],
     ) -> DataReport:
         """Report on the data that `train` would use, and keep uploaded files. Trains nothing. Files: as for `train`."""
-        call = check_data(
-            model or await self.models.base(),
-            await self.files.id_of(training_file),
-            options,
-            validation_file=None if validation_file is None else await self.files.id_of(validation_file),
-            seed=seed,
-        )
+        training, validation = await self._ids_of(training_file, validation_file)
+        call = check_data(model or await self.models.base(), training, options, validation_file=validation, seed=seed)
         return await self.send(call)
 
     @coroutine_method
@@ -135,7 +134,7 @@ class AsyncClient:
         return await self.models.base()
 
     async def is_ready(self) -> bool:
-        """Return whether a server answers and its model, worker and database are ready. Does not retry."""
+        """Return whether a server answers and its model and database are there. Does not retry."""
         try:
             return (await self._connection.send_once(readiness())).ready
         except (ConnectionFailed, Unavailable):
@@ -157,3 +156,7 @@ class AsyncClient:
 
     async def _model(self, options: GenerationOptions | ClassifyOptions) -> str:
         return options.get("model") or await self.models.base()
+
+    async def _ids_of(self, training_file: DataFile, validation_file: DataFile | None) -> tuple[str, str | None]:
+        training = await self.files.id_of(training_file)
+        return training, None if validation_file is None else await self.files.id_of(validation_file)

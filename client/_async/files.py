@@ -17,14 +17,14 @@ class AsyncFiles:
         self._connection = connection
 
     async def upload(
-        self, file: str | Path | bytes, *, purpose: str = "fine-tune", filename: str | None = None
+        self, file: str | Path | bytes, *, purpose: str = calls.DATA_SET, filename: str | None = None
     ) -> FileObject:
         """Upload a path or bytes. The server validates each row of a data set."""
         return await self._connection.send(calls.upload_file(file, purpose, filename))
 
     async def list(self, *, purpose: str | None = None) -> list[FileObject]:
         """Return all files, newest first."""
-        return await self._connection.send(calls.list_files(purpose))
+        return await self._connection.send_pages(lambda after: calls.list_files(purpose, after))
 
     async def get(self, file_id: str) -> FileObject:
         """Return one file's description."""
@@ -39,7 +39,12 @@ class AsyncFiles:
         return await self._connection.send(calls.delete_file(file_id))
 
     async def id_of(self, file: DataFile) -> str:
-        """Return the id of a data set; uploads it first if `file` is a path."""
+        """Return the id of a data set. A path is uploaded, unless the server has that content under that name."""
         if isinstance(file, FileObject):
             return file.id
-        return file if calls.is_file_id(file) else (await self.upload(file)).id
+        if calls.is_file_id(file):
+            return file
+        digest = calls.sha256(file)
+        kept = await self.list(purpose=calls.DATA_SET)
+        same = (one.id for one in kept if (one.sha256, one.filename) == (digest, calls.upload_name(file)))
+        return next(same, None) or (await self.upload(file)).id

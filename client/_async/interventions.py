@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from reftserve.client._async.connection import AsyncConnection
@@ -17,7 +18,11 @@ class AsyncInterventions:
 
     async def list(self) -> list[InterventionInfo]:
         """Return all interventions, sorted by name."""
-        return await self._connection.send(calls.list_interventions())
+        return await self._connection.send_pages(calls.list_interventions)
+
+    async def versions(self, name: str) -> Sequence[InterventionVersion]:
+        """Return all versions of an intervention with their manifests, newest first."""
+        return await self._connection.send_pages(lambda after: calls.list_versions(name, after))
 
     async def get(self, name: str) -> InterventionInfo:
         """Return an intervention's versions and aliases."""

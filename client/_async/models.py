@@ -16,7 +16,7 @@ class AsyncModels:
 
     async def list(self) -> list[Model]:
         """Return the base first, then every intervention."""
-        return await self._connection.send(calls.list_models())
+        return await self._connection.send_pages(calls.list_models)
 
     async def base(self) -> str:
         """Return the base model's id. Only the first use asks the server."""

@@ -15,6 +15,7 @@ from reftserve.client._sync.interventions import Interventions
 from reftserve.client._sync.jobs import Job, Jobs
 from reftserve.client._sync.models import Models
 from reftserve.client._sync.streams import TextStream
+from reftserve.client.address import DEFAULT_URL
 from reftserve.client.calls import generation
 from reftserve.client.calls.call import Call
 from reftserve.client.calls.files import DataFile
@@ -24,7 +25,7 @@ from reftserve.client.calls.models import readiness
 from reftserve.client.concurrency import plain_property
 from reftserve.client.exceptions import ConnectionFailed, Unavailable
 from reftserve.client.schemas import ChatCompletion, Classification, Completion, DataReport
-from reftserve.client.transport import DEFAULT_URL, MAX_RETRIES, TIMEOUT
+from reftserve.client.transport import MAX_RETRIES, TIMEOUT
 
 T = TypeVar("T")
 
@@ -32,8 +33,8 @@ T = TypeVar("T")
 class Client:
     """A connection to a ReftServe server; raises the exceptions that `reftserve.client.exceptions` draws.
 
-    url: with or without `/v1`. api_key: sent as a bearer token. max_retries: after 429 and 503, and after a broken
-    connection if the call is idempotent.
+    url: with or without scheme and `/v1`. api_key: sent as a bearer token. max_retries: after 429 and 503, and after a
+    broken connection if the call is idempotent.
     """
 
     def __init__(
@@ -96,16 +97,19 @@ class Client:
         metadata: Mapping[str, str] | None = None,
         **options: Unpack[TrainingOptions],
     ) -> Job:
-        """Train an intervention and publish it as the next version of `name`; see the job's `wait`.
+        """Train an intervention and publish it as the next version of `name`.
 
-        Files: a path, which is uploaded and wins over an id; the result of `files.upload`; or its id, `file-...`.
+        Returns at once; the job then checks its data. The job's `wait` raises JobEnded if these cannot be learned.
+        Files: a path, which wins over an id and is uploaded unless the server has that content under that name; the
+        result of `files.upload`; or its id, `file-...`.
         """
+        training, validation = self._ids_of(training_file, validation_file)
         call = create_job(
             model or self.models.base(),
-            self.files.id_of(training_file),
+            training,
             options,
             name=name,
-            validation_file=None if validation_file is None else self.files.id_of(validation_file),
+            validation_file=validation,
             seed=seed,
             metadata=metadata,
         )
@@ -121,13 +125,8 @@ class Client:
         **options: Unpack[TrainingOptions],
     ) -> DataReport:
         """Report on the data that `train` would use, and keep uploaded files. Trains nothing. Files: as for `train`."""
-        call = check_data(
-            model or self.models.base(),
-            self.files.id_of(training_file),
-            options,
-            validation_file=None if validation_file is None else self.files.id_of(validation_file),
-            seed=seed,
-        )
+        training, validation = self._ids_of(training_file, validation_file)
+        call = check_data(model or self.models.base(), training, options, validation_file=validation, seed=seed)
         return self.send(call)
 
     @plain_property
@@ -136,7 +135,7 @@ class Client:
         return self.models.base()
 
     def is_ready(self) -> bool:
-        """Return whether a server answers and its model, worker and database are ready. Does not retry."""
+        """Return whether a server answers and its model and database are there. Does not retry."""
         try:
             return (self._connection.send_once(readiness())).ready
         except (ConnectionFailed, Unavailable):
@@ -158,3 +157,7 @@ class Client:
 
     def _model(self, options: GenerationOptions | ClassifyOptions) -> str:
         return options.get("model") or self.models.base()
+
+    def _ids_of(self, training_file: DataFile, validation_file: DataFile | None) -> tuple[str, str | None]:
+        training = self.files.id_of(training_file)
+        return training, None if validation_file is None else self.files.id_of(validation_file)

@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypeVar
 
 import httpx
 from tenacity import Retrying
 
-from reftserve.client.calls.call import Call
+from reftserve.client.address import connection_options
+from reftserve.client.calls.call import Call, M
 from reftserve.client.event_reader import EventReader
 from reftserve.client.retries import reconnect_policy, retry_policy
-from reftserve.client.transport import answered, base_url, checked, headers, opened
+from reftserve.client.schemas import Page
+from reftserve.client.transport import answered, checked, opened, read_answer
 
 T = TypeVar("T")
 
@@ -20,7 +23,7 @@ class Connection:
     """A pool of HTTP connections, with one retry policy for all calls."""
 
     def __init__(self, url: str, api_key: str | None, timeout: httpx.Timeout | float, max_retries: int) -> None:
-        self._http = httpx.Client(base_url=base_url(url), headers=headers(api_key), timeout=timeout)
+        self._http = httpx.Client(timeout=timeout, **connection_options(url, api_key))
         self._max_retries = max_retries
 
     def send(self, call: Call[T]) -> T:
@@ -28,11 +31,22 @@ class Connection:
         answer: T = Retrying(**retry_policy(call, self._max_retries))(self.send_once, call)
         return answer
 
+    def send_pages(self, page_after: Callable[[str | None], Call[Page[M]]]) -> list[M]:
+        """Return the rows of all pages of a list. page_after: makes the call for the page behind an id."""
+        rows: list[M] = []
+        after = None
+        while True:
+            page = self.send(page_after(after))
+            rows += page.data
+            if not page.has_more:
+                return rows
+            after = page.last_id
+
     def send_once(self, call: Call[T]) -> T:
         """Return the answer to a call, without retries."""
         with opened(call) as arguments, answered(self._http.base_url):
             response = self._http.request(call.method, call.path, **arguments)
-        return call.read(checked(response))
+        return read_answer(call, response)
 
     def open(self, call: Call[None]) -> httpx.Response:
         """Return the open stream of an answer, after retries where they are safe."""

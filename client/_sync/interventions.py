@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from reftserve.client._sync.connection import Connection
@@ -18,7 +19,11 @@ class Interventions:
 
     def list(self) -> list[InterventionInfo]:
         """Return all interventions, sorted by name."""
-        return self._connection.send(calls.list_interventions())
+        return self._connection.send_pages(calls.list_interventions)
+
+    def versions(self, name: str) -> Sequence[InterventionVersion]:
+        """Return all versions of an intervention with their manifests, newest first."""
+        return self._connection.send_pages(lambda after: calls.list_versions(name, after))
 
     def get(self, name: str) -> InterventionInfo:
         """Return an intervention's versions and aliases."""

@@ -17,7 +17,7 @@ class Models:
 
     def list(self) -> list[Model]:
         """Return the base first, then every intervention."""
-        return self._connection.send(calls.list_models())
+        return self._connection.send_pages(calls.list_models)
 
     def base(self) -> str:
         """Return the base model's id. Only the first use asks the server."""

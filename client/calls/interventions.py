@@ -8,16 +8,23 @@ from pathlib import Path
 
 import httpx
 
-from reftserve.client.calls.call import Call, Upload, listed, one
+from reftserve.client.calls.call import Call, Upload, given, one
 from reftserve.client.schemas import Deleted, InterventionHistory, InterventionInfo, InterventionVersion, Page
 
 ARTIFACT_FILES = ("manifest.json", "edits.safetensors")
 HISTORY_FILE = "history.json"
+PAGE = 100
 
 
-def list_interventions() -> Call[list[InterventionInfo]]:
-    """GET /v1/interventions."""
-    return Call("GET", "/v1/interventions", listed(Page[InterventionInfo]))
+def list_interventions(after: str | None) -> Call[Page[InterventionInfo]]:
+    """GET /v1/interventions: the page behind the name `after`."""
+    return Call("GET", "/v1/interventions", one(Page[InterventionInfo]), params=given({"after": after, "limit": PAGE}))
+
+
+def list_versions(name: str, after: str | None) -> Call[Page[InterventionVersion]]:
+    """GET /v1/interventions/{name}/versions: the page behind the version with id `after`."""
+    params = given({"after": after, "limit": PAGE})
+    return Call("GET", f"/v1/interventions/{name}/versions", one(Page[InterventionVersion]), params=params)
 
 
 def get_intervention(name: str) -> Call[InterventionInfo]:

@@ -88,6 +88,7 @@ from reftserve.client.schemas.generation import (
     Usage,
 )
 from reftserve.client.schemas.health import (
+    Index,
     Readiness,
 )
 from reftserve.client.schemas.interventions import (
@@ -139,6 +140,7 @@ __all__ = [
     "FineTuningJobCreate",
     "FinishReason",
     "GenerationFields",
+    "Index",
     "InterventionHistory",
     "InterventionInfo",
     "InterventionUse",

@@ -5,41 +5,50 @@ ignore them, so that an older client can read a newer server.
 from __future__ import annotations
 
 import functools
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from reftserve.client.schemas.unicode import half_pair
 
-
-def _without_nul(text: str) -> str:
-    if "\0" in text:
-        raise PydanticCustomError("nul_character", "the character NUL cannot be part of a name")
-    return text
-
-
-Printable = AfterValidator(_without_nul)
-Identifier = Annotated[str, Field(max_length=256), Printable]  # a name or an id; databases store no NUL in text
+MAX_FIELDS = 256  # of one object, known ones or not
 
 
 class Request(BaseModel):
     """Base of all requests.
 
-    Null means "not given": the field has its default, or is missing if it is required. Clients send back empty fields
-    of OpenAI's answers (`refusal`, `tools`), so an unknown field may be null, `[]` or `{}`. A string with half a
-    surrogate pair is an error, because no database or answer can hold it.
+    An optional field with null, `[]` or `{}` is not given, because many clients send all fields with every request. So
+    is an unknown field with such a value, or with one in `neutral`, which says what the server does anyway. A string
+    with half a surrogate pair is an error, because no database or answer can hold it.
     """
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    meaningful_when_empty: ClassVar[frozenset[str]] = frozenset()
 
     @model_validator(mode="before")
     @classmethod
     def _drop_fields_not_given(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        known = _known_fields(cls)
-        return {name: value for name, value in data.items() if not _is_not_given(value, is_known=name in known)}
+        if len(data) > MAX_FIELDS:
+            raise PydanticCustomError(
+                "too_many_fields",
+                "{count} fields; at most {most} are allowed",
+                {"count": len(data), "most": MAX_FIELDS},
+            )
+        return {name: value for name, value in data.items() if not cls._is_not_given(name, value)}
+
+    @classmethod
+    def _is_not_given(cls, name: str, value: Any) -> bool:
+        if value is None:
+            return True
+        if isinstance(value, (list, dict)) and not value:
+            return name not in _required_fields(cls) and name not in cls.meaningful_when_empty
+        return any(type(value) is type(each) and value == each for each in cls.neutral.get(name, ()))
 
     @field_validator("*", mode="after")
     @classmethod
@@ -55,12 +64,9 @@ class Request(BaseModel):
 
 
 @functools.cache
-def _known_fields(kind: type[BaseModel]) -> frozenset[str]:
-    return frozenset(field.alias or name for name, field in kind.model_fields.items())
-
-
-def _is_not_given(value: Any, *, is_known: bool) -> bool:
-    return value is None or (not is_known and isinstance(value, (list, dict)) and not value)
+def _required_fields(kind: type[BaseModel]) -> frozenset[str]:
+    fields = kind.model_fields.items()
+    return frozenset(field.alias or name for name, field in fields if field.is_required())
 
 
 class Response(BaseModel):

@@ -6,14 +6,25 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from reftserve.client.schemas.base import Identifier, Request, Response
-from reftserve.client.schemas.generation import ChatMessage, InterventionUse, Usage
+from reftserve.client.schemas.base import Request, Response
+from reftserve.client.schemas.bounds import (
+    MAX_MESSAGES,
+    MAX_PROMPTS,
+    Identifier,
+    Priority,
+    Salt,
+    Seconds,
+    Tag,
+    Text,
+    at_most,
+)
+from reftserve.client.schemas.generation import ChatMessage, Composition, Usage
 
 MAX_LABELS = 1000
 
-Label = Annotated[str, Field(min_length=1)]
-Labels = Annotated[list[Label], Field(min_length=2, max_length=MAX_LABELS)]
-Chat = Annotated[list[ChatMessage], Field(min_length=1)]
+Label = Annotated[str, Field(min_length=1, max_length=64 << 10)]
+Labels = Annotated[list[Label], at_most(MAX_LABELS, at_least=2)]
+Chat = Annotated[list[ChatMessage], at_most(MAX_MESSAGES, at_least=1)]
 
 
 class ClassifyRequest(Request):
@@ -24,15 +35,15 @@ class ClassifyRequest(Request):
     """
 
     model: Identifier
-    interventions: list[InterventionUse] | None = None
-    input: str | list[str] | None = None
-    messages: Chat | list[Chat] | None = None
+    interventions: Composition | None = None
+    input: Text | Annotated[list[Text], at_most(MAX_PROMPTS)] | None = None
+    messages: Chat | Annotated[list[Chat], at_most(MAX_PROMPTS)] | None = None
     labels: Labels
     normalize: Literal["none", "tokens"] = "none"
-    priority: int | None = Field(None, ge=-100, le=100)
-    timeout: float | None = Field(None, gt=0, allow_inf_nan=False)
-    cache_salt: str | None = Field(None, min_length=1, max_length=256)
-    user: str | None = None
+    priority: Priority | None = None
+    timeout: Seconds | None = None
+    cache_salt: Salt | None = None
+    user: Tag | None = None
 
 
 class Classified(Response):

@@ -6,17 +6,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from reftserve.client.schemas.base import Identifier, Printable, Request, Response
+from reftserve.client.schemas.base import Request, Response
+from reftserve.client.schemas.bounds import Count, Identifier, Metadata, Title, at_most
 from reftserve.client.schemas.classify import Label, Labels
-from reftserve.client.schemas.generation import InterventionUse
-
-Name = Annotated[str, Field(min_length=1, max_length=64), Printable]
+from reftserve.client.schemas.generation import Composition, InterventionUse
 
 
 class Criterion(Request):
     """Base of all criteria. name: column in a comparison of runs; the type when absent."""
 
-    name: Name | None = None
+    name: Title | None = None
 
 
 class LikelihoodCriterion(Criterion):
@@ -84,16 +83,16 @@ class FileDataSource(Request):
 class EvalCreate(Request):
     """POST /v1/evals."""
 
-    name: Name | None = None
+    name: Title | None = None
     data_source_config: FileDataSource
-    testing_criteria: list[TestingCriterion] = Field(min_length=1, max_length=32)
-    metadata: dict[str, str] | None = None
+    testing_criteria: Annotated[list[TestingCriterion], at_most(32, at_least=1)]
+    metadata: Metadata | None = None
 
 
 class EvalSampling(Request):
     """Parameters of answers, which are greedy. max_completion_tokens: their greatest length."""
 
-    max_completion_tokens: int = Field(128, ge=1)
+    max_completion_tokens: Count = 128
 
 
 class CompletionsDataSource(Request):
@@ -101,16 +100,16 @@ class CompletionsDataSource(Request):
 
     type: Literal["completions"] = "completions"
     model: Identifier
-    interventions: list[InterventionUse] | None = None
+    interventions: Composition | None = None
     sampling_params: EvalSampling = EvalSampling()
 
 
 class EvalRunCreate(Request):
     """POST /v1/evals/{id}/runs."""
 
-    name: Name | None = None
+    name: Title | None = None
     data_source: CompletionsDataSource
-    metadata: dict[str, str] | None = None
+    metadata: Metadata | None = None
 
 
 EvalRunStatus = Literal["queued", "in_progress", "completed", "failed", "canceled"]

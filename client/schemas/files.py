@@ -8,7 +8,7 @@ from reftserve.client.schemas.base import Response
 
 
 class FileObject(Response):
-    """An uploaded file or a job's result. examples: number of answers to learn in a data set."""
+    """An uploaded file or a job's result. examples: number of answers to learn in a data set. sha256: of its bytes."""
 
     id: str
     object: Literal["file"] = "file"
@@ -18,3 +18,4 @@ class FileObject(Response):
     purpose: str
     status: str = "processed"
     examples: int | None = None
+    sha256: str | None = None

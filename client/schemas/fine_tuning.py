@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from reftserve.client.schemas.base import Identifier, Request, Response
+from reftserve.client.schemas.base import Request, Response
+from reftserve.client.schemas.bounds import MAX_LAYERS, Identifier, Metadata, Number, Share, Size, at_most
 from reftserve.client.schemas.data_report import DataReport
 
 Auto = Literal["auto"]
+Epochs = Annotated[int, Field(ge=1, le=1000), Number]
+BatchSize = Annotated[int, Field(ge=1, le=1024), Number]
+Rank = Annotated[int, Field(ge=1, le=1024), Number]
+LearningRate = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False), Number]
+Dropout = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False), Number]
+PositiveNumber = Annotated[float, Field(gt=0, allow_inf_nan=False), Number]
+Places = Annotated[str, Field(max_length=1024)]  # positions, as `f7+l7`
+Layers = Annotated[list[Size], at_most(MAX_LAYERS)]
 
 
 class SupervisedHyperparameters(Request):
     """OpenAI's hyperparameters; the recipe decides each one that is "auto" or absent."""
 
-    n_epochs: int | Auto = "auto"
-    batch_size: int | Auto = "auto"
-    learning_rate_multiplier: float | Auto = "auto"
+    n_epochs: Epochs | Auto = "auto"
+    batch_size: BatchSize | Auto = "auto"
+    learning_rate_multiplier: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False), Number] | Auto = "auto"
 
 
 class SupervisedMethod(Request):
@@ -32,20 +41,20 @@ class ReftHyperparameters(Request):
     early_stopping_epochs: epochs without a better validation loss after which training ends.
     """
 
-    n_epochs: int | None = Field(None, ge=1, le=1000)
-    batch_size: int | None = Field(None, ge=1, le=1024)
-    learning_rate: float | None = Field(None, gt=0, le=1)
-    warmup_ratio: float | None = Field(None, ge=0, le=1)
-    weight_decay: float | None = Field(None, ge=0, le=1)
-    max_length: int | None = Field(None, ge=2)
-    early_stopping_epochs: int | None = Field(None, ge=1, le=1000)
+    n_epochs: Epochs | None = None
+    batch_size: BatchSize | None = None
+    learning_rate: LearningRate | None = None
+    warmup_ratio: Share | None = None
+    weight_decay: Share | None = None
+    max_length: Annotated[int, Field(ge=2, lt=2**31), Number] | None = None
+    early_stopping_epochs: Epochs | None = None
 
 
 class Range(Request):
     """Any number from `low` to `high`. log: uniform in the logarithm."""
 
-    low: float = Field(gt=0)
-    high: float = Field(gt=0)
+    low: PositiveNumber
+    high: PositiveNumber
     log: bool = True
 
     @model_validator(mode="after")
@@ -58,12 +67,12 @@ class Range(Request):
 class ReftSweep(Request):
     """Values that trials choose from. trials: greatest number of combinations to try."""
 
-    layers: list[list[int] | Literal["all"]] | None = Field(None, min_length=1, max_length=64)
-    positions: list[str] | None = Field(None, min_length=1, max_length=64)
-    rank: list[int] | None = Field(None, min_length=1, max_length=64)
-    learning_rate: list[float] | Range | None = None
-    dropout: list[float] | Range | None = None
-    trials: int = Field(8, ge=2, le=64)
+    layers: Annotated[list[Layers | Literal["all"]], at_most(64)] | None = None
+    positions: Annotated[list[Places], at_most(64)] | None = None
+    rank: Annotated[list[Rank], at_most(64)] | None = None
+    learning_rate: Annotated[list[LearningRate], at_most(64)] | Range | None = None
+    dropout: Annotated[list[Dropout], at_most(64)] | Range | None = None
+    trials: Annotated[int, Field(ge=2, le=64), Number] = 8
 
 
 class ReftMethod(Request):
@@ -72,11 +81,11 @@ class ReftMethod(Request):
     hyperparameters: "auto" also tries several candidates for absent fields, or sweep's values. The best is published.
     """
 
-    family: str | None = None
-    layers: list[int] | Literal["all"] | None = None
-    positions: str | None = None
-    rank: int | None = Field(None, ge=1, le=1024)
-    dropout: float | None = Field(None, ge=0, lt=1)
+    family: Identifier | None = None
+    layers: Layers | Literal["all"] | None = None
+    positions: Places | None = None
+    rank: Rank | None = None
+    dropout: Dropout | None = None
     tied: bool | None = None
     hyperparameters: ReftHyperparameters | Auto = "auto"
     sweep: ReftSweep | None = None
@@ -96,12 +105,11 @@ class FineTuningJobCreate(Request):
     model: Identifier
     training_file: Identifier
     validation_file: Identifier | None = None
-    suffix: str | None = None
-    seed: int | None = Field(None, ge=0, lt=2**31)
+    suffix: Identifier | None = None
+    seed: Size | None = None
     method: Method | None = None
     hyperparameters: SupervisedHyperparameters | None = None
-    metadata: dict[str, str] | None = None
-    integrations: list[Any] | None = Field(None, max_length=0)
+    metadata: Metadata | None = None
 
 
 JobStatus = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
@@ -146,7 +154,7 @@ class FineTuningJob(Response):
 
 
 class FineTuningEvent(Response):
-    """An event of a job. data: numbers of a metrics event."""
+    """An event of a job. data: numbers of a metrics event, of the newest step if it reports several."""
 
     id: str
     object: Literal["fine_tuning.job.event"] = "fine_tuning.job.event"
@@ -155,6 +163,19 @@ class FineTuningEvent(Response):
     message: str
     type: Literal["message", "metrics"] = "message"
     data: dict[str, Any] | None = None
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        """The metrics of the steps that the event reports, oldest first; none for events that report no step."""
+        data = self.data or {}
+        if "step" not in data:
+            return []
+        newest = {name: value for name, value in data.items() if name != "earlier"}
+        return [*({**_at_the_end(newest), **step} for step in data.get("earlier", [])), newest]
+
+
+def _at_the_end(step: dict[str, Any]) -> dict[str, Any]:
+    return {name: step[name] for name in ("total_steps", "eta_s") if name in step}
 
 
 class FineTuningCheckpoint(Response):

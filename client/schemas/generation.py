@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from reftserve.client.schemas.base import Identifier, Request, Response
+from reftserve.client.schemas.base import Request, Response
+from reftserve.client.schemas.bounds import (
+    MAX_MESSAGES,
+    MAX_PARTS,
+    MAX_PROMPTS,
+    Count,
+    FreeMetadata,
+    Grammar,
+    Identifier,
+    LogitBias,
+    Number,
+    Priority,
+    Salt,
+    Seconds,
+    Seed,
+    Share,
+    Size,
+    Stop,
+    Tag,
+    Text,
+    TokenIds,
+    at_most,
+)
 
 
 def _is_none(value: object) -> bool:
@@ -14,21 +37,23 @@ def _is_none(value: object) -> bool:
 
 
 MAX_LOGPROBS = 20  # OpenAI's
+NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS), Number]
+Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False), Number]
 
 
 class TextPart(Request):
     """A part of a message's content."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class ChatMessage(Request):
     """One turn of a chat. An assistant turn with null or absent content has an empty text."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart]
-    name: str | None = None
+    content: Text | Annotated[list[TextPart], at_most(MAX_PARTS)]
+    name: Tag | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -47,8 +72,11 @@ class InterventionUse(Request):
     """An intervention in a composition. version: number or alias, `latest` when absent."""
 
     name: Identifier
-    version: int | str | None = None
-    scale: float = Field(1.0, ge=-100, le=100, allow_inf_nan=False)
+    version: Count | Identifier | None = None
+    scale: Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False), Number] = 1.0
+
+
+Composition = Annotated[list[InterventionUse], at_most(64)]
 
 
 class TextFormat(Request):
@@ -66,8 +94,8 @@ class JsonObjectFormat(Request):
 class NamedSchema(Request):
     """A JSON schema as OpenAI wraps it. strict and name have no effect: every schema is enforced."""
 
-    name: str | None = None
-    description: str | None = None
+    name: Tag | None = None
+    description: Text | None = None
     json_schema: dict[str, Any] = Field(alias="schema")
     strict: bool | None = None
 
@@ -85,52 +113,69 @@ ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Fie
 class StructuredOutputs(Request):
     """Constraint on the answer: one of the fields. grammar: in Lark's notation. choice: the allowed answers."""
 
-    json_schema: dict[str, Any] | str | None = Field(None, alias="json")
-    regex: str | None = None
-    choice: list[str] | None = Field(None, min_length=1)
-    grammar: str | None = None
+    meaningful_when_empty: ClassVar[frozenset[str]] = frozenset({"json"})  # the schema {} allows any JSON
+
+    json_schema: dict[str, Any] | Grammar | None = Field(None, alias="json")
+    regex: Grammar | None = None
+    choice: Annotated[list[Grammar], at_most(1024)] | None = None
+    grammar: Grammar | None = None
 
 
 class StreamOptions(Request):
-    """Additional contents of a stream."""
+    """Additional contents of a stream. continuous_usage_stats: usage in every chunk. include_obfuscation: no effect."""
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
     include_obfuscation: bool = False
 
 
 class GenerationFields(Request):
     """Fields of chat and text completions. OpenAI's clients send the last block, which no answer depends on."""
 
+    # Defaults that clients of OpenAI and vLLM spell out; other values ask for what this server does not do.
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "include_stop_str_in_output": (False,),
+        "length_penalty": (1, 1.0),
+        "skip_special_tokens": (True,),
+        "spaces_between_special_tokens": (True,),
+        "use_beam_search": (False,),
+    }
+
     model: Identifier
-    max_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = Field(None, ge=0, le=10, allow_inf_nan=False)
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0, lt=2**31)
-    min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=10, allow_inf_nan=False)
-    presence_penalty: float | None = Field(None, ge=-2, le=2)
-    frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=1024)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: str | list[str] | None = None
-    n: int | None = Field(None, ge=1, le=128)
+    max_tokens: Count | None = None
+    temperature: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False), Number] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False), Number] | None = None
+    top_k: Size | None = None
+    min_p: Share | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False), Number] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: LogitBias | None = None
+    seed: Seed | None = None
+    stop: Stop | Annotated[list[Stop], at_most(256)] | None = None
+    n: Annotated[int, Field(ge=1, le=128), Number] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool = False
-    min_tokens: int | None = Field(None, ge=0)
+    min_tokens: Size | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    priority: int | None = Field(None, ge=-100, le=100)
-    timeout: float | None = Field(None, gt=0, allow_inf_nan=False)
-    cache_salt: str | None = Field(None, min_length=1, max_length=256)
-    interventions: list[InterventionUse] | None = None
+    priority: Priority | None = None
+    timeout: Seconds | None = None
+    cache_salt: Salt | None = None
+    interventions: Composition | None = None
 
-    user: str | None = None
-    metadata: dict[str, Any] | None = None
+    user: Tag | None = None
+    metadata: FreeMetadata | None = None
     store: bool | None = None
-    service_tier: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
+    service_tier: Tag | None = None
+    safety_identifier: Tag | None = None
+    prompt_cache_key: Tag | None = None
+
+    @property
+    def usage_in_chunks(self) -> bool:
+        """Whether every chunk of a stream has the usage so far."""
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats
 
     @property
     def stops(self) -> list[str]:
@@ -141,21 +186,39 @@ class GenerationFields(Request):
 class ChatCompletionRequest(GenerationFields):
     """POST /v1/chat/completions."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        **GenerationFields.neutral,
+        "add_generation_prompt": (True,),
+        "continue_final_message": (False,),
+        "echo": (False,),
+        "function_call": ("none", "auto"),
+        "modalities": (["text"],),
+        "parallel_tool_calls": (True, False),
+        "tool_choice": ("none", "auto"),
+    }
+
+    messages: Annotated[list[ChatMessage], at_most(MAX_MESSAGES, at_least=1)]
+    max_completion_tokens: Count | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    top_logprobs: NumLogprobs | None = None
 
 
 class CompletionRequest(GenerationFields):
     """POST /v1/completions. prompt: texts, or token ids of one or several. max_tokens: 0, with `echo`, for none."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
-    max_tokens: int | None = Field(None, ge=0)
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        **GenerationFields.neutral,
+        "best_of": (1,),
+        "logprobs": (False,),
+        "suffix": ("",),
+    }
+
+    prompt: (
+        Text | Annotated[list[Text], at_most(MAX_PROMPTS)] | TokenIds | Annotated[list[TokenIds], at_most(MAX_PROMPTS)]
+    )
+    max_tokens: Size | None = None
     echo: bool = False
-    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    best_of: Literal[1] | None = None
-    suffix: Literal[None] = None
+    logprobs: NumLogprobs | None = None
 
 
 FinishReason = Literal["stop", "length"]

@@ -1,4 +1,4 @@
-"""/ready: the server's readiness."""
+"""/ready: the server's readiness; / and /v1: where things are."""
 
 from __future__ import annotations
 
@@ -6,9 +6,20 @@ from reftserve.client.schemas.base import Response
 
 
 class Readiness(Response):
-    """Response of GET /ready. ready: model, worker and database are all ready."""
+    """Response of GET /ready. ready: model and database are there. worker: one works on this server's data folder."""
 
     ready: bool
     model: bool
     worker: bool
     database: bool
+
+
+class Index(Response):
+    """Response of GET / and GET /v1: which server this is, and the paths of its API and documentation."""
+
+    name: str
+    version: str
+    model: str
+    api: str
+    documentation: str
+    openapi: str

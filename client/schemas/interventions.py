@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from reftserve.client.schemas.base import Request, Response
+from reftserve.client.schemas.bounds import Count
 
 
 class InterventionInfo(Response):
@@ -54,4 +55,4 @@ class InterventionHistory(Response):
 class AliasUpdate(Request):
     """PUT /v1/interventions/{name}/aliases/{alias}."""
 
-    version: int = Field(ge=1)
+    version: Count

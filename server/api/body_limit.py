@@ -8,15 +8,15 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-JSON_BYTES = 64 << 20
 FRAMING_BYTES = 1 << 20  # the other fields and the boundaries of a multipart body
 
 
 class BodyLimit:
-    """ASGI middleware. upload_bytes: the largest file that an endpoint takes, by the endpoint's path."""
+    """ASGI middleware. upload_bytes: the largest file that an endpoint takes, by its path; json_bytes: other bodies."""
 
-    def __init__(self, app: ASGIApp, *, upload_bytes: Mapping[str, int]) -> None:
+    def __init__(self, app: ASGIApp, *, upload_bytes: Mapping[str, int], json_bytes: int) -> None:
         self._app = app
+        self._json_bytes = json_bytes
         self._limits = {path: size + FRAMING_BYTES for path, size in upload_bytes.items()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -24,7 +24,8 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        limit = self._limits.get(scope["path"], JSON_BYTES)
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        limit = self._limits.get(path, self._json_bytes)
         declared = Headers(scope=scope).get("content-length", "")
         received = 0
 

@@ -17,17 +17,19 @@ from reftserve.client.schemas import (
     ChunkChoice,
     Delta,
 )
+from reftserve.server.api.body_route import BodyRoute
 from reftserve.server.api.dependencies import ClientName, Inference, Owner
 from reftserve.server.api.logprobs import chat_logprobs
+from reftserve.server.api.openapi import EVENTS
 from reftserve.server.api.sse import event_stream, unless_disconnected
 from reftserve.server.errors import InvalidRequest
 from reftserve.server.inference.generation import Generation, UsageMeter
 from reftserve.server.inference.service import InferenceService
 
-router = APIRouter(tags=["generation"])
+router = APIRouter(tags=["generation"], route_class=BodyRoute)
 
 
-@router.post("/v1/chat/completions", response_model=ChatCompletion)
+@router.post("/v1/chat/completions", response_model=ChatCompletion, responses=EVENTS)
 async def create_chat_completion(
     body: ChatCompletionRequest, request: Request, inference: Inference, owner: Owner, client: ClientName
 ) -> Response | ChatCompletion:
@@ -61,10 +63,14 @@ async def _complete(inference: InferenceService, body: ChatCompletionRequest, ge
 async def _chunks(
     inference: InferenceService, body: ChatCompletionRequest, generation: Generation
 ) -> AsyncGenerator[ChatCompletionChunk]:
-    def chunk(choices: list[ChunkChoice]) -> ChatCompletionChunk:
-        return ChatCompletionChunk(id=generation.id, created=generation.created, model=body.model, choices=choices)
-
     meter = UsageMeter(generation)
+
+    def chunk(choices: list[ChunkChoice]) -> ChatCompletionChunk:
+        usage = meter.usage if body.usage_in_chunks else None
+        return ChatCompletionChunk(
+            id=generation.id, created=generation.created, model=body.model, choices=choices, usage=usage
+        )
+
     for index in range(generation.n):
         yield chunk([ChunkChoice(index=index, delta=Delta(role="assistant", content=""))])
     async with aclosing(inference.stream(generation)) as pieces:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 import uuid
+from collections import Counter
 
 from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
@@ -17,17 +18,19 @@ from reftserve.client.schemas import (
     PromptTokensDetails,
     Usage,
 )
+from reftserve.server.api.body_route import BodyRoute
 from reftserve.server.api.dependencies import ClientName, Inference, Owner
 from reftserve.server.api.sse import unless_disconnected
-from reftserve.server.base.folder import Base
 from reftserve.server.errors import InvalidRequest
 from reftserve.server.inference.generation import ScoredPrompt
 from reftserve.server.inference.labels import LabelledPrompt, label_chat, label_texts, probabilities
+from reftserve.server.inference.service import InferenceService
 
 MAX_INPUTS = 256
 MAX_PAIRS = 20_000
+MAX_RENDERED = 64 << 20  # characters of all pairs
 
-router = APIRouter(tags=["generation"])
+router = APIRouter(tags=["generation"], route_class=BodyRoute)
 
 
 @router.post("/v1/classify")
@@ -35,7 +38,7 @@ async def classify(
     body: ClassifyRequest, request: Request, inference: Inference, owner: Owner, client: ClientName
 ) -> Classification:
     """Score each label as the answer to each input, with the base or an intervention."""
-    prompts = await run_in_threadpool(_encode, inference.base, body)
+    prompts = await run_in_threadpool(_encode, inference, body)
     context = await inference.open(owner, client, body, num_sequences=len(prompts))
     request_id = f"classify-{uuid.uuid4().hex}"
     scoring = inference.score(
@@ -51,16 +54,17 @@ async def classify(
     )
 
 
-def _encode(base: Base, body: ClassifyRequest) -> list[LabelledPrompt]:
+def _encode(inference: InferenceService, body: ClassifyRequest) -> list[LabelledPrompt]:
     if (body.input is None) == (body.messages is None):
         raise InvalidRequest("give either input or messages", param="input")
-    twice = next((label for label in body.labels if body.labels.count(label) > 1), None)
+    twice = next((label for label, count in Counter(body.labels).items() if count > 1), None)
     if twice is not None:
         raise InvalidRequest(f"label {twice!r} is given twice", param="labels")
-    tokenizer = base.tokenizer
+    tokenizer = inference.base.tokenizer
     if body.messages is None:
         texts = [body.input] if isinstance(body.input, str) else body.input or []
         _check_count(len(texts), len(body.labels), "input")
+        _check_texts(inference, [len(text) for text in texts], body.labels, "input")
         prompts = label_texts(tokenizer, texts, body.labels)
         empty = next((index for index, prompt in enumerate(prompts) if not prompt.prompt_ids), None)
         if empty is not None:
@@ -68,6 +72,8 @@ def _encode(base: Base, body: ClassifyRequest) -> list[LabelledPrompt]:
         return prompts
     chats = _chats(body.messages)
     _check_count(len(chats), len(body.labels), "messages")
+    lengths = [sum(len(message.text) for message in chat) for chat in chats]
+    _check_texts(inference, lengths, body.labels, "messages")
     return [label_chat(tokenizer, chat, body.labels) for chat in chats]
 
 
@@ -82,6 +88,21 @@ def _check_count(inputs: int, labels: int, param: str) -> None:
     if inputs * labels > MAX_PAIRS:
         raise InvalidRequest(
             f"{inputs} inputs and {labels} labels are {inputs * labels} pairs; at most {MAX_PAIRS} are scored at once",
+            param=param,
+        )
+
+
+def _check_texts(inference: InferenceService, lengths: list[int], labels: list[str], param: str) -> None:
+    """Check characters: of each input and label for the context, and of all pairs, which are rendered one by one."""
+    for length in lengths:
+        inference.check_characters(length, param)
+    for label in labels:
+        inference.check_characters(len(label), "labels")
+    rendered = sum(lengths) * len(labels) + sum(map(len, labels)) * len(lengths)
+    if rendered > MAX_RENDERED:
+        raise InvalidRequest(
+            f"{len(lengths)} inputs with {len(labels)} labels each have {rendered} characters; at most {MAX_RENDERED} "
+            "are scored at once",
             param=param,
         )
 

@@ -10,8 +10,10 @@ from fastapi.responses import Response
 from starlette.concurrency import run_in_threadpool
 
 from reftserve.client.schemas import Completion, CompletionChoice, CompletionRequest
+from reftserve.server.api.body_route import BodyRoute
 from reftserve.server.api.dependencies import ClientName, Inference, Owner
 from reftserve.server.api.logprobs import TextLogprobs, joined
+from reftserve.server.api.openapi import EVENTS
 from reftserve.server.api.sse import event_stream, unless_disconnected
 from reftserve.server.base.folder import Base
 from reftserve.server.base.prompts import encode_text
@@ -22,15 +24,15 @@ from reftserve.server.inference.service import InferenceService
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 MAX_PROMPTS = 256
 
-router = APIRouter(tags=["generation"])
+router = APIRouter(tags=["generation"], route_class=BodyRoute)
 
 
-@router.post("/v1/completions", response_model=Completion)
+@router.post("/v1/completions", response_model=Completion, responses=EVENTS)
 async def create_completion(
     body: CompletionRequest, request: Request, inference: Inference, owner: Owner, client: ClientName
 ) -> Response | Completion:
     """Continue a text, with the base or an intervention."""
-    prompts = await run_in_threadpool(_encode, inference.base, body)
+    prompts = await run_in_threadpool(_encode, inference, body)
     limit = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     generation = await inference.prepare(
         owner, client, body, prompts, id_prefix="cmpl", prompt_field="prompt", max_tokens=limit
@@ -40,7 +42,7 @@ async def create_completion(
     return await unless_disconnected(request, _complete(inference, body, generation))
 
 
-def _encode(base: Base, body: CompletionRequest) -> list[list[int]]:
+def _encode(inference: InferenceService, body: CompletionRequest) -> list[list[int]]:
     prompt = body.prompt
     given: list[str | list[int]]
     if isinstance(prompt, str):
@@ -51,7 +53,10 @@ def _encode(base: Base, body: CompletionRequest) -> list[list[int]]:
         given = [item for item in prompt if isinstance(item, (str, list))]
     if not 1 <= len(given) <= MAX_PROMPTS:
         raise InvalidRequest(f"{len(given)} prompts; expected 1 to {MAX_PROMPTS}", param="prompt")
-    return [encode_text(base.tokenizer, item) if isinstance(item, str) else item for item in given]
+    for item in given:
+        if isinstance(item, str):
+            inference.check_characters(len(item), "prompt")
+    return [encode_text(inference.base.tokenizer, item) if isinstance(item, str) else item for item in given]
 
 
 class _Choices:
@@ -95,10 +100,12 @@ async def _complete(inference: InferenceService, body: CompletionRequest, genera
 async def _chunks(
     inference: InferenceService, body: CompletionRequest, generation: Generation
 ) -> AsyncGenerator[Completion]:
-    def chunk(choices: list[CompletionChoice]) -> Completion:
-        return Completion(id=generation.id, created=generation.created, model=body.model, choices=choices)
-
     meter, choices = UsageMeter(generation), _Choices(inference.base, body, generation)
+
+    def chunk(choices: list[CompletionChoice]) -> Completion:
+        usage = meter.usage if body.usage_in_chunks else None
+        return Completion(id=generation.id, created=generation.created, model=body.model, choices=choices, usage=usage)
+
     async with aclosing(inference.stream(generation)) as pieces:
         async for piece in pieces:
             meter.add(piece)

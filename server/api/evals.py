@@ -13,19 +13,22 @@ from reftserve.client.schemas import (
     EvalOutputItem,
     EvalRun,
     EvalRunCreate,
+    EvalRunStatus,
     InterventionUse,
     ItemSample,
     Page,
     TestingCriterion,
 )
+from reftserve.server.api.body_route import BodyRoute
 from reftserve.server.api.dependencies import Evals, Owner
+from reftserve.server.api.metadata_filter import WantedMetadata
 from reftserve.server.errors import InvalidRequest
 from reftserve.server.evaluation.eval_service import criteria_of
 from reftserve.server.evaluation.tally import Tally
 from reftserve.server.storage import tables
 from reftserve.server.training.job_service import MAX_DIGITS
 
-router = APIRouter(prefix="/v1/evals", tags=["evals"])
+router = APIRouter(prefix="/v1/evals", tags=["evals"], route_class=BodyRoute)
 
 
 @router.post("")
@@ -36,10 +39,15 @@ def create_eval(request: EvalCreate, evals: Evals, owner: Owner) -> Eval:
 
 @router.get("")
 def list_evals(
-    evals: Evals, owner: Owner, after: str | None = None, limit: int = Query(20, ge=1, le=100)
+    evals: Evals,
+    owner: Owner,
+    metadata: WantedMetadata,
+    after: str | None = None,
+    limit: int = Query(20, ge=1, le=100),
+    order: Literal["asc", "desc"] = "desc",
 ) -> Page[Eval]:
-    """List evals, newest first."""
-    rows, more = evals.list_page(owner, after=after, limit=limit)
+    """List evals, newest first unless `order` is `asc`. `metadata[key]=value` lists those with that metadata."""
+    rows, more = evals.list_page(owner, after=after, limit=limit, ascending=order == "asc", metadata=metadata)
     return Page(data=[_eval(row) for row in rows], has_more=more)
 
 
@@ -60,27 +68,37 @@ def delete_eval(eval_id: str, evals: Evals, owner: Owner) -> Deleted:
 def create_run(eval_id: str, request: EvalRunCreate, evals: Evals, owner: Owner) -> EvalRun:
     """Score the base, an intervention or a composition, in the background."""
     run = evals.create_run(owner, eval_id, request)
-    return _run(run, criteria_of(evals.get(owner, eval_id)))
+    return _run(run, evals.criteria(owner, eval_id))
 
 
 @router.get("/{eval_id}/runs")
-def list_runs(eval_id: str, evals: Evals, owner: Owner) -> Page[EvalRun]:
-    """List all runs of an eval, oldest first."""
-    return Page(data=_eval(evals.get(owner, eval_id)).runs)
+def list_runs(
+    eval_id: str,
+    evals: Evals,
+    owner: Owner,
+    after: str | None = None,
+    limit: int = Query(20, ge=1, le=1000),
+    order: Literal["asc", "desc"] = "asc",
+    status: EvalRunStatus | None = None,
+) -> Page[EvalRun]:
+    """List runs of an eval, oldest first unless `order` is `desc`."""
+    criteria = evals.criteria(owner, eval_id)
+    rows, more = evals.list_runs(owner, eval_id, after=after, limit=limit, ascending=order == "asc", status=status)
+    return Page(data=[_run(row, criteria) for row in rows], has_more=more)
 
 
 @router.get("/{eval_id}/runs/{run_id}")
 def get_run(eval_id: str, run_id: str, evals: Evals, owner: Owner) -> EvalRun:
     """Return a run with its scores so far."""
     run = evals.get_run(owner, eval_id, run_id)
-    return _run(run, criteria_of(evals.get(owner, eval_id)))
+    return _run(run, evals.criteria(owner, eval_id))
 
 
 @router.post("/{eval_id}/runs/{run_id}/cancel")
 def cancel_run(eval_id: str, run_id: str, evals: Evals, owner: Owner) -> EvalRun:
     """Stop a run; items that the engine is computing get no result."""
     run = evals.cancel_run(owner, eval_id, run_id)
-    return _run(run, criteria_of(evals.get(owner, eval_id)))
+    return _run(run, evals.criteria(owner, eval_id))
 
 
 @router.delete("/{eval_id}/runs/{run_id}")

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Form, UploadFile
+from typing import Literal
+
+from fastapi import APIRouter, Depends, Form, Query, UploadFile
 from fastapi import File as FormFile
 from fastapi.responses import FileResponse
 
 from reftserve.client.schemas import Deleted, FileObject, Page
 from reftserve.server.api.dependencies import Files, Owner
+from reftserve.server.api.forms import only_fields
+from reftserve.server.api.pages import page
 from reftserve.server.storage.tables import File
 
 router = APIRouter(prefix="/v1/files", tags=["files"])
 
 
-@router.post("")
+@router.post("", dependencies=[Depends(only_fields("purpose", "file"))])
 def upload_file(files: Files, owner: Owner, purpose: str = Form(), file: UploadFile = FormFile()) -> FileObject:
     """Upload a data set, in JSON Lines, a JSON array, CSV or Parquet.
 
@@ -23,9 +27,17 @@ def upload_file(files: Files, owner: Owner, purpose: str = Form(), file: UploadF
 
 
 @router.get("")
-def list_files(files: Files, owner: Owner, purpose: str | None = None) -> Page[FileObject]:
-    """List all files, newest first."""
-    return Page(data=[_file(row) for row in files.list_all(owner, purpose=purpose)])
+def list_files(
+    files: Files,
+    owner: Owner,
+    purpose: str | None = None,
+    after: str | None = None,
+    limit: int = Query(10_000, ge=1, le=10_000),
+    order: Literal["asc", "desc"] = "desc",
+) -> Page[FileObject]:
+    """List files by time of creation."""
+    rows, more = files.list_page(owner, purpose=purpose, after=after, limit=limit, descending=order == "desc")
+    return page([_file(row) for row in rows], [row.id for row in rows], has_more=more)
 
 
 @router.get("/{file_id}")
@@ -56,4 +68,5 @@ def _file(row: File) -> FileObject:
         filename=row.filename,
         purpose=row.purpose,
         examples=row.examples,
+        sha256=row.sha256,
     )

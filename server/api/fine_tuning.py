@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Header, Query, Response
 
@@ -16,32 +16,40 @@ from reftserve.client.schemas import (
     FineTuningJobCreate,
     Page,
 )
+from reftserve.server.api.body_route import BodyRoute
 from reftserve.server.api.dependencies import Jobs, Owner
+from reftserve.server.api.metadata_filter import WantedMetadata
+from reftserve.server.api.openapi import EVENTS
 from reftserve.server.api.sse import event_stream
 from reftserve.server.storage.tables import Job, JobCheckpoint, JobEvent
 from reftserve.server.training.job_service import event_id
 
-router = APIRouter(prefix="/v1/fine_tuning", tags=["fine-tuning"])
+router = APIRouter(prefix="/v1/fine_tuning", tags=["fine-tuning"], route_class=BodyRoute)
 
 
 @router.post("/validate")
 def validate(request: FineTuningJobCreate, jobs: Jobs, owner: Owner) -> DataReport:
-    """Run the checks of job creation and report on the data; queue nothing."""
+    """Run a job's checks and report on its data; queue nothing."""
     return jobs.validate(owner, request)
 
 
 @router.post("/jobs")
 def create_job(request: FineTuningJobCreate, jobs: Jobs, owner: Owner) -> FineTuningJob:
-    """Queue a training run, which publishes an intervention named `suffix`."""
+    """Queue a training run, which checks its files first and publishes an intervention named `suffix`."""
     return _job(jobs.create(owner, request))
 
 
 @router.get("/jobs")
 def list_jobs(
-    jobs: Jobs, owner: Owner, after: str | None = None, limit: int = Query(20, ge=1, le=1000)
+    jobs: Jobs,
+    owner: Owner,
+    metadata: WantedMetadata,
+    after: str | None = None,
+    limit: int = Query(20, ge=1, le=1000),
+    order: Literal["asc", "desc"] = "desc",
 ) -> Page[FineTuningJob]:
-    """List jobs, newest first."""
-    rows, more = jobs.list_page(owner, after=after, limit=limit)
+    """List jobs, newest first unless `order` is `asc`. `metadata[key]=value` lists those with that metadata."""
+    rows, more = jobs.list_page(owner, after=after, limit=limit, ascending=order == "asc", metadata=metadata)
     return Page(data=[_job(row) for row in rows], has_more=more)
 
 
@@ -75,7 +83,7 @@ def retry_job(job_id: str, jobs: Jobs, owner: Owner) -> FineTuningJob:
     return _job(jobs.retry(owner, job_id))
 
 
-@router.get("/jobs/{job_id}/events", response_model=Page[FineTuningEvent])
+@router.get("/jobs/{job_id}/events", response_model=Page[FineTuningEvent], responses=EVENTS)
 def list_events(
     job_id: str,
     jobs: Jobs,
@@ -105,7 +113,7 @@ def list_checkpoints(job_id: str, jobs: Jobs, owner: Owner) -> Page[FineTuningCh
 
 
 def _job(job: Job) -> FineTuningJob:
-    hyperparameters = {name: job.plan[name] for name in ("n_epochs", "batch_size", "learning_rate")}
+    hyperparameters = {name: job.plan.get(name, "auto") for name in ("n_epochs", "batch_size", "learning_rate")}
     return FineTuningJob(
         id=job.id,
         created_at=job.created_at,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, File, Form, Query, Response, UploadFile
+from typing import Literal
+
+from fastapi import APIRouter, Depends, File, Form, Query, Response, UploadFile
 
 from reftserve.client.schemas import (
     AliasUpdate,
@@ -12,26 +14,42 @@ from reftserve.client.schemas import (
     InterventionVersion,
     Page,
 )
-from reftserve.server.api.dependencies import Owner, Registry, Settings
-from reftserve.server.errors import PayloadTooLarge
+from reftserve.server.api.body_route import BodyRoute
+from reftserve.server.api.dependencies import BaseInfo, Owner, Registry, Settings
+from reftserve.server.api.forms import only_fields
+from reftserve.server.api.pages import page
+from reftserve.server.errors import InvalidRequest, PayloadTooLarge
 from reftserve.server.registry.intervention_registry import PublishedVersion
-from reftserve.server.registry.names import LATEST, Reference
-from reftserve.server.storage.tables import Intervention
+from reftserve.server.registry.names import LATEST, Reference, check_free
+from reftserve.server.registry.queries import InterventionSummary
 
-router = APIRouter(prefix="/v1/interventions", tags=["interventions"])
+router = APIRouter(prefix="/v1/interventions", tags=["interventions"], route_class=BodyRoute)
 
 
 @router.get("")
-def list_interventions(registry: Registry, owner: Owner) -> Page[InterventionInfo]:
-    """List all interventions, by name."""
-    return Page(data=[_info(row) for row in registry.list_all(owner)])
+def list_interventions(
+    registry: Registry,
+    owner: Owner,
+    after: str | None = None,
+    limit: int = Query(20, ge=1, le=100),
+    order: Literal["asc", "desc"] = "asc",
+) -> Page[InterventionInfo]:
+    """List interventions by name. `after`: the last name of the page before."""
+    rows, more = registry.list_page(owner, after=after, limit=limit, descending=order == "desc")
+    return page([_info(row) for row in rows], [row.name for row in rows], has_more=more)
 
 
-@router.post("", status_code=201)
+@router.post("", status_code=201, dependencies=[Depends(only_fields("name", "file"))])
 def upload_intervention(
-    registry: Registry, settings: Settings, owner: Owner, name: str = Form(), file: UploadFile = File()
+    registry: Registry,
+    settings: Settings,
+    base: BaseInfo,
+    owner: Owner,
+    name: str = Form(),
+    file: UploadFile = File(),
 ) -> InterventionVersion:
     """Publish a zipped artifact as the next version of `name`."""
+    check_free(name, base.name)
     limit = settings.max_artifact_bytes
     data = file.file.read(limit + 1)
     if len(data) > limit:
@@ -52,10 +70,25 @@ def delete_intervention(name: str, registry: Registry, owner: Owner, force: bool
     return Deleted(id=name, object="intervention")
 
 
+@router.get("/{name}/versions")
+def list_versions(
+    name: str,
+    registry: Registry,
+    owner: Owner,
+    after: str | None = None,
+    limit: int = Query(20, ge=1, le=100),
+    order: Literal["asc", "desc"] = "desc",
+) -> Page[InterventionVersion]:
+    """List the versions of an intervention by number. `after`: the last version's id of the page before, or number."""
+    number = None if after is None else _number(after)
+    rows, more = registry.list_versions(owner, name, after=number, limit=limit, descending=order == "desc")
+    return page([_version(row) for row in rows], [row.id for row in rows], has_more=more)
+
+
 @router.get("/{name}/versions/{version}")
 def get_version(name: str, version: str, registry: Registry, owner: Owner) -> InterventionVersion:
     """Return a version, by number or alias, with its manifest."""
-    return _version(registry.resolve(owner, Reference.parse(f"{name}@{version}")))
+    return _version(registry.find(owner, Reference.parse(f"{name}@{version}")))
 
 
 @router.get("/{name}/versions/{version}/content", response_class=Response)
@@ -93,13 +126,19 @@ def delete_alias(name: str, alias: str, registry: Registry, owner: Owner) -> Int
     return _info(registry.delete_alias(owner, name, alias))
 
 
-def _info(row: Intervention) -> InterventionInfo:
-    aliases = {alias.alias: alias.version for alias in row.aliases}
+def _number(after: str) -> int:
+    number = Reference.parse(after if "@" in after else f"@{after}").version
+    if not isinstance(number, int):
+        raise InvalidRequest(f"after is {after!r}; expected a version's id or number", param="after")
+    return number
+
+
+def _info(row: InterventionSummary) -> InterventionInfo:
     return InterventionInfo(
         name=row.name,
-        latest=aliases.get(LATEST),
-        versions=[version.version for version in row.versions],
-        aliases=aliases,
+        latest=row.aliases.get(LATEST),
+        versions=row.versions,
+        aliases=row.aliases,
         created_at=row.created_at,
     )
 

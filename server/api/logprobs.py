@@ -59,11 +59,11 @@ class TextLogprobs:
         )
 
     def _text(self, token_id: int) -> str:
-        return _readable(self._base.token_bytes(token_id))
+        return _readable(self._base.tokenizer.token_bytes(token_id))
 
     def _advance(self, token_id: int) -> int:
         offset = self._offset
-        self._offset += len(self._decoder.decode(self._base.token_bytes(token_id)))
+        self._offset += len(self._decoder.decode(self._base.tokenizer.token_bytes(token_id)))
         return offset
 
 
@@ -78,7 +78,7 @@ def joined(pieces: Sequence[CompletionLogprobs]) -> CompletionLogprobs:
 
 
 def _top(base: Base, token_id: int, logprob: float) -> TopLogprob:
-    raw = base.token_bytes(token_id)
+    raw = base.tokenizer.token_bytes(token_id)
     return TopLogprob(token=_readable(raw), logprob=max(logprob, LOWEST), bytes=list(raw))
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Query
 
 from reftserve.client.schemas import Deleted, Model, Page
 from reftserve.server.api.dependencies import BaseInfo, Owner, Registry
+from reftserve.server.api.pages import page
 from reftserve.server.base.folder import Base
 from reftserve.server.errors import InvalidRequest, NotFound
 from reftserve.server.registry.names import Reference, suggestion
@@ -14,13 +15,23 @@ router = APIRouter(prefix="/v1/models", tags=["models"])
 
 
 @router.get("")
-def list_models(base: BaseInfo, registry: Registry, owner: Owner) -> Page[Model]:
-    """List the values that `model` can have."""
+def list_models(
+    base: BaseInfo,
+    registry: Registry,
+    owner: Owner,
+    after: str | None = None,
+    limit: int = Query(10_000, ge=1, le=10_000),
+) -> Page[Model]:
+    """List the values that `model` can have: the base, then interventions by name."""
+    first = [_base_model(base)] if after is None else []
+    behind = None if after == base.name else after
+    names, more = registry.list_names(owner, after=behind, limit=limit - len(first))
     interventions = [
-        Model(id=row.name, created=row.created_at, owned_by=row.owner, parent=base.name)
-        for row in registry.list_all(owner)
+        Model(id=name, created=created_at, owned_by=row_owner, parent=base.name)
+        for name, row_owner, created_at in names
     ]
-    return Page(data=[_base_model(base), *interventions])
+    models = [*first, *interventions]
+    return page(models, [model.id for model in models], has_more=more)
 
 
 @router.get("/{model:path}")
@@ -29,7 +40,7 @@ def get_model(model: str, base: BaseInfo, registry: Registry, owner: Owner) -> M
     if model == base.name:
         return _base_model(base)
     try:
-        version = registry.resolve(owner, Reference.parse(model))
+        version = registry.find(owner, Reference.parse(model))
     except NotFound as cause:
         near = "" if "Did you mean" in cause.message else suggestion(model, [base.name])
         raise NotFound(cause.message + near, param="model", code="model_not_found") from cause

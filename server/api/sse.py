@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel
-from sse_starlette import EventSourceResponse
+from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from reftserve.server.api.error_responses import error_body
-from reftserve.server.errors import ServerError
+from reftserve.server.errors import ClientLeft, ServerError
 
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
@@ -32,7 +32,14 @@ def event_stream(chunks: AsyncGenerator[M], *, id_of: Callable[[M], str] | None 
                 yield _event(error_body(cause))
         yield b"data: [DONE]\n\n"
 
-    return EventSourceResponse(lines(), ping=KEEP_ALIVE_S, sep="\n")
+    return EventSourceResponse(lines(), ping=KEEP_ALIVE_S, ping_message_factory=_KeepAlive, sep="\n")
+
+
+class _KeepAlive(ServerSentEvent):
+    """A comment alone. The blank line of sse_starlette's makes OpenAI's decoder yield an event if one had an id."""
+
+    def encode(self) -> bytes:
+        return b": keep-alive\n"
 
 
 def _event(message: BaseModel) -> bytes:
@@ -41,13 +48,13 @@ def _event(message: BaseModel) -> bytes:
 
 
 async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Return the result of `work`, or cancel it and raise CancelledError as soon as the client disconnects."""
+    """Return the result of `work`, or cancel it and raise ClientLeft as soon as the client disconnects."""
     task = asyncio.ensure_future(work)
     try:
         while not task.done():
             await asyncio.wait([task], timeout=CLIENT_POLL_S)
             if not task.done() and await request.is_disconnected():
-                raise asyncio.CancelledError("the client disconnected")
+                raise ClientLeft("the client closed the connection before its answer was there")
         return task.result()
     finally:
         if not task.done():

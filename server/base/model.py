@@ -3,19 +3,38 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from reftserve.server.base.model_errors import UnsupportedModel
+
+LONGEST_REASON = 200  # characters
+
 
 def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """Load the base model in evaluation mode with frozen parameters, from safetensors weights only."""
+    """Load the base model in evaluation mode with frozen parameters, from safetensors weights only.
+
+    Raises UnsupportedModel when transformers cannot load the folder, or the weights lack a part of the model.
+    """
     disable_progress_bar()
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
-    )
+    try:
+        model, loaded = cast(
+            "tuple[Any, dict[str, Any]]",
+            AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            ),
+        )
+    except (ValueError, RuntimeError, ImportError, KeyError, AttributeError, TypeError, OSError) as cause:
+        # Some of its messages list hundreds of classes.
+        raise UnsupportedModel(f"transformers cannot load {folder}: {str(cause)[:LONGEST_REASON]}") from cause
+    if missing := sorted(loaded["missing_keys"]):
+        raise UnsupportedModel(
+            f"the weights in {folder} lack {len(missing)} parameters of {type(model).__name__}, such as {missing[0]}; "
+            "config.json and weights belong to different models"
+        )
     frozen: PreTrainedModel = model.to(device).eval().requires_grad_(False)
     return frozen
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from reftserve.server.datasets.examples import ChatPrompt, Example, Instruction, Turn
     from reftserve.server.datasets.label_detection import label_set
     from reftserve.server.datasets.reading import count_examples, dataset_hash, read_examples
-    from reftserve.server.datasets.report import make_report
+    from reftserve.server.datasets.report import EncodedFile, encode_file, make_report
     from reftserve.server.datasets.source_location import SourceLocation
     from reftserve.server.datasets.splits import MIN_EXAMPLES, Splits, split
 
@@ -31,7 +31,7 @@ _MODULES = {
     "examples": ("ChatPrompt", "Example", "Instruction", "Turn"),
     "label_detection": ("label_set",),
     "reading": ("count_examples", "dataset_hash", "read_examples"),
-    "report": ("make_report",),
+    "report": ("EncodedFile", "encode_file", "make_report"),
     "source_location": ("SourceLocation",),
     "splits": ("MIN_EXAMPLES", "Splits", "split"),
 }
@@ -40,6 +40,7 @@ __all__ = [
     "MIN_EXAMPLES",
     "ChatPrompt",
     "EncodedExample",
+    "EncodedFile",
     "Example",
     "Instruction",
     "SourceLocation",
@@ -48,6 +49,7 @@ __all__ = [
     "count_examples",
     "dataset_hash",
     "encode",
+    "encode_file",
     "label_set",
     "make_report",
     "read_examples",

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import tempfile
 import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-from sqlalchemy import func, select
+from sqlalchemy import func, select, tuple_
 from sqlalchemy.orm import Session
 
 from reftserve.client.schemas.unicode import half_pair
 from reftserve.server.datasets.check import check_data_set
 from reftserve.server.errors import InvalidRequest, NotFound, PayloadTooLarge, QuotaExceeded
-from reftserve.server.storage.blobs import BlobStore, map_enospc
+from reftserve.server.storage.blobs import BlobStore
 from reftserve.server.storage.database import Database
+from reftserve.server.storage.reserve import scratch_folder
 from reftserve.server.storage.tables import File
 
 TRAINING, RESULTS = "fine-tune", "fine-tune-results"
@@ -53,8 +53,8 @@ class FileStore:
                 param="purpose",
                 code="invalid_purpose",
             )
-        with tempfile.TemporaryDirectory() as scratch:
-            received = Path(scratch) / "upload"
+        with scratch_folder("the upload") as scratch:
+            received = scratch / "upload"
             self._receive(stream, received)
             examples = check_data_set(received, filename)
             file_id = f"file-{uuid.uuid4().hex}"
@@ -74,10 +74,9 @@ class FileStore:
         check: Callable[[Session], object] = lambda session: None,
     ) -> File:
         """Store or replace a job's result file. check: runs in the transaction; its exception rolls this back."""
-        with tempfile.TemporaryDirectory() as scratch:
-            file = Path(scratch) / "result"
-            with map_enospc(filename):
-                file.write_bytes(content)
+        with scratch_folder(filename) as scratch:
+            file = scratch / "result"
+            file.write_bytes(content)
             file_id = f"file-{job_id.removeprefix('ftjob-')}"
             return self._store(owner, filename, RESULTS, file, None, file_id, check)
 
@@ -86,43 +85,77 @@ class FileStore:
         with self._database.reading() as session:
             file = session.get(File, file_id)
         if file is None or file.owner != owner:
-            raise NotFound(f"no file {file_id!r}", param=param, code="file_not_found")
+            raise _no_file(file_id, param)
         return file
 
-    def list_all(self, owner: str, *, purpose: str | None = None) -> list[File]:
-        """List an owner's files, newest first."""
-        query = select(File).where(File.owner == owner).order_by(File.created_at.desc(), File.id)
+    def list_page(
+        self,
+        owner: str,
+        *,
+        purpose: str | None = None,
+        after: str | None = None,
+        limit: int = 10_000,
+        descending: bool = True,
+    ) -> tuple[list[File], bool]:
+        """Return files by time of creation, from the one behind the file `after`, and whether more follow.
+
+        Raises NotFound for an unknown `after`.
+        """
+        query = select(File).where(File.owner == owner)
         if purpose is not None:
             query = query.where(File.purpose == purpose)
+        if after is not None:
+            last = self.get(owner, after, param="after")
+            place, last_place = tuple_(File.created_at, File.id), tuple_(last.created_at, last.id)
+            query = query.where(place < last_place if descending else place > last_place)
+        columns = (File.created_at, File.id)
+        query = query.order_by(*(column.desc() for column in columns) if descending else columns)
         with self._database.reading() as session:
-            return list(session.scalars(query))
+            rows = list(session.scalars(query.limit(limit + 1)))
+        return rows[:limit], len(rows) > limit
 
     def path(self, file: File, *, param: str = "file_id") -> Path:
-        """Return a local path to a file's bytes. Raises NotFound when the store has lost them."""
-        if not self._blobs.exists(file.blob_key):
+        """Return a local path to a file's bytes, after checking their hash.
+
+        Raises NotFound when the store has lost or damaged them.
+        """
+        try:
+            path = self._blobs.local_file(file.blob_key)
+        except FileNotFoundError as cause:
             raise NotFound(
                 f"the bytes of file {file.id!r} ({file.filename}) are no longer in the store; upload it again",
                 param=param,
                 code="file_content_missing",
+            ) from cause
+        found = _sha256(path)
+        if found != file.sha256:
+            raise NotFound(
+                f"the bytes of file {file.id!r} ({file.filename}) in the store are damaged: they have SHA-256 {found}; "
+                f"expected {file.sha256}. Upload the file again",
+                param=param,
+                code="file_content_damaged",
             )
-        return self._blobs.local_file(file.blob_key)
+        return path
 
     def delete(self, owner: str, file_id: str) -> None:
         """Delete a file; jobs that have read it do not need it again. Raises NotFound."""
-        file = self.get(owner, file_id)
-        with self._database.session() as session:
-            session.delete(session.get_one(File, file_id))
-        self._blobs.delete(file.blob_key)
+        with self._database.session(may_use_reserve=True) as session:
+            # Locked: of two deletions at once the second finds nothing.
+            file = session.get(File, file_id, with_for_update=True)
+            if file is None or file.owner != owner:
+                raise _no_file(file_id, "file_id")
+            session.delete(file)
+        self._blobs.discard(file.blob_key)
 
     def sweep(self, *, since: float = 0.0) -> list[str]:
-        """Delete bytes that a crash has left without a row since `since` (Unix seconds); return their keys."""
+        """Move bytes newer than `since` (Unix seconds) that have no row to the trash; return their keys."""
         with self._database.reading() as session:
             known = set(session.scalars(select(File.blob_key)))
         return self._blobs.sweep(BLOBS, known, since=since)
 
     def _receive(self, stream: BinaryIO, target: Path) -> None:
         received = 0
-        with map_enospc("the file"), target.open("wb") as file:
+        with target.open("wb") as file:
             while chunk := stream.read(CHUNK_BYTES):
                 received += len(chunk)
                 if received > self._max_bytes:
@@ -170,8 +203,12 @@ class FileStore:
             replaced_key = None if replaced is None else replaced.blob_key
             session.merge(file)
         if replaced_key is not None:
-            self._blobs.delete(replaced_key)
+            self._blobs.discard(replaced_key)
         return file
+
+
+def _no_file(file_id: str, param: str) -> NotFound:
+    return NotFound(f"no file {file_id!r}", param=param, code="file_not_found")
 
 
 def _sha256(path: Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,12 +18,39 @@ from reftserve.server.datasets.splits import MIN_EXAMPLES, prompts_of, split
 from reftserve.server.errors import InvalidRequest
 
 
-def make_report(
-    tokenizer: Tokenizer, training: Path, validation: Path | None, *, max_length: int, seed: int
-) -> DataReport:
-    """Read, encode and split the files as the job would. Raises InvalidRequest if a row does not render, or few fit."""
-    learned = _encoded(tokenizer, training, "training_file", max_length)
-    held_out = None if validation is None else _encoded(tokenizer, validation, "validation_file", max_length)
+@dataclass(frozen=True)
+class EncodedFile:
+    """A data set's examples, all of them encoded, and those that fit: at most `max_length` tokens long."""
+
+    examples: list[Example]
+    encoded: list[EncodedExample]
+    fitting: list[EncodedExample]
+
+
+def encode_file(
+    tokenizer: Tokenizer, path: Path, param: str, *, max_length: int, poll: Callable[[], object] = lambda: None
+) -> EncodedFile:
+    """Read and encode a data set. Raises InvalidRequest if a row does not render or none fits.
+
+    param: the request's field that names the file. poll: called for each example; may raise.
+    """
+    examples = read_examples(path)
+    encoded = []
+    for example in examples:
+        poll()
+        try:
+            encoded.append(encode(tokenizer, example))
+        except InvalidRequest as cause:
+            raise InvalidRequest(f"{example.location}: {cause.message}", param=param, code=cause.code) from cause
+    fitting = [example for example in encoded if example.length <= max_length]
+    needed = MIN_EXAMPLES if param == "training_file" else 1
+    if len(fitting) < min(needed, len(encoded)):
+        raise InvalidRequest(_too_long(encoded, len(fitting), needed, max_length), param=param, code="too_few_examples")
+    return EncodedFile(examples, encoded, fitting)
+
+
+def make_report(learned: EncodedFile, held_out: EncodedFile | None, *, max_length: int, seed: int) -> DataReport:
+    """Split the files as the job would, and report on them. Raises InvalidRequest if too few examples fit."""
     splits = split(learned.fitting, None if held_out is None else held_out.fitting, seed=seed)
     prompts = prompts_of(learned.fitting)
     labels = label_set(learned.examples)
@@ -39,28 +66,6 @@ def make_report(
     return report.model_copy(update={"warnings": _warnings(report)})
 
 
-@dataclass(frozen=True)
-class _EncodedFile:
-    examples: list[Example]
-    encoded: list[EncodedExample]
-    fitting: list[EncodedExample]
-
-
-def _encoded(tokenizer: Tokenizer, path: Path, param: str, max_length: int) -> _EncodedFile:
-    examples = read_examples(path)
-    encoded = []
-    for example in examples:
-        try:
-            encoded.append(encode(tokenizer, example))
-        except InvalidRequest as cause:
-            raise InvalidRequest(f"{example.location}: {cause.message}", param=param, code=cause.code) from cause
-    fitting = [example for example in encoded if example.length <= max_length]
-    needed = MIN_EXAMPLES if param == "training_file" else 1
-    if len(fitting) < min(needed, len(encoded)):
-        raise InvalidRequest(_too_long(encoded, len(fitting), needed, max_length), param=param, code="too_few_examples")
-    return _EncodedFile(examples, encoded, fitting)
-
-
 def _too_long(encoded: Sequence[EncodedExample], fitting: int, needed: int, max_length: int) -> str:
     shortest, longest = (choose(encoded, key=lambda example: example.length) for choose in (min, max))
     return (
@@ -70,7 +75,7 @@ def _too_long(encoded: Sequence[EncodedExample], fitting: int, needed: int, max_
     )
 
 
-def _file_report(file: _EncodedFile) -> FileReport:
+def _file_report(file: EncodedFile) -> FileReport:
     targets_of = defaultdict(set)
     for example in file.encoded:
         targets_of[example.prompt_ids].add(example.completion_ids)

@@ -9,6 +9,7 @@ prefix_cache.py            keys of KV blocks               kv_cache/            
 loader.py                  artifacts from disk             bank.py              rank rows of hot interventions
 edit_plan.py               edited rows of a step           decode_graphs.py     recorded decode steps on CUDA
 logits.py, sampler.py      logits to tokens                grammar_masks.py     tokens that a grammar forbids
+token_counts.py            a sequence's tokens, for penalties
 transfers.py               copies between host and device  engine_errors.py     errors
 engine_kernels.py          whether attention and edits run by our kernels
 """

@@ -8,7 +8,8 @@ one batched low-rank product and one write, whatever mixture of interventions ru
 With the CPU kernels, `edit_rows` (cpu_kernels/edits.cpp) computes the same row by row.
 
 A decode token whose interventions edit only prompt tokens is no edited row. Without edited rows the plan is empty, and
-the step is the base model's own.
+the step is the base model's own. Only a decode step that is recorded on CUDA differs: there one edited row sends all
+rows through the product, padded with the bank's zero row.
 """
 
 from __future__ import annotations

@@ -361,7 +361,7 @@ class Engine:
             waiting = self._awaiting.pop(result.content_hash, [])
             for sequence in (s for s in waiting if s.status is Status.LOADING):
                 if result.intervention is None:
-                    self._end(sequence, TokenOutput(sequence.request_id, [], "error", result.error))
+                    self._end(sequence, TokenOutput(sequence.request_id, [], "failed", result.error))
                     continue
                 sequence.loaded[result.content_hash] = result.intervention
                 if sequence.is_loaded:

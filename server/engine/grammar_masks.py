@@ -6,7 +6,6 @@ import logging
 import queue
 import threading
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer
@@ -29,12 +28,20 @@ class Compiled:
 
 
 class GrammarCompiler:
-    """Compiles grammars in a thread; the engine collects them between steps. vocabulary: width of the logits."""
+    """Compiles grammars in a thread; the engine collects them between steps. vocabulary: width of the logits.
+
+    It reads the vocabulary at once: later that would stop a step for 0.3 s, because llguidance lets no thread run.
+    """
 
     def __init__(self, tokenizer: Tokenizer, eos_token_ids: tuple[int, ...], vocabulary: int) -> None:
-        self._tokenizer = tokenizer
-        self._eos_token_ids = eos_token_ids
-        self._vocabulary = max(vocabulary, len(tokenizer))  # Gemma 3's tokenizer has one token more than the model
+        width = max(vocabulary, len(tokenizer))  # Gemma 3's tokenizer has one token more than the model
+        self._unsupported = ""
+        self._vocabulary: LLTokenizer | None = None
+        try:
+            self._vocabulary = tokenizer.vocabulary(size=width, eos_token_ids=eos_token_ids)
+        except Exception as cause:  # requests without a grammar do not need it
+            logger.warning("structured output is off: llguidance cannot read this vocabulary: %s", cause)
+            self._unsupported = f"llguidance cannot read this base's vocabulary: {cause}"
         self._num_pending = 0
         self._grammars: queue.SimpleQueue[tuple[str, str] | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[Compiled] = queue.SimpleQueue()
@@ -64,17 +71,16 @@ class GrammarCompiler:
         self._grammars.put(None)
         self._thread.join()
 
-    @cached_property
-    def _vocabulary_trie(self) -> LLTokenizer:
-        return self._tokenizer.vocabulary(size=self._vocabulary, eos_token_ids=self._eos_token_ids)
-
     def _run(self) -> None:
         while (item := self._grammars.get()) is not None:
             request_id, grammar = item
+            if self._vocabulary is None:
+                self._results.put(Compiled(request_id, None, self._unsupported))
+                continue
             try:
-                matcher = LLMatcher(self._vocabulary_trie, grammar, log_level=SILENT)
+                matcher = LLMatcher(self._vocabulary, grammar, log_level=SILENT)
                 compiled = Compiled(request_id, matcher, matcher.get_error() or None)
-            except Exception as cause:
+            except BaseException as cause:  # a panic of llguidance is no Exception
                 # Without an error the request would wait for ever, and without the thread all later ones.
                 logger.exception("a grammar could not be compiled")
                 compiled = Compiled(request_id, None, f"{type(cause).__name__}: {cause}")

@@ -7,6 +7,7 @@ Only files so large that the check would delay a step are checked in the thread.
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -14,15 +15,16 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
-from reftserve.interventions import Intervention, InterventionError, parse_artifact, read_artifact
+from reftserve.interventions import HashMismatch, Intervention, parse_artifact, read_artifact
 from reftserve.server.engine.messages import InterventionRef
 
+logger = logging.getLogger(__name__)
 LARGE_BYTES = 4 << 20  # about 10 ms of checking
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """The outcome of one load: an intervention or an error."""
+    """The outcome of one load: an intervention, or an error of the server, whose artifacts were checked before."""
 
     content_hash: str
     intervention: Intervention | None
@@ -94,30 +96,31 @@ class Loader:
 
     def _run(self) -> None:
         while (ref := self._folders.get()) is not None:
-            result = _read(ref)
-            if isinstance(result, _Files) and len(result.edits) > LARGE_BYTES:
-                result = _check(result)
-            self._results.put(result)
+            self._results.put(_read(ref))
 
 
 def _read(ref: InterventionRef) -> _Files | Loaded:
     try:
-        return _Files(ref, *read_artifact(Path(ref.folder)))
-    except (InterventionError, OSError) as cause:
+        files = _Files(ref, *read_artifact(Path(ref.folder)))
+    except BaseException as cause:  # without the thread, all later loads would wait for ever
         return _failed(ref, cause)
+    return _check(files) if len(files.edits) > LARGE_BYTES else files
 
 
 def _check(files: _Files) -> Loaded:
     ref = files.ref
     try:
         intervention = parse_artifact(files.manifest, files.edits)
-    except InterventionError as cause:
+        if intervention.content_hash != ref.content_hash:
+            raise HashMismatch(f"content hash is {intervention.content_hash}; expected {ref.content_hash}")
+    except BaseException as cause:
         return _failed(ref, cause)
-    if intervention.content_hash != ref.content_hash:
-        error = f"content hash is {intervention.content_hash}; expected {ref.content_hash}"
-        return Loaded(ref.content_hash, None, error)
     return Loaded(ref.content_hash, intervention)
 
 
-def _failed(ref: InterventionRef, cause: Exception) -> Loaded:
-    return Loaded(ref.content_hash, None, f"cannot load intervention from {Path(ref.folder).name}: {cause}")
+def _failed(ref: InterventionRef, cause: BaseException) -> Loaded:
+    # The artifact was checked when it was published, so whatever happens here is the server's fault. Paths of its disk
+    # stay in its log.
+    logger.error("cannot load the intervention in %s", ref.folder, exc_info=cause)
+    reason = (cause.strerror if isinstance(cause, OSError) else str(cause)) or type(cause).__name__
+    return Loaded(ref.content_hash, None, f"cannot load intervention from {Path(ref.folder).name}: {reason}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
-from itertools import chain
 
 import numpy as np
 import torch
@@ -75,23 +74,21 @@ def logprobs_of(logits: Tensor, token_ids: list[int]) -> list[TokenLogprobs]:
 
 
 def _penalise(logits: Tensor, rows: list[int], sequences: list[Sequence]) -> None:
-    index = indices(rows, logits.device)
+    """Change the logits of tokens that a sequence holds; no other logit depends on penalties."""
+    counts = [sequence.token_counts for sequence in sequences]
+    num_distinct = [len(each.ids) for each in counts]
+
+    def repeated(values: list[float]) -> Tensor:
+        return to_device(np.repeat(np.array(values, dtype=np.float32), num_distinct), logits.device).to(logits.dtype)
+
+    index = (
+        to_device(np.repeat(rows, num_distinct), logits.device),
+        to_device(np.concatenate([each.ids for each in counts]), logits.device),
+    )
+    answer = to_device(np.concatenate([each.in_answer for each in counts]), logits.device).to(logits.dtype)
     values = logits[index]
-    answer = _counts([s.token_ids[s.n_prompt :] for s in sequences], values)
-    seen = answer + _counts([s.token_ids[: s.n_prompt] for s in sequences], values) > 0
-
-    repetition = column([s.sampling.repetition_penalty for s in sequences], values)
-    values = torch.where(seen, torch.where(values > 0, values / repetition, values * repetition), values)
-    values -= column([s.sampling.frequency_penalty for s in sequences], values) * answer
-    values -= column([s.sampling.presence_penalty for s in sequences], values) * (answer > 0)
+    repetition = repeated([s.sampling.repetition_penalty for s in sequences])
+    values = torch.where(values > 0, values / repetition, values * repetition)
+    values -= repeated([s.sampling.frequency_penalty for s in sequences]) * answer
+    values -= repeated([s.sampling.presence_penalty for s in sequences]) * (answer > 0)
     logits[index] = values
-
-
-def _counts(token_ids: list[list[int]], like: Tensor) -> Tensor:
-    """Count each token of the vocabulary in each list, [lists, vocabulary]."""
-    rows = np.repeat(np.arange(len(token_ids)), [len(ids) for ids in token_ids])
-    tokens = np.fromiter(chain.from_iterable(token_ids), dtype=np.int64, count=len(rows))
-    counts = torch.zeros_like(like)
-    ones = torch.ones(len(rows), dtype=like.dtype, device=like.device)
-    index = (to_device(rows, like.device), to_device(tokens, like.device))
-    return counts.index_put_(index, ones, accumulate=True)

@@ -6,6 +6,8 @@ cumulative distribution. Without generator state, a seed gives the same tokens i
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -46,9 +48,11 @@ def _sample_rows(logits: Tensor, params: list[SamplingParams], positions: list[i
     top_k = column([p.top_k or ordered.shape[1] for p in params], shifted)
     ordered = ordered.masked_fill(rank >= top_k, 0.0)
     ordered /= ordered.sum(dim=-1, keepdim=True)
-    # Nucleus: the smallest set that reaches top_p, including the token that crosses it.
+    # Nucleus: the smallest set that reaches top_p, including the token that crosses it. 1 keeps all tokens: in float32
+    # the sum reaches 1 before the last one.
     before = ordered.cumsum(dim=-1) - ordered
-    ordered = ordered.masked_fill((before >= column([p.top_p for p in params], shifted)) & (rank > 0), 0.0)
+    top_p = column([p.top_p if p.top_p < 1 else math.inf for p in params], shifted)
+    ordered = ordered.masked_fill((before >= top_p) & (rank > 0), 0.0)
     ordered = ordered.masked_fill(ordered < column([p.min_p for p in params], shifted) * ordered[:, :1], 0.0)
     cumulative = ordered.double().cumsum(dim=-1)
     uniform = to_device(uniforms([p.seed for p in params], positions), logits.device).unsqueeze(1)

@@ -18,6 +18,7 @@ from reftserve.interventions import Intervention
 from reftserve.server.engine.bank import EditSpan
 from reftserve.server.engine.messages import InterventionRef, SamplingParams, Submit, TokenLogprobs
 from reftserve.server.engine.prefix_cache import BlockKeys
+from reftserve.server.engine.token_counts import TokenCounts
 
 
 class Status(Enum):
@@ -69,6 +70,7 @@ class Sequence:
     parent: Sequence | None = None
     last_id: int | None = None
     _keys: BlockKeys | None = None
+    _token_counts: TokenCounts | None = None
 
     @classmethod
     def from_submit(cls, submit: Submit, order: tuple[float, int] = (0.0, 0)) -> Sequence:
@@ -173,6 +175,14 @@ class Sequence:
         if self._keys is None:
             self._keys = BlockKeys(self.cache_salt, self.interventions, self.n_prompt, block_size)
         return self._keys.of(self.token_ids, count)
+
+    @property
+    def token_counts(self) -> TokenCounts:
+        """Return the counts of its tokens so far, for penalties."""
+        if self._token_counts is None:
+            self._token_counts = TokenCounts(self.n_prompt)
+        self._token_counts.count(self.token_ids)
+        return self._token_counts
 
     def following(self, scored: range) -> list[int]:
         """Return the token after each of the `scored` tokens."""

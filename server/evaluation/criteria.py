@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from pydantic_core import SchemaError, SchemaValidator, core_schema
@@ -50,9 +50,14 @@ class Score:
     label: str | None = None
 
 
-def check_criteria(criteria: Sequence[TestingCriterion], references: Iterable[str]) -> list[TestingCriterion]:
-    """Return criteria with names and labels filled in. Raises InvalidRequest for bad names, patterns or labels."""
-    answers = list(references) if any(isinstance(c, AccuracyCriterion) for c in criteria) else []
+def check_criteria(
+    criteria: Sequence[TestingCriterion], read_references: Callable[[], list[str]]
+) -> list[TestingCriterion]:
+    """Return criteria with names and labels filled in. Raises InvalidRequest for bad names, patterns or labels.
+
+    read_references: reads the data's answers; called only if a criterion needs them.
+    """
+    answers = read_references() if any(isinstance(c, AccuracyCriterion) for c in criteria) else []
     checked: list[TestingCriterion] = []
     for index, criterion in enumerate(criteria):
         param = f"testing_criteria.{index}"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from pydantic import TypeAdapter
 from sqlalchemy import select
-from sqlalchemy.orm import selectinload
+from sqlalchemy.orm import Session, selectinload
+from sqlalchemy.orm.interfaces import ORMOption
 
 from reftserve.client.schemas import EvalCreate, EvalRunCreate, TestingCriterion
 from reftserve.interventions.intervention_errors import FingerprintMismatch
@@ -22,6 +23,7 @@ from reftserve.server.evaluation.tally import Tally
 from reftserve.server.registry.composition import resolve_composition
 from reftserve.server.registry.store import Store
 from reftserve.server.storage.leases import release_lease
+from reftserve.server.storage.pages import has_metadata, read_page
 from reftserve.server.storage.tables import Eval, EvalItem, EvalRun
 
 _CRITERIA: TypeAdapter[list[TestingCriterion]] = TypeAdapter(list[TestingCriterion])
@@ -53,8 +55,8 @@ class EvalService:
                 param="data_source_config.file_id",
                 code="invalid_file",
             )
-        examples = read_examples(self._store.files.path(file))
-        criteria = check_criteria(request.testing_criteria, (example.target for example in examples))
+        path = self._store.files.path(file)
+        criteria = check_criteria(request.testing_criteria, lambda: [each.target for each in read_examples(path)])
         identity = _identity("eval")
         row = Eval(
             id=identity,
@@ -71,31 +73,58 @@ class EvalService:
 
     def get(self, owner: str, eval_id: str) -> Eval:
         """Return one eval with its runs, oldest first. Raises NotFound."""
-        query = select(Eval).where(Eval.id == eval_id, Eval.owner == owner).options(selectinload(Eval.runs))
-        with self._store.database.reading() as session:
-            row = session.scalar(query)
-        if row is None:
-            raise NotFound(f"no eval {eval_id!r}", param="eval_id", code="eval_not_found")
-        return row
+        return self._get(owner, eval_id, selectinload(Eval.runs))
 
-    def list_page(self, owner: str, *, after: str | None, limit: int) -> tuple[list[Eval], bool]:
-        """Return evals, newest first, after the one with id `after`, and whether more follow."""
-        query = select(Eval).where(Eval.owner == owner).order_by(Eval.id.desc()).limit(limit + 1)
-        if after is not None:
-            query = query.where(Eval.id < self.get(owner, after).id)
+    def criteria(self, owner: str, eval_id: str) -> list[TestingCriterion]:
+        """Return an eval's criteria. Raises NotFound."""
+        return criteria_of(self._get(owner, eval_id))
+
+    def list_page(
+        self, owner: str, *, after: str | None, limit: int, ascending: bool = False, metadata: Mapping[str, str] = {}
+    ) -> tuple[list[Eval], bool]:
+        """Return evals with their runs, from the one after eval `after`, and whether more follow. Raises NotFound.
+
+        The newest comes first unless `ascending`. metadata: entries that the evals must have.
+        """
+        place = None if after is None else (self._get(owner, after).id,)
         with self._store.database.reading() as session:
-            rows = list(session.scalars(query.options(selectinload(Eval.runs))))
-        return rows[:limit], len(rows) > limit
+            query = select(Eval).where(Eval.owner == owner, *has_metadata(session, Eval.eval_metadata, metadata))
+            query = query.options(selectinload(Eval.runs))
+            return read_page(session, query, (Eval.id,), after=place, limit=limit, ascending=ascending)
+
+    def list_runs(
+        self,
+        owner: str,
+        eval_id: str,
+        *,
+        after: str | None,
+        limit: int,
+        ascending: bool = True,
+        status: str | None = None,
+    ) -> tuple[list[EvalRun], bool]:
+        """Return runs of an eval, from the one after run `after`, and whether more follow. Raises NotFound.
+
+        The oldest comes first if `ascending`. status: only runs with this status.
+        """
+        place = None if after is None else (self.get_run(owner, eval_id, after).id,)
+        query = select(EvalRun).where(EvalRun.owner == owner, EvalRun.eval_id == eval_id)
+        if status is not None:
+            query = query.where(EvalRun.status == status)
+        with self._store.database.reading() as session:
+            return read_page(session, query, (EvalRun.id,), after=place, limit=limit, ascending=ascending)
 
     def delete(self, owner: str, eval_id: str) -> None:
         """Delete an eval with its runs. A run in progress stops. Raises NotFound."""
-        self.get(owner, eval_id)
-        with self._store.database.session() as session:
-            session.delete(session.get_one(Eval, eval_id))
+        with self._store.database.session(may_use_reserve=True) as session:
+            # Locked: of two deletions at once the second finds nothing.
+            row = session.get(Eval, eval_id, with_for_update=True)
+            if row is None or row.owner != owner:
+                raise _no_eval(eval_id)
+            session.delete(row)
 
     def create_run(self, owner: str, eval_id: str, request: EvalRunCreate) -> EvalRun:
         """Queue a run of the current versions. Raises InvalidRequest, NotFound, or Unavailable without an engine."""
-        row = self.get(owner, eval_id)
+        row = self._get(owner, eval_id)
         file = self._store.files.get(owner, row.file_id, param="eval_id")
         source = request.data_source
         versions = resolve_composition(
@@ -129,9 +158,7 @@ class EvalService:
         """Return one run. Raises NotFound."""
         with self._store.database.reading() as session:
             run = session.get(EvalRun, run_id)
-        if run is None or run.owner != owner or run.eval_id != eval_id:
-            raise NotFound(f"no run {run_id!r} of eval {eval_id!r}", param="run_id", code="eval_run_not_found")
-        return run
+        return _require_run(run, owner, eval_id, run_id)
 
     def require_served(self, run: EvalRun) -> None:
         """Raise Conflict if the engine's fingerprint has changed since the run's creation: all items must share one."""
@@ -146,9 +173,8 @@ class EvalService:
 
     def cancel_run(self, owner: str, eval_id: str, run_id: str) -> EvalRun:
         """Cancel a run; the engine drops its current items. Raises NotFound, or Conflict if the run has ended."""
-        self.get_run(owner, eval_id, run_id)
-        with self._store.database.session() as session:
-            run = session.get_one(EvalRun, run_id, with_for_update=True)
+        with self._store.database.session(may_use_reserve=True) as session:
+            run = _locked_run(session, owner, eval_id, run_id)
             if run.status in EvalRun.ENDED:
                 raise Conflict(f"run {run_id} is {run.status} and cannot be canceled", code="eval_run_ended")
             release_lease(run)
@@ -158,9 +184,8 @@ class EvalService:
 
     def delete_run(self, owner: str, eval_id: str, run_id: str) -> None:
         """Delete a run with its items. A run in progress stops. Raises NotFound."""
-        self.get_run(owner, eval_id, run_id)
-        with self._store.database.session() as session:
-            session.delete(session.get_one(EvalRun, run_id))
+        with self._store.database.session(may_use_reserve=True) as session:
+            session.delete(_locked_run(session, owner, eval_id, run_id))
 
     def items(
         self, owner: str, eval_id: str, run_id: str, *, after: int, status: str | None, limit: int
@@ -173,6 +198,28 @@ class EvalService:
         with self._store.database.reading() as session:
             rows = list(session.scalars(query.order_by(EvalItem.number).limit(limit + 1)))
         return rows[:limit], len(rows) > limit
+
+    def _get(self, owner: str, eval_id: str, *options: ORMOption) -> Eval:
+        query = select(Eval).where(Eval.id == eval_id, Eval.owner == owner).options(*options)
+        with self._store.database.reading() as session:
+            row = session.scalar(query)
+        if row is None:
+            raise _no_eval(eval_id)
+        return row
+
+
+def _no_eval(eval_id: str) -> NotFound:
+    return NotFound(f"no eval {eval_id!r}", param="eval_id", code="eval_not_found")
+
+
+def _locked_run(session: Session, owner: str, eval_id: str, run_id: str) -> EvalRun:
+    return _require_run(session.get(EvalRun, run_id, with_for_update=True), owner, eval_id, run_id)
+
+
+def _require_run(run: EvalRun | None, owner: str, eval_id: str, run_id: str) -> EvalRun:
+    if run is None or run.owner != owner or run.eval_id != eval_id:
+        raise NotFound(f"no run {run_id!r} of eval {eval_id!r}", param="run_id", code="eval_run_not_found")
+    return run
 
 
 def _identity(prefix: str) -> str:

@@ -57,7 +57,7 @@ class _Question:
 
 
 async def evaluate(inference: InferenceService, target: RunTarget, number: int, example: Example) -> ItemOutcome:
-    """Evaluate one example; its own error becomes the outcome. Raises Unavailable when the engine dies."""
+    """Evaluate one example; its own error becomes the outcome. Raises EngineFailed or Unavailable."""
     request_id = f"{target.run_id}-{number}"
     output: str | None = None
     logprobs: list[list[float]] = []

@@ -5,6 +5,6 @@ generation.py          the values: a prepared request, a piece of an answer, tok
 answer_queue.py        answers of one request side by side, their pieces in one stream
 engine.py              the engine's contract;            engine_client.py: our engine, in its own process
 sampling.py            request fields -> sampling parameters;  structured_outputs.py: request fields -> grammar
-detokenizer.py         tokens -> text, piece by piece;  labels.py: label sets and their probabilities
-metrics.py             Prometheus metrics
+detokenizer.py         tokens -> text, piece by piece;  stop_strings.py: where a stop string ends
+labels.py              label sets and their probabilities;  metrics.py: Prometheus metrics
 """

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 
 from reftserve.server.base.tokenizer import Tokenizer
+from reftserve.server.inference.stop_strings import StopString
 
 REPLACEMENT = "\ufffd"
 CONTEXT = 5  # tokens before a text that decide its first characters
@@ -31,13 +33,14 @@ class Detokenizer:
     ) -> None:
         self._tokenizer = tokenizer
         self._min_tokens = min_tokens
-        self._stops = stops
+        self._stops = [StopString(stop) for stop in stops]
         self._hidden = frozenset(hidden_token_ids)
         self._token_ids = list(prompt_ids[-CONTEXT:])
         # Decode from a few tokens before the new text: some tokenizers put a space only after an earlier word.
         self._prefix, self._read = 0, len(self._token_ids)
         self._num_context = len(self._token_ids)
-        self._pending = ""
+        self._pending: deque[str] = deque()
+        self._num_pending = 0
         self.stopped = False
 
     def add(self, token_ids: Sequence[int], *, last: bool = False) -> str:
@@ -45,14 +48,19 @@ class Detokenizer:
         if self.stopped:
             return ""
         self._token_ids += [token for token in token_ids if token not in self._hidden]
-        self._pending += self._decode(last=last)
+        text = self._decode(last=last)
         if len(self._token_ids) - self._num_context < self._min_tokens:
-            return self._release(len(self._pending))
-        ends = [index for stop in self._stops if (index := self._pending.find(stop)) >= 0]
-        if ends:
+            return text
+        num_pending = self._num_pending
+        self._pending.append(text)
+        self._num_pending += len(text)
+        # Where each completed stop string begins, in the pending text.
+        starts = [num_pending + end - len(stop.text) for stop in self._stops if (end := stop.find(text)) is not None]
+        if starts:
             self.stopped = True
-            return self._release(min(ends))
-        return self._release(len(self._pending) - (0 if last else self._held_back()))
+            return "".join(self._pending)[: min(starts)]
+        held_back = 0 if last else max((stop.num_matched for stop in self._stops), default=0)
+        return self._release(self._num_pending - held_back)
 
     def _decode(self, *, last: bool) -> str:
         before = self._tokenizer.decode(self._token_ids[self._prefix : self._read])
@@ -68,15 +76,14 @@ class Detokenizer:
         self._prefix, self._read = self._read, end
         return text[len(before) :]
 
-    def _held_back(self) -> int:
-        lengths = [
-            length
-            for stop in self._stops
-            for length in range(1, min(len(stop), len(self._pending) + 1))
-            if self._pending.endswith(stop[:length])
-        ]
-        return max(lengths, default=0)
-
     def _release(self, length: int) -> str:
-        text, self._pending = self._pending[:length], self._pending[length:]
-        return text
+        """Take this many characters from the pending pieces."""
+        self._num_pending -= length
+        released = []
+        while length:
+            piece = self._pending.popleft()
+            released.append(piece[:length])
+            if len(piece) > length:
+                self._pending.appendleft(piece[length:])
+            length -= len(released[-1])
+        return "".join(released)

@@ -1,6 +1,7 @@
 """The part of an engine that answers requests; `app.open_services` makes the engine.
 
-Ours is `EngineClient`, whose start, wait, stop and lent weights `supervisor.py` uses: a second engine needs them too.
+Ours is `EngineClient`. Its life belongs to it too: `supervisor.py` uses `start`, `wait`, `until_ready` and `ended`,
+`app.py` uses `stop` and `dtype`. A second engine needs them as well.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ class Metrics:
             registry=self.registry,
         )
         self.engine_starts = Counter("reftserve_engine_starts", "Starts of the engine", registry=self.registry)
-        self.ready = Gauge("reftserve_ready", "1 when model, worker and database are available", registry=self.registry)
+        self.ready = Gauge("reftserve_ready", "1 when model and database are available", registry=self.registry)
         self.registry.register(_EngineCollector(engine_stats))
 
     @contextmanager

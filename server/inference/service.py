@@ -1,9 +1,12 @@
 """The door to the engine: check and prepare a request, stream its answers, score texts.
 
-    prepare   capacity, sampling, grammar, interventions, prompt -> Generation
+    open      admission, names -> immutable versions (RequestContext); by `prepare` and by /v1/classify
+    prepare   open, sampling, grammar, prompt -> Generation
     stream    pin versions -> submit n sequences -> detokenise -> pieces;   collect: the same, whole
     score     pin versions -> submit prompts with continuations -> log-probabilities
-Every prompt's token ids and length are checked here, once, for every endpoint and for evaluations.
+    complete  the greedy answer to one prompt, for evaluations
+
+Token ids and lengths of all prompts and continuations are checked here, once, for every endpoint and for evaluations.
 """
 
 from __future__ import annotations
@@ -51,6 +54,7 @@ from reftserve.server.registry.composition import pinned, resolve_composition
 from reftserve.server.registry.intervention_registry import InterventionRegistry
 
 RETRY_AFTER_S = 1.0
+MIN_LONGEST_TOKEN = 16  # characters; some tokenizers drop white space
 DRAIN_POLL_S = 0.05
 STOPPING = "the server is stopping"
 T = TypeVar("T")
@@ -102,9 +106,22 @@ class InferenceService:
         """Render a conversation with the chat template and encode it. Raises InvalidRequest if the template refuses."""
 
         def encode() -> list[int]:
+            self.check_characters(sum(len(message.text) for message in messages), "messages")
             return encode_rendered(self.base.tokenizer, render_chat(self.base.tokenizer, messages))
 
         return await run_in_threadpool(encode)
+
+    def check_characters(self, characters: int, field: str) -> None:
+        """Raise InvalidRequest for a text that no tokens within the context can make, before anybody encodes it."""
+        max_context = self._ready().max_context
+        most = max_context * max(self.base.tokenizer.longest_token, MIN_LONGEST_TOKEN)
+        if characters > most:
+            raise InvalidRequest(
+                f"field {field!r} has {characters} characters; the context is {max_context} tokens, which is less than "
+                f"{most} characters of any text",
+                param=field,
+                code="context_length_exceeded",
+            )
 
     async def open(
         self, owner: str, client: str, request: GenerationFields | ClassifyRequest, *, num_sequences: int

@@ -32,6 +32,8 @@ def grammar_of(request: GenerationFields) -> str:
 
 def _from_structured_outputs(wanted: StructuredOutputs) -> str:
     given = wanted.model_dump(by_alias=True, exclude_none=True)
+    if not given:
+        return ""
     if len(given) != 1:
         names = ", ".join(field.alias or name for name, field in StructuredOutputs.model_fields.items())
         raise InvalidRequest(f"give exactly one of {names}; found {len(given)}", param="structured_outputs")

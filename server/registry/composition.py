@@ -23,22 +23,21 @@ def resolve_composition(
     limit: int,
 ) -> Composition:
     """Resolve `model`, unless it is the base, and the list. Raises NotFound, or InvalidRequest for a wrong list."""
-    uses = list(interventions or [])
+    wanted = [(_reference(use), use.scale) for use in interventions or ()]
     if model != base:
-        reference = Reference.parse(model)
-        uses.insert(0, InterventionUse(name=reference.name, version=reference.version))
-    if len(uses) > limit:
-        raise InvalidRequest(f"{len(uses)} interventions; at most {limit} can be composed", param="interventions")
+        wanted.insert(0, (Reference.parse(model), 1.0))
+    if len(wanted) > limit:
+        raise InvalidRequest(f"{len(wanted)} interventions; at most {limit} can be composed", param="interventions")
     versions: Composition = []
-    for use in uses:
-        version = _resolve(registry, owner, use, base)
+    for reference, scale in wanted:
+        version = _resolve(registry, owner, reference, base)
         if any(version.row.id == other.row.id for other, _ in versions):
             raise InvalidRequest(
                 f"intervention {version.id} is named twice; name it once, with the intended scale",
                 param="interventions",
                 code="duplicate_intervention",
             )
-        versions.append((version, use.scale))
+        versions.append((version, scale))
     return versions
 
 
@@ -52,14 +51,15 @@ def pinned(registry: InterventionRegistry, versions: Composition) -> Iterator[No
         yield
 
 
-def _resolve(registry: InterventionRegistry, owner: str, use: InterventionUse, base: str) -> PublishedVersion:
-    reference = Reference.parse(use.name)
-    if use.version is not None:
-        reference = Reference.parse(f"{use.name}@{use.version}")
+def _reference(use: InterventionUse) -> Reference:
+    return Reference.parse(use.name if use.version is None else f"{use.name}@{use.version}")
+
+
+def _resolve(registry: InterventionRegistry, owner: str, reference: Reference, base: str) -> PublishedVersion:
     try:
         return registry.resolve(owner, reference)
     except NotFound as cause:
         if cause.code != "model_not_found" or "Did you mean" in cause.message or "has no version" in cause.message:
             raise
-        near = suggestion(use.name, [base])
+        near = suggestion(reference.name, [base])
         raise NotFound(f"{cause.message}{near}", param="model", code="model_not_found") from cause

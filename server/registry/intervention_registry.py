@@ -5,35 +5,36 @@ Publishing stores the artifact, then commits name, version and `latest`. Version
 
 from __future__ import annotations
 
-import tempfile
-import threading
 import time
 import uuid
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from sqlalchemy import func, select
+from sqlalchemy import delete, func, select
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.orm import Session, selectinload
+from sqlalchemy.orm import Session
 
 from reftserve.interventions.artifact import check_artifact, load_history, pack, read_artifact, unpack
-from reftserve.interventions.history import History
+from reftserve.interventions.history import HISTORY_FILE, History
 from reftserve.interventions.intervention_errors import InterventionError
 from reftserve.interventions.manifest import BaseFingerprint
 from reftserve.server.errors import Conflict, InvalidRequest, NotFound, QuotaExceeded
-from reftserve.server.registry.names import LATEST, Reference, check_alias, check_name, suggestion
+from reftserve.server.registry import queries
+from reftserve.server.registry.names import LATEST, Reference, check_alias, check_name
+from reftserve.server.registry.stored_artifact import REGISTRATION_FILE, Registration, hash_files, require_intact
 from reftserve.server.storage.blobs import BlobStore
 from reftserve.server.storage.database import Database
+from reftserve.server.storage.reserve import scratch_folder
 from reftserve.server.storage.tables import Alias, Intervention, Version
 
 BLOBS = "interventions"
+PUBLISH_ATTEMPTS = 5
 
 
 @dataclass(frozen=True)
 class PublishedVersion:
-    """A version, with the local folder of its artifact."""
+    """A version. folder: of its artifact; `InterventionRegistry.resolve` has fetched it there."""
 
     name: str
     row: Version
@@ -64,9 +65,6 @@ class InterventionRegistry:
         self._override = override_fingerprint
         self._max_artifact_bytes = max_artifact_bytes
         self._max_owner_bytes = max_owner_bytes
-        self._lock = threading.Lock()
-        self._pins: Counter[str] = Counter()
-        self._doomed: set[str] = set()
 
     def publish(
         self,
@@ -93,11 +91,19 @@ class InterventionRegistry:
             bytes=sum(file.stat().st_size for file in folder.iterdir()),
             parameters=artifact.manifest.parameters,
             manifest=artifact.manifest.model_dump(mode="json"),
+            file_hashes=hash_files(folder),
             blob_key=f"{BLOBS}/{uuid.uuid4().hex}",
             job_id=job_id,
             created_at=int(time.time()),
         )
-        self._blobs.put_folder(version.blob_key, folder)
+        registration = Registration(
+            owner=owner,
+            name=name,
+            version=self._next_version(owner, name),
+            job_id=job_id,
+            created_at=version.created_at,
+        )
+        self._blobs.put_folder(version.blob_key, folder, {REGISTRATION_FILE: registration.model_dump_json().encode()})
         with self._blobs.delete_blob_on_error(version.blob_key):
             committed = self._commit(owner, name, version, alongside)
         if committed.blob_key != version.blob_key:
@@ -107,8 +113,8 @@ class InterventionRegistry:
     def upload(self, owner: str, name: str, data: bytes) -> PublishedVersion:
         """Publish a zipped artifact. Raises InvalidRequest when the data is no artifact of this base."""
         check_name(name)
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch) / "artifact"
+        with scratch_folder("the artifact") as scratch:
+            folder = scratch / "artifact"
             try:
                 unpack(data, folder, max_bytes=self._max_artifact_bytes)
             except InterventionError as cause:
@@ -116,12 +122,15 @@ class InterventionRegistry:
             return self.publish(owner, name, folder)
 
     def download(self, owner: str, reference: Reference) -> bytes:
-        """Return a version's artifact as a zip. Raises NotFound."""
-        return pack(self.resolve(owner, reference).folder)
+        """Return a version's artifact as a zip. Raises NotFound, also when its files are missing or damaged."""
+        version = self.resolve(owner, reference)
+        require_intact(version.folder, version.id, version.row)
+        return pack(version.folder)
 
     def history(self, owner: str, reference: Reference) -> tuple[PublishedVersion, History]:
         """Return a version and its training steps. Raises NotFound, also when the artifact has no history."""
         version = self.resolve(owner, reference)
+        require_intact(version.folder, version.id, version.row, only=HISTORY_FILE)
         history = load_history(version.folder)
         if history is None:
             raise NotFound(
@@ -129,86 +138,96 @@ class InterventionRegistry:
             )
         return version, history
 
-    def list_all(self, owner: str) -> list[Intervention]:
-        """Return an owner's interventions with their versions and aliases, by name."""
-        query = (
-            select(Intervention)
-            .where(Intervention.owner == owner, Intervention.versions.any())
-            .options(selectinload(Intervention.versions), selectinload(Intervention.aliases))
-            .order_by(Intervention.name)
-        )
+    def get(self, owner: str, name: str) -> queries.InterventionSummary:
+        """Return one intervention's newest versions and its aliases. Raises NotFound with near names."""
         with self._database.reading() as session:
-            return list(session.scalars(query))
+            return queries.summaries(session, [queries.find_intervention(session, owner, name)])[0]
 
-    def get(self, owner: str, name: str) -> Intervention:
-        """Return one intervention with its versions and aliases. Raises NotFound with near names."""
+    def list_page(
+        self, owner: str, *, after: str | None = None, limit: int = 20, descending: bool = False
+    ) -> tuple[list[queries.InterventionSummary], bool]:
+        """Return interventions by name, from the one behind the name `after`, and whether more follow."""
         with self._database.reading() as session:
-            return self._get(session, owner, name)
+            found = queries.list_interventions(session, owner, after=after, limit=limit + 1, descending=descending)
+        return found[:limit], len(found) > limit
+
+    def list_names(self, owner: str, *, after: str | None, limit: int) -> tuple[list[tuple[str, str, int]], bool]:
+        """Return name, owner and time of creation of interventions, by name, and whether more follow."""
+        with self._database.reading() as session:
+            found = queries.list_names(session, owner, after=after, limit=limit + 1)
+        return found[:limit], len(found) > limit
+
+    def list_versions(
+        self, owner: str, name: str, *, after: int | None = None, limit: int = 20, descending: bool = True
+    ) -> tuple[list[PublishedVersion], bool]:
+        """Return versions by number, from the one behind `after`, and whether more follow. Raises NotFound."""
+        with self._database.reading() as session:
+            row = queries.find_intervention(session, owner, name)
+            found = queries.list_versions(session, row, after=after, limit=limit + 1, descending=descending)
+        return [self._published(name, version) for version in found[:limit]], len(found) > limit
+
+    def find(self, owner: str, reference: Reference) -> PublishedVersion:
+        """Return the version that a reference points at now, without its files. Raises NotFound with near names."""
+        with self._database.reading() as session:
+            found = queries.find_version(session, owner, reference)
+            if found is None:
+                row = queries.find_intervention(session, owner, reference.name)
+                raise queries.no_version(session, row, reference)
+        return self._published(reference.name, found)
 
     def resolve(self, owner: str, reference: Reference) -> PublishedVersion:
-        """Return the immutable version that a reference points at now. Raises NotFound with near names."""
-        with self._database.reading() as session:
-            found = self._version(self._get(session, owner, reference.name), reference)
-        return self._published(reference.name, found)
+        """Return the version that a reference points at now, with its files. Raises NotFound, also without files."""
+        version = self.find(owner, reference)
+        try:
+            self._blobs.local_folder(version.row.blob_key)
+        except FileNotFoundError as cause:
+            raise NotFound(
+                f"the artifact of {version.id} is no longer in the store; publish it again, or restore "
+                f"{version.row.blob_key} below {self._blobs.root}",
+                param="model",
+                code="intervention_content_missing",
+            ) from cause
+        return version
 
     def pin(self, version: PublishedVersion) -> None:
         """Keep a version's files until `unpin`; pins count. Raises NotFound if it was deleted before its first pin."""
-        key = version.row.blob_key
-        with self._lock:
-            if not self._pins[key] and (key in self._doomed or not version.folder.exists()):
-                del self._pins[key]
-                raise NotFound(f"intervention {version.id} has been deleted", param="model", code="model_not_found")
-            self._pins[key] += 1
+        if not self._blobs.pins.add(version.row.blob_key):
+            raise NotFound(f"intervention {version.id} has been deleted", param="model", code="model_not_found")
 
     def unpin(self, version: PublishedVersion) -> None:
-        """Undo one `pin`; the last one removes the files of a version that was deleted meanwhile."""
-        key = version.row.blob_key
-        with self._lock:
-            self._pins[key] -= 1
-            is_unpinned = self._pins[key] == 0
-            if is_unpinned:
-                del self._pins[key]
-            remove = is_unpinned and key in self._doomed
-            self._doomed -= {key} if remove else set()
-        if remove:
-            self._blobs.delete(key)
+        """Undo one `pin`; after the last one a thread removes the files of a version that was deleted meanwhile."""
+        self._blobs.unpin(version.row.blob_key)
 
     def delete(self, owner: str, name: str, version: int | str | None = None, *, force: bool = False) -> list[str]:
         """Delete one version, or all versions of a name; return their ids. Running requests still finish.
 
         Raises NotFound; unless forced, Conflict if a request pins a version, or a user's alias points at the given one.
         """
-        with self._lock, self._database.session() as session:
-            row = self._get(session, owner, name)
-            going = list(row.versions) if version is None else [self._version(row, Reference(name, version))]
+        with self._database.session(may_use_reserve=True) as session:
+            row = queries.find_intervention(session, owner, name, lock=True)
+            going = self._going(session, row, version)
             if not force:
-                self._refuse_in_use(row, going, whole=version is None)
-            for gone in going:
-                session.delete(gone)
-            remaining = [v.version for v in row.versions if v not in going]
-            self._repoint(session, row, remaining)
-            session.commit()
-            keys = [gone.blob_key for gone in going]
-            self._doomed |= {key for key in keys if self._pins[key]}
-            removable = [key for key in keys if key not in self._doomed]
-        for key in removable:
-            self._blobs.delete(key)
-        return [f"{name}@{gone.version}" for gone in going]
+                self._refuse_in_use(session, row, going, whole=version is None)
+            session.execute(delete(Version).where(Version.id.in_([id_ for id_, _, _ in going])))
+            self._repoint(session, row, {number for _, number, _ in going})
+        for key in self._blobs.pins.doom([key for _, _, key in going]):
+            self._blobs.discard(key)
+        return [f"{name}@{number}" for _, number, _ in going]
 
-    def set_alias(self, owner: str, name: str, alias: str, version: int) -> Intervention:
+    def set_alias(self, owner: str, name: str, alias: str, version: int) -> queries.InterventionSummary:
         """Point a user's alias at a version. Raises NotFound, or InvalidRequest for an invalid alias."""
         check_alias(alias)
         with self._database.session() as session:
-            row = self._get(session, owner, name)
-            self._version(row, Reference(name, version))
+            row = queries.find_intervention(session, owner, name, lock=True)
+            self._going(session, row, version)
             session.merge(Alias(intervention_id=row.id, alias=alias, owner=owner, version=version))
         return self.get(owner, name)
 
-    def delete_alias(self, owner: str, name: str, alias: str) -> Intervention:
+    def delete_alias(self, owner: str, name: str, alias: str) -> queries.InterventionSummary:
         """Remove a user's alias. Raises NotFound."""
         check_alias(alias)
-        with self._database.session() as session:
-            row = self._get(session, owner, name)
+        with self._database.session(may_use_reserve=True) as session:
+            row = queries.find_intervention(session, owner, name, lock=True)
             found = session.get(Alias, (row.id, alias))
             if found is None:
                 raise NotFound(f"intervention {name!r} has no alias {alias!r}", param="alias", code="alias_not_found")
@@ -216,14 +235,19 @@ class InterventionRegistry:
         return self.get(owner, name)
 
     def sweep(self, *, since: float = 0.0) -> list[str]:
-        """Remove artifacts newer than `since` (Unix seconds) that have no row; return their keys."""
+        """Move artifacts newer than `since` (Unix seconds) that have no row to the trash; return their keys."""
         with self._database.reading() as session:
             known = set(session.scalars(select(Version.blob_key)))
         return self._blobs.sweep(BLOBS, known, since=since)
 
+    def _next_version(self, owner: str, name: str) -> int:
+        query = select(Intervention.next_version).where(Intervention.owner == owner, Intervention.name == name)
+        with self._database.reading() as session:
+            return session.scalar(query) or 1
+
     def _commit(self, owner: str, name: str, version: Version, alongside: Callable[[Session, str], object]) -> Version:
         """Number the version and commit it; return the job's earlier version if it has published already."""
-        for attempt in range(5):
+        for attempt in range(PUBLISH_ATTEMPTS):
             try:
                 with self._database.session() as session:
                     if version.job_id is not None:
@@ -247,7 +271,7 @@ class InterventionRegistry:
                 return copy
             except IntegrityError:
                 # Another process created the same name, or published for the same job, in the same moment.
-                if attempt == 4:
+                if attempt == PUBLISH_ATTEMPTS - 1:
                     raise
         raise AssertionError("unreachable")
 
@@ -260,60 +284,64 @@ class InterventionRegistry:
                 "versions first"
             )
 
-    def _get(self, session: Session, owner: str, name: str) -> Intervention:
-        query = (
-            select(Intervention)
-            .where(Intervention.owner == owner, Intervention.name == name, Intervention.versions.any())
-            .options(selectinload(Intervention.versions), selectinload(Intervention.aliases))
-        )
-        row = session.scalar(query)
-        if row is None:
-            names = session.scalars(
-                select(Intervention.name).where(Intervention.owner == owner, Intervention.versions.any())
-            )
-            raise NotFound(f"no intervention {name!r}.{suggestion(name, names)}", param="model", code="model_not_found")
-        return row
+    def _going(self, session: Session, row: Intervention, version: int | str | None) -> list[tuple[int, int, str]]:
+        """Return id, number and blob key of one version, or of all. Raises NotFound."""
+        query = select(Version.id, Version.version, Version.blob_key).where(Version.intervention_id == row.id)
+        if version is None:
+            return [row._tuple() for row in session.execute(query.order_by(Version.version))]
+        number = version
+        if isinstance(version, str):
+            alias = session.get(Alias, (row.id, version))
+            number = 0 if alias is None else alias.version
+        found = session.execute(query.where(Version.version == number)).first()
+        if found is None:
+            raise queries.no_version(session, row, Reference(row.name, version))
+        return [found._tuple()]
 
-    def _version(self, row: Intervention, reference: Reference) -> Version:
-        wanted = reference.version
-        aliases = {alias.alias: alias.version for alias in row.aliases}
-        number = wanted if isinstance(wanted, int) else aliases.get(wanted)
-        for version in row.versions:
-            if version.version == number:
-                return version
-        raise NotFound(
-            f"intervention {row.name!r} has no version {wanted!r}; it has versions "
-            f"{[version.version for version in row.versions]} and aliases {sorted(aliases)}",
-            param="model",
-            code="model_not_found",
-        )
-
-    def _refuse_in_use(self, row: Intervention, going: list[Version], *, whole: bool) -> None:
-        for version in going:
-            pins = self._pins[version.blob_key]
+    def _refuse_in_use(
+        self, session: Session, row: Intervention, going: list[tuple[int, int, str]], *, whole: bool
+    ) -> None:
+        for _, number, key in going:
+            pins = self._blobs.pins.count(key)
             if pins:
                 raise Conflict(
-                    f"{row.name}@{version.version} is used by {pins} running request(s); wait, or delete with force",
+                    f"{row.name}@{number} is used by {pins} running request(s); wait, or delete with force",
                     code="intervention_in_use",
                 )
-            pointing = [a.alias for a in row.aliases if a.version == version.version and a.alias != LATEST]
-            if pointing and not whole:
-                raise Conflict(
-                    f"aliases {pointing} point at {row.name}@{version.version}; move them, or delete with force",
-                    code="intervention_in_use",
-                )
+        if whole:
+            return
+        ((_, number, _),) = going
+        query = select(Alias.alias).where(Alias.intervention_id == row.id, Alias.version == number)
+        pointing = session.scalars(query.where(Alias.alias != LATEST).order_by(Alias.alias)).all()
+        if pointing:
+            raise Conflict(
+                f"aliases {list(pointing)} point at {row.name}@{number}; move them, or delete with force",
+                code="intervention_in_use",
+            )
 
-    def _repoint(self, session: Session, row: Intervention, remaining: list[int]) -> None:
-        for alias in row.aliases:
-            if alias.version in remaining:
+    def _repoint(self, session: Session, row: Intervention, gone: set[int]) -> None:
+        """Remove aliases of deleted versions; `latest` goes to the highest one that remains."""
+        highest = session.scalar(select(func.max(Version.version)).where(Version.intervention_id == row.id))
+        for alias in session.scalars(select(Alias).where(Alias.intervention_id == row.id)):
+            if alias.version not in gone:
                 continue
-            if alias.alias == LATEST and remaining:
-                alias.version = max(remaining)
+            if alias.alias == LATEST and highest is not None:
+                alias.version = highest
             else:
                 session.delete(alias)
 
     def _published(self, name: str, row: Version) -> PublishedVersion:
-        return PublishedVersion(name, row, self._blobs.local_folder(row.blob_key))
+        return PublishedVersion(name, row, self._blobs.local_path(row.blob_key))
 
 
-_VERSION_COLUMNS = ("owner", "content_hash", "bytes", "parameters", "manifest", "blob_key", "job_id", "created_at")
+_VERSION_COLUMNS = (
+    "owner",
+    "content_hash",
+    "bytes",
+    "parameters",
+    "manifest",
+    "file_hashes",
+    "blob_key",
+    "job_id",
+    "created_at",
+)

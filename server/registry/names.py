@@ -46,6 +46,16 @@ def check_name(name: str, param: str = "name") -> str:
     return name
 
 
+def check_free(name: str, base: str, param: str = "name") -> None:
+    """Raise InvalidRequest for the base's name: requests with it get the base, so the intervention is out of reach."""
+    if name == base:
+        raise InvalidRequest(
+            f"{param} is {name!r}, the base model's; requests with this name get the base, never an intervention",
+            param=param,
+            code="invalid_name",
+        )
+
+
 def check_alias(alias: str) -> str:
     """Return a user's alias. Raises InvalidRequest when it is invalid, all digits (a version) or `latest`."""
     check_name(alias, "alias")

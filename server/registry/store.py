@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
+import threading
 from dataclasses import dataclass
 
 from sqlalchemy import func, select
+from sqlalchemy.exc import SQLAlchemyError
 
 from reftserve.interventions.manifest import BaseFingerprint
-from reftserve.server.datasets.file_store import BLOBS as FILES
 from reftserve.server.datasets.file_store import FileStore
-from reftserve.server.registry.intervention_registry import BLOBS as INTERVENTIONS
+from reftserve.server.errors import ServerError
 from reftserve.server.registry.intervention_registry import InterventionRegistry
 from reftserve.server.settings import Settings
 from reftserve.server.storage.blobs import BlobStore
 from reftserve.server.storage.database import Database
+from reftserve.server.storage.store_identity import is_own_store, require_own_store
 from reftserve.server.storage.tables import Eval, File, Intervention, Job
 
 logger = logging.getLogger(__name__)
@@ -22,31 +24,38 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Store:
-    """The open database, blobs, files and interventions."""
+    """The open database, blobs, files and interventions. keep_trash_s: how long swept blobs can be taken back."""
 
     database: Database
     blobs: BlobStore
     files: FileStore
     interventions: InterventionRegistry
+    keep_trash_s: float
 
     def sweep(self) -> list[str]:
-        """Delete files and artifacts that a crash left without a row, at start-up; return their keys.
+        """Move files and artifacts that a crash left without a row to the trash, and empty old trash.
 
-        Blobs older than the database's first row stay: another database may list them. An empty database deletes none.
+        Return the keys of what was moved. Blobs older than the database's first row stay, and without rows all do:
+        they may come from a database that an older release used on the same store.
         """
+        # Again, because `doctor --rebuild` may have given the store to another database since the start.
+        if not is_own_store(self.database, self.blobs):
+            return []
+        expired = self.blobs.empty_trash(older_than_s=self.keep_trash_s)
+        if expired:
+            logger.info("deleted %s, which were in the trash for more than %.0f s", expired, self.keep_trash_s)
         since = self._first_row()
-        if since is not None:
-            return [*self.interventions.sweep(since=since), *self.files.sweep(since=since)]
-        unknown = sum(len(self.blobs.children(kind)) for kind in (FILES, INTERVENTIONS))
-        if unknown:
-            logger.warning(
-                "the database %s is empty, but %s holds %d files and artifacts that it does not list; none is removed. "
-                "Restore the database that lists them, or remove that folder if you do not need them",
-                self.database.url.render_as_string(),
-                self.blobs.root,
-                unknown,
-            )
-        return []
+        return [] if since is None else [*self.interventions.sweep(since=since), *self.files.sweep(since=since)]
+
+    def sweep_in_background(self) -> None:
+        """Sweep in a thread: a store of many blobs must not delay the start."""
+        threading.Thread(target=self._try_to_sweep, name="sweep", daemon=True).start()
+
+    def _try_to_sweep(self) -> None:
+        try:
+            self.sweep()
+        except (OSError, SQLAlchemyError, ServerError):
+            logger.exception("the sweep of the store failed; the next start sweeps again")
 
     def _first_row(self) -> int | None:
         with self.database.reading() as session:
@@ -54,12 +63,23 @@ class Store:
         return min((moment for moment in oldest if moment is not None), default=None)
 
 
-def open_store(settings: Settings, base: BaseFingerprint) -> Store:
-    """Open the store and migrate the database to the newest schema."""
+def open_store(settings: Settings, base: BaseFingerprint, *, any_identity: bool = False) -> Store:
+    """Open the store and migrate the database to the newest schema.
+
+    Raises Unavailable when the database cannot be read, Conflict when the blobs are another database's, unless
+    `any_identity`.
+    """
     settings.data.mkdir(parents=True, exist_ok=True)
-    database = Database(settings.resolved_database_url)
+    database = Database(settings.resolved_database_url, reserve_bytes=settings.reserve_bytes)
     database.migrate()
-    blobs = BlobStore(settings.resolved_blob_url, cache=settings.data / "cache")
+    blobs = BlobStore(
+        settings.resolved_blob_url,
+        cache=settings.data / "cache",
+        cache_bytes=settings.blob_cache_bytes,
+        reserve=database.reserve,
+    )
+    if not any_identity:
+        require_own_store(database, blobs)
     return Store(
         database=database,
         blobs=blobs,
@@ -77,4 +97,5 @@ def open_store(settings: Settings, base: BaseFingerprint) -> Store:
             max_artifact_bytes=settings.max_artifact_bytes,
             max_owner_bytes=settings.max_owner_interventions_bytes,
         ),
+        keep_trash_s=settings.keep_trash_s,
     )

@@ -3,7 +3,7 @@
 A row's lease expires unless renewed, and its fence grows with each change of owner. Every write compares the fence in
 its own transaction, so a process that was presumed dead and wakes up loses its lease before it can write or publish.
 
-    queued ──take──► running ─release─► ended, or paused
+    waiting ─take──► running ─release─► ended, or paused
                      ▲     │
                      └─take┘  by another process, once the lease has expired
 
@@ -70,14 +70,15 @@ class Leases(Generic[Row]):
             row: Row | None = session.scalar(self._waiting(now).with_for_update(skip_locked=True))
             if row is None:
                 return None
-            row.status = self._table.RUNNING
+            if row.status == "queued":
+                row.status = self._table.RUNNING
             row.started_at = row.started_at or int(time.time())
             row.attempts += 1
             return self._lend(row, now)
 
     def take_ended(self, row_id: str) -> Lease[Row] | None:
         """Take an ended row to clean up after it; return None if it has not ended or another process holds it."""
-        with self._database.session() as session:
+        with self._database.session(may_use_reserve=True) as session:
             now = self._database.now(session)
             table = self._table
             query = select(table).where(table.id == row_id, table.status.in_(table.ENDED), _is_free(table, now))
@@ -86,14 +87,18 @@ class Leases(Generic[Row]):
 
     def renew(self) -> None:
         """Extend all leases of this process."""
-        with self._database.session() as session:
+        mine = self._table.lease_worker == self._worker
+        # Read first: an idle process must not lock the database with every heartbeat.
+        with self._database.reading() as session:
+            if session.scalar(select(self._table.id).where(mine).limit(1)) is None:
+                return
+        with self._database.session(may_use_reserve=True) as session:
             expires_at = self._database.now(session) + self._lease_s
-            mine = self._table.lease_worker == self._worker
             session.execute(update(self._table).where(mine).values(lease_expires_at=expires_at))
 
     def release(self, *, in_order: bool = True) -> None:
         """Give all leases back at once. in_order: the work did not cause the release, so the attempt does not count."""
-        with self._database.session() as session:
+        with self._database.session(may_use_reserve=True) as session:
             query = select(self._table).where(self._table.lease_worker == self._worker)
             for row in session.scalars(query.with_for_update()):
                 release_lease(row)
@@ -102,8 +107,12 @@ class Leases(Generic[Row]):
 
     def _waiting(self, now: float) -> Select[Any]:
         table = self._table
-        alive = table.status.in_(("queued", table.RUNNING))
-        return select(table).where(alive, _is_free(table, now)).order_by(table.created_at, table.id).limit(1)
+        return (
+            select(table)
+            .where(table.status.in_(table.ALIVE), _is_free(table, now))
+            .order_by(table.created_at, table.id)
+            .limit(1)
+        )
 
     def _lend(self, row: Row, now: float) -> Lease[Row]:
         row.fence += 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from sqlalchemy import JSON, Double, ForeignKey, MetaData, UniqueConstraint
+from sqlalchemy import JSON, Double, ForeignKey, Index, MetaData, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 
@@ -23,14 +23,18 @@ class Table(DeclarativeBase):
 
 
 class Leased:
-    """Columns of a row that one process works on at a time (`leases.py`). attempts: leases since its last progress."""
+    """Columns of a row that one process works on at a time (`leases.py`). attempts: leases since its last progress.
+
+    ALIVE: statuses of rows that a process may take. Taking a `queued` row makes it RUNNING.
+    """
 
     RUNNING: ClassVar[str]
+    ALIVE: ClassVar[tuple[str, ...]]
     ENDED: ClassVar[tuple[str, ...]]
 
     id: Mapped[str] = mapped_column(primary_key=True)
-    status: Mapped[str] = mapped_column(index=False)
-    lease_worker: Mapped[str | None]
+    status: Mapped[str] = mapped_column(index=True)
+    lease_worker: Mapped[str | None] = mapped_column(index=True)
     lease_expires_at: Mapped[float | None] = mapped_column(Double)
     fence: Mapped[int] = mapped_column(default=0)
     attempts: Mapped[int] = mapped_column(default=0)
@@ -38,13 +42,25 @@ class Leased:
     started_at: Mapped[int | None]
 
 
+class Identity(Table):
+    """The database's id, the only row; the store of its blobs carries the same (`store_identity.py`)."""
+
+    __tablename__ = "identity"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+
+
 class File(Table):
     """An uploaded file or a job's result. blob_key: blob of its bytes; examples: their number in a data set."""
 
     __tablename__ = "files"
+    __table_args__ = (
+        Index("ix_files_owner_created_at_id", "owner", "created_at", "id"),
+        Index("ix_files_owner_purpose_created_at_id", "owner", "purpose", "created_at", "id"),
+    )
 
     id: Mapped[str] = mapped_column(primary_key=True)
-    owner: Mapped[str] = mapped_column(index=True)
+    owner: Mapped[str]
     filename: Mapped[str]
     purpose: Mapped[str]
     bytes: Mapped[int]
@@ -71,7 +87,10 @@ class Intervention(Table):
 
 
 class Version(Table):
-    """A published version. blob_key: folder of its artifact; job_id: the job that trained it, which publishes once."""
+    """A published version. blob_key: folder of its artifact; job_id: the job that trained it, which publishes once.
+
+    file_hashes: SHA-256 of each of the artifact's files, by name; None in rows older than the column.
+    """
 
     __tablename__ = "versions"
     __table_args__ = (UniqueConstraint("intervention_id", "version"), UniqueConstraint("job_id"))
@@ -84,6 +103,7 @@ class Version(Table):
     bytes: Mapped[int]
     parameters: Mapped[int]
     manifest: Mapped[dict[str, Any]]
+    file_hashes: Mapped[dict[str, Any] | None] = mapped_column(JSON)
     blob_key: Mapped[str]
     job_id: Mapped[str | None]
     created_at: Mapped[int]
@@ -101,13 +121,20 @@ class Alias(Table):
 
 
 class Job(Leased, Table):
-    """A training run. plan: the recipe's decisions. base: fingerprint of its model. data_report: made at creation."""
+    """A training run. base: fingerprint of its model.
+
+    plan ({} before), data_report and data: made by the job's first step, which checks and encodes its files. plan: the
+    recipe's decisions. data: where the encoded files are (`job_data.py`).
+    """
 
     __tablename__ = "jobs"
+    __table_args__ = (Index("ix_jobs_owner_created_at_id", "owner", "created_at", "id"),)
+    VALIDATING = "validating_files"
     RUNNING = "running"
+    ALIVE = (VALIDATING, "queued", RUNNING)
     ENDED = ("succeeded", "failed", "cancelled")
 
-    owner: Mapped[str] = mapped_column(index=True)
+    owner: Mapped[str]
     model: Mapped[str]
     training_file: Mapped[str]
     validation_file: Mapped[str | None]
@@ -115,6 +142,7 @@ class Job(Leased, Table):
     method: Mapped[dict[str, Any] | None] = mapped_column(JSON)
     plan: Mapped[dict[str, Any]]
     data_report: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    data: Mapped[dict[str, Any] | None] = mapped_column(JSON)
     seed: Mapped[int]
     job_metadata: Mapped[dict[str, Any] | None] = mapped_column(JSON)
     base: Mapped[dict[str, Any] | None] = mapped_column(JSON)
@@ -143,7 +171,10 @@ class JobEvent(Table):
 
 
 class JobCheckpoint(Table):
-    """A durable step of a job. path: blob folder of its state, which exists while it is `kept`."""
+    """A durable step of a job. path: blob folder of its state, which exists while it is `kept`.
+
+    files: SHA-256 of each file by its name; None in rows that are older than the column.
+    """
 
     __tablename__ = "job_checkpoints"
 
@@ -152,6 +183,7 @@ class JobCheckpoint(Table):
     owner: Mapped[str]
     path: Mapped[str]
     kept: Mapped[bool] = mapped_column(default=True)
+    files: Mapped[dict[str, Any] | None] = mapped_column(JSON)
     metrics: Mapped[dict[str, Any]]
     created_at: Mapped[int]
 
@@ -160,9 +192,10 @@ class Eval(Table):
     """A data set and its criteria, whose names and labels are filled in."""
 
     __tablename__ = "evals"
+    __table_args__ = (Index("ix_evals_owner_id", "owner", "id"),)
 
     id: Mapped[str] = mapped_column(primary_key=True)
-    owner: Mapped[str] = mapped_column(index=True)
+    owner: Mapped[str]
     name: Mapped[str]
     file_id: Mapped[str]
     criteria: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
@@ -179,12 +212,12 @@ class EvalRun(Leased, Table):
 
     __tablename__ = "eval_runs"
     RUNNING = "in_progress"
+    ALIVE = ("queued", RUNNING)
     ENDED = ("completed", "failed", "canceled")
 
     owner: Mapped[str]
     eval_id: Mapped[str] = mapped_column(ForeignKey("evals.id", ondelete="CASCADE"), index=True)
     name: Mapped[str]
-    status: Mapped[str] = mapped_column(index=True)
     data_source: Mapped[dict[str, Any]]
     uses: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
     served: Mapped[dict[str, Any] | None] = mapped_column(JSON)

@@ -1,10 +1,11 @@
-"""The files of a job in the blob store, which let any worker continue it: copies of its data, and its checkpoints.
+"""The files of a job in the blob store, which let any worker continue it: its encoded data, and its checkpoints.
 
-    blobs / jobs / <id> / training.jsonl  validation.jsonl  checkpoint-<step>-<unique>/
+    blobs / jobs / <id> / data-<unique>/  checkpoint-<step>-<unique>/
 
-Only the holder of the job's lease changes its files. A checkpoint exists once its row names its unique key, so files
-that a fenced worker writes late belong to no row, and repeating a step leaves the first files until then. The files of
-a failed or cancelled job stay for a retry: `keep_s` seconds, or until other jobs need the room.
+Only the holder of the job's lease changes its files. A folder exists once a row names its unique key, so files that a
+fenced worker writes late belong to no row, and repeating a step leaves the first files until then. The row also holds
+the files' checksums: a damaged checkpoint is passed over for the one before it. The files of a failed or cancelled job
+stay for a retry: `keep_s` seconds, or until other jobs need the room.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from __future__ import annotations
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from reftserve.server.errors import QuotaExceeded
 from reftserve.server.storage.blobs import BlobStore, map_enospc
 from reftserve.server.storage.leases import Lease, LeaseLost, Leases
 from reftserve.server.storage.tables import Job
+from reftserve.server.training.checksums import checksums, find_damage
 from reftserve.server.training.job_repository import JobRepository
 
 BLOBS = "jobs"
@@ -36,45 +38,50 @@ class JobFiles:
         self._max_bytes = max_bytes
         self._keep_s = keep_s
 
-    def data(self, job_id: str, name: str) -> Path | None:
-        """Return the local path of the job's copy of a data set, or None if there is none."""
-        key = f"{BLOBS}/{job_id}/{name}.jsonl"
-        return self._blobs.local_file(key) if self._blobs.exists(key) else None
+    def write_data(
+        self, lease: Lease[Job], write: Callable[[Path], None], record: Callable[[str, dict[str, str]], Job]
+    ) -> Job:
+        """Store the folder that `write` fills with encoded data, and return the result of `record(key, checksums)`.
 
-    def keep_data(self, job_id: str, name: str, source: Path) -> Path:
-        """Copy a data set, so that the upload can be deleted; return the copy. Raises QuotaExceeded or StorageFull."""
-        key = f"{BLOBS}/{job_id}/{name}.jsonl"
-        self._make_room(source.stat().st_size)
-        self._blobs.put_file(key, source)
-        return self._blobs.local_file(key)
+        Raises QuotaExceeded, StorageFull or LeaseLost; nothing then stays in the store.
+        """
+        key, files = self._store(f"{BLOBS}/{lease.id}/data-{uuid.uuid4().hex}", "the job's encoded data", write)
+        with self._blobs.delete_blob_on_error(key):
+            return record(key, files)
+
+    def folder(self, key: str) -> Path:
+        """Return the local path of a stored folder."""
+        return self._blobs.local_folder(key)
+
+    def find_fault(self, key: str, files: Mapping[str, str]) -> str | None:
+        """Return the fault of a stored folder, as the end of a sentence; None if it is whole."""
+        if not self._blobs.exists(key):
+            return "is missing from the store"
+        return find_damage(self._blobs.local_folder(key), files)
 
     def newest_checkpoint(self, lease: Lease[Job]) -> Path | None:
-        """Return the folder of the newest checkpoint, or None. Also remove what a killed worker left unrecorded."""
-        rows, folder = self._repository.checkpoints(lease.id), f"{BLOBS}/{lease.id}"
-        data = {f"{folder}/{name}.jsonl" for name in ("training", "validation")}
-        self._blobs.sweep(folder, data | {row.path for row in rows if row.kept})
-        for row in rows:
-            if row.kept and self._blobs.exists(row.path):
+        """Return the folder of the newest whole checkpoint, or None. Also remove a killed worker's unrecorded files."""
+        kept = [row for row in self._repository.checkpoints(lease.id) if row.kept]
+        data = self._repository.get(lease.id).data
+        self._blobs.sweep(f"{BLOBS}/{lease.id}", {row.path for row in kept} | ({data["path"]} if data else set()))
+        for row in kept:
+            fault = self.find_fault(row.path, row.files or {})
+            if fault is None:
                 return self._blobs.local_folder(row.path)
-            if row.kept:
-                self._repository.event(
-                    lease, f"The checkpoint at step {row.step} is missing from the store", level="warn"
-                )
+            self._repository.event(lease, f"The checkpoint at step {row.step} {fault}; it is not used", level="warn")
+        if kept:
+            self._repository.event(lease, "No checkpoint is whole; the job starts again", level="warn")
         return None
 
     def write_checkpoint(
         self, lease: Lease[Job], step: int, metrics: dict[str, object], write: Callable[[Path], None]
     ) -> None:
         """Store the folder that `write` fills. QuotaExceeded, StorageFull or LeaseLost keep the previous checkpoint."""
-        key = f"{BLOBS}/{lease.id}/checkpoint-{step}-{uuid.uuid4().hex}"
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch)
-            with map_enospc(f"the checkpoint at step {step}"):
-                write(folder)
-            self._make_room(sum(file.stat().st_size for file in folder.iterdir()))
-            self._blobs.put_folder(key, folder)
+        key, files = self._store(
+            f"{BLOBS}/{lease.id}/checkpoint-{step}-{uuid.uuid4().hex}", f"the checkpoint at step {step}", write
+        )
         with self._blobs.delete_blob_on_error(key):
-            outdated = self._repository.checkpoint(lease, step, key, metrics)
+            outdated = self._repository.checkpoint(lease, step, key, files, metrics)
         for old in outdated:
             self._blobs.delete(old)
 
@@ -90,7 +97,7 @@ class JobFiles:
             return False
         try:
             try:
-                self._repository.forget_checkpoints(lease)
+                self._repository.forget_files(lease)
                 self._blobs.delete(f"{BLOBS}/{job_id}")
             finally:
                 # Also after an error of the store: the worker renews all its leases, so this one would never end.
@@ -99,6 +106,15 @@ class JobFiles:
             # The lease expired meanwhile, so another worker removes the files.
             return False
         return True
+
+    def _store(self, key: str, content: str, write: Callable[[Path], None]) -> tuple[str, dict[str, str]]:
+        with map_enospc(content), tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch)
+            write(folder)
+            self._make_room(sum(file.stat().st_size for file in folder.iterdir()))
+            files = checksums(folder)
+            self._blobs.put_folder(key, folder)
+        return key, files
 
     def _make_room(self, more: int) -> None:
         """Remove the files of ended jobs, the longest ended first, until `more` bytes fit. Raises QuotaExceeded."""

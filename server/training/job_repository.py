@@ -20,6 +20,7 @@ from reftserve.server.storage.tables import Job, JobCheckpoint, JobEvent
 
 logger = logging.getLogger(__name__)
 KEPT_CHECKPOINTS = 2
+EVENTS_AT_ONCE = 500
 
 
 class JobRepository:
@@ -51,6 +52,17 @@ class JobRepository:
         with self._database.reading() as session:
             return list(session.scalars(query))
 
+    def steps(self, job_id: str) -> list[dict[str, Any]]:
+        """Return the metrics of each step; a step that was repeated after a crash has those of the last time."""
+        query = select(JobEvent.data).where(JobEvent.job_id == job_id, JobEvent.type == "metrics")
+        by_step: dict[int, dict[str, Any]] = {}
+        with self._database.reading() as session:
+            for data in session.scalars(query.order_by(JobEvent.number).execution_options(yield_per=EVENTS_AT_ONCE)):
+                if data is not None and "step" in data:
+                    earlier = data.pop("earlier", [])
+                    by_step |= {step["step"]: step for step in (*earlier, data)}
+        return [by_step[step] for step in sorted(by_step)]
+
     def checkpoints(self, job_id: str) -> list[JobCheckpoint]:
         """Return all checkpoints, newest first, including those whose files were removed."""
         query = select(JobCheckpoint).where(JobCheckpoint.job_id == job_id).order_by(JobCheckpoint.step.desc())
@@ -76,13 +88,15 @@ class JobRepository:
             append_event(session, require_lease(session, lease), message, level=level, data=data)
 
     def progress(self, lease: Lease[Job], message: str, data: dict[str, Any], *, estimated_finish: int) -> None:
-        """Record a step: its metrics event and the job's estimated finish (Unix seconds)."""
+        """Record steps: their metrics event and the job's estimated finish (Unix seconds)."""
         with self._database.session() as session:
             job = require_lease(session, lease)
             job.estimated_finish = estimated_finish
             append_event(session, job, message, data=data)
 
-    def checkpoint(self, lease: Lease[Job], step: int, path: str, metrics: dict[str, Any]) -> list[str]:
+    def checkpoint(
+        self, lease: Lease[Job], step: int, path: str, files: dict[str, str], metrics: dict[str, Any]
+    ) -> list[str]:
         """Record a checkpoint and reset the attempts; return the paths of checkpoints that the caller must delete."""
         with self._database.session() as session:
             job = require_lease(session, lease)
@@ -94,15 +108,33 @@ class JobRepository:
             paths = [row.path for row in replaced]
             for row in replaced:
                 row.kept = False
-            row = JobCheckpoint(job_id=job.id, step=step, owner=job.owner, path=path, kept=True, metrics=metrics)
-            row.created_at = int(time.time())
-            session.merge(row)
+            session.merge(
+                JobCheckpoint(
+                    job_id=job.id,
+                    step=step,
+                    owner=job.owner,
+                    path=path,
+                    kept=True,
+                    files=files,
+                    metrics=metrics,
+                    created_at=int(time.time()),
+                )
+            )
             return paths
 
-    def forget_checkpoints(self, lease: Lease[Job]) -> None:
-        """Mark all checkpoints of the job as removed; the caller then deletes their files."""
+    def prepared(self, lease: Lease[Job], plan: dict[str, Any], report: dict[str, Any], data: dict[str, Any]) -> Job:
+        """Record a job's plan, the report on its files and its encoded data; return the job, which now runs."""
         with self._database.session() as session:
             job = require_lease(session, lease)
+            job.status, job.data_report, job.data = Job.RUNNING, report, data
+            job.plan = job.plan or plan  # data that is made again changes no decision
+            return job
+
+    def forget_files(self, lease: Lease[Job]) -> None:
+        """Mark encoded data and all checkpoints of the job as removed; the caller then deletes their files."""
+        with self._database.session() as session:
+            job = require_lease(session, lease)
+            job.data = None
             session.execute(update(JobCheckpoint).where(JobCheckpoint.job_id == job.id).values(kept=False))
 
     def release(self, lease: Lease[Job]) -> None:
@@ -148,7 +180,7 @@ def append_event(
 
 def queue(session: Session, job: Job, message: str) -> None:
     """Queue a job again, with its count of attempts reset."""
-    job.status = "queued"
+    job.status = Job.VALIDATING if job.data is None else "queued"
     job.pause_requested = False
     job.attempts = 0
     append_event(session, job, message)

@@ -8,7 +8,7 @@ import logging
 import math
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,18 +26,20 @@ from reftserve.interventions import (
 )
 from reftserve.server.base.folder import Base
 from reftserve.server.base.memory import trim_heap
-from reftserve.server.datasets import EncodedExample, Splits, dataset_hash, encode, read_examples, split
-from reftserve.server.errors import Conflict, InvalidRequest, ServerError
+from reftserve.server.datasets import Splits
+from reftserve.server.errors import Conflict, ServerError, StorageFull
 from reftserve.server.registry.store import Store
 from reftserve.server.storage.blobs import map_enospc
-from reftserve.server.storage.database import DATABASE_ERRORS
 from reftserve.server.storage.leases import Lease, LeaseLost, require_attempts_left, require_lease
+from reftserve.server.storage.outages import UNREACHABLE, Outages
 from reftserve.server.storage.tables import Job
 from reftserve.server.training.activation_cache import ActivationCaches, Arena
+from reftserve.server.training.job_data import JobData
 from reftserve.server.training.job_files import JobFiles
 from reftserve.server.training.job_repository import JobRepository, finish
 from reftserve.server.training.pace import Pace
 from reftserve.server.training.plan import Plan
+from reftserve.server.training.progress import Progress
 from reftserve.server.training.sweep import Sweep, cache_sites, make_trainers
 from reftserve.server.training.trainer import Trainer
 from reftserve.server.training.varlen import VarlenModel
@@ -76,11 +78,13 @@ class JobRunner:
             scratch,
         )
         self._repository = JobRepository(store.database)
+        self._data = JobData(base, store.files, files, self._repository)
         self._pace = Pace()
+        self._progress: Progress | None = None
         self._caches: ActivationCaches | None = None
 
     def execute(self, lease: Lease[Job]) -> None:
-        """Run the job to its end, a pause or the lease's loss, and free its memory. Raises one of `DATABASE_ERRORS`."""
+        """Run the job to its end, a pause or the lease's loss, and free its memory. Raises one of `OUTAGES`."""
         succeeded = False
         try:
             succeeded = self._run(lease)
@@ -100,16 +104,24 @@ class JobRunner:
 
     def begin(self, lease: Lease[Job]) -> Sweep:
         """Check base and data, and return the trials at the newest checkpoint. Raises Paused or ServerError."""
+        self._progress = Progress(self._repository, lease)
         job = self._repository.get(lease.id)
         require_attempts_left(lease, "the job's next checkpoint")
         self._require_base(job)
+
+        def poll() -> None:
+            if self._repository.pause_requested(lease):
+                raise Paused
+
+        job = self._data.prepared(lease, job, poll)
         plan = Plan.model_validate(job.plan)
-        splits = self._splits(lease, job, plan)
-        sweep = Sweep(self._trainers(lease, job, plan, splits), patience=plan.early_stopping_epochs)
+        splits = self._data.splits(job)
+        sweep = Sweep(self._trainers(job, plan, splits, poll), patience=plan.early_stopping_epochs)
         self._pace = Pace()
         checkpoint = self._files.newest_checkpoint(lease)
         if checkpoint is not None:
             sweep.load(checkpoint)
+            self._progress.load(checkpoint)
             self._repository.event(lease, f"Resumed from the checkpoint at step {sweep.step}")
             return sweep
         trials = f"{len(sweep.running)} trials, up to " if len(sweep.running) > 1 else ""
@@ -126,6 +138,7 @@ class JobRunner:
         until = min(sweep.step + self._checkpoint_steps, sweep.total_steps)
         while sweep.step < until and not sweep.has_ended:
             if self._repository.pause_requested(lease):
+                self._progress_of(lease).flush()
                 self._save_checkpoint(lease, sweep)
                 if self._repository.pause(lease, f"The job was paused after {sweep.step} steps"):
                     return False
@@ -135,7 +148,9 @@ class JobRunner:
 
     def publish(self, lease: Lease[Job], sweep: Sweep) -> str:
         """Score on the test split, then publish and end the job in one transaction; return `name@version`."""
+        self._progress_of(lease).flush()
         job = self._repository.get(lease.id)
+        steps = self._repository.steps(job.id)
         trainer = sweep.leader
         choices = [choice.model_dump() for choice in sweep.choices]
         if sweep.diverged:
@@ -155,7 +170,7 @@ class JobRunner:
             job.owner,
             job.id,
             f"{job.id}.csv",
-            self._metrics_csv(job.id),
+            _metrics_csv(steps),
             check=lambda session: require_lease(session, lease),
         )
 
@@ -173,13 +188,13 @@ class JobRunner:
 
         with tempfile.TemporaryDirectory() as scratch:
             artifact = Path(scratch) / "artifact"
-            self._save_artifact(artifact, edits, trainer, self._provenance(job, sweep, scores), self._steps(job.id))
+            self._save_artifact(artifact, edits, trainer, self._provenance(job, sweep, scores), steps)
             published = self._store.interventions.publish(job.owner, job.suffix, artifact, job_id=job.id, alongside=end)
         self._files.remove(job.id)
         return published.id
 
     def fail(self, lease: Lease[Job], cause: Exception) -> None:
-        """End the job as failed with `cause`; its last checkpoint stays for a retry."""
+        """End the job as failed with `cause`, on a full disk as soon as there is room; its last checkpoint stays."""
         if not isinstance(cause, ServerError):
             logger.error("job %s failed", lease.id, exc_info=cause)
         error = {
@@ -187,7 +202,14 @@ class JobRunner:
             "message": str(cause) or type(cause).__name__,
             "param": getattr(cause, "param", None),
         }
-        self._repository.end(lease, "failed", f"The job failed: {error['message']}", level="error", error=error)
+        outages = Outages()
+        while True:
+            try:
+                self._progress_of(lease).flush()
+                self._repository.end(lease, "failed", f"The job failed: {error['message']}", level="error", error=error)
+                return
+            except StorageFull as full:
+                outages.wait(full)
 
     def _run(self, lease: Lease[Job]) -> bool:
         try:
@@ -200,7 +222,7 @@ class JobRunner:
         except Paused:
             # If the pause was withdrawn in the meantime, the job runs.
             return not self._repository.pause(lease, "The job was paused during data preparation") and self._run(lease)
-        except (LeaseLost, *DATABASE_ERRORS):
+        except (LeaseLost, *UNREACHABLE):
             raise
         except Exception as cause:
             self.fail(lease, cause)
@@ -211,36 +233,28 @@ class JobRunner:
         metrics = sweep.advance()
         seconds = time.monotonic() - began
         scores = sweep.validate() if sweep.validates else {}
-        eta_s = self._pace.eta_s(trials, sweep.remaining_steps)
-        data: dict[str, Any] = {
+        step: dict[str, Any] = {
             "step": metrics.step,
-            "total_steps": sweep.total_steps,
             "train_loss": metrics.loss if math.isfinite(metrics.loss) else None,
             "learning_rate": metrics.learning_rate,
             "tokens_per_second": metrics.tokens / seconds,
-            "eta_s": eta_s,
         }
         if trials > 1:
-            data["trials"] = trials
-        data |= scores
-        self._repository.progress(
-            lease,
-            f"Step {metrics.step}/{sweep.total_steps}: training loss {metrics.loss:.4f}",
-            data,
-            estimated_finish=int(time.time() + eta_s),
-        )
+            step["trials"] = trials
+        eta_s = self._pace.eta_s(trials, sweep.remaining_steps)
+        self._progress_of(lease).add(step | scores, total_steps=sweep.total_steps, eta_s=eta_s)
 
-    def _trainers(self, lease: Lease[Job], job: Job, plan: Plan, splits: Splits) -> list[Trainer]:
-        data = dataset_hash(list(self._data(job).values()))
+    def _progress_of(self, lease: Lease[Job]) -> Progress:
+        if self._progress is None or self._progress.lease != lease:
+            self._progress = Progress(self._repository, lease)
+        return self._progress
+
+    def _trainers(self, job: Job, plan: Plan, splits: Splits, poll: Callable[[], object]) -> list[Trainer]:
+        data = (job.data or {})["hash"]
         caches = self._caches
         if caches is None or not caches.is_valid_for(data, cache_sites(plan).values()):
             arena = Arena(self._activation_cache_bytes, self._activation_cache_disk_bytes, self._scratch)
             caches = self._caches = ActivationCaches(self._varlen, arena, data=data)
-
-        def poll() -> None:
-            if self._repository.pause_requested(lease):
-                raise Paused
-
         return make_trainers(caches, splits, plan, seed=job.seed, poll=poll)
 
     def _require_base(self, job: Job) -> None:
@@ -255,42 +269,15 @@ class JobRunner:
                 code=cause.code,
             ) from cause
 
-    def _data(self, job: Job) -> dict[str, Path]:
-        """Return the job's copies of its data sets; make missing ones. Raises NotFound if the upload is gone too."""
-        copies = {}
-        for name, file_id in (("training", job.training_file), ("validation", job.validation_file)):
-            if file_id is not None:
-                copies[name] = self._files.data(job.id, name) or self._copy(job, name, file_id)
-        return copies
-
-    def _copy(self, job: Job, name: str, file_id: str) -> Path:
-        param = f"{name}_file"
-        row = self._store.files.get(job.owner, file_id, param=param)
-        return self._files.keep_data(job.id, name, self._store.files.path(row, param=param))
-
-    def _splits(self, lease: Lease[Job], job: Job, plan: Plan) -> Splits:
-        parts = {name: self._encoded(lease, path, plan) for name, path in self._data(job).items()}
-        return split(parts["training"], parts.get("validation"), seed=job.seed)
-
-    def _encoded(self, lease: Lease[Job], path: Path, plan: Plan) -> Sequence[EncodedExample]:
-        encoded = [encode(self._base.tokenizer, example) for example in read_examples(path)]
-        fitting = [example for example in encoded if example.length <= plan.max_length]
-        if len(fitting) < len(encoded):
-            self._repository.event(
-                lease,
-                f"{path.stem}: left out {len(encoded) - len(fitting)} of {len(encoded)} examples that are longer than "
-                f"max_length, {plan.max_length} tokens",
-                level="warn",
-            )
-        if not fitting:
-            raise InvalidRequest(
-                f"every example is longer than max_length, {plan.max_length} tokens", param=f"{path.stem}_file"
-            )
-        return fitting
-
     def _save_checkpoint(self, lease: Lease[Job], sweep: Sweep) -> None:
         metrics = {"step": sweep.step, "best": sweep.leader.best or {}}
-        self._files.write_checkpoint(lease, sweep.step, metrics, sweep.save)
+        progress = self._progress_of(lease)
+
+        def write(folder: Path) -> None:
+            sweep.save(folder)
+            progress.save(folder)
+
+        self._files.write_checkpoint(lease, sweep.step, metrics, write)
 
     def _save_artifact(
         self,
@@ -319,7 +306,7 @@ class JobRunner:
         trainer, splits = sweep.leader, sweep.leader.splits
         return Provenance(
             source="trained",
-            dataset_hash=dataset_hash(list(self._data(job).values())),
+            dataset_hash=(job.data or {})["hash"],
             hyperparameters=trainer.plan.model_dump(),
             sweep=sweep.table,
             choices=[choice.model_dump() for choice in sweep.choices],
@@ -331,20 +318,13 @@ class JobRunner:
             examples={"train": len(splits.train), "validation": len(splits.validation), "test": len(splits.test)},
         )
 
-    def _steps(self, job_id: str) -> list[dict[str, Any]]:
-        """Return the metrics of each step; a step that was repeated after a crash has those of the last time."""
-        by_step = {e.data["step"]: e.data for e in reversed(self._all_events(job_id)) if e.data and "step" in e.data}
-        return [by_step[step] for step in sorted(by_step)]
 
-    def _metrics_csv(self, job_id: str) -> bytes:
-        buffer = io.StringIO()
-        writer = csv.DictWriter(buffer, METRICS_FILE_FIELDS, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(self._steps(job_id))
-        return buffer.getvalue().encode()
-
-    def _all_events(self, job_id: str) -> Sequence[Any]:
-        return self._repository.events(job_id, before=None, limit=10**9)
+def _metrics_csv(steps: Sequence[dict[str, Any]]) -> bytes:
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, METRICS_FILE_FIELDS, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(steps)
+    return buffer.getvalue().encode()
 
 
 def _free_memory() -> None:

@@ -1,58 +1,59 @@
-"""The jobs of the API. A job exists once its row is committed with status `queued`; workers find it by that row."""
+"""The jobs of the API. A job exists once its row is committed; workers find it by that row, and check its files."""
 
 from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from reftserve.client.schemas import DataReport, FineTuningJobCreate
+from reftserve.client.schemas import DataReport, FineTuningJobCreate, Method
 from reftserve.server.base.folder import Base
-from reftserve.server.datasets import make_report
-from reftserve.server.datasets.file_store import TRAINING
+from reftserve.server.datasets.file_store import TRAINING as FINE_TUNE
 from reftserve.server.errors import Conflict, InvalidRequest, NotFound
-from reftserve.server.registry.names import check_name
+from reftserve.server.registry.names import check_free, check_name
 from reftserve.server.registry.store import Store
 from reftserve.server.storage.leases import is_held
-from reftserve.server.storage.tables import File, Job, JobCheckpoint, JobEvent
-from reftserve.server.training.candidates import DataSize
+from reftserve.server.storage.pages import has_metadata, read_page
+from reftserve.server.storage.tables import Job, JobCheckpoint, JobEvent
+from reftserve.server.training.data_check import DataCheck
 from reftserve.server.training.event_feed import EventFeed
 from reftserve.server.training.job_repository import JobRepository, finish, pause_job, queue
-from reftserve.server.training.plan import Plan
-from reftserve.server.training.recipe import make_plan, token_limit
+from reftserve.server.training.preparation import TRAINING, VALIDATION, require_plan
+from reftserve.server.training.recipe import requested_method
 
 MAX_DIGITS = 9  # of an event's number: fits a 32-bit integer column
 
 
 class JobService:
-    """The jobs of all owners, on one base."""
+    """The jobs of all owners, on one base. data_check: reports on data sets for `validate`."""
 
-    def __init__(self, store: Store, base: Base) -> None:
+    def __init__(self, store: Store, base: Base, data_check: DataCheck) -> None:
         self._store = store
         self._base = base
         self.repository = JobRepository(store.database)
         self._feed = EventFeed(store.database)
+        self._data_check = data_check
 
     def create(self, owner: str, request: FineTuningJobCreate) -> Job:
-        """Check the request and its data, and queue the job. Raises InvalidRequest or NotFound, naming the field."""
-        plan, report = self._check(owner, request)
+        """Check the request and queue the job, which then checks its data. Raises InvalidRequest or NotFound."""
+        _, method = self._check(owner, request)
         # `created_at` has whole seconds. Ids begin with the time in ns, so they order the jobs within a second.
         identity = f"{time.time_ns():016x}{secrets.token_hex(8)}"
         job = Job(
             id=f"ftjob-{identity}",
             owner=owner,
-            status="queued",
+            status=Job.VALIDATING,
             model=request.model,
             training_file=request.training_file,
             validation_file=request.validation_file,
             suffix=request.suffix or f"intervention-{identity[-8:]}",
-            method=request.method.model_dump(exclude_none=True) if request.method else None,
-            plan=plan.model_dump(),
-            data_report=report.model_dump(),
+            method=method.model_dump(exclude_none=True) if method else None,
+            plan={},
             seed=_seed(request),
             job_metadata=request.metadata,
             base=self._base.fingerprint.model_dump(),
@@ -63,22 +64,29 @@ class JobService:
         return job
 
     def validate(self, owner: str, request: FineTuningJobCreate) -> DataReport:
-        """Check a request as `create` does, but queue nothing; return the report on its data."""
-        return self._check(owner, request)[1]
+        """Check a request and its data as a job does, but queue nothing; return the report on the data.
+
+        Raises InvalidRequest or NotFound, naming the field, or Overloaded.
+        """
+        files, method = self._check(owner, request)
+        return self._data_check.report(method, files, seed=_seed(request))
 
     def get(self, owner: str, job_id: str) -> Job:
         """Return a job of this owner. Raises NotFound."""
         return self.repository.get(job_id, owner)
 
-    def list_page(self, owner: str, *, after: str | None, limit: int) -> tuple[list[Job], bool]:
-        """Return up to `limit` jobs, newest first, older than job `after`, and whether there are more."""
-        query = select(Job).where(Job.owner == owner).order_by(Job.created_at.desc(), Job.id.desc())
+    def list_page(
+        self, owner: str, *, after: str | None, limit: int, ascending: bool = False, metadata: Mapping[str, str] = {}
+    ) -> tuple[list[Job], bool]:
+        """Return up to `limit` jobs by age, from the one after job `after`, and whether there are more.
+
+        The newest comes first unless `ascending`. metadata: entries that the jobs must have. Raises NotFound.
+        """
+        last = None if after is None else self.get(owner, after)
         with self._store.database.reading() as session:
-            jobs = list(session.scalars(query))
-        if after is not None:
-            self.get(owner, after)
-            jobs = jobs[[job.id for job in jobs].index(after) + 1 :]
-        return jobs[:limit], len(jobs) > limit
+            query = select(Job).where(Job.owner == owner, *has_metadata(session, Job.job_metadata, metadata))
+            place = None if last is None else (last.created_at, last.id)
+            return read_page(session, query, (Job.created_at, Job.id), after=place, limit=limit, ascending=ascending)
 
     def cancel(self, owner: str, job_id: str) -> Job:
         """End a job at once; its worker stops before the next optimizer step. Raises NotFound, or Conflict if ended."""
@@ -146,49 +154,36 @@ class JobService:
     @contextmanager
     def _locked_job(self, owner: str, job_id: str) -> Iterator[tuple[Session, Job]]:
         self.get(owner, job_id)
-        with self._store.database.session() as session:
+        with self._store.database.session(may_use_reserve=True) as session:
             yield session, session.get_one(Job, job_id, with_for_update=True)
 
-    def _check(self, owner: str, request: FineTuningJobCreate) -> tuple[Plan, DataReport]:
+    def _check(self, owner: str, request: FineTuningJobCreate) -> tuple[dict[str, Path], Method | None]:
+        """Check all but the content of the files; return these by the data set's name, and the method."""
         if request.model != self._base.name:
             raise NotFound(
                 f"model {request.model!r} cannot be trained; the base is {self._base.name!r}",
                 param="model",
                 code="model_not_found",
             )
-        training = self._data_file(owner, request.training_file, "training_file")
-        validation = None
+        files = {TRAINING: self._data_file(owner, request.training_file, "training_file")}
         if request.validation_file is not None:
-            validation = self._data_file(owner, request.validation_file, "validation_file")
+            files[VALIDATION] = self._data_file(owner, request.validation_file, "validation_file")
         if request.suffix:
             check_name(request.suffix, "suffix")
-        tokens = token_limit(request.method, self._base.max_context)
-        report = make_report(
-            self._base.tokenizer,
-            self._store.files.path(training, param="training_file"),
-            None if validation is None else self._store.files.path(validation, param="validation_file"),
-            max_length=tokens,
-            seed=_seed(request),
-        )
-        plan = make_plan(
-            request.method,
-            request.hyperparameters,
-            self._base.fingerprint,
-            DataSize.of(report),
-            max_length=tokens,
-            seed=_seed(request),
-        )
-        return plan, report
+            check_free(request.suffix, self._base.name, "suffix")
+        method = requested_method(request)
+        require_plan(self._base, method, seed=_seed(request))
+        return files, method
 
-    def _data_file(self, owner: str, file_id: str, param: str) -> File:
+    def _data_file(self, owner: str, file_id: str, param: str) -> Path:
         file = self._store.files.get(owner, file_id, param=param)
-        if file.purpose != TRAINING:
+        if file.purpose != FINE_TUNE:
             raise InvalidRequest(
-                f"{param} {file_id} has purpose {file.purpose!r}; expected {TRAINING!r}",
+                f"{param} {file_id} has purpose {file.purpose!r}; expected {FINE_TUNE!r}",
                 param=param,
                 code="invalid_file",
             )
-        return file
+        return self._store.files.path(file, param=param)
 
 
 def _require_not_ended(job: Job, wanted: str) -> None:

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from reftserve.client.schemas import (
+    FineTuningJobCreate,
     Method,
     Range,
     ReftHyperparameters,
     ReftMethod,
     ReftSweep,
     SupervisedHyperparameters,
+    SupervisedMethod,
 )
 from reftserve.interventions.families import FAMILIES
 from reftserve.interventions.intervention_errors import PositionsError
@@ -28,9 +30,18 @@ BATCH_SIZE = 8
 MAX_LENGTH = 1024
 
 
+def requested_method(request: FineTuningJobCreate) -> Method | None:
+    """Return a request's method; OpenAI's older `hyperparameters` are those of `supervised` unless it has its own."""
+    legacy, method = request.hyperparameters, request.method
+    if legacy is None or (method is not None and (method.type == "reft" or method.supervised is not None)):
+        return method
+    asked = Method(type="supervised") if method is None else method
+    return asked.model_copy(update={"supervised": SupervisedMethod(hyperparameters=legacy)})
+
+
 def token_limit(method: Method | None, max_context: int) -> int:
     """Return the longest allowed example, in tokens. Raises InvalidRequest above the base's context."""
-    hyper = _asked(method, None).hyper
+    hyper = _asked(method).hyper
     if hyper.max_length is None:
         return min(max_context, MAX_LENGTH)
     if hyper.max_length > max_context:
@@ -40,15 +51,14 @@ def token_limit(method: Method | None, max_context: int) -> int:
 
 def make_plan(
     method: Method | None,
-    legacy: SupervisedHyperparameters | None,
     base: BaseFingerprint,
     size: DataSize,
     *,
     max_length: int,
     seed: int = 0,
 ) -> Plan:
-    """Make a job's plan from `method` and OpenAI's older `hyperparameters`. Raises InvalidRequest with valid values."""
-    asked = _asked(method, legacy)
+    """Make a job's plan. Raises InvalidRequest with valid values."""
+    asked = _asked(method)
     reft, hyper = asked.reft, asked.hyper
     default = known_good(base)[0]
     batch_size = hyper.batch_size or max(1, min(BATCH_SIZE, size.examples // 8))
@@ -93,7 +103,7 @@ class _Asked:
     searches: bool = True
 
 
-def _asked(method: Method | None, legacy: SupervisedHyperparameters | None) -> _Asked:
+def _asked(method: Method | None) -> _Asked:
     if method is not None and method.type == "reft":
         if method.supervised is not None:
             raise InvalidRequest("method.supervised does not go with type 'reft'", param="method.supervised")
@@ -103,9 +113,7 @@ def _asked(method: Method | None, legacy: SupervisedHyperparameters | None) -> _
         return _Asked(reft, reft.hyperparameters, searches=False)
     if method is not None and method.reft is not None:
         raise InvalidRequest("method.reft does not go with type 'supervised'", param="method.reft")
-    knobs = (
-        method.supervised.hyperparameters if method and method.supervised else legacy
-    ) or SupervisedHyperparameters()
+    knobs = method.supervised.hyperparameters if method and method.supervised else SupervisedHyperparameters()
     given: dict[str, Any] = {
         name: value for name in ("n_epochs", "batch_size") if (value := getattr(knobs, name)) != "auto"
     }

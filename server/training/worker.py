@@ -14,12 +14,10 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 import msgspec
 import torch
-from sqlalchemy.exc import SQLAlchemyError
 
 from reftserve.server.base.folder import Base, open_base
 from reftserve.server.base.kernel_choice import kernel_choice
@@ -27,11 +25,10 @@ from reftserve.server.base.lent_tensor import LentTensor
 from reftserve.server.base.memory import trim_heap
 from reftserve.server.base.model import resolve_device, resolve_dtype
 from reftserve.server.base.weights import load_base
-from reftserve.server.errors import StorageFull
 from reftserve.server.registry.store import Store, open_store
 from reftserve.server.settings import HEARTBEAT_S, LOG_FORMAT, Settings
-from reftserve.server.storage.database import DATABASE_ERRORS
 from reftserve.server.storage.leases import RENEWALS_PER_LEASE, Leases, worker_id
+from reftserve.server.storage.outages import OUTAGES, Outages
 from reftserve.server.storage.tables import Job
 from reftserve.server.training.job_files import JobFiles
 from reftserve.server.training.job_repository import JobRepository
@@ -42,7 +39,6 @@ from reftserve.server.training.varlen import VarlenModel
 logger = logging.getLogger(__name__)
 POLL_S = 0.2
 SWEEP_S = 60.0
-LOST_S = 5.0
 EXIT_S = 5.0
 
 
@@ -72,16 +68,9 @@ def run(settings: Settings, lent: Sequence[LentTensor] = ()) -> NoReturn:
     heartbeat.start()
     logger.info("worker %s waits for jobs", worker)
     try:
-        while True:
-            try:
-                work(runs, files, leases)
-            except DATABASE_ERRORS as cause:
-                logger.warning("the database is lost; retrying in %.0f s: %s", LOST_S, str(cause))
-            runs.forget()
-            trim_heap()
-            time.sleep(LOST_S)
+        work_forever(runs, files, leases)
     finally:
-        leases.release()
+        _release_at_exit(leases)
 
 
 def open_job_runner(
@@ -124,8 +113,20 @@ def open_job_runner(
     return runs, files
 
 
+def work_forever(runs: JobRunner, files: JobFiles, leases: Leases[Job]) -> NoReturn:
+    """Take and run jobs, and wait while the database cannot be used."""
+    outages = Outages()
+    while True:
+        try:
+            work(runs, files, leases)
+        except OUTAGES as cause:
+            runs.forget()
+            trim_heap()
+            outages.wait(cause)
+
+
 def work(runs: JobRunner, files: JobFiles, leases: Leases[Job]) -> NoReturn:
-    """Take and run jobs until one of `DATABASE_ERRORS` is raised; the next call releases this process's leases."""
+    """Take and run jobs until one of `OUTAGES` is raised; the next call releases this process's leases."""
     leases.release(in_order=False)
     swept_at = -SWEEP_S
     while True:
@@ -142,16 +143,29 @@ def work(runs: JobRunner, files: JobFiles, leases: Leases[Job]) -> NoReturn:
 
 
 def _beat(settings: Settings, leases: Leases[Job]) -> NoReturn:
-    file: Path = settings.heartbeat_file
     pause_s = min(HEARTBEAT_S, settings.lease_s / RENEWALS_PER_LEASE)
+    outages, is_new = Outages(), True
     while True:
         try:
+            settings.heartbeat_file.touch()
+            is_new = True
+        except OSError as cause:
+            if is_new:
+                logger.warning("the worker's heartbeat cannot be written: %s", cause)
+            is_new = False
+        try:
             leases.renew()
-            file.touch()
-        except (SQLAlchemyError, StorageFull, OSError):
+        except OUTAGES as cause:
             # The next beat retries. If none succeeds in time, the lease is lost, and the run ends at its next write.
-            logger.exception("the worker could not renew its leases")
+            outages.meet(cause)
         time.sleep(pause_s)
+
+
+def _release_at_exit(leases: Leases[Job]) -> None:
+    try:
+        leases.release()
+    except OUTAGES as cause:
+        logger.warning("the worker's leases could not be released and expire by themselves: %s", str(cause))
 
 
 def _exit(signum: int, frame: Any) -> NoReturn:

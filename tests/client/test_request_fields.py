@@ -99,7 +99,9 @@ def broken_values(schema: dict[str, Any]) -> Iterator[Any]:
             yield HALF
         elif form.get("type") == "array":
             yield from ([value, "b"] for value in broken_values(form["items"]))
-        elif form.get("type") == "object" and form["additionalProperties"] in (True, {"type": "string"}):
+        elif form.get("type") == "object" and (
+            form["additionalProperties"] is True or form["additionalProperties"].get("type") == "string"
+        ):
             yield {HALF: "a"}
             yield {"a": HALF}
             if form["additionalProperties"] is True:
@@ -111,9 +113,38 @@ def test_every_request_model_has_an_example() -> None:
 
 
 @pytest.mark.parametrize(("kind", "field"), optional_fields())
-def test_null_is_the_default(kind: type[Request], field: str) -> None:
+def test_null_and_empty_values_are_the_default(kind: type[Request], field: str) -> None:
     least = {name: value for name, value in LEAST[kind].items() if name != field}
-    assert kind.model_validate({**least, field: None}) == kind.model_validate(least)
+    for nothing in (None, [], {}):
+        if nothing is None or field not in kind.meaningful_when_empty:
+            assert kind.model_validate({**least, field: nothing}) == kind.model_validate(least)
+
+
+@pytest.mark.parametrize("kind", LEAST, ids=lambda kind: kind.__name__)
+def test_a_default_that_clients_spell_out_is_not_given_and_other_values_are_refused(kind: type[Request]) -> None:
+    for field, values in kind.neutral.items():
+        for value in values:
+            assert kind.model_validate({**LEAST[kind], field: value}) == kind.model_validate(LEAST[kind])
+        with pytest.raises(ValidationError, match=field):
+            kind.model_validate({**LEAST[kind], field: ["another"]})
+
+
+def test_the_schema_that_allows_any_json_is_not_empty() -> None:
+    assert schemas.StructuredOutputs.model_validate({"json": {}}).json_schema == {}
+
+
+def test_true_is_no_number() -> None:
+    kinds = [(kind, name, form) for kind in LEAST for name, form in schema_of(kind)["properties"].items()]
+    numbers = [
+        (kind, name)
+        for kind, name, form in kinds
+        for each in form.get("anyOf", [form])
+        if each.get("type") in ("integer", "number")
+    ]
+    assert len(numbers) > 30
+    for kind, name in numbers:
+        with pytest.raises(ValidationError, match=name):
+            kind.model_validate({**LEAST[kind], name: True})
 
 
 @pytest.mark.parametrize("kind", LEAST, ids=lambda kind: kind.__name__)
@@ -142,9 +173,10 @@ def test_an_unknown_field_is_ignored_if_empty_and_refused_by_name_otherwise(
 def test_half_a_surrogate_pair_is_refused_with_its_field(kind: type[Request], field: str, value: Any) -> None:
     with pytest.raises(ValidationError) as refused:
         kind.model_validate({**LEAST[kind], field: value})
-    error = refused.value.errors()[0]
-    assert error["loc"][0] == field
-    assert error["type"] in ("half_surrogate_pair", "string_unicode")
+    errors = refused.value.errors()
+    assert {error["loc"][0] for error in errors} == {field}
+    # A union of types has an error for each.
+    assert {error["type"] for error in errors} & {"half_surrogate_pair", "string_unicode"}
 
 
 def test_a_value_nested_beyond_the_recursion_limit_is_checked() -> None:

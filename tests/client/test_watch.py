@@ -137,7 +137,7 @@ def test_ctrl_c_ends_the_watching_not_the_job(api: JobsApi) -> None:
     assert terminal.end() == 130
     assert f"job {job} goes on; follow it with: reftserve jobs watch {job}" in terminal.shown
     assert "Traceback" not in terminal.shown
-    assert '"status":"queued"' in piped(api, "--json", "jobs", "show", job).stdout.replace(" ", "")
+    assert '"status":"validating_files"' in piped(api, "--json", "jobs", "show", job).stdout.replace(" ", "")
 
 
 class Still:

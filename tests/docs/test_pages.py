@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from reftserve.client.schemas import ChatCompletionRequest, ClassifyRequest, CompletionRequest
-from reftserve.server.settings import OTHER_VARIABLES, Settings
+from reftserve.server.settings import Settings
+from reftserve.server.settings_sources import OTHER_VARIABLES
 
 ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", "examples/README.md", *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md")))]

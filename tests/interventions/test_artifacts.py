@@ -212,7 +212,7 @@ def test_an_archive_with_other_files_is_refused_and_nothing_is_written(artifact:
         (zipped(**good, extra=b"x"), "extra"),
         (zipped(**{"../manifest.json": b"", "edits.safetensors": b""}), r"\.\./manifest"),
         (zipped(**{"manifest.json": good["manifest.json"]}), "expected manifest.json"),
-        (zipped(**{**good, "edits.safetensors": bytes(10**7)}), "more than 1000000 bytes"),
+        (zipped(**{**good, "edits.safetensors": bytes(10**7)}), "edits.safetensors unpacks to more than"),
     ]:
         with pytest.raises(ManifestError, match=words):
             unpack(data, target, max_bytes=10**6)

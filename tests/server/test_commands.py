@@ -62,10 +62,10 @@ def test_flags_reach_the_settings() -> None:
 @pytest.mark.parametrize(
     ("command", "variables", "reason"),
     [
-        ("serve --quantization int4", {}, "quantization: Input should be 'none' or 'int8'"),
-        ("serve --kv-cache-bytes two", {}, "kv_cache_bytes: 'two' is not a size"),
-        ("serve --port 99999", {}, "port: Input should be less than or equal to 65535"),
-        ("worker --worker-threads none", {}, "worker_threads: Input should be a valid integer"),
+        ("serve --quantization int4", {}, "--quantization is 'int4': Input should be 'none' or 'int8'"),
+        ("serve --kv-cache-bytes two", {}, "--kv-cache-bytes is 'two': this is not a size"),
+        ("serve --port 99999", {}, "--port is '99999': Input should be less than or equal to 65535"),
+        ("worker --worker-threads none", {}, "--worker-threads is 'none': Input should be a valid integer"),
         ("doctor --config none.toml", {}, "settings file none.toml: No such file"),
         ("serve", {"REFTSERVE_PROT": "1"}, "REFTSERVE_PROT is not a setting; did you mean REFTSERVE_PORT"),
         ("worker", {"REFTSERVE_PROT": "1"}, "REFTSERVE_PROT is not a setting; did you mean REFTSERVE_PORT"),

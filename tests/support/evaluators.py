@@ -27,7 +27,8 @@ OWNER = "default"
 
 class StubEngine:
     is_alive = True
-    ready = Ready(max_context=512, device="cpu", dtype="float32")
+    ready = Ready(max_context=512, device="cpu", dtype="float32", max_sequences=64, block_size=16)
+    stats = None
     num_requests = 0
 
     def __init__(self) -> None:

@@ -24,6 +24,7 @@ from reftserve.server.base.folder import open_base
 from reftserve.server.registry.store import open_store
 from reftserve.server.settings import Settings
 from reftserve.server.storage.tables import Job, JobEvent
+from reftserve.server.training.data_check import DataCheck
 from reftserve.server.training.job_service import JobService
 
 
@@ -31,12 +32,12 @@ class JobsApi:
     """The API on a port that stays the same after a restart. reads: the number of queries for events."""
 
     def __init__(self, model_folder: Path, data: Path) -> None:
-        settings = Settings(model=str(model_folder), data=data)
-        self._base = open_base(settings)
-        self._store = open_store(settings, self._base.fingerprint)
+        self._settings = Settings(model=str(model_folder), data=data)
+        self._base = open_base(self._settings)
+        self._store = open_store(self._settings, self._base.fingerprint)
         self.database = self._store.database
         self.reads = 0
-        sqlalchemy.event.listen(self.database.engine, "before_cursor_execute", self._count)
+        sqlalchemy.event.listen(self.database.reader, "before_cursor_execute", self._count)
         self._port = 0
         self.start()
 
@@ -46,7 +47,9 @@ class JobsApi:
 
     def start(self) -> None:
         app = FastAPI()
-        app.state.services = SimpleNamespace(jobs=JobService(self._store, self._base))
+        app.state.services = SimpleNamespace(
+            jobs=JobService(self._store, self._base, DataCheck(self._settings, self._base))
+        )
         app.dependency_overrides[auth.owner] = _owner
         app.include_router(fine_tuning.router)
         install_error_handlers(app)
@@ -67,7 +70,7 @@ class JobsApi:
     def add_job(self, owner: str = auth.DEFAULT_OWNER) -> str:
         file = self._store.files.upload(owner, "set.jsonl", "fine-tune", io.BytesIO(chat_lines(24)))
         request = FineTuningJobCreate(model=self._base.name, training_file=file.id, suffix="tone")
-        return JobService(self._store, self._base).create(owner, request).id
+        return self._jobs().create(owner, request).id
 
     def add_events(self, job_id: str, *events: str | Mapping[str, Any], status: str | None = None) -> None:
         """Write events (a text is a message, a mapping is metrics) and the status in one transaction."""
@@ -89,6 +92,9 @@ class JobsApi:
                         created_at=int(time.time()),
                     )
                 )
+
+    def _jobs(self) -> JobService:
+        return JobService(self._store, self._base, DataCheck(self._settings, self._base))
 
     def _count(self, connection: Any, cursor: Any, statement: str, *_: Any) -> None:
         self.reads += "FROM job_events" in statement and "max(" not in statement

@@ -48,7 +48,7 @@ class RunningServer:
                 found = httpx.get(f"{url}/ready", timeout=5).json()
             except httpx.TransportError:
                 found = {}
-            if found.get("ready") or (found.get("model") and not worker):
+            if found.get("ready") and (found.get("worker") or not worker):
                 return self
             time.sleep(0.1)
         raise AssertionError(f"not ready after {READY_TIMEOUT_S} s: {self.log.read_text()}")

@@ -9,12 +9,14 @@ import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import httpx
 
 from reftserve.server.settings import Settings
 
 ANSWER_TIMEOUT_S = 60
+STORE_DELAY_S = 0.5
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["reftserve.server.main", "reftserve.server.training.worker"])
 
@@ -37,6 +39,30 @@ def work(settings: Settings, log: Path) -> None:
     from reftserve.server.training.worker import run
 
     run(settings)
+
+
+def serve_slowly(settings: Settings, log: Path) -> None:
+    _slow_down_the_store()
+    serve(settings, log)
+
+
+def work_slowly(settings: Settings, log: Path) -> None:
+    _slow_down_the_store()
+    work(settings, log)
+
+
+def _slow_down_the_store() -> None:
+    from reftserve.server.storage.blobs import BlobStore
+
+    def slow(call: Callable[..., Any]) -> Callable[..., Any]:
+        def delayed(*arguments: Any, **named: Any) -> Any:
+            time.sleep(STORE_DELAY_S)
+            return call(*arguments, **named)
+
+        return delayed
+
+    for name in ("put_file", "put_folder", "local_file", "local_folder", "exists", "delete"):
+        setattr(BlobStore, name, slow(getattr(BlobStore, name)))
 
 
 def _write_to(log: Path) -> None:

@@ -12,10 +12,12 @@ from api_data import chat_lines
 from reftserve.client.schemas import FineTuningJobCreate
 from reftserve.server.base.folder import Base, open_base
 from reftserve.server.base.model import load_model
+from reftserve.server.registry.names import Reference
 from reftserve.server.registry.store import Store, open_store
 from reftserve.server.settings import Settings
 from reftserve.server.storage.leases import Lease, Leases
-from reftserve.server.storage.tables import Job
+from reftserve.server.storage.tables import Job, Version
+from reftserve.server.training.data_check import DataCheck
 from reftserve.server.training.job_files import JobFiles
 from reftserve.server.training.job_repository import JobRepository
 from reftserve.server.training.job_runner import JobRunner
@@ -35,7 +37,7 @@ class Workspace:
         self.settings = Settings(model=str(model_folder), data=data, lease_s=lease_s, **settings)
         self.base: Base = open_base(self.settings)
         self.store: Store = open_store(self.settings, self.base.fingerprint)
-        self.jobs = JobService(self.store, self.base)
+        self.jobs = JobService(self.store, self.base, DataCheck(self.settings, self.base))
         self.repository = JobRepository(self.store.database)
         self.varlen = VarlenModel(load_model(self.base.folder, torch.float32, torch.device("cpu")))
 
@@ -66,14 +68,21 @@ class Workspace:
         return [event.message for event in self.repository.events(job_id, before=None, limit=10**6)][::-1]
 
     def steps(self, job_id: str) -> list[int]:
+        """Return the steps in the order of the events that report them."""
         events = self.repository.events(job_id, before=None, limit=10**6)[::-1]
-        return [event.data["step"] for event in events if event.data and "step" in event.data]
+        metrics = [event.data for event in events if event.data and "step" in event.data]
+        return [step["step"] for data in metrics for step in (*data.get("earlier", []), data)]
 
     def published(self, name: str) -> list[int]:
-        return [v.version for i in self.store.interventions.list_all(OWNER) if i.name == name for v in i.versions]
+        rows, _ = self.store.interventions.list_page(OWNER)
+        return [version for row in rows if row.name == name for version in row.versions]
 
     def content_hash(self, name: str) -> str:
-        return self.store.interventions.get(OWNER, name).versions[0].content_hash
+        return self.first_version(name).content_hash
+
+    def first_version(self, name: str) -> Version:
+        registry = self.store.interventions
+        return registry.find(OWNER, Reference(name, registry.get(OWNER, name).versions[0])).row
 
     def kept(self) -> list[str]:
         return [key.rsplit("/", 1)[-1] for key in self.store.blobs.children("jobs")]

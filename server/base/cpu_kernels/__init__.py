@@ -51,7 +51,7 @@ def load_kernels(march: str = NATIVE) -> None:
     # ninja is installed in this environment, whose scripts may be missing from PATH.
     os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
     try:
-        build = Path(cpp_extension._get_build_directory(name, verbose=False))
+        build = _build_folder(name)
         with FileLock(build / "reftserve.lock"):
             if (build / COMPLETE).exists():
                 # The name says all that is in the library. ninja would compile it again for another checkout's paths.
@@ -74,12 +74,25 @@ def load_kernels(march: str = NATIVE) -> None:
         ) from cause
 
 
+def _build_folder(name: str) -> Path:
+    """Return torch's folder for a library, after creating it. Raises KernelsUnavailable."""
+    try:
+        # Without a home folder torch would write into a folder called `~` below the working folder.
+        if "TORCH_EXTENSIONS_DIR" not in os.environ:
+            Path.home()
+        return Path(cpp_extension._get_build_directory(name, verbose=False))
+    except (OSError, RuntimeError) as cause:
+        raise KernelsUnavailable(
+            f"compiled kernels have no folder that can be written ({cause}); set HOME or TORCH_EXTENSIONS_DIR to one"
+        ) from cause
+
+
 def identity(march: str = NATIVE, *more: str) -> str:
     """Return a hash of the sources, flags, torch's version, processor (a disk may move to another one) and `more`."""
     cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text().split("\n\n")[0] if cpuinfo.is_file() else platform.processor()
+    text = cpuinfo.read_text("utf-8").split("\n\n")[0] if cpuinfo.is_file() else platform.processor()
     features = [line for line in text.splitlines() if line.startswith(("flags", "Features"))]
-    sources = ((FOLDER / name).read_text() for name in SOURCES + HEADERS)
+    sources = ((FOLDER / name).read_text("utf-8") for name in SOURCES + HEADERS)
     parts = [torch.__version__, *_flags(march), *(features or [text]), *sources, *more]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 

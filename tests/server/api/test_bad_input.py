@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from api_data import BASE, chat_lines
+from published import make_artifact
 from running_server import RunningServer
+
+from reftserve.interventions import fingerprint, pack
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -68,7 +73,7 @@ def test_the_same_intervention_twice_is_an_error(http: httpx.Client, trained: st
         ({"messages": []}, "messages", "invalid_value"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role", "invalid_value"),
         ({"stop": ["x"] * 17}, "stop", "invalid_request"),
-        ({"stop": [""]}, "stop", "invalid_request"),
+        ({"stop": [""]}, "stop.0", "invalid_value"),
         ({"frequency_penalty": 2.5}, "frequency_penalty", "invalid_value"),
         ({"repetition_penalty": 0}, "repetition_penalty", "invalid_value"),
         ({"logit_bias": {"300": 1}}, "logit_bias", "invalid_request"),
@@ -89,10 +94,9 @@ def test_the_same_intervention_twice_is_an_error(http: httpx.Client, trained: st
         ({"structured_outputs": {"regex": "[a-"}}, "structured_outputs.regex", "invalid_grammar"),
         ({"structured_outputs": {"grammar": "start: )"}}, "structured_outputs.grammar", "invalid_grammar"),
         ({"structured_outputs": {"json": "{"}}, "structured_outputs.json", "invalid_schema"),
-        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice", "invalid_value"),
         ({"structured_outputs": {"choice": ["a"], "regex": "a"}}, "structured_outputs", "invalid_request"),
         ({"structured_outputs": {"regex": "a"}, "min_tokens": 1}, "min_tokens", "invalid_request"),
-        ({"structured_outputs": {"regex": "a" * 70000}}, "structured_outputs.regex", "invalid_request"),
+        ({"structured_outputs": {"regex": "a" * 70000}}, "structured_outputs.regex", "invalid_value"),
         ({"tools": [{"type": "function"}]}, "tools", "unknown_field"),
         ({"max_completion_tokens": 3}, "max_tokens", "invalid_request"),
         ({"interventions": [{"name": "a"}] * 9}, "interventions", "invalid_request"),
@@ -194,6 +198,16 @@ def job(http: httpx.Client, **fields: Any) -> httpx.Response:
     return http.post("/v1/fine_tuning/jobs", json={"model": BASE, "training_file": file, **fields})
 
 
+def ended(http: httpx.Client, job_id: str) -> dict[str, Any]:
+    deadline = time.monotonic() + 120
+    while True:
+        found: dict[str, Any] = http.get(f"/v1/fine_tuning/jobs/{job_id}").json()
+        if found["status"] in ("succeeded", "failed", "cancelled"):
+            return found
+        assert time.monotonic() < deadline, found
+        time.sleep(0.1)
+
+
 @pytest.mark.parametrize(
     ("fields", "status", "param"),
     [
@@ -226,8 +240,84 @@ def test_an_invalid_job_is_refused_before_it_is_queued(
     assert error(job(http, **fields), status)["param"] == param
 
 
-def test_too_few_examples_are_refused(http: httpx.Client) -> None:
+def test_a_job_on_too_few_examples_fails_as_validating_them_does(http: httpx.Client) -> None:
     file = upload(http, chat_lines(3)).json()["id"]
-    found = error(job(http, training_file=file), 400)
+    found = error(http.post("/v1/fine_tuning/validate", json={"model": BASE, "training_file": file}), 400)
     assert found["code"] == "too_few_examples"
     assert "10" in found["message"]
+    failed = ended(http, job(http, training_file=file).json()["id"])
+    assert failed["error"] == {name: found[name] for name in ("code", "message", "param")}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/completions", {"prompt": "word " * 400_000}, "prompt"),
+        ("/v1/completions", {"prompt": ["a", "word " * 400_000]}, "prompt"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "word " * 200_000}] * 2}, "messages"),
+        ("/v1/classify", {"input": "word " * 400_000, "labels": ["a", "b"]}, "input"),
+        ("/v1/classify", {"input": "a", "labels": ["a", "word " * 12_000]}, "labels"),
+        (
+            "/v1/classify",
+            {"messages": [{"role": "user", "content": "word " * 200_000}] * 2, "labels": ["a", "b"]},
+            "messages",
+        ),
+    ],
+)
+def test_a_text_longer_than_any_context_is_refused_before_it_is_encoded(
+    http: httpx.Client, path: str, body: dict[str, Any], param: str
+) -> None:
+    found = error(http.post(path, json={"model": BASE, **body}), 400)
+    assert (found["param"], found["code"]) == (param, "context_length_exceeded")
+    assert "characters" in found["message"], "known before it is encoded"
+
+
+def test_characters_of_all_pairs_are_bounded(http: httpx.Client) -> None:
+    body = {"model": BASE, "input": ["w" * 5000] * 20, "labels": [f"{number} {'w' * 500}" for number in range(1000)]}
+    assert "pairs" in error(http.post("/v1/classify", json={**body, "input": ["a"] * 21}), 400)["message"]
+    assert "characters" in error(http.post("/v1/classify", json=body), 400)["message"]
+
+
+def test_an_intervention_cannot_be_named_like_the_base(
+    http: httpx.Client, tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    artifact = pack(make_artifact(tmp_path / "artifact", base=fingerprint(tiny_llama_folder)))
+    found = error(http.post("/v1/interventions", data={"name": BASE}, files={"file": artifact}), 400)
+    assert (found["param"], found["code"]) == ("name", "invalid_name")
+    assert "base" in found["message"]
+    found = error(job(http, suffix=BASE), 400)
+    assert (found["param"], found["code"]) == ("suffix", "invalid_name")
+
+
+FILE = ("file", ("a.jsonl", chat_lines(3)))
+PURPOSE = ("purpose", (None, "fine-tune"))
+
+
+@pytest.mark.parametrize(
+    ("path", "parts", "param", "code"),
+    [
+        ("/v1/files", [PURPOSE, FILE, FILE], "file", "duplicate_field"),
+        ("/v1/files", [PURPOSE, PURPOSE, FILE], "purpose", "duplicate_field"),
+        ("/v1/files", [PURPOSE, FILE, ("colour", (None, "red"))], "colour", "unknown_field"),
+        (
+            "/v1/files",
+            [PURPOSE, FILE, ("expires_after[anchor]", (None, "created_at"))],
+            "expires_after",
+            "unknown_field",
+        ),
+        ("/v1/files", [PURPOSE], "file", "missing_field"),
+        ("/v1/files", [FILE], "purpose", "missing_field"),
+        ("/v1/files", [PURPOSE, ("file", (None, "text"))], "file", "invalid_value"),
+        ("/v1/interventions", [("name", (None, "a")), FILE, FILE], "file", "duplicate_field"),
+        ("/v1/interventions", [("name", (None, "a")), FILE, ("version", (None, "3"))], "version", "unknown_field"),
+    ],
+)
+def test_a_wrong_form_is_refused_by_its_field(
+    http: httpx.Client, path: str, parts: list[Any], param: str, code: str
+) -> None:
+    found = error(http.post(path, files=parts), 400)
+    assert (found["param"], found["code"]) == (param, code)
+
+
+def test_an_empty_unknown_form_field_is_not_given(http: httpx.Client) -> None:
+    assert http.post("/v1/files", files=[PURPOSE, FILE, ("colour", (None, ""))]).status_code == 200

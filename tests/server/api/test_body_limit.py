@@ -10,10 +10,11 @@ import httpx
 import pytest
 from fastapi import Body, FastAPI, UploadFile
 
-from reftserve.server.api.body_limit import FRAMING_BYTES, JSON_BYTES, BodyLimit
+from reftserve.server.api.body_limit import FRAMING_BYTES, BodyLimit
 from reftserve.server.api.error_responses import install_error_handlers
 
 MEBIBYTE = 1 << 20
+JSON_BYTES = 16 * MEBIBYTE
 BEGIN = b'--b\r\nContent-Disposition: form-data; name="file"; filename="f"\r\n\r\n'
 END = b"\r\n--b--\r\n"
 MULTIPART = {"Content-Type": "multipart/form-data; boundary=b"}
@@ -22,7 +23,7 @@ MULTIPART = {"Content-Type": "multipart/form-data; boundary=b"}
 def app() -> FastAPI:
     found = FastAPI()
     install_error_handlers(found)
-    found.add_middleware(BodyLimit, upload_bytes={"/upload": 4 * MEBIBYTE})
+    found.add_middleware(BodyLimit, upload_bytes={"/upload": 4 * MEBIBYTE}, json_bytes=JSON_BYTES)
 
     @found.post("/upload")
     def upload(file: UploadFile) -> int:

@@ -50,7 +50,7 @@ EVAL = {"data_source_config": {"file_id": "file-x"}, "testing_criteria": [{"type
     [
         ("/v1/chat/completions", CHAT, lambda text: {"model": text}, "model"),
         ("/v1/chat/completions", CHAT, lambda text: {"user": text}, "user"),
-        ("/v1/chat/completions", CHAT, lambda text: {"stop": ["a", text]}, "stop"),
+        ("/v1/chat/completions", CHAT, lambda text: {"stop": ["a", text]}, "stop.1"),
         ("/v1/chat/completions", CHAT, lambda text: {"metadata": {text: "a"}}, "metadata"),
         ("/v1/chat/completions", CHAT, lambda text: {"metadata": {"a": {"b": [text]}}}, "metadata"),
         ("/v1/chat/completions", CHAT, lambda text: {"interventions": [{"name": text}]}, "interventions.0.name"),
@@ -64,7 +64,7 @@ EVAL = {"data_source_config": {"file_id": "file-x"}, "testing_criteria": [{"type
         ("/v1/classify", {"model": BASE, "input": "a"}, lambda text: {"labels": ["a", text]}, "labels.1"),
         ("/v1/fine_tuning/jobs", JOB, lambda text: {"training_file": text}, "training_file"),
         ("/v1/fine_tuning/jobs", JOB, lambda text: {"suffix": text}, "suffix"),
-        ("/v1/fine_tuning/jobs", JOB, lambda text: {"metadata": {"a": text}}, "metadata"),
+        ("/v1/fine_tuning/jobs", JOB, lambda text: {"metadata": {"a": text}}, "metadata.a"),
         ("/v1/evals", EVAL, lambda text: {"name": text}, "name"),
         (
             "/v1/evals",
@@ -72,7 +72,7 @@ EVAL = {"data_source_config": {"file_id": "file-x"}, "testing_criteria": [{"type
             lambda text: {"testing_criteria": [{"type": "contains", "text": text}]},
             "testing_criteria.0.text",
         ),
-        ("/v1/evals/eval_x/runs", RUN, lambda text: {"metadata": {"a": text}}, "metadata"),
+        ("/v1/evals/eval_x/runs", RUN, lambda text: {"metadata": {"a": text}}, "metadata.a"),
     ],
 )
 def test_half_a_surrogate_pair_is_refused_with_the_field(
@@ -153,15 +153,20 @@ def test_a_version_of_thousands_of_digits_is_not_found(
 ) -> None:
     artifact = pack(make_artifact(tmp_path / "artifact", base=fingerprint(tiny_llama_folder)))
     assert http.post("/v1/interventions", data={"name": "digits"}, files={"file": artifact}).status_code == 201
+    for path in ("/v1/models/digits@", "/v1/models/digits@@1", "/v1/models/@1", "/v1/interventions/digits/versions/@"):
+        assert error(http.get(path), 404)
+        assert error(http.delete(path), 404)
+    for model in ("digits@", "digits@@1", "@1", f"digits@{2**31}", f"digits@{10**17}"):
+        assert error(post(http, "/v1/chat/completions", {**CHAT, "model": model}), 404)
+    assert http.get("/v1/models/digits@1").status_code == 200
     many = "9" * 5000
     for path in (f"/v1/models/digits@{many}", f"/v1/interventions/digits/versions/{many}"):
         assert error(http.get(path), 404)["code"] == "model_not_found"
         assert error(http.delete(path), 404)["code"] == "model_not_found"
     assert error(http.get("/v1/interventions/digits/versions/\N{ARABIC-INDIC DIGIT ONE}/content"), 404)
     assert error(post(http, "/v1/chat/completions", {**CHAT, "model": f"digits@{many[:200]}"}), 404)
-    assert error(
-        post(http, "/v1/chat/completions", {**CHAT, "interventions": [{"name": "digits", "version": many}]}), 404
-    )
+    body = {**CHAT, "interventions": [{"name": "digits", "version": many}]}
+    assert error(post(http, "/v1/chat/completions", body))["param"] == "interventions.0.version"
 
 
 @pytest.mark.parametrize("stream", [False, True])

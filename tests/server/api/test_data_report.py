@@ -65,13 +65,14 @@ def test_a_job_on_a_parquet_file_has_a_report_and_trains_on_the_reported_example
     body = {"training_file": file, "method": method, "suffix": "tabular", "seed": 5}
     promised = validate(http, **body).json()
     job = http.post("/v1/fine_tuning/jobs", json={"model": BASE, **body}).json()
+    assert (job["status"], job["data_report"], job["hyperparameters"]["n_epochs"]) == ("validating_files", None, "auto")
+    done = finished(client, job["id"])
+    assert done.status == "succeeded", done.error
+    job = http.get(f"/v1/fine_tuning/jobs/{job['id']}").json()
     assert job["data_report"] == promised
     assert [job["plan"][name] for name in ("layers", "positions", "rank")] == [[2], "l1", 1], (
         "decided by user and recipe"
     )
-    done = finished(client, job["id"])
-    assert done.status == "succeeded", done.error
-    assert http.get(f"/v1/fine_tuning/jobs/{job['id']}").json()["data_report"] == promised
     manifest = http.get("/v1/interventions/tabular/versions/1").json()["manifest"]
     assert manifest["provenance"]["examples"] == promised["splits"]
 
@@ -83,18 +84,39 @@ def test_validating_queues_nothing(http: httpx.Client) -> None:
     assert http.get("/v1/fine_tuning/jobs?limit=1000").json()["data"] == before
 
 
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"method": {"type": "reft", "reft": {"hyperparameters": {"max_length": 2}}}}, "training_file"),
+        ({"validation_file": "the same"}, "validation_file"),
+    ],
+)
+def test_a_job_fails_with_the_error_that_validating_its_data_gives(
+    http: httpx.Client, client: openai.OpenAI, fields: dict[str, Any], param: str
+) -> None:
+    file = upload(http, "set.jsonl", chat_lines(24))
+    body = {"training_file": file, **{name: file if value == "the same" else value for name, value in fields.items()}}
+    refused = validate(http, **body)
+    assert refused.status_code == 400
+    expected = refused.json()["error"]
+    assert expected["param"] == param
+    job = http.post("/v1/fine_tuning/jobs", json={"model": BASE, **body}).json()
+    done = finished(client, job["id"])
+    assert done.status == "failed"
+    assert done.error is not None
+    assert done.error.model_dump() == {name: expected[name] for name in ("code", "message", "param")}
+
+
 @pytest.mark.parametrize("path", ["validate", "jobs"])
 @pytest.mark.parametrize(
     ("fields", "status", "param"),
     [
-        ({"method": {"type": "reft", "reft": {"hyperparameters": {"max_length": 2}}}}, 400, "training_file"),
-        ({"validation_file": "the same"}, 400, "validation_file"),
         ({"suffix": "not a name"}, 400, "suffix"),
         ({"training_file": "file-x"}, 404, "training_file"),
         ({"colour": 1}, 400, "colour"),
     ],
 )
-def test_validation_and_job_creation_refuse_the_same_data(
+def test_validation_and_job_creation_refuse_the_same_requests(
     http: httpx.Client, path: str, fields: dict[str, Any], status: int, param: str
 ) -> None:
     file = upload(http, "set.jsonl", chat_lines(24))

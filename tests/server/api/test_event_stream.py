@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 from jobs_api import JobsApi, jobs_api, step
+from openai._streaming import SSEDecoder
 
 from reftserve.server.api import sse
 from reftserve.server.training.event_feed import PAGE, POLL_S, EventFeed
@@ -119,6 +120,19 @@ def test_comments_keep_a_quiet_stream_open(api: JobsApi, monkeypatch: pytest.Mon
     monkeypatch.setattr(sse, "KEEP_ALIVE_S", 0.1)
     with httpx.stream("GET", path(api, api.add_job()), params={"stream": "true"}, timeout=5) as response:
         assert next(line for line in response.iter_lines() if line.startswith(":"))
+
+
+def test_comments_are_no_events_to_openais_decoder(api: JobsApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sse, "KEEP_ALIVE_S", 0.05)
+    job = api.add_job()
+    api.add_events(job, step(1))  # its id would make OpenAI's decoder yield an event at each blank line
+    with httpx.stream("GET", path(api, job), params={"stream": "true"}, timeout=5) as response:
+        received = b""
+        for piece in response.iter_bytes():
+            received += piece
+            if received.count(b": keep-alive") > 3:
+                break
+    assert all(event.data for event in SSEDecoder().iter_bytes(iter([received])))
 
 
 def test_the_server_stops_polling_for_a_disconnected_watcher(api: JobsApi) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -68,7 +69,10 @@ def without_identity(answer: Any) -> Any:
     return [without_identity(item) for item in answer] if isinstance(answer, list) else answer
 
 
-def test_a_null_optional_field_means_not_given(
+NOTHING: tuple[Any, ...] = (None, [], {})
+
+
+def test_a_null_or_empty_optional_field_means_not_given(
     http: httpx.Client, bodies: dict[tuple[str, str], tuple[str, dict[str, Any]]]
 ) -> None:
     operations = json_operations(http.get("/openapi.json").json())
@@ -78,9 +82,23 @@ def test_a_null_optional_field_means_not_given(
         optional = schema["properties"].keys() - set(schema.get("required", []))
         for field in sorted(optional):
             absent = {name: value for name, value in body.items() if name != field}
-            given = outcome(http, operation[0], path, {**absent, field: None})
-            assert given == outcome(http, operation[0], path, absent), (operation, field)
-            assert given[0] in (200, 400 if field in ("input", "messages") else 404), (operation, field, given)
+            expected = outcome(http, operation[0], path, absent)
+            assert expected[0] in (200, 400 if field in ("input", "messages") else 404), (operation, field, expected)
+            for nothing in NOTHING:
+                given = outcome(http, operation[0], path, {**absent, field: nothing})
+                assert given == expected, (operation, field, nothing)
+
+
+def test_all_optional_fields_may_be_null_or_empty_at_once(
+    http: httpx.Client, bodies: dict[tuple[str, str], tuple[str, dict[str, Any]]]
+) -> None:
+    for operation, schema in json_operations(http.get("/openapi.json").json()).items():
+        path, body = bodies[operation]
+        absent = schema["properties"].keys() - body.keys()
+        expected = outcome(http, operation[0], path, body)
+        for nothing in NOTHING:
+            given = outcome(http, operation[0], path, {**dict.fromkeys(absent, nothing), **body})
+            assert given == expected, (operation, nothing)
 
 
 @pytest.mark.parametrize(
@@ -88,6 +106,11 @@ def test_a_null_optional_field_means_not_given(
     [
         {"tools": [], "tool_choice": None, "functions": None, "function_call": None, "modalities": None},
         {"reasoning_effort": None, "prediction": None, "web_search_options": {}, "audio": None, "verbosity": None},
+        {"tools": [], "tool_choice": "none", "parallel_tool_calls": False, "modalities": ["text"], "n": 1},
+        {"tools": None, "tool_choice": "auto", "parallel_tool_calls": True, "store": False, "service_tier": "auto"},
+        {"stream_options": {"include_usage": False, "include_obfuscation": True, "continuous_usage_stats": False}},
+        {"logprobs": False, "echo": False, "add_generation_prompt": True, "skip_special_tokens": True},
+        {"structured_outputs": {"json": None, "regex": None}, "response_format": {"type": "text"}, "logit_bias": {}},
     ],
 )
 def test_an_unknown_field_may_hold_an_empty_value(http: httpx.Client, fields: dict[str, Any]) -> None:
@@ -136,3 +159,19 @@ def test_an_assistant_without_content_has_an_empty_text(http: httpx.Client) -> N
     assert answer(content="")[0] == 200
     assert answer(content=None) == answer() == answer(content="")
     assert answer(content=None, tool_calls=[{"id": "a"}])[1]["error"]["param"] == "messages.1.tool_calls"
+
+
+def test_what_evaluation_harnesses_send_with_a_completion_is_accepted(http: httpx.Client) -> None:
+    body = {**SHORT, "prompt": "hello"}
+    sent = {"echo": None, "suffix": "", "best_of": 1, "logprobs": False, "stop": [], "user": None, "n": 1}
+    assert outcome(http, "post", "/v1/completions", {**body, **sent}) == outcome(http, "post", "/v1/completions", body)
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_usage_may_be_asked_for_with_every_chunk(http: httpx.Client, path: str) -> None:
+    body = {**SHORT, "stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+    prompt = {"messages": [HELLO]} if "chat" in path else {"prompt": "hello"}
+    lines = [line for line in http.post(path, json={**body, **prompt}).text.splitlines() if line.startswith("data: {")]
+    counts = [json.loads(line.removeprefix("data: "))["usage"]["completion_tokens"] for line in lines]
+    assert counts == sorted(counts)
+    assert counts[-1] == 3

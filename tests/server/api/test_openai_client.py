@@ -170,7 +170,7 @@ def test_a_job_can_be_cancelled_while_it_runs(client: openai.OpenAI) -> None:
         method={"type": "reft", "reft": reft},  # type: ignore[typeddict-item]
     )
     while not any(event.type == "metrics" for event in client.fine_tuning.jobs.list_events(job.id).data):
-        assert client.fine_tuning.jobs.retrieve(job.id).status in ("queued", "running")
+        assert client.fine_tuning.jobs.retrieve(job.id).status in ("validating_files", "queued", "running")
     client.fine_tuning.jobs.cancel(job.id)
     assert finished(client, job.id).status == "cancelled"
     with pytest.raises(openai.ConflictError):

@@ -307,6 +307,21 @@ def test_the_kernels_load_without_a_path(monkeypatch: pytest.MonkeyPatch, tmp_pa
     load_kernels.__wrapped__()
 
 
+@pytest.mark.parametrize("home", ["/proc/none", None])
+def test_a_home_folder_that_cannot_hold_the_kernels_is_named(home: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    monkeypatch.delenv("HOME")
+    if home is not None:
+        monkeypatch.setenv("HOME", home)
+    with pytest.raises(KernelsUnavailable, match="set HOME or TORCH_EXTENSIONS_DIR"):
+        load_kernels.__wrapped__()
+
+
 def test_kernels_that_another_checkout_compiled_are_not_compiled_again(
     kernels: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from reftserve.server.base.tokenizer import Tokenizer, load_tokenizer
@@ -171,10 +175,66 @@ def test_any_text_has_the_ids_of_transformers(both: tuple[Tokenizer, PreTrainedT
 
 def test_the_bytes_of_tokens_join_to_the_text(both: tuple[Tokenizer, PreTrainedTokenizerBase]) -> None:
     tokenizer, _ = both
-    vocabulary = tokenizer.vocabulary()
     text = "Grüße 🦊 fox"
     ids = tokenizer.encode(text)
-    assert b"".join(vocabulary.decode_bytes([token]) for token in ids) == text.encode()
+    assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
+
+
+def test_tokens_have_the_bytes_that_llguidance_finds(
+    both: tuple[Tokenizer, PreTrainedTokenizerBase], smollm2_folder: Path
+) -> None:
+    for tokenizer in (both[0], load_tokenizer(smollm2_folder)):
+        vocabulary = tokenizer.vocabulary()
+        found = {token: tokenizer.token_bytes(token) for token in range(len(tokenizer))}
+        # llguidance marks special tokens with the byte 255 and therefore drops it.
+        assert {token: raw.replace(b"\xff", b"") for token, raw in found.items()} == {
+            token: vocabulary.decode_bytes([token]) for token in found
+        }
+
+
+def test_the_first_look_at_a_tokens_bytes_does_not_read_the_vocabulary(smollm2_folder: Path) -> None:
+    times = []
+    for _ in range(3):  # the machine may be busy
+        tokenizer = load_tokenizer(smollm2_folder)
+        began = time.perf_counter()
+        assert tokenizer.token_bytes(1000)
+        times.append(time.perf_counter() - began)
+    assert min(times) < 0.01
+
+
+def test_a_long_text_is_encoded_while_other_threads_run(smollm2_folder: Path) -> None:
+    tokenizer = load_tokenizer(smollm2_folder)
+    gaps = []
+
+    def encode() -> None:
+        tokenizer.encode("The quick brown fox. " * 20_000)
+
+    for _ in range(3):
+        thread = threading.Thread(target=encode)
+        thread.start()
+        last, longest = time.perf_counter(), 0.0
+        while thread.is_alive():
+            time.sleep(0.0005)
+            now = time.perf_counter()
+            last, longest = now, max(longest, now - last)
+        gaps.append(longest)
+    assert min(gaps) < 0.05
+
+
+def test_byte_tokens_and_marked_spaces_have_their_bytes() -> None:
+    pieces = {"<unk>": 0, "▁the": 1, "<0xF0>": 2, "ä": 3, "<0xZZ>": 4}
+    backend = Backend(models.BPE(pieces, [], unk_token="<unk>", byte_fallback=True))  # noqa: S106
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    backend.add_special_tokens(["<unk>"])
+    tokenizer = Tokenizer(backend)
+    assert [tokenizer.token_bytes(token) for token in range(6)] == [
+        b"<unk>",
+        b" the",
+        b"\xf0",
+        "ä".encode(),
+        b"<0xZZ>",
+        b"",
+    ]
 
 
 def test_the_end_token_of_the_model_configuration_is_used_if_the_tokenizer_has_none(folder: Path) -> None:

@@ -8,6 +8,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
+from typing import Any
 
 import pytest
 from published import OWNER
@@ -36,10 +37,15 @@ def test_a_valid_file_is_kept_byte_for_byte(files: FileStore) -> None:
     row = files.get(OWNER, upload(files, LINES))
     assert files.path(row).read_bytes() == LINES
     assert (row.bytes, row.examples, row.filename) == (len(LINES), 3, "set.jsonl")
-    assert [file.id for file in files.list_all(OWNER)] == [row.id]
-    assert files.list_all("somebody else") == []
+    assert listed(files) == [row.id]
+    assert files.list_page("somebody else") == ([], False)
     with pytest.raises(NotFound):
         files.get("somebody else", row.id)
+
+
+def listed(files: FileStore, **options: Any) -> list[str]:
+    rows, _ = files.list_page(OWNER, **options)
+    return [row.id for row in rows]
 
 
 @pytest.mark.parametrize(
@@ -58,7 +64,7 @@ def test_a_bad_file_is_refused_and_leaves_nothing(
 ) -> None:
     with pytest.raises(error, match=words):
         upload(files, content)
-    assert files.list_all(OWNER) == []
+    assert listed(files) == []
     assert not (tmp_path / "blobs").exists()
 
 
@@ -80,7 +86,7 @@ def test_concurrent_uploads_share_one_quota(database_url: str, tmp_path: Path) -
 
     with ThreadPoolExecutor(len(stores)) as pool:
         assert sum(pool.map(attempt, stores)) == 2
-    assert len(stores[0].list_all(OWNER)) == 2
+    assert len(listed(stores[0])) == 2
 
 
 def test_uploads_fill_a_quota_that_deletion_frees_and_results_do_not_use(files: FileStore, tmp_path: Path) -> None:
@@ -105,7 +111,7 @@ def test_a_full_disk_leaves_nothing_of_an_upload(
         patch.setattr(os, "fsync", full)
         with pytest.raises(StorageFull):
             upload(files, LINES)
-    assert files.list_all(OWNER) == []
+    assert listed(files) == []
     assert list((tmp_path / "blobs" / "files").iterdir()) == []
     assert upload(files, LINES)
 
@@ -130,7 +136,7 @@ def test_results_are_listed_by_their_purpose_and_deleted_whole(files: FileStore,
     for content in (b"step\n", b"step\n1\n"):
         result = files.put_result(OWNER, "ftjob-1", "job.csv", content)
     assert files.path(result).read_bytes() == b"step\n1\n"
-    assert [file.id for file in files.list_all(OWNER, purpose="fine-tune-results")] == [result.id]
+    assert listed(files, purpose="fine-tune-results") == [result.id]
     files.delete(OWNER, result.id)
     with pytest.raises(NotFound):
         files.delete(OWNER, result.id)

@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 from tiny_models import tiny_base_tokenizer
 
 from reftserve.client.schemas import DataReport
-from reftserve.server.datasets import Example, SourceLocation, encode, label_set, make_report, read_examples
+from reftserve.server.datasets import (
+    Example,
+    SourceLocation,
+    encode,
+    encode_file,
+    label_set,
+    make_report,
+    read_examples,
+)
 from reftserve.server.errors import InvalidRequest
 
 TOKENIZER = tiny_base_tokenizer()
@@ -29,13 +37,13 @@ SUMS = pairs(*((f"{i}+1=", str(i + 1)) for i in range(30)))
 @pytest.fixture
 def report(tmp_path: Path):  # type: ignore[no-untyped-def]
     def report(training: list[Any], validation: list[Any] | None = None, max_length: int = 64) -> DataReport:
-        files = []
+        files = {}
         for name, rows in (("training", training), ("validation", validation)):
             path = tmp_path / name
             path.write_text("\n".join(map(json.dumps, rows or [])))
-            files.append(path if rows is not None else None)
-        assert files[0] is not None
-        return make_report(TOKENIZER, files[0], files[1], max_length=max_length, seed=0)
+            if rows is not None:
+                files[name] = encode_file(TOKENIZER, path, f"{name}_file", max_length=max_length)
+        return make_report(files["training"], files.get("validation"), max_length=max_length, seed=0)
 
     return report
 
@@ -152,4 +160,4 @@ def test_a_row_that_the_base_cannot_render_is_named(tmp_path: Path) -> None:
     path = tmp_path / "set.jsonl"
     path.write_text("\n".join(json.dumps({"messages": turns}) for turns in messages))
     with pytest.raises(InvalidRequest, match="line 2: the chat template refuses these messages: no system role"):
-        make_report(tokenizer, path, None, max_length=64, seed=0)
+        encode_file(tokenizer, path, "training_file", max_length=64)

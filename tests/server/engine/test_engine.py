@@ -91,8 +91,8 @@ def test_a_missing_or_changed_artifact_fails_its_request_alone(
     engine.submit(Submit("plain", PROMPT, params))
     run = run_until_done(engine)
     assert {name: run.finished[name].finish_reason for name in run.finished} == {
-        "missing": "error",
-        "changed": "error",
+        "missing": "failed",
+        "changed": "failed",
         "plain": "length",
     }
     assert "nowhere" in (run.finished["missing"].error or "")

@@ -6,6 +6,7 @@ import json
 import re
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from engine_oracle import Run, make_engine, request, run_until_done
@@ -166,3 +167,24 @@ def test_a_failing_compiler_reports_the_error_and_keeps_working() -> None:
         assert answer.error
         assert not compiler.pending
     compiler.close()
+
+
+def test_a_vocabulary_that_llguidance_cannot_read_fails_grammars_only() -> None:
+    unreadable = Mock(spec=Tokenizer, __len__=lambda _: 10)
+    unreadable.vocabulary.side_effect = ValueError("no bytes")
+    compiler = GrammarCompiler(unreadable, (), 10)
+    compiler.request("asked", GRAMMAR)
+    compiler.close()
+    [compiled] = compiler.collect()
+    assert compiled.matcher is None
+    assert "cannot read this base's vocabulary: no bytes" in (compiled.error or "")
+
+
+def test_the_vocabulary_is_read_before_the_first_grammar_arrives(tokenizer: Tokenizer) -> None:
+    counted = Mock(spec=Tokenizer, wraps=tokenizer, __len__=lambda _: len(tokenizer))
+    compiler = GrammarCompiler(counted, (2,), 300)
+    assert counted.vocabulary.call_count == 1
+    compiler.request("asked", GRAMMAR)
+    compiler.close()
+    assert compiler.collect()[0].matcher is not None
+    assert counted.vocabulary.call_count == 1

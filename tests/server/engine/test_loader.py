@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from engine_oracle import save_random
@@ -91,4 +92,51 @@ def test_the_least_recently_used_is_dropped_when_the_budget_is_spent(tmp_path: P
     loader.request(refs[2])
     collect_all(loader)
     assert [loader.get(each.content_hash) is not None for each in refs] == [True, False, True]
+    loader.close()
+
+
+class Panic(BaseException):
+    """Like the panics of libraries in Rust, which `except Exception` does not catch."""
+
+
+@pytest.mark.parametrize("large_bytes", [0, 1 << 30])  # checked in the thread, or between steps
+@pytest.mark.parametrize("step", ["read_artifact", "parse_artifact"])
+@pytest.mark.parametrize(
+    ("cause", "reason"),
+    [
+        (MemoryError(), "MemoryError"),
+        (RecursionError("too deep"), "too deep"),
+        (Panic("panicked"), "panicked"),
+        (OSError(5, "Input/output error", "/data/blobs/1"), "Input/output error"),
+    ],
+)
+def test_whatever_a_load_meets_fails_that_load_alone(
+    artifacts: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+    cause: BaseException,
+    reason: str,
+    step: str,
+    large_bytes: int,
+) -> None:
+    monkeypatch.setattr(loader_module, "LARGE_BYTES", large_bytes)
+    refs = [ref(folder) for folder in artifacts[:2]]
+    loader = Loader(1 << 20)
+    with monkeypatch.context() as broken:
+        broken.setattr(loader_module, step, Mock(side_effect=cause))
+        loader.request(refs[0])
+        [failed] = collect_all(loader)
+    assert failed.intervention is None
+    assert failed.error == f"cannot load intervention from {artifacts[0].name}: {reason}"
+    for each in refs:
+        loader.request(each)
+    assert all(loaded.intervention is not None for loaded in collect_all(loader))
+    loader.close()
+
+
+def test_an_unreadable_file_is_named_without_its_path(tmp_path: Path) -> None:
+    loader = Loader(1 << 20)
+    loader.request(InterventionRef(str(tmp_path / "gone"), "ab" * 32))
+    [failed] = collect_all(loader)
+    assert "gone: No such file" in (failed.error or "")
+    assert str(tmp_path) not in (failed.error or "")
     loader.close()

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
-from engine_oracle import request
+from engine_oracle import make_engine, request, run_until_done
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from reftserve.server.engine.logits import ArrivingLogprobs, adjust
 from reftserve.server.engine.sequence import Sequence
+from reftserve.server.engine.token_counts import TokenCounts
 
 VOCABULARY = 40
 
@@ -72,6 +76,51 @@ def test_a_row_is_adjusted_as_penalties_and_biases_are_defined(mine: Sequence) -
     if len(answer) < sampling.min_tokens:
         expected[0, list(sampling.stop_token_ids)] = -torch.inf
     torch.testing.assert_close(adjusted(logits, mine), expected, atol=1e-4, rtol=1e-5)
+
+
+@given(prompt=tokens, steps=st.lists(tokens, max_size=6))
+def test_counts_follow_the_tokens_as_they_arrive(prompt: list[int], steps: list[list[int]]) -> None:
+    mine = sequence([1, *prompt], [])
+    for arrived in steps:
+        mine.token_ids += arrived
+        answer, counts = mine.token_ids[mine.n_prompt :], mine.token_counts
+        assert sorted(counts.ids.tolist()) == sorted(set(mine.token_ids))
+        assert dict(zip(counts.ids.tolist(), counts.in_answer.tolist(), strict=True)) == {
+            token: answer.count(token) for token in set(mine.token_ids)
+        }
+
+
+def test_a_step_counts_only_the_tokens_that_arrived() -> None:
+    class Counted(list[int]):
+        reads = 0
+
+        def __getitem__(self, index: Any) -> Any:
+            Counted.reads += 1
+            return super().__getitem__(index)
+
+    counts = TokenCounts(n_prompt=900)
+    ids = Counted(range(1000))
+    counts.count(ids)
+    ids.append(5)
+    Counted.reads = 0
+    counts.count(ids)
+    assert Counted.reads == 1
+    assert len(counts.ids) == 1000
+    assert counts.in_answer[5] == 1
+
+
+def test_preempted_requests_are_penalised_as_others(tiny_llama_folder: Path) -> None:
+    runs = []
+    for blocks in (14, 200):
+        engine = make_engine(tiny_llama_folder, blocks=blocks, prefix_cache=False)
+        for index in range(4):
+            fields = {"repetition_penalty": 1.4, "frequency_penalty": 0.7}
+            engine.submit(request(str(index), [5 + index, 9, 17], max_tokens=16, **fields))
+        runs.append((run_until_done(engine).tokens, engine.stats().preemptions))
+        engine.close()
+    (tight, preemptions), (roomy, none) = runs
+    assert tight == roomy
+    assert preemptions > none == 0
 
 
 def test_a_request_without_adjustments_keeps_its_logits_bit_for_bit() -> None:

@@ -6,14 +6,17 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 from engine_oracle import make_engine, request, run_until_done, save_random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reftserve.interventions import Intervention, load_artifact
+from reftserve.server.engine import prefix_cache
 from reftserve.server.engine.block_allocator import BlockAllocator
 from reftserve.server.engine.engine import Engine
 from reftserve.server.engine.messages import Submit
+from reftserve.server.engine.prefix_cache import BlockKeys
 
 BLOCK = 4
 PROMPT = list(range(5, 45))
@@ -120,6 +123,15 @@ def test_the_next_turn_of_a_chat_finds_the_previous_answer_in_the_cache(tiny_lla
     answer = run_until_done(engine).tokens["turn 1"]
     assert cached_tokens(engine, request("turn 2", [*PROMPT, *answer, 7, 8])) == 48
     engine.close()
+
+
+def test_no_salt_stands_for_the_key_of_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefix_cache, "_digest", bytes)  # keys are then their own content
+    tokens = [1] * 2 * BLOCK
+    first, second = BlockKeys("salt", (), 1, BLOCK).of(tokens, 2)
+    [after_the_salt] = BlockKeys(first.decode(), (), 1, BLOCK).of(tokens, 1)
+    assert first in after_the_salt
+    assert after_the_salt != second
 
 
 def test_hits_are_counted_and_can_be_switched_off(tiny_llama_folder: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from reftserve.server.engine import sampler
 from reftserve.server.engine.messages import SamplingParams
 from reftserve.server.engine.sampler import sample, uniforms
 
@@ -37,6 +39,18 @@ def test_a_row_draws_its_token_independently_of_the_other_rows(
     alone = sample(rows[-1:], [mine], [position]).tolist()
     together = sample(rows, [*mates, mine], [*range(len(mates)), position]).tolist()
     assert together[-1] == alone[0]
+
+
+@pytest.mark.parametrize("fields", [{}, {"top_p": 1.0, "top_k": 0, "min_p": 0.0}])
+def test_without_limits_even_the_least_likely_token_can_be_drawn(
+    monkeypatch: pytest.MonkeyPatch, fields: dict[str, float]
+) -> None:
+    # In float32 the running sum of so many probabilities reaches 1 before the end.
+    row = logits(1, vocabulary=50_000)
+    monkeypatch.setattr(sampler, "uniforms", lambda seeds, positions: np.full(len(seeds), np.nextafter(1, 0)))
+    assert sample(row, [params(temperature=1.0, **fields)], [0]).tolist() == row.argmin(-1).tolist()
+    limited = sample(row, [params(temperature=1.0, top_p=0.999)], [0]).tolist()
+    assert limited != row.argmin(-1).tolist()
 
 
 def test_temperature_zero_is_greedy() -> None:

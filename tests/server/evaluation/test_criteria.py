@@ -87,7 +87,7 @@ def test_an_item_passes_when_it_passes_every_criterion() -> None:
 
 def test_names_and_labels_are_filled_in() -> None:
     criteria = [PARSE.validate_python(c) for c in ({"type": "accuracy"}, {"type": "f1", "name": "overlap"})]
-    accuracy, overlap = check_criteria(criteria, ["yes", "no", "yes"])
+    accuracy, overlap = check_criteria(criteria, lambda: ["yes", "no", "yes"])
     assert (accuracy.name, accuracy.labels) == ("accuracy", ["yes", "no"])  # type: ignore[union-attr]
     assert overlap.name == "overlap"
 
@@ -106,11 +106,25 @@ def test_an_invalid_criterion_is_refused_with_the_reason(
     criteria: list[dict[str, Any]], param: str, words: str
 ) -> None:
     with pytest.raises(InvalidRequest, match=words) as raised:
-        check_criteria([PARSE.validate_python(c) for c in criteria], ["yes", "no"])
+        check_criteria([PARSE.validate_python(c) for c in criteria], lambda: ["yes", "no"])
     assert raised.value.param == param
 
 
 def test_labels_of_the_data_must_be_few_and_not_one() -> None:
     for answers in (["yes"] * 5, [str(number) for number in range(1001)]):
         with pytest.raises(InvalidRequest, match="different answers"):
-            check_criteria([PARSE.validate_python({"type": "accuracy"})], answers)
+            check_criteria([PARSE.validate_python({"type": "accuracy"})], answers.copy)
+
+
+def test_the_data_is_read_only_for_a_criterion_that_needs_its_answers() -> None:
+    reads: list[int] = []
+
+    def read() -> list[str]:
+        reads.append(1)
+        return ["yes", "no"]
+
+    others = [{"type": "loss"}, {"type": "contains", "text": "a"}, {"type": "regex", "pattern": "a"}]
+    check_criteria([PARSE.validate_python(c) for c in others], read)
+    assert reads == []
+    check_criteria([PARSE.validate_python(c) for c in [*others, {"type": "accuracy"}]], read)
+    assert reads == [1]

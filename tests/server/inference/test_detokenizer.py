@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
@@ -14,6 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from reftserve.server.base.tokenizer import Tokenizer
 from reftserve.server.inference.detokenizer import Detokenizer
+from reftserve.server.inference.stop_strings import StopString
 
 TOKENIZER = tiny_base_tokenizer()
 
@@ -107,6 +108,39 @@ def test_each_invalid_byte_is_decoded_only_a_few_times(piece: str) -> None:
     text = "".join([detokenizer.add([token]) for token in ids]) + detokenizer.add([], last=True)
     assert text == TOKENIZER.decode(ids)
     assert counting.decoded < 80 * len(ids)
+
+
+class CountedText(str):
+    reads = 0
+
+    def __getitem__(self, index: Any) -> str:
+        CountedText.reads += 1
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("text", ["a" * 4000, "ab" * 2000, "a" * 1999 + "c" + "a" * 2000], ids=["held", "no", "late"])
+def test_a_long_pending_stop_string_costs_a_few_reads_for_each_character(text: str) -> None:
+    stop = CountedText("a" * 3999 + "b")
+    detokenizer = Detokenizer(TOKENIZER, [stop])
+    ids = TOKENIZER.encode(text)
+    CountedText.reads = 0
+    pieces = [detokenizer.add([token]) for token in ids]
+    assert CountedText.reads < 8 * len(text)
+    assert "".join([*pieces, detokenizer.add([], last=True)]) == text
+
+
+@given(text=st.text("ab", max_size=60), stop=st.text("ab", min_size=1, max_size=8), sizes=st.lists(st.integers(1, 5)))
+def test_a_stop_string_is_found_where_str_find_finds_it(text: str, stop: str, sizes: list[int]) -> None:
+    search, start = StopString(stop), 0
+    for size in [*sizes, len(text)]:
+        end = search.find(text[start : start + size])
+        if end is not None:
+            assert start + end - len(stop) == text.find(stop)
+            return
+        start += size
+        read = text[:start]
+        assert search.num_matched == max(length for length in range(len(stop)) if read.endswith(stop[:length]))
+    assert stop not in text
 
 
 invalid = st.lists(st.integers(0, 255), max_size=80)

@@ -6,12 +6,15 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
+from sqlalchemy import text
 
 from reftserve.server.storage.database import Database
 from reftserve.server.storage.leases import Lease, LeaseLost, Leases, worker_id
-from reftserve.server.storage.tables import Job
+from reftserve.server.storage.tables import EvalRun, Job
 from reftserve.server.training.job_repository import JobRepository
 
 LONG_S, SHORT_S = 60.0, 0.05
@@ -137,3 +140,25 @@ def test_only_the_last_two_checkpoints_keep_files_and_a_checkpoint_resets_the_at
     assert log.checkpoint(lease, 12, "jobs/12-again", {}) == ["jobs/12"]
     assert [(row.path, row.kept) for row in log.checkpoints(job_id)][:2] == [("jobs/12-again", True), ("jobs/8", True)]
     assert log.get(job_id).attempts == 0
+
+
+def test_an_idle_process_waits_for_no_writer(tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{tmp_path / 'test.db'}")
+    database.migrate()
+    for table in (Job, EvalRun):
+        idle: Leases[Any] = Leases(database, table, worker_id(), lease_s=LONG_S)
+        with database.session() as writer:
+            writer.execute(text("SELECT 1"))
+            began = time.monotonic()
+            assert idle.take() is None
+            idle.renew()
+            assert time.monotonic() - began < 1
+
+
+def test_a_job_whose_files_are_not_checked_yet_keeps_its_status_when_taken(
+    database: Database, log: JobRepository
+) -> None:
+    job_id = add_job(log, status="validating_files")
+    lease = Leases(database, Job, worker_id(), lease_s=LONG_S).take()
+    assert lease is not None
+    assert (lease.id, log.get(job_id).status) == (job_id, "validating_files")

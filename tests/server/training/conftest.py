@@ -7,6 +7,14 @@ from pathlib import Path
 import pytest
 from workspace import Workspace
 
+from reftserve.server.training import progress
+
+
+@pytest.fixture(autouse=True)
+def each_step_is_an_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write each step's metrics at once; the tests of `progress.py` choose their own interval."""
+    monkeypatch.setattr(progress, "INTERVAL_S", 0)
+
 
 @pytest.fixture
 def workspace(tiny_llama_folder: Path, tmp_path: Path) -> Workspace:

@@ -37,7 +37,7 @@ def test_separate_workers_share_the_jobs_of_a_server_without_a_worker(
 
         waits = create()
         time.sleep(1)
-        assert client.fine_tuning.jobs.retrieve(waits).status == "queued"
+        assert client.fine_tuning.jobs.retrieve(waits).status == "validating_files"
         with ExitStack() as stack:
             workers = [stack.enter_context(running(command)) for _ in range(2)]
             done = [finished(client, job_id).fine_tuned_model for job_id in [waits, *(create() for _ in range(5))]]

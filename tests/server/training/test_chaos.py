@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import random
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,86 +13,23 @@ import pytest
 from api_data import chat_lines
 from published import make_artifact
 from sqlalchemy import func, select
+from users import Acknowledged, Users, train
 from victims import Victim, free_port, serve, wait_for_answer, work
 
 from reftserve.client import Client, Job
-from reftserve.client.exceptions import Conflict, ConnectionFailed
+from reftserve.client.exceptions import Conflict
 from reftserve.interventions import load_artifact
 from reftserve.server.base.folder import open_base
 from reftserve.server.settings import Settings
 from reftserve.server.storage.database import Database
-from reftserve.server.storage.tables import JobEvent
+from reftserve.server.storage.tables import JobCheckpoint
 
 MOMENTS = 20
 SEED = 4
 CHECKPOINT_STEPS = 5
 STEPS = 60
-LIVING_JOBS = 3
-PAUSE_S = 0.15
 MOMENT_S = 0.3  # some steps, a checkpoint, or the gap between two jobs
 TIMEOUT_S = 120
-RECIPE = {"layers": [1], "rank": 1, "dropout": 0.1, "n_epochs": 12, "batch_size": 4}
-
-
-@dataclass
-class Acknowledged:
-    files: dict[str, bytes] = field(default_factory=dict)
-    jobs: list[str] = field(default_factory=list)
-    interventions: dict[str, str] = field(default_factory=dict)
-
-
-class Users(threading.Thread):
-    """Users that upload, train, pause and resume; they count a request without an answer as not done."""
-
-    def __init__(self, client: Client, training_file: str, artifact: Path) -> None:
-        super().__init__(name="users", daemon=True)
-        self.acknowledged = Acknowledged()
-        self.failure: Exception | None = None
-        self._client = client
-        self._training_file = training_file
-        self._artifact = artifact
-        self._gone = threading.Event()
-
-    def run(self) -> None:
-        number = 0
-        while not self._gone.wait(PAUSE_S):
-            number += 1
-            try:
-                self._act(number)
-            except ConnectionFailed:
-                continue
-            except Exception as cause:
-                self.failure = cause
-                return
-
-    def leave(self) -> None:
-        self._gone.set()
-        self.join()
-
-    def _act(self, number: int) -> None:
-        if number % 5 == 0:
-            self._let_rest_or_go_on()
-        elif number % 3 == 0:
-            content = chat_lines(10 + number)
-            self.acknowledged.files[self._client.files.upload(content).id] = content
-        elif number % 3 == 1:
-            version = self._client.interventions.upload("uploaded", self._artifact)
-            self.acknowledged.interventions[version.id] = version.content_hash
-        elif sum(job.finished_at is None for job in self._client.jobs.list(limit=100)) < LIVING_JOBS:
-            self.acknowledged.jobs.append(train(self._client, self._training_file, f"trained-{number % 2}"))
-
-    def _let_rest_or_go_on(self) -> None:
-        for job in self._client.jobs.list(limit=100):
-            # The job may have ended since it was listed.
-            with suppress(Conflict):
-                if job.status == "paused":
-                    self._client.jobs.get(job.id).resume()
-                elif job.status == "running":
-                    self._client.jobs.get(job.id).pause()
-
-
-def train(client: Client, training_file: str, name: str) -> str:
-    return client.train(training_file, name=name, seed=9, **RECIPE).id  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -123,8 +58,8 @@ def running(settings: Settings, logs: Path) -> Iterator[list[Victim]]:
             victim.stop()
 
 
-def wait_for_steps(database: Database, count: int) -> None:
-    query = select(func.count()).where(JobEvent.type == "metrics")
+def wait_for_checkpoints(database: Database, count: int) -> None:
+    query = select(func.count()).select_from(JobCheckpoint)
 
     def done() -> int:
         with database.reading() as session:
@@ -146,7 +81,7 @@ def test_everything_acknowledged_is_whole_after_kills_at_random_moments(settings
         users.start()
         database = Database(settings.resolved_database_url)
         for _ in range(MOMENTS):
-            wait_for_steps(database, draw.randint(1, STEPS // 2))
+            wait_for_checkpoints(database, draw.randint(1, STEPS // 2 // CHECKPOINT_STEPS))
             time.sleep(draw.uniform(0, MOMENT_S))
             going = draw.choice([[server], [workers[0]], [workers[1]], workers, [server, *workers]])
             for victim in going:
@@ -193,7 +128,7 @@ def assert_went_on_from_checkpoints(job: Job) -> None:
     """Check that no event is missing, and that only steps since the last checkpoint were repeated."""
     events = list(job.events())
     assert [int(event.id.rsplit("-", 1)[1]) for event in events] == list(range(1, len(events) + 1))
-    steps = [event.data["step"] for event in events if event.data and "step" in event.data]
+    steps = [step["step"] for event in events for step in event.steps]
     saved = {checkpoint.step_number for checkpoint in job.checkpoints()}
     assert (steps[0], steps[-1]) == (1, STEPS)
     for before, after in pairwise(steps):

@@ -10,6 +10,8 @@ import openai
 from api_data import BASE, chat_lines, finished
 from running_server import RunningServer, running_server
 
+from reftserve.client.schemas import FineTuningEvent
+
 REFT = {"layers": [1], "rank": 2, "dropout": 0.1, "hyperparameters": {"n_epochs": 60, "batch_size": 4}}
 STEPS = 60 * 5
 CHECKPOINT_STEPS = 50
@@ -36,7 +38,7 @@ def wait_until_between_checkpoints(client: openai.OpenAI, job_id: str) -> None:
 
 def steps(client: openai.OpenAI, job_id: str) -> list[int]:
     events = reversed(list(client.fine_tuning.jobs.list_events(job_id, limit=1000)))
-    return [event.data["step"] for event in events if event.type == "metrics" and "step" in event.data]  # type: ignore[index, operator]
+    return [step["step"] for event in events for step in FineTuningEvent.model_validate(event.model_dump()).steps]
 
 
 def content_hash(server: RunningServer, reference: str) -> str:

@@ -85,10 +85,10 @@ def test_a_queued_job_is_paused_at_once_and_a_pause_can_be_withdrawn(workspace: 
     job_id = workspace.create()
     assert workspace.jobs.pause(OWNER, job_id).status == "paused"
     assert workspace.jobs.pause(OWNER, job_id).status == "paused", "once more changes nothing"
-    assert workspace.jobs.resume(OWNER, job_id).status == "queued"
+    assert workspace.jobs.resume(OWNER, job_id).status == "validating_files"
     worker = workspace.worker()
     lease = worker.take()
-    assert workspace.jobs.pause(OWNER, job_id).status == "running", "until its worker has made a checkpoint"
+    assert workspace.jobs.pause(OWNER, job_id).status == "validating_files", "until its worker has made a checkpoint"
     workspace.jobs.resume(OWNER, job_id)
     worker.runs.execute(lease)
     assert workspace.job(job_id).status == "succeeded"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ def test_a_killed_workers_half_written_files_are_removed_when_the_job_resumes(
     sweep = worker.runs.begin(worker.take())
     assert sweep.step == CHECKPOINT_STEPS
     left = sorted(path.name.rsplit("-", 1)[0] for path in folder.iterdir())
-    assert left == [f"checkpoint-{CHECKPOINT_STEPS}", "checkpoint-8", "training.jsonl"], "what is new may be another's"
+    assert left == [f"checkpoint-{CHECKPOINT_STEPS}", "checkpoint-8", "data"], "what is new may be another's"
 
 
 def test_a_checkpoint_is_as_small_as_the_trained_weights(workspace: Workspace) -> None:
@@ -47,6 +48,58 @@ def test_a_checkpoint_is_as_small_as_the_trained_weights(workspace: Workspace) -
     largest = max(parameter.numel() for parameter in sweep.leader.intervention.parameters())
     for name, tensor in load_file(folder / "trial-0.safetensors").items():
         assert tensor.numel() <= largest, f"{name} is as large as the base's own matrices"
+
+
+def flipped(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def cut_short(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def emptied(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [flipped, cut_short, emptied, Path.unlink])
+@pytest.mark.parametrize("name", ["trial-0.safetensors", "trial-0.json", "sweep.json"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(
+    expiring: Workspace, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None], name: str
+) -> None:
+    expiring.create("undisturbed")
+    expiring.worker("a").work()
+    job_id = expiring.create("disturbed")
+    kill_at_step(expiring.worker("a"), monkeypatch, step=9)
+    (newest,) = (expiring.settings.data / "blobs" / "jobs" / job_id).glob(f"checkpoint-{2 * CHECKPOINT_STEPS}-*")
+    damage(newest / name)
+    expiring.worker("b").work()
+    (warning,) = warnings(expiring, job_id)
+    assert warning.startswith(f"The checkpoint at step {2 * CHECKPOINT_STEPS} ")
+    assert name in warning
+    assert f"Resumed from the checkpoint at step {CHECKPOINT_STEPS}" in expiring.messages(job_id)
+    assert expiring.job(job_id).status == "succeeded"
+    assert expiring.content_hash("disturbed") == expiring.content_hash("undisturbed")
+
+
+def test_a_job_without_a_whole_checkpoint_starts_again(expiring: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    expiring.create("undisturbed")
+    expiring.worker("a").work()
+    job_id = expiring.create("disturbed")
+    kill_at_step(expiring.worker("a"), monkeypatch, step=9)
+    for state in (expiring.settings.data / "blobs" / "jobs" / job_id).glob("checkpoint-*/trial-0.safetensors"):
+        flipped(state)
+    expiring.worker("b").work()
+    assert warnings(expiring, job_id)[-1] == "No checkpoint is whole; the job starts again"
+    assert expiring.job(job_id).status == "succeeded"
+    assert expiring.content_hash("disturbed") == expiring.content_hash("undisturbed")
+
+
+def warnings(workspace: Workspace, job_id: str) -> list[str]:
+    events = workspace.repository.events(job_id, before=None, limit=1000)
+    return [event.message for event in reversed(events) if event.level == "warn"]
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
@@ -68,7 +121,7 @@ def test_a_full_disk_fails_the_job_with_its_previous_checkpoint_intact(
     assert job.error is not None
     assert (job.status, job.error["code"]) == ("failed", "storage_full")
     left = [key.rsplit("/", 1)[-1] for key in workspace.store.blobs.children(f"jobs/{job_id}")]
-    assert [name.rsplit("-", 1)[0] for name in left] == [f"checkpoint-{CHECKPOINT_STEPS}", "training.jsonl"]
+    assert [name.rsplit("-", 1)[0] for name in left] == [f"checkpoint-{CHECKPOINT_STEPS}", "data"]
     workspace.jobs.retry(OWNER, job_id)
     workspace.worker().work()
     assert workspace.job(job_id).status == "succeeded"

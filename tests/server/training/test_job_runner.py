@@ -51,7 +51,7 @@ def test_a_worker_whose_job_was_taken_over_writes_and_publishes_nothing(expiring
     slow.runs.execute(old)
     assert expiring.messages(job_id) == events
     assert expiring.published("tone") == []
-    assert expiring.store.files.list_all(OWNER, purpose="fine-tune-results") == []
+    assert expiring.store.files.list_page(OWNER, purpose="fine-tune-results") == ([], False)
     live.runs.execute(new)
     assert (expiring.job(job_id).status, expiring.published("tone")) == ("succeeded", [1])
 
@@ -90,7 +90,8 @@ def test_a_job_killed_during_publishing_publishes_once_and_has_one_result(
     expiring.worker("b").work()
     job = expiring.job(job_id)
     assert (job.status, job.fine_tuned_model, expiring.published("tone")) == ("succeeded", "tone@1", [1])
-    assert [file.id for file in expiring.store.files.list_all(OWNER, purpose="fine-tune-results")] == job.result_files
+    results, _ = expiring.store.files.list_page(OWNER, purpose="fine-tune-results")
+    assert [file.id for file in results] == job.result_files
     assert expiring.steps(job_id) == list(range(1, STEPS + 1)), "no step was done again"
 
 

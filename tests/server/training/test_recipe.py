@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reftserve.client.schemas import Method, SupervisedHyperparameters
+from reftserve.client.schemas import FineTuningJobCreate, Method, SupervisedHyperparameters
 from reftserve.interventions import BaseFingerprint
 from reftserve.server.errors import InvalidRequest
 from reftserve.server.training.candidates import DataSize
 from reftserve.server.training.plan import Plan
-from reftserve.server.training.recipe import make_plan, token_limit
+from reftserve.server.training.recipe import make_plan, requested_method, token_limit
 
 BASE = BaseFingerprint(architecture="LlamaForCausalLM", hidden_size=64, num_layers=30, vocab_size=100)
 LABELS = DataSize(examples=160, prompt_tokens=70, completion_tokens=2)
@@ -22,7 +22,7 @@ TEXTS = DataSize(examples=5000, prompt_tokens=200, completion_tokens=150)
 
 def planned(method: dict[str, Any] | None, size: DataSize = LABELS, base: BaseFingerprint = BASE) -> Plan:
     parsed = None if method is None else Method.model_validate(method)
-    return make_plan(parsed, None, base, size, max_length=512)
+    return make_plan(parsed, base, size, max_length=512)
 
 
 def reft(**fields: Any) -> dict[str, Any]:
@@ -122,8 +122,9 @@ def test_openais_knobs_scale_the_recipe() -> None:
     def plan(factor: float, *, as_method: bool) -> Plan:
         knobs = SupervisedHyperparameters(n_epochs=3, batch_size=2, learning_rate_multiplier=factor)
         method = {"type": "supervised", "supervised": {"hyperparameters": knobs.model_dump()}}
-        parsed = Method.model_validate(method) if as_method else None
-        return make_plan(parsed, None if as_method else knobs, BASE, LABELS, max_length=512)
+        asked = {"method": method} if as_method else {"hyperparameters": knobs.model_dump()}
+        request = FineTuningJobCreate.model_validate({"model": "m", "training_file": "file-1", **asked})
+        return make_plan(requested_method(request), BASE, LABELS, max_length=512)
 
     halved = plan(0.5, as_method=True)
     assert halved == plan(0.5, as_method=False)
@@ -183,7 +184,7 @@ def test_an_invalid_field_is_refused_with_and_without_candidates(fields: dict[st
 
 def swept(sweep: dict[str, object], seed: int = 0) -> list[dict[str, object]]:
     method = Method.model_validate(reft(sweep=sweep))
-    plan = make_plan(method, None, BASE, LABELS, max_length=512, seed=seed)
+    plan = make_plan(method, BASE, LABELS, max_length=512, seed=seed)
     return [variant.model_dump(exclude_none=True) for variant in plan.sweep]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tiny_models import tiny_llama
 from training_data import examples, plan
-from workspace import OWNER, Workspace
+from workspace import Workspace
 
 from reftserve.interventions import NonFiniteError, Positions
 from reftserve.server.datasets import Splits
@@ -176,7 +176,7 @@ def test_a_sweep_is_one_job_with_its_table_in_the_provenance(tiny_llama_folder: 
     )
     workspace.worker().work()
     assert workspace.job(job_id).status == "succeeded"
-    manifest = workspace.store.interventions.get(OWNER, "tone").versions[0].manifest
+    manifest = workspace.first_version("tone").manifest
     table = manifest["provenance"]["sweep"]
     assert len(table) == 8
     best = table[0]
@@ -258,7 +258,7 @@ def test_the_choice_of_a_sweep_is_in_the_jobs_plan_and_the_provenance(tiny_llama
     workspace.worker().work()
     choices = workspace.job(job_id).plan["choices"]
     assert [choice["kept"] for choice in choices] == [2, 1], "one for each halving"
-    last, table = choices[-1], workspace.store.interventions.get(OWNER, "tone").versions[0].manifest["provenance"]
+    last, table = choices[-1], workspace.first_version("tone").manifest["provenance"]
     assert last["chosen"] == table["sweep"][0]["trial"]
     assert table["choices"] == choices
     assert last["reason"].startswith(("trial", "the validation loss of trial", "there is one validation example"))
