@@ -78,7 +78,8 @@ class LiteralTokenizer:
     def _id_of(self) -> dict[int, int]:
         """The original id of each added token by its id in the second backend."""
         texts = {index: self._names.get(index, token.content) for index, token in self._added.items()}
-        return {self._renamed.token_to_id(text): index for index, text in texts.items()}
+        renamed = ((self._renamed.token_to_id(text), index) for index, text in texts.items())
+        return {new: index for new, index in renamed if new is not None}
 
 
 def _any_of(texts: Iterable[str]) -> str:

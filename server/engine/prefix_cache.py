@@ -54,7 +54,8 @@ class BlockKeys:
 
     def _edits(self, first: int, count: int) -> dict[int, bytes]:
         """Return the edits on each edited block in [first, count)."""
-        size, found = self._block_size, defaultdict(bytes)
+        size = self._block_size
+        found: defaultdict[int, bytes] = defaultdict(bytes)
         for begin, end, edits in self._runs:
             for index in range(max(begin // size, first), min(-(-end // size), count)):
                 start = index * size
