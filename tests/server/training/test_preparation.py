@@ -52,7 +52,7 @@ def test_a_new_job_waits_to_have_its_files_checked(workspace: Workspace) -> None
     ("content", "method", "code", "says"),
     [
         (chat_lines(3), None, "too_few_examples", "3 training examples; at least 10"),
-        (chat_lines(12), {"max_length": 2}, "too_few_examples", "longer than max_length, 2 tokens"),
+        (chat_lines(12), {"max_length": 2}, "too_few_examples", "max_length, 2 tokens"),
         (chat_lines(12).replace(b'"user"', b'"system"', 1), None, "invalid_data", "line 1"),
     ],
 )
