@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import cast
 
 from reftserve.server.api.logprobs import TextLogprobs
+from reftserve.server.base.folder import Base
 from reftserve.server.engine.messages import TokenLogprobs
 
 
@@ -15,6 +18,7 @@ class Bytes:
 
 
 def test_a_character_of_several_tokens_counts_once() -> None:
-    found = TextLogprobs(Bytes()).add([TokenLogprobs(byte, -1.0, []) for byte in "a😀b".encode()])  # type: ignore[arg-type]
+    base = cast("Base", SimpleNamespace(tokenizer=Bytes()))
+    found = TextLogprobs(base).add([TokenLogprobs(byte, -1.0, []) for byte in "a😀b".encode()])
     assert found.text_offset == [0, 1, 1, 1, 1, 2]
     assert found.tokens == ["a", *(f"bytes:\\x{byte:02x}" for byte in "😀".encode()), "b"]
