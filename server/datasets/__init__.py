@@ -2,9 +2,9 @@
 
 file_store         uploads and job results
 check              the check of an upload, in a process of its own (check_process) with limits
-reading            a file's format and its rows (unpacking, text_encoding; json_rows, csv_rows, parquet_rows)
+reading            a file's format and its rows (unpacking, text_encoding; json_rows, csv_rows, parquet_rows, parquet_types)
 rows               a row's fields and the Examples that it holds (conversations, field_checks, foreign_rows, columns)
-limits             bounds on what is read
+limits             bounds on what is read;  source_location: a row's place in its file
 label_detection    whether the targets are class labels
 encoding           an Example's token ids, as serving renders them
 splits             training, validation and test parts

@@ -12,4 +12,5 @@ logits.py, sampler.py      logits to tokens                grammar_masks.py     
 token_counts.py            a sequence's tokens, for penalties
 transfers.py               copies between host and device  engine_errors.py     errors
 engine_kernels.py          whether attention and edits run by our kernels
+fair_queue.py              which waiting sequence goes next engine_folder.py    the socket, and who ran at a crash
 """

@@ -106,7 +106,7 @@ def test_every_setting_and_variable_exists(page: str) -> None:
             assert known or variable == "REFTSERVE_SERVICE_HOST", f"{page}: {variable}"
         name = re.match(r"([a-z]+(?:_[a-z]+)+)(?:: \w+| = .*)?$", text)
         if name and name[1].split("_")[0] in SETTING_PREFIXES:
-            is_code = re.search(rf'code="{name[1]}"', source("server")) is not None
+            is_code = re.search(rf'code ?= ?"{name[1]}"', source("server")) is not None
             known_name = (
                 is_code or name[1] in {*Settings.model_fields, *fields} or re.search(rf"\b{name[1]}\b", kernels())
             )
