@@ -75,7 +75,10 @@ def serve(settings: Settings) -> None:
         )
         server = GracefulServer(config, lambda: drain(services))
         logging.getLogger(__name__).info(
-            "serving %s on http://%s:%d (documentation at /docs)", services.base.name, settings.host, port
+            "serving %s on http://%s:%d (documentation at /docs)",
+            services.base.name,
+            f"[{settings.host}]" if ":" in settings.host else settings.host,
+            port,
         )
         freeze_gc()
         server.run(sockets=[listener])

@@ -2,7 +2,8 @@
 
 file_store         uploads and job results
 check              the check of an upload, in a process of its own (check_process) with limits
-reading            a file's format and its rows (unpacking, text_encoding; json_rows, csv_rows, parquet_rows, parquet_types)
+reading            a file's format and its rows (unpacking, text_encoding; json_rows, csv_rows, parquet_rows)
+parquet_types      the columns that a Parquet file may have
 rows               a row's fields and the Examples that it holds (conversations, field_checks, foreign_rows, columns)
 limits             bounds on what is read;  source_location: a row's place in its file
 label_detection    whether the targets are class labels
