@@ -315,9 +315,8 @@ def lost_database(truth: Truth, folder: Path) -> Row:
         began = time.monotonic()
         for victim in here.victims:
             victim.restart()
-        time.sleep(CALM_S)
+        wait_until(lambda: not here.server.process.is_alive() or _answers(here.url))
         if here.server.process.is_alive():
-            wait_for_answer(here.url)
             here.row.recovery_s.append(time.monotonic() - began)
             here.row.note = "starts empty and deletes nothing"
         else:
@@ -325,6 +324,13 @@ def lost_database(truth: Truth, folder: Path) -> Row:
         time.sleep(CALM_S)
         here.row.lost = [str(file) for file in blobs if not file.exists() and "jobs" not in file.parts]
     return here.row
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", timeout=1).is_success
+    except httpx.TransportError:
+        return False
 
 
 def damaged_checkpoint(kind: str, truth: Truth, folder: Path) -> Row:
