@@ -47,7 +47,8 @@ def test_help_shows_each_flag_with_its_meaning_and_its_default(command: str, nam
         assert f"Default: {setting.default}" in line
 
 
-def test_flags_reach_the_settings() -> None:
+def test_flags_reach_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("REFTSERVE_RESERVE_BYTES")  # set for all tests
     app = typer.Typer()
     received: list[Settings] = []
     app.command()(takes_settings(*settings_reference())(received.append))

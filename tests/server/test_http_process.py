@@ -11,8 +11,24 @@ import pytest
 from api_data import BASE
 from running_server import running_server
 
-# None in sys.modules makes their import fail.
-WITHOUT = "import sys\nsys.modules.update(dict.fromkeys(['torch', 'transformers', 'accelerate']))\n"
+# They can be found, as folders are checked by transformers' source, and not imported.
+WITHOUT = """
+import sys
+from importlib.machinery import PathFinder
+
+class Refused:
+    def create_module(self, spec):
+        raise ImportError(f"{spec.name} must not be imported")
+
+class Finder:
+    def find_spec(name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "transformers", "accelerate"):
+            spec = PathFinder.find_spec(name, path)
+            spec.loader = Refused()
+            return spec
+
+sys.meta_path.insert(0, Finder)
+"""
 APP = """
 from pathlib import Path
 from reftserve.client.schemas import ChatMessage
@@ -26,7 +42,7 @@ create_app(services, print)
 messages = [ChatMessage(role="user", content="hi"), ChatMessage(role="assistant", content="yes")]
 tokenizer = services.base.tokenizer
 print(tokenizer.decode(encode_rendered(tokenizer, render_chat(tokenizer, messages[:1]))))
-print(render_answer(tokenizer, messages), services.base.token_bytes(5))
+print(render_answer(tokenizer, messages), tokenizer.token_bytes(5))
 """
 COMMAND = """
 from reftserve.server.commands import app

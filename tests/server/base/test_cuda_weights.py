@@ -105,7 +105,7 @@ def test_a_model_on_the_cpu_is_not_lent() -> None:
 def test_handles_are_sent_as_plain_data(memory: Memory) -> None:
     lent = memory.lend(tiny_llama())
     assert msgspec.json.decode(msgspec.json.encode(lent), type=list[LentTensor]) == lent
-    ready = Ready(max_context=8, device="cuda", dtype="float32", lent=lent)
+    ready = Ready(max_context=8, device="cuda", dtype="float32", max_sequences=4, block_size=16, lent=lent)
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(ready), type=FromEngine) == ready
 
 

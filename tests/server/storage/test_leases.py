@@ -76,7 +76,7 @@ def test_a_paused_or_ended_job_is_not_taken(database: Database, log: JobReposito
 WRITES: dict[str, Callable[[JobRepository, Lease[Job]], object]] = {
     "an event": lambda log, lease: log.event(lease, "late"),
     "progress": lambda log, lease: log.progress(lease, "late", {"step": 1}, estimated_finish=1),
-    "a checkpoint": lambda log, lease: log.checkpoint(lease, 1, "jobs/late", {}),
+    "a checkpoint": lambda log, lease: log.checkpoint(lease, 1, "jobs/late", {}, {}),
     "a pause": lambda log, lease: log.pause(lease, "late"),
     "the end": lambda log, lease: log.end(lease, "failed", "late", error={"code": "late"}),
     "the poll": lambda log, lease: log.pause_requested(lease),
@@ -135,9 +135,9 @@ def test_only_the_last_two_checkpoints_keep_files_and_a_checkpoint_resets_the_at
     leases = Leases(database, Job, "a", lease_s=LONG_S)
     lease = leases.take()
     assert lease is not None
-    assert [log.checkpoint(lease, step, f"jobs/{step}", {}) for step in (4, 8, 12)] == [[], [], ["jobs/4"]]
+    assert [log.checkpoint(lease, step, f"jobs/{step}", {}, {}) for step in (4, 8, 12)] == [[], [], ["jobs/4"]]
     assert [(row.step, row.kept) for row in log.checkpoints(job_id)] == [(12, True), (8, True), (4, False)]
-    assert log.checkpoint(lease, 12, "jobs/12-again", {}) == ["jobs/12"]
+    assert log.checkpoint(lease, 12, "jobs/12-again", {}, {}) == ["jobs/12"]
     assert [(row.path, row.kept) for row in log.checkpoints(job_id)][:2] == [("jobs/12-again", True), ("jobs/8", True)]
     assert log.get(job_id).attempts == 0
 

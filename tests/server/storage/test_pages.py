@@ -27,7 +27,7 @@ def database(database_url: str) -> Database:
 
 @pytest.fixture
 def jobs(database: Database) -> JobService:
-    return JobService(SimpleNamespace(database=database), SimpleNamespace())  # type: ignore[arg-type]
+    return JobService(SimpleNamespace(database=database), SimpleNamespace(), SimpleNamespace())  # type: ignore[arg-type]
 
 
 @pytest.fixture
