@@ -86,7 +86,11 @@ class Bank:
         spans: list[EditSpan] = []
         pinned: list[str] = []
         for intervention, scale in interventions:
-            slot = self._hot(intervention)
+            try:
+                slot = self._hot(intervention)
+            except Exception:
+                self._unpin(pinned)
+                raise
             if slot is None:
                 self._unpin(pinned)
                 return None

@@ -152,6 +152,8 @@ class Engine:
         computed, generated = self._prompt_tokens, self._generated_tokens
         step, self._in_flight = self._in_flight, None
         batch = self.scheduler.schedule() if step is None else step.batch
+        while self.scheduler.broken:
+            self._end_failed(self.scheduler.broken.pop())
         if batch.chunks:
             try:
                 self._compute(batch, step)
@@ -211,9 +213,12 @@ class Engine:
             raise
         self.scheduler.abandon(batch)
         for chunk in batch.chunks:
-            request = chunk.sequence.parent or chunk.sequence
-            if request.request_id in self._sequences:
-                self._end(request, TokenOutput(request.request_id, [], "failed", FAILED))
+            self._end_failed(chunk.sequence)
+
+    def _end_failed(self, sequence: Sequence) -> None:
+        request = sequence.parent or sequence
+        if request.request_id in self._sequences:
+            self._end(request, TokenOutput(request.request_id, [], "failed", FAILED))
 
     def _launch(self, batch: Batch, token_ids: Tensor | None = None) -> InFlightStep:
         logits = self.runner.step(batch, token_ids)

@@ -39,6 +39,7 @@ class FairQueue:
     def __init__(self) -> None:
         self._clients: OrderedDict[str, _Client] = OrderedDict()
         self._length = 0
+        self._floor = 0.0  # the counter of the client that left last, where all begin that find nobody
 
     def __len__(self) -> int:
         """Return the number of waiting sequences."""
@@ -54,7 +55,7 @@ class FairQueue:
         entry = self._clients.setdefault(sequence.client, _Client())
         if entry.active == 0:
             active = (each.tokens for each in self._clients.values() if each.active)
-            entry.tokens = max(entry.tokens, min(active, default=0.0))
+            entry.tokens = max(entry.tokens, min(active, default=self._floor))
             self._clients.move_to_end(sequence.client)
         entry.active += 1
         self.push(sequence)
@@ -90,6 +91,7 @@ class FairQueue:
         entry.active -= 1
         if sequence.charged:
             entry.tokens += len(sequence.token_ids) - sequence.charged
+        self._floor = entry.tokens
         while len(self._clients) > REMEMBERED_CLIENTS:
             idle = next((name for name, each in self._clients.items() if each.active == 0), None)
             if idle is None:

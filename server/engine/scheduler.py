@@ -13,6 +13,7 @@ the forks then reuse blocks still in the prefix cache and recompute the rest.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -22,6 +23,9 @@ from reftserve.server.engine.block_allocator import BlockAllocator
 from reftserve.server.engine.engine_errors import RequestRefused
 from reftserve.server.engine.fair_queue import FairQueue, order_of
 from reftserve.server.engine.sequence import Sequence, Status
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,7 @@ class Scheduler:
         self.prefix_cache = prefix_cache
         self.preemptions = 0
         self.admissions = 0
+        self.broken: list[Sequence] = []
 
     def check(self, sequence: Sequence) -> None:
         """Raise RequestRefused when the sequence cannot run even alone."""
@@ -120,10 +125,12 @@ class Scheduler:
         now = time.monotonic() if self.waiting else 0.0
         while self.waiting and budget > 0:
             sequence = self.waiting.first(now)
-            if len(self.running) < self.max_sequences and self._admit(sequence, budget, copied):
+            if len(self.running) < self.max_sequences and self._can_admit(sequence, budget, copied):
                 stop = sequence.n_computed + min(sequence.n_uncomputed, budget)
                 planned.append(Chunk(sequence, sequence.n_computed, stop))
                 budget -= stop - sequence.n_computed
+            elif sequence in self.broken:
+                continue
             elif (crowding := self._crowding_out(sequence, now)) is not None:
                 self._preempt(crowding)
             else:
@@ -202,6 +209,16 @@ class Scheduler:
         self.allocator.distrust(batch.stale_blocks)
         for chunk in batch.chunks:
             self.allocator.distrust(chunk.sequence.block_table)
+
+    def _can_admit(self, sequence: Sequence, budget: int, copied: list[tuple[int, int]]) -> bool:
+        """Admit a waiting sequence if there is room. One whose admission raises leaves the queue, for `broken`."""
+        try:
+            return self._admit(sequence, budget, copied)
+        except Exception:
+            logger.exception("a request could not be admitted")
+            self.finish(sequence)
+            self.broken.append(sequence)
+            return False
 
     def _admit(self, sequence: Sequence, budget: int, copied: list[tuple[int, int]]) -> bool:
         parent, size = sequence.parent, self.allocator.block_size

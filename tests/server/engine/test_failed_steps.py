@@ -71,6 +71,26 @@ def test_infinities_that_a_failed_step_left_in_blocks_reach_nobody(
     engine.close()
 
 
+def test_a_request_whose_admission_fails_ends_and_others_run(
+    tiny_llama_folder: Path, artifacts: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(tiny_llama_folder)
+
+    def out_of_memory(*_: object) -> None:
+        raise MemoryError("no room on the device")
+
+    monkeypatch.setattr(engine.runner.bank, "_hot", out_of_memory)
+    engine.submit(request("poison", PROMPT, uses=[(artifacts[1], 1.0)]))
+    engine.submit(request("clean", PROMPT, max_tokens=5))
+    run = run_until_done(engine)
+    assert {name: output.finish_reason for name, output in run.finished.items()} == {
+        "poison": "failed",
+        "clean": "length",
+    }
+    assert engine.stats().kv_blocks_used == 0
+    engine.close()
+
+
 def test_an_engine_whose_every_step_fails_ends(tiny_llama_folder: Path) -> None:
     engine = make_engine(tiny_llama_folder, max_sequences=1)
     for number in range(MAX_FAILED_STEPS + 1):

@@ -148,6 +148,17 @@ def test_a_client_that_returns_has_saved_nothing_up() -> None:
     assert Counter(served(queue).client for _ in range(4)) == {"busy": 2, "quiet": 2}
 
 
+def test_a_client_that_was_busy_alone_does_not_pay_for_it_later() -> None:
+    queue = FairQueue()
+    for number in range(100):
+        queue.arrive(sequence("early", number))
+        queue.leave(served(queue))
+    for number in range(100, 120):
+        queue.arrive(sequence("newcomer", number))
+    queue.arrive(sequence("early", 200))
+    assert "early" in [served(queue).client for _ in range(2)]
+
+
 def test_counters_of_idle_clients_are_forgotten_in_time() -> None:
     queue = FairQueue()
     for number in range(2 * REMEMBERED_CLIENTS):
