@@ -36,10 +36,11 @@ async def create_chat_completion(
     """Generate the next turn of a conversation, with the base or an intervention."""
     if body.max_tokens is not None and body.max_completion_tokens is not None:
         raise InvalidRequest("give max_completion_tokens or max_tokens, not both", param="max_tokens")
+    context = await inference.open(owner, client, body, num_sequences=body.n or 1)
     prompt = await inference.chat_prompt(body.messages)
     limit = body.max_completion_tokens or body.max_tokens
     generation = await inference.prepare(
-        owner, client, body, [prompt], id_prefix="chatcmpl", prompt_field="messages", max_tokens=limit
+        context, body, [prompt], id_prefix="chatcmpl", prompt_field="messages", max_tokens=limit
     )
     if body.stream:
         return event_stream(_chunks(inference, body, generation))

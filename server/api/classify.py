@@ -38,8 +38,8 @@ async def classify(
     body: ClassifyRequest, request: Request, inference: Inference, owner: Owner, client: ClientName
 ) -> Classification:
     """Score each label as the answer to each input, with the base or an intervention."""
+    context = await inference.open(owner, client, body, num_sequences=_num_inputs(body))
     prompts = await run_in_threadpool(_encode, inference, body)
-    context = await inference.open(owner, client, body, num_sequences=len(prompts))
     request_id = f"classify-{uuid.uuid4().hex}"
     scoring = inference.score(
         context, request_id, prompts, prompt_field="input" if body.messages is None else "messages"
@@ -52,6 +52,12 @@ async def classify(
         data=[_classified(body, index, score.logprobs) for index, score in enumerate(scores)],
         usage=_usage(prompts, scores),
     )
+
+
+def _num_inputs(body: ClassifyRequest) -> int:
+    if body.messages is None:
+        return len(body.input) if isinstance(body.input, list) else 1
+    return len(_chats(body.messages))
 
 
 def _encode(inference: InferenceService, body: ClassifyRequest) -> list[LabelledPrompt]:

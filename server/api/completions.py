@@ -32,27 +32,34 @@ async def create_completion(
     body: CompletionRequest, request: Request, inference: Inference, owner: Owner, client: ClientName
 ) -> Response | Completion:
     """Continue a text, with the base or an intervention."""
-    prompts = await run_in_threadpool(_encode, inference, body)
+    given = _prompts(body)
+    context = await inference.open(owner, client, body, num_sequences=len(given) * (body.n or 1))
+    prompts = await run_in_threadpool(_encode, inference, given)
     limit = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     generation = await inference.prepare(
-        owner, client, body, prompts, id_prefix="cmpl", prompt_field="prompt", max_tokens=limit
+        context, body, prompts, id_prefix="cmpl", prompt_field="prompt", max_tokens=limit
     )
     if body.stream:
         return event_stream(_chunks(inference, body, generation))
     return await unless_disconnected(request, _complete(inference, body, generation))
 
 
-def _encode(inference: InferenceService, body: CompletionRequest) -> list[list[int]]:
+def _prompts(body: CompletionRequest) -> list[str | list[int]]:
+    """Return the prompts, each a text or token ids."""
     prompt = body.prompt
     given: list[str | list[int]]
     if isinstance(prompt, str):
         given = [prompt]
-    elif prompt and all(isinstance(token, int) for token in prompt):
+    elif prompt and isinstance(prompt[0], int):
         given = [[token for token in prompt if isinstance(token, int)]]
     else:
         given = [item for item in prompt if isinstance(item, (str, list))]
     if not 1 <= len(given) <= MAX_PROMPTS:
         raise InvalidRequest(f"{len(given)} prompts; expected 1 to {MAX_PROMPTS}", param="prompt")
+    return given
+
+
+def _encode(inference: InferenceService, given: list[str | list[int]]) -> list[list[int]]:
     for item in given:
         if isinstance(item, str):
             inference.check_characters(len(item), "prompt")

@@ -55,7 +55,7 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(ServerError, _server_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(SQLAlchemyError, _database_error)
+    app.add_exception_handler(SQLAlchemyError, _unexpected_error)
     app.add_exception_handler(Exception, _unexpected_error)
 
 
@@ -139,20 +139,20 @@ def _allowed_methods(request: Request) -> list[str]:
     return sorted(found | ({"HEAD"} if "GET" in found else set()))
 
 
-async def _database_error(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, SQLAlchemyError)  # noqa: S101 - registered for it alone
-    if not is_unavailable(error):
-        return await _unexpected_error(request, error)
-    logger.error("%s %s: the database is unavailable: %s", request.method, request.url.path, error)
-    away = "the database is locked, away or damaged; the server's log has the reason"
-    return await _server_error(
-        request, Unavailable(away, code="database_unavailable", retry_after_s=DATABASE_RETRY_AFTER_S)
-    )
-
-
 async def _unexpected_error(request: Request, error: Exception) -> JSONResponse:
-    logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    return error_answer(500, "internal error; see the server's log", "server_error", None, "internal_error")
+    return await _server_error(request, as_server_error(error))
+
+
+def as_server_error(error: Exception) -> ServerError:
+    """Return any exception as one of the server's errors, and log it unless it is one."""
+    if isinstance(error, ServerError):
+        return error
+    if isinstance(error, SQLAlchemyError) and is_unavailable(error):
+        logger.error("the database is unavailable: %s", error)
+        away = "the database is locked, away or damaged; the server's log has the reason"
+        return Unavailable(away, code="database_unavailable", retry_after_s=DATABASE_RETRY_AFTER_S)
+    logger.error("a request failed", exc_info=error)
+    return ServerError("internal error; see the server's log")
 
 
 def _body(message: str, kind: str, param: str | None, code: str) -> ErrorBody:

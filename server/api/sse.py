@@ -11,8 +11,8 @@ from fastapi import Request
 from pydantic import BaseModel
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
-from reftserve.server.api.error_responses import error_body
-from reftserve.server.errors import ClientLeft, ServerError
+from reftserve.server.api.error_responses import as_server_error, error_body
+from reftserve.server.errors import ClientLeft
 
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
@@ -28,8 +28,8 @@ def event_stream(chunks: AsyncGenerator[M], *, id_of: Callable[[M], str] | None 
             try:
                 async for chunk in source:
                     yield _event(chunk) if id_of is None else f"id: {id_of(chunk)}\n".encode() + _event(chunk)
-            except ServerError as cause:
-                yield _event(error_body(cause))
+            except Exception as cause:
+                yield _event(error_body(as_server_error(cause)))
         yield b"data: [DONE]\n\n"
 
     return EventSourceResponse(lines(), ping=KEEP_ALIVE_S, ping_message_factory=_KeepAlive, sep="\n")

@@ -24,7 +24,6 @@ from reftserve.server.engine.engine_errors import RequestRefused
 from reftserve.server.engine.fair_queue import FairQueue, order_of
 from reftserve.server.engine.sequence import Sequence, Status
 
-
 logger = logging.getLogger(__name__)
 
 

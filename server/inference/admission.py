@@ -11,16 +11,18 @@ the places, decide how long it waits.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from reftserve.server.engine.messages import EngineStats, Ready, Submit
+from reftserve.server.engine.messages import EngineStats, Ready, Submit, TokenOutput
 from reftserve.server.errors import Overloaded
 
 FADE_PER_S = 0.95  # how much of a measurement counts after another second of steps
 LENGTH_FADE = 0.98  # how much of the mean answer's length counts after another answer
 LONGEST_RETRY_S = 60.0
+RESERVED_S = 10.0  # for names, prompts and grammars on the way to the engine
 
 
 class TokenCosts:
@@ -66,6 +68,15 @@ class _Load:
         self.answer += answer
 
 
+@dataclass(eq=False)
+class Reservation:
+    """Places of admitted requests until they reach the engine. left: requests; until: when the rest is given up."""
+
+    client: str
+    left: int
+    until: float
+
+
 class Admission:
     """Estimates waits and refuses requests. max_queue: requests in the engine at once. max_wait_s: the longest wait."""
 
@@ -76,11 +87,23 @@ class Admission:
         self._seen: EngineStats | None = None
         self._clients: dict[str, _Load] = {}
         self._all = _Load()
+        self._reservations: set[Reservation] = set()
+        self._sizes = (1.0, 1.0)  # prompt and answer of a waiting request, in tokens
         self._mean_answer: float | None = None
 
-    def require_place(self, client: str, count: int, ready: Ready, stats: EngineStats | None) -> None:
-        """Raise Overloaded when a client's next `count` requests would wait too long, or are too many."""
-        total = self._all.waiting + self._all.running
+    @property
+    def num_reserved(self) -> int:
+        """Return the number of admitted requests that have not reached the engine."""
+        return sum(each.left for each in self._reservations)
+
+    def reserve(self, client: str, count: int, ready: Ready, stats: EngineStats | None) -> Reservation:
+        """Return places for a client's next `count` requests, which `track` takes.
+
+        Raises Overloaded when they would wait too long, or are too many.
+        """
+        now = time.monotonic()
+        self._reservations = {each for each in self._reservations if each.until > now}
+        total = self._all.waiting + self._all.running + self.num_reserved
         if total + count > self._max_queue:
             message = f"{total} requests wait or run, and {self._max_queue} is the limit (max_queue)"
             raise Overloaded(message, retry_after_s=1.0)
@@ -91,38 +114,51 @@ class Admission:
                 "(max_wait_s); try again later",
                 retry_after_s=min(LONGEST_RETRY_S, max(1.0, wait_s - self._max_wait_s)),
             )
+        reservation = Reservation(client, count, now + RESERVED_S)
+        self._reservations.add(reservation)
+        return reservation
 
     def expected_wait_s(self, client: str, count: int, ready: Ready, stats: EngineStats | None) -> float:
         """Return the seconds until the last of a client's next `count` requests has its first token."""
         self._observe(stats)
-        costs, everyone = self._costs.get(), self._all
-        if stats is None or costs is None or everyone.waiting == 0:
+        costs, everyone, reserved = self._costs.get(), self._all, self.num_reserved
+        if stats is None or costs is None or everyone.waiting + reserved == 0:
             return 0.0
+        if everyone.waiting:
+            self._sizes = everyone.prompt / everyone.waiting, everyone.answer / everyone.waiting
+        prompt, answer = self._sizes
         prompt_s, generated_s = costs
         prompt_s *= stats.prompt_tokens / max(1, stats.prompt_tokens + stats.cached_prompt_tokens)
-        prompt, answer = everyone.prompt / everyone.waiting, everyone.answer / everyone.waiting
         blocks = math.ceil((prompt + answer) / ready.block_size)
         places = max(1, min(ready.max_sequences, stats.kv_blocks_total // blocks))
-        if everyone.running + everyone.waiting + count <= places:
-            return everyone.prompt * prompt_s
+        if everyone.running + everyone.waiting + reserved + count <= places:
+            return (everyone.waiting + reserved) * prompt * prompt_s
         own = self._clients.get(client, _Load())
-        clients = len(self._clients) + (client not in self._clients)
-        beyond = own.running + own.waiting + count - places / clients
+        own_reserved = sum(each.left for each in self._reservations if each.client == client)
+        clients = len({*self._clients, client, *(each.client for each in self._reservations)})
+        beyond = own.running + own.waiting + own_reserved + count - places / clients
         return max(0.0, beyond) * clients * (prompt * prompt_s + answer * generated_s)
 
     @contextmanager
-    def track(self, submit: Submit) -> Iterator[Callable[[int], None]]:
-        """Count a request while inside; yield a function that takes the number of its new tokens."""
+    def track(self, submit: Submit, reservation: Reservation | None = None) -> Iterator[Callable[[TokenOutput], None]]:
+        """Count a request while inside; yield a function that takes its outputs. reservation: with its place."""
+        if reservation is not None:
+            reservation.left -= 1
+            if reservation.left <= 0:
+                self._reservations.discard(reservation)
         prompt, answer = len(submit.prompt_ids), self._expected_answer(submit.sampling.max_tokens)
         generated = -1  # no output yet
         self._count(submit.client, 1, 0, prompt, answer)
 
-        def advance(tokens: int) -> None:
+        def advance(output: TokenOutput) -> None:
             nonlocal generated
             if generated < 0:
                 generated = 0
                 self._count(submit.client, -1, 1, -prompt, -answer)
-            generated += tokens
+            generated += len(output.token_ids)
+            if output.finish_reason is not None and submit.sampling.max_tokens > 0:
+                mean = generated if self._mean_answer is None else self._mean_answer
+                self._mean_answer = LENGTH_FADE * mean + (1 - LENGTH_FADE) * generated
 
         try:
             yield advance
@@ -131,8 +167,6 @@ class Admission:
                 self._count(submit.client, -1, 0, -prompt, -answer)
             else:
                 self._count(submit.client, 0, -1, 0, 0)
-                mean = generated if self._mean_answer is None else self._mean_answer
-                self._mean_answer = LENGTH_FADE * mean + (1 - LENGTH_FADE) * generated
 
     def _expected_answer(self, max_tokens: int) -> int:
         return max_tokens if self._mean_answer is None else min(max_tokens, math.ceil(self._mean_answer))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import sys
 import tempfile
 from collections.abc import AsyncGenerator, Awaitable
@@ -32,6 +33,7 @@ from reftserve.server.engine.messages import (
     TokenOutput,
 )
 
+logger = logging.getLogger(__name__)
 STOP_TIMEOUT_S = 5.0
 
 
@@ -108,7 +110,13 @@ class EngineClient:
         if not ended.done() and self._process is not None:
             self._process.kill()
         code = await ended
-        running = read_running(Path(self._folder.name)) if self._folder is not None else set()
+        if receiver is not ended and receiver.done() and not receiver.cancelled() and receiver.exception():
+            logger.error("the engine was ended, because its messages cannot be read: %s", receiver.exception())
+        try:
+            running = read_running(Path(self._folder.name)) if self._folder is not None else set()
+        except (OSError, ValueError) as cause:
+            logger.warning("the engine's record of running requests cannot be read: %s", cause)
+            running = set()
         self._close()
         for request_id, queue in self._queues.items():
             reason = "died" if request_id in running else "lost"
@@ -138,8 +146,15 @@ class EngineClient:
         queue: asyncio.Queue[TokenOutput] = asyncio.Queue()
         self._queues[request.request_id] = queue
         finished = False
+        socket = self._socket
         try:
-            await self._send(request)
+            try:
+                await self._send(request)
+            except asyncio.CancelledError:
+                if socket is self._socket:
+                    raise
+                # The socket was closed because the engine had ended; nobody cancelled the request.
+                raise EngineDied("the engine has ended") from None
             while not finished:
                 output = await queue.get()
                 finished = output.finish_reason is not None

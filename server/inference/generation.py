@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from reftserve.client.schemas import FinishReason, PromptTokensDetails, Usage
 from reftserve.server.engine.messages import SamplingParams, TokenLogprobs
+from reftserve.server.inference.admission import Reservation
 from reftserve.server.registry.composition import Composition
 
 
@@ -15,7 +16,7 @@ class RequestContext:
     """Everything about a request except its tokens. versions: interventions and scales. priority: lower goes first.
 
     client: the engine is fair among clients. cache_salt: prefixes are shared only under equal salts.
-    is_metered: whether metrics and admission count it; evaluations are not counted.
+    is_metered: whether metrics and admission count it; evaluations are not counted. reservation: its places.
     """
 
     versions: Composition
@@ -24,6 +25,7 @@ class RequestContext:
     priority: int = 0
     timeout_s: float | None = None
     is_metered: bool = True
+    reservation: Reservation | None = None
 
 
 @dataclass(frozen=True)

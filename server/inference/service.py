@@ -1,7 +1,7 @@
 """The door to the engine: check and prepare a request, stream its answers, score texts.
 
-    open      admission, names -> immutable versions (RequestContext); by `prepare` and by /v1/classify
-    prepare   open, sampling, grammar, prompt -> Generation
+    open      admission, names -> immutable versions (RequestContext)
+    prepare   sampling, grammar, prompt -> Generation
     stream    pin versions -> submit n sequences -> detokenise -> pieces;   collect: the same, whole
     score     pin versions -> submit prompts with continuations -> log-probabilities
     complete  the greedy answer to one prompt, for evaluations
@@ -87,7 +87,7 @@ class InferenceService:
         self._metrics = metrics
         self._limits = limits
         self._admission = Admission(max_queue=limits.max_queue, max_wait_s=limits.max_wait_s)
-        self._is_stopping = False
+        self._is_stopping = self._is_drained = False
 
     @property
     def is_ready(self) -> bool:
@@ -98,8 +98,9 @@ class InferenceService:
         """Refuse new requests; let those in the engine end, and fail them with Unavailable after `grace_s` seconds."""
         self._is_stopping = True
         until = time.monotonic() + grace_s
-        while self._engine.num_requests and time.monotonic() < until:
+        while self._engine.num_requests + self._admission.num_reserved and time.monotonic() < until:
             await asyncio.sleep(DRAIN_POLL_S)
+        self._is_drained = True
         self._engine.end_requests(STOPPING)
 
     async def chat_prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
@@ -126,8 +127,11 @@ class InferenceService:
     async def open(
         self, owner: str, client: str, request: GenerationFields | ClassifyRequest, *, num_sequences: int
     ) -> RequestContext:
-        """Check for room and resolve interventions. Raises Unavailable, Overloaded, NotFound or InvalidRequest."""
-        self._admission.require_place(client, num_sequences, self._ready(), self._engine.stats)
+        """Reserve places and resolve interventions, before prompts are encoded.
+
+        Raises Unavailable, Overloaded, NotFound or InvalidRequest.
+        """
+        reservation = self._admission.reserve(client, num_sequences, self._ready(), self._engine.stats)
         versions = await run_in_threadpool(
             resolve_composition,
             self._registry,
@@ -138,12 +142,11 @@ class InferenceService:
             limit=self._limits.max_interventions,
         )
         salt = cache_salt(owner, request.cache_salt)
-        return RequestContext(versions, client, salt, request.priority or 0, request.timeout)
+        return RequestContext(versions, client, salt, request.priority or 0, request.timeout, reservation=reservation)
 
     async def prepare(
         self,
-        owner: str,
-        client: str,
+        context: RequestContext,
         request: GenerationFields,
         prompts: list[list[int]],
         *,
@@ -151,12 +154,11 @@ class InferenceService:
         prompt_field: str,
         max_tokens: int | None,
     ) -> Generation:
-        """Check a request against the server's state. Raises as `open` does.
+        """Check a request against the server's state. Raises InvalidRequest or Unavailable. context: `open`'s.
 
         max_tokens: None fills the context. prompt_field: the field that errors about the prompt name.
         """
         n = request.n or 1
-        context = await self.open(owner, client, request, num_sequences=n * len(prompts))
         check_sampling(request, self.base, self._limits.max_stop_strings)
         grammar = await run_in_threadpool(grammar_of, request)
         params = []
@@ -221,7 +223,7 @@ class InferenceService:
             for index, prompt in enumerate(prompts)
         ]
         with self.pinned(context), self._metrics.request(is_metered=context.is_metered):
-            outputs = await _together(self._last_output(submit, is_counted=context.is_metered) for submit in submits)
+            outputs = await _together(self._last_output(context, submit) for submit in submits)
         return [ScoredPrompt(output.continuation_logprobs, output.cached_tokens) for output in outputs]
 
     async def complete(self, context: RequestContext, request_id: str, prompt: list[int], *, max_tokens: int) -> str:
@@ -239,8 +241,9 @@ class InferenceService:
         """Keep the versions' files while inside. Raises NotFound when one has been deleted since it was resolved."""
         return pinned(self._registry, context.versions)
 
-    def _ready(self) -> Ready:
-        if self._is_stopping:
+    def _ready(self, *, has_begun: bool = False) -> Ready:
+        """Return the engine's sizes. has_begun: the request was there before the server began to stop."""
+        if self._is_drained or (self._is_stopping and not has_begun):
             raise Unavailable(STOPPING, code="server_stopping", retry_after_s=RETRY_AFTER_S)
         if self._engine.ready is None:
             raise Unavailable("the engine is not ready", retry_after_s=RETRY_AFTER_S)
@@ -290,9 +293,11 @@ class InferenceService:
             sibling=sibling,
         )
 
-    async def _outputs(self, submit: Submit, *, is_counted: bool) -> AsyncGenerator[TokenOutput]:
-        """Yield the engine's outputs, its failures as the server's errors. is_counted: by admission."""
-        tracked = self._admission.track(submit) if is_counted else contextlib.nullcontext()
+    async def _outputs(self, context: RequestContext, submit: Submit) -> AsyncGenerator[TokenOutput]:
+        """Yield the engine's outputs, its failures as the server's errors."""
+        self._ready(has_begun=True)
+        is_counted = context.is_metered
+        tracked = self._admission.track(submit, context.reservation) if is_counted else contextlib.nullcontext()
         try:
             with tracked as advance:
                 async with contextlib.aclosing(self._engine.generate(submit)) as outputs:
@@ -300,7 +305,7 @@ class InferenceService:
                         if output.error is not None:
                             raise _server_error(output)
                         if advance is not None:
-                            advance(len(output.token_ids))
+                            advance(output)
                         yield output
         except EngineDied as cause:
             if cause.was_running:
@@ -308,8 +313,8 @@ class InferenceService:
                 raise EngineFailed(message, code="engine_died") from cause
             raise Unavailable(str(cause), code="engine_died", retry_after_s=RETRY_AFTER_S) from cause
 
-    async def _last_output(self, submit: Submit, *, is_counted: bool) -> TokenOutput:
-        async with contextlib.aclosing(self._outputs(submit, is_counted=is_counted)) as outputs:
+    async def _last_output(self, context: RequestContext, submit: Submit) -> TokenOutput:
+        async with contextlib.aclosing(self._outputs(context, submit)) as outputs:
             return [output async for output in outputs][-1]
 
     async def _answer(self, generation: Generation, index: int) -> AsyncGenerator[Piece]:
@@ -324,8 +329,7 @@ class InferenceService:
             hidden_token_ids=params.stop_token_ids,
             min_tokens=params.min_tokens,
         )
-        is_counted = generation.context.is_metered
-        async with contextlib.aclosing(self._outputs(submit, is_counted=is_counted)) as outputs:
+        async with contextlib.aclosing(self._outputs(generation.context, submit)) as outputs:
             async for output in outputs:
                 text = detokenizer.add(output.token_ids, last=output.finish_reason is not None)
                 reason: FinishReason | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -11,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reftserve.server.engine.messages import EngineStats, Ready, SamplingParams, Submit
+from reftserve.server.engine.messages import EngineStats, Ready, SamplingParams, Submit, TokenOutput
 from reftserve.server.errors import Overloaded
-from reftserve.server.inference.admission import Admission, TokenCosts
+from reftserve.server.inference.admission import RESERVED_S, Admission, TokenCosts
 
 READY = Ready(max_context=2048, device="cpu", dtype="float32", max_sequences=4, block_size=16)
 IDLE = EngineStats(*[0] * 11, full_s=0.0, full_prompt_tokens=0, full_generated_tokens=0)
@@ -43,7 +44,7 @@ class Server:
             self.admission.expected_wait_s("", 1, READY, stats)
         return stats
 
-    def wait(self, client: str, count: int = 1) -> Callable[[int], None]:
+    def wait(self, client: str, count: int = 1) -> Callable[[TokenOutput], None]:
         """Put requests into the queue; return the last one's `advance`."""
         for _ in range(count):
             submit = Submit("id", [1] * PROMPT, SamplingParams(max_tokens=ANSWER), client=client)
@@ -52,7 +53,7 @@ class Server:
 
     def run(self, client: str, count: int) -> None:
         for _ in range(count):
-            self.wait(client)(1)
+            self.wait(client)(TokenOutput("id", [1]))
 
 
 @pytest.fixture
@@ -64,7 +65,7 @@ def server() -> Iterator[Server]:
 
 def test_nothing_is_refused_before_the_engine_was_full_once(server: Server) -> None:
     server.wait("a", 500)
-    server.admission.require_place("a", 1, READY, IDLE)
+    server.admission.reserve("a", 1, READY, IDLE)
 
 
 def test_a_request_that_finds_a_place_waits_for_prompts_only(server: Server) -> None:
@@ -79,19 +80,43 @@ def test_a_request_waits_for_those_ahead_of_it_beyond_the_places(server: Server)
     server.run("a", 4)
     server.wait("a", 6)
     assert server.admission.expected_wait_s("a", 1, READY, stats) == pytest.approx(7 * SECONDS)
-    server.admission.require_place("a", 3, READY, stats)
-    with pytest.raises(Overloaded, match=r"after about 11 s, and 10 s is the limit") as refused:
-        server.admission.require_place("a", 5, READY, stats)
-    assert refused.value.retry_after_s == pytest.approx(1.0)
+    server.admission.reserve("a", 3, READY, stats)
+    with pytest.raises(Overloaded, match=r"after about 14 s, and 10 s is the limit") as refused:
+        server.admission.reserve("a", 5, READY, stats)
+    assert refused.value.retry_after_s == pytest.approx(4.0)
+
+
+def test_admitted_requests_count_before_they_reach_the_engine(server: Server) -> None:
+    stats = server.measure()
+    server.run("a", 4)
+    server.wait("a")
+    places = server.admission.reserve("a", 9, READY, stats)
+    with pytest.raises(Overloaded):
+        server.admission.reserve("a", 1, READY, stats)
+    server.admission.reserve("quiet", 1, READY, stats)
+    submit = Submit("id", [1] * PROMPT, SamplingParams(max_tokens=ANSWER), client="a")
+    for _ in range(9):
+        with server.admission.track(submit, places):
+            pass
+    server.admission.reserve("a", 1, READY, stats)
+
+
+def test_places_of_requests_that_never_came_are_given_up(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.admission.reserve("a", 1000, READY, IDLE)
+    with pytest.raises(Overloaded):
+        server.admission.reserve("a", 1, READY, IDLE)
+    later = time.monotonic() + RESERVED_S + 1
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    server.admission.reserve("a", 1000, READY, IDLE)
 
 
 def test_another_clients_flood_does_not_shut_a_client_out(server: Server) -> None:
     stats = server.measure()
     server.run("flood", 4)
     server.wait("flood", 100)
-    server.admission.require_place("quiet", 2, READY, stats)
+    server.admission.reserve("quiet", 2, READY, stats)
     with pytest.raises(Overloaded):
-        server.admission.require_place("flood", 1, READY, stats)
+        server.admission.reserve("flood", 1, READY, stats)
 
 
 def test_a_small_cache_means_fewer_places(server: Server) -> None:
@@ -114,7 +139,7 @@ def test_short_answers_shorten_the_wait(server: Server) -> None:
     stats = server.measure()
     for _ in range(500):
         with server.admission.track(Submit("id", [1], SamplingParams(max_tokens=ANSWER))) as advance:
-            advance(5)
+            advance(TokenOutput("id", [1] * 5, "length"))
     server.run("a", 4)
     server.wait("a", 1)
     assert server.admission.expected_wait_s("a", 1, READY, stats) < 0.5 * 2 * SECONDS
@@ -123,7 +148,7 @@ def test_short_answers_shorten_the_wait(server: Server) -> None:
 def test_more_requests_than_the_queue_holds_are_refused(server: Server) -> None:
     server.wait("a", 1000)
     with pytest.raises(Overloaded, match=r"1000 requests wait or run, and 1000 is the limit"):
-        server.admission.require_place("b", 1, READY, IDLE)
+        server.admission.reserve("b", 1, READY, IDLE)
 
 
 def test_requests_that_left_are_not_counted() -> None:
@@ -131,7 +156,7 @@ def test_requests_that_left_are_not_counted() -> None:
     with server.stack:
         server.wait("a", 5)
         server.run("b", 5)
-    server.admission.require_place("a", 10, READY, IDLE)
+    server.admission.reserve("a", 10, READY, IDLE)
 
 
 @given(st.floats(1e-5, 1e-1), st.floats(1e-5, 1e-1), st.lists(st.tuples(st.integers(0, 512), st.integers(0, 64))))
