@@ -90,12 +90,12 @@ def test_admitted_requests_count_before_they_reach_the_engine(server: Server) ->
     stats = server.measure()
     server.run("a", 4)
     server.wait("a")
-    places = server.admission.reserve("a", 9, READY, stats)
+    places = server.admission.reserve("a", 8, READY, stats)
     with pytest.raises(Overloaded):
-        server.admission.reserve("a", 1, READY, stats)
+        server.admission.reserve("a", 2, READY, stats)
     server.admission.reserve("quiet", 1, READY, stats)
     submit = Submit("id", [1] * PROMPT, SamplingParams(max_tokens=ANSWER), client="a")
-    for _ in range(9):
+    for _ in range(8):
         with server.admission.track(submit, places):
             pass
     server.admission.reserve("a", 1, READY, stats)
