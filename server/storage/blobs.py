@@ -109,7 +109,7 @@ class BlobStore:
 
     def delete(self, key: str) -> None:
         """Delete a file or folder; a missing one is no error."""
-        if self.filesystem.exists(self._path(key)):
+        if self.exists(key):
             self.filesystem.rm(self._path(key), recursive=True)
         if not self.is_local:
             self._cache.remove(key)

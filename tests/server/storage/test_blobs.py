@@ -76,6 +76,20 @@ def test_a_pinned_copy_stays_in_a_full_cache(tmp_path: Path, source: Path) -> No
     assert sorted(path.name for path in pinned.parent.iterdir()) == ["0", "2"]
 
 
+def test_a_blob_that_another_process_has_stored_is_deleted(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = remote(tmp_path, cache_bytes=1)
+    store.put_folder("jobs/1", source)
+    is_fresh = threading.Event()
+    exists = store.filesystem.exists
+    # As a listing does that fsspec has cached before the blob was stored.
+    monkeypatch.setattr(store.filesystem, "exists", lambda path: is_fresh.is_set() and exists(path))
+    monkeypatch.setattr(store.filesystem, "invalidate_cache", is_fresh.set)
+    store.delete("jobs/1")
+    assert not store.exists("jobs/1")
+
+
 @pytest.mark.parametrize("url", ["", "memory://"])
 def test_a_missing_blob_is_file_not_found(tmp_path: Path, url: str) -> None:
     store = BlobStore(url + (uuid.uuid4().hex if url else str(tmp_path / "blobs")), tmp_path / "cache")
