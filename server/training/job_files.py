@@ -63,7 +63,10 @@ class JobFiles:
         """Return the folder of the newest whole checkpoint, or None. Also remove a killed worker's unrecorded files."""
         kept = [row for row in self._repository.checkpoints(lease.id) if row.kept]
         data = self._repository.get(lease.id).data
-        self._blobs.sweep(f"{BLOBS}/{lease.id}", {row.path for row in kept} | ({data["path"]} if data else set()))
+        recorded = {row.path for row in kept} | ({data["path"]} if data else set())
+        for key in self._blobs.children(f"{BLOBS}/{lease.id}"):
+            if key not in recorded:
+                self._blobs.discard(key)  # however new: only this lease's holder may still record a folder
         for row in kept:
             fault = self.find_fault(row.path, row.files or {})
             if fault is None:
@@ -83,7 +86,7 @@ class JobFiles:
         with self._blobs.delete_blob_on_error(key):
             outdated = self._repository.checkpoint(lease, step, key, files, metrics)
         for old in outdated:
-            self._blobs.delete(old)
+            self._blobs.discard(old)
 
     def sweep(self) -> list[str]:
         """Remove the files of succeeded jobs, and of others that ended over `keep_s` ago; return the jobs' ids."""
