@@ -125,14 +125,14 @@ def test_a_page_reads_no_more_rows_of_many_jobs_than_of_few(database: Database, 
     add(database, *(job(n) for n in range(2000)))
     sqlalchemy.event.listen(Job, "load", lambda target, _: loaded.append(target))
     sqlalchemy.event.listen(
-        database.engine, "before_cursor_execute", lambda c, cursor, sql, values, *_: statements.append((sql, values))
+        database.reader, "before_cursor_execute", lambda c, cursor, sql, values, *_: statements.append((sql, values))
     )
     page, more = jobs.list_page(OWNER, after="ftjob-1000", limit=20)
     assert (len(page), more) == (20, True)
     assert len(loaded) == 22, "the page, the job before it and the one behind it"
     if database.url.get_backend_name() == "sqlite":
         sql, values = next(each for each in statements if "ORDER BY" in each[0])
-        with database.engine.connect() as connection:
+        with database.reader.connect() as connection:
             plan = " ".join(str(row) for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {sql}", values))
         assert "ix_jobs_owner_created_at_id" in plan
         assert "TEMP B-TREE" not in plan
