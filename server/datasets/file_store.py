@@ -117,15 +117,11 @@ class FileStore:
 
         Raises NotFound when the store has lost or damaged them.
         """
-        try:
-            path = self._blobs.local_file(file.blob_key)
-        except FileNotFoundError as cause:
-            raise NotFound(
-                f"the bytes of file {file.id!r} ({file.filename}) are no longer in the store; upload it again",
-                param=param,
-                code="file_content_missing",
-            ) from cause
+        path = self._local(file, param)
         found = _sha256(path)
+        if found != file.sha256 and self._blobs.drop_copy(file.blob_key):
+            path = self._local(file, param)
+            found = _sha256(path)
         if found != file.sha256:
             raise NotFound(
                 f"the bytes of file {file.id!r} ({file.filename}) in the store are damaged: they have SHA-256 {found}; "
@@ -150,6 +146,16 @@ class FileStore:
         with self._database.reading() as session:
             known = set(session.scalars(select(File.blob_key)))
         return self._blobs.sweep(BLOBS, known, since=since)
+
+    def _local(self, file: File, param: str) -> Path:
+        try:
+            return self._blobs.local_file(file.blob_key)
+        except FileNotFoundError as cause:
+            raise NotFound(
+                f"the bytes of file {file.id!r} ({file.filename}) are no longer in the store; upload it again",
+                param=param,
+                code="file_content_missing",
+            ) from cause
 
     def _receive(self, stream: BinaryIO, target: Path) -> None:
         received = 0

@@ -57,7 +57,10 @@ class JobFiles:
         """Return the fault of a stored folder, as the end of a sentence; None if it is whole."""
         if not self._blobs.exists(key):
             return "is missing from the store"
-        return find_damage(self._blobs.local_folder(key), files)
+        fault = find_damage(self._blobs.local_folder(key), files)
+        if fault is not None and self._blobs.drop_copy(key):
+            fault = find_damage(self._blobs.local_folder(key), files)
+        return fault
 
     def newest_checkpoint(self, lease: Lease[Job]) -> Path | None:
         """Return the folder of the newest whole checkpoint, or None. Also remove a killed worker's unrecorded files."""
