@@ -21,6 +21,7 @@ from reftserve.client.schemas import (
 )
 from reftserve.server.api.body_route import BodyRoute
 from reftserve.server.api.dependencies import Evals, Owner
+from reftserve.server.api.envelope import page
 from reftserve.server.api.metadata_filter import WantedMetadata
 from reftserve.server.errors import InvalidRequest
 from reftserve.server.evaluation.eval_service import criteria_of
@@ -48,7 +49,7 @@ def list_evals(
 ) -> Page[Eval]:
     """List evals, newest first unless `order` is `asc`. `metadata[key]=value` lists those with that metadata."""
     rows, more = evals.list_page(owner, after=after, limit=limit, ascending=order == "asc", metadata=metadata)
-    return Page(data=[_eval(row) for row in rows], has_more=more)
+    return page([_eval(row) for row in rows], [row.id for row in rows], has_more=more)
 
 
 @router.get("/{eval_id}")
@@ -84,7 +85,7 @@ def list_runs(
     """List runs of an eval, oldest first unless `order` is `desc`."""
     criteria = evals.criteria(owner, eval_id)
     rows, more = evals.list_runs(owner, eval_id, after=after, limit=limit, ascending=order == "asc", status=status)
-    return Page(data=[_run(row, criteria) for row in rows], has_more=more)
+    return page([_run(row, criteria) for row in rows], [row.id for row in rows], has_more=more)
 
 
 @router.get("/{eval_id}/runs/{run_id}")
@@ -122,8 +123,7 @@ def list_output_items(
     number = -1 if after is None else _number(after, run_id)
     rows, more = evals.items(owner, eval_id, run_id, after=number, status=status, limit=limit)
     items = [_item(eval_id, row) for row in rows]
-    first, last = (items[0].id, items[-1].id) if items else (None, None)
-    return Page(data=items, has_more=more, first_id=first, last_id=last)
+    return page(items, [item.id for item in items], has_more=more)
 
 
 def _eval(row: tables.Eval) -> Eval:

@@ -10,8 +10,8 @@ from fastapi.responses import FileResponse
 
 from reftserve.client.schemas import Deleted, FileObject, Page
 from reftserve.server.api.dependencies import Files, Owner
+from reftserve.server.api.envelope import page
 from reftserve.server.api.forms import only_fields
-from reftserve.server.api.pages import page
 from reftserve.server.storage.tables import File
 
 router = APIRouter(prefix="/v1/files", tags=["files"])

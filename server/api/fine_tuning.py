@@ -18,6 +18,7 @@ from reftserve.client.schemas import (
 )
 from reftserve.server.api.body_route import BodyRoute
 from reftserve.server.api.dependencies import Jobs, Owner
+from reftserve.server.api.envelope import page
 from reftserve.server.api.metadata_filter import WantedMetadata
 from reftserve.server.api.openapi import EVENTS
 from reftserve.server.api.sse import event_stream
@@ -50,7 +51,7 @@ def list_jobs(
 ) -> Page[FineTuningJob]:
     """List jobs, newest first unless `order` is `asc`. `metadata[key]=value` lists those with that metadata."""
     rows, more = jobs.list_page(owner, after=after, limit=limit, ascending=order == "asc", metadata=metadata)
-    return Page(data=[_job(row) for row in rows], has_more=more)
+    return page([_job(row) for row in rows], [row.id for row in rows], has_more=more)
 
 
 @router.get("/jobs/{job_id}")
@@ -102,14 +103,15 @@ def list_events(
     if stream if stream is not None else "text/event-stream" in (accept or ""):
         events = jobs.follow(owner, job_id, after=last_event_id or after)
         return event_stream(_streamed(events), id_of=lambda event: event.id)
-    page, more = jobs.events(owner, job_id, after=after, limit=limit)
-    return Page(data=[_event(event) for event in page], has_more=more)
+    rows, more = jobs.events(owner, job_id, after=after, limit=limit)
+    return page([_event(row) for row in rows], [event_id(row) for row in rows], has_more=more)
 
 
 @router.get("/jobs/{job_id}/checkpoints")
 def list_checkpoints(job_id: str, jobs: Jobs, owner: Owner) -> Page[FineTuningCheckpoint]:
     """List checkpoints, newest first."""
-    return Page(data=[_checkpoint(row) for row in jobs.checkpoints(owner, job_id)])
+    found = [_checkpoint(row) for row in jobs.checkpoints(owner, job_id)]
+    return page(found, [checkpoint.id for checkpoint in found], has_more=False)
 
 
 def _job(job: Job) -> FineTuningJob:

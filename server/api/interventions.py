@@ -16,8 +16,8 @@ from reftserve.client.schemas import (
 )
 from reftserve.server.api.body_route import BodyRoute
 from reftserve.server.api.dependencies import BaseInfo, Owner, Registry, Settings
+from reftserve.server.api.envelope import page
 from reftserve.server.api.forms import only_fields
-from reftserve.server.api.pages import page
 from reftserve.server.errors import InvalidRequest, PayloadTooLarge
 from reftserve.server.registry.intervention_registry import PublishedVersion
 from reftserve.server.registry.names import LATEST, Reference, check_free

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Query
 
 from reftserve.client.schemas import Deleted, Model, Page
 from reftserve.server.api.dependencies import BaseInfo, Owner, Registry
-from reftserve.server.api.pages import page
+from reftserve.server.api.envelope import page
 from reftserve.server.base.folder import Base
 from reftserve.server.errors import InvalidRequest, NotFound
 from reftserve.server.registry.names import Reference, suggestion

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-from sqlalchemy import func, select, tuple_
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from reftserve.client.schemas.unicode import half_pair
@@ -17,6 +17,7 @@ from reftserve.server.datasets.check import check_data_set
 from reftserve.server.errors import InvalidRequest, NotFound, PayloadTooLarge, QuotaExceeded
 from reftserve.server.storage.blobs import BlobStore
 from reftserve.server.storage.database import Database
+from reftserve.server.storage.pages import read_page
 from reftserve.server.storage.reserve import scratch_folder
 from reftserve.server.storage.tables import File
 
@@ -104,30 +105,23 @@ class FileStore:
         query = select(File).where(File.owner == owner)
         if purpose is not None:
             query = query.where(File.purpose == purpose)
-        if after is not None:
-            last = self.get(owner, after, param="after")
-            place, last_place = tuple_(File.created_at, File.id), tuple_(last.created_at, last.id)
-            query = query.where(place < last_place if descending else place > last_place)
-        columns = (File.created_at, File.id)
-        query = query.order_by(*(column.desc() for column in columns) if descending else columns)
+        last = None if after is None else self.get(owner, after, param="after")
+        place = None if last is None else (last.created_at, last.id)
         with self._database.reading() as session:
-            rows = list(session.scalars(query.limit(limit + 1)))
-        return rows[:limit], len(rows) > limit
+            return read_page(
+                session, query, (File.created_at, File.id), after=place, limit=limit, ascending=not descending
+            )
 
     def path(self, file: File, *, param: str = "file_id") -> Path:
         """Return a local path to a file's bytes, after checking their hash.
 
         Raises NotFound when the store has lost or damaged them.
         """
-        try:
-            path = self._blobs.local_file(file.blob_key)
-        except FileNotFoundError as cause:
-            raise NotFound(
-                f"the bytes of file {file.id!r} ({file.filename}) are no longer in the store; upload it again",
-                param=param,
-                code="file_content_missing",
-            ) from cause
+        path = self._local(file, param)
         found = _sha256(path)
+        if found != file.sha256 and self._blobs.drop_copy(file.blob_key):
+            path = self._local(file, param)
+            found = _sha256(path)
         if found != file.sha256:
             raise NotFound(
                 f"the bytes of file {file.id!r} ({file.filename}) in the store are damaged: they have SHA-256 {found}; "
@@ -138,7 +132,7 @@ class FileStore:
         return path
 
     def delete(self, owner: str, file_id: str) -> None:
-        """Delete a file; jobs that have read it do not need it again. Raises NotFound."""
+        """Delete a file. A job that has read it needs it again only if its encoded data are lost. Raises NotFound."""
         with self._database.session(may_use_reserve=True) as session:
             # Locked: of two deletions at once the second finds nothing.
             file = session.get(File, file_id, with_for_update=True)
@@ -152,6 +146,16 @@ class FileStore:
         with self._database.reading() as session:
             known = set(session.scalars(select(File.blob_key)))
         return self._blobs.sweep(BLOBS, known, since=since)
+
+    def _local(self, file: File, param: str) -> Path:
+        try:
+            return self._blobs.local_file(file.blob_key)
+        except FileNotFoundError as cause:
+            raise NotFound(
+                f"the bytes of file {file.id!r} ({file.filename}) are no longer in the store; upload it again",
+                param=param,
+                code="file_content_missing",
+            ) from cause
 
     def _receive(self, stream: BinaryIO, target: Path) -> None:
         received = 0

@@ -33,7 +33,7 @@ from reftserve.server.storage.leases import (
     require_attempts_left,
     worker_id,
 )
-from reftserve.server.storage.outages import OUTAGES, UNREACHABLE, Outages
+from reftserve.server.storage.outages import OUTAGES, Outages
 from reftserve.server.storage.tables import EvalRun
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class Evaluator:
         try:
             await self._execute_runs()
         finally:
-            await self._on_leases(self._leases.release)
+            await self._release_at_exit()
             self._lease_thread.shutdown(wait=False)
 
     async def _execute_runs(self) -> None:
@@ -88,6 +88,12 @@ class Evaluator:
             except Exception:
                 logger.exception("evaluations failed; the next try is in %s s", ERROR_PAUSE_S)
                 await asyncio.sleep(ERROR_PAUSE_S)
+
+    async def _release_at_exit(self) -> None:
+        try:
+            await self._on_leases(self._leases.release)
+        except OUTAGES as cause:
+            logger.warning("the lease of a run could not be released and expires by itself: %s", str(cause))
 
     async def _on_leases(self, call: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._lease_thread, call)
@@ -120,10 +126,10 @@ class Evaluator:
     async def _evaluate_or_fail(self, lease: Lease[EvalRun]) -> EvalError | None:
         try:
             await self._evaluate(lease)
+        except (LeaseLost, *OUTAGES):
+            raise
         except ServerError as cause:
             return EvalError(code=cause.code, message=cause.message)
-        except (LeaseLost, *UNREACHABLE):
-            raise
         except Exception:
             logger.exception("evaluation %s failed", lease.id)
             return EvalError(code="internal_error", message="internal error; see the server's log")
@@ -157,7 +163,7 @@ class Evaluator:
                 fatal.append(number)
                 if len(fatal) >= MAX_FATAL_ITEMS:
                     raise ServerError(
-                        f"items {', '.join(map(str, fatal))} each ended the engine twice: {failure.message}",
+                        f"items {', '.join(map(str, fatal))} failed twice in the engine: {failure.message}",
                         code=failure.code,
                     )
                 found[number] = ItemOutcome(number, EvalError(code=failure.code, message=failure.message))

@@ -124,13 +124,13 @@ class InterventionRegistry:
     def download(self, owner: str, reference: Reference) -> bytes:
         """Return a version's artifact as a zip. Raises NotFound, also when its files are missing or damaged."""
         version = self.resolve(owner, reference)
-        require_intact(version.folder, version.id, version.row)
+        self._require_intact(version)
         return pack(version.folder)
 
     def history(self, owner: str, reference: Reference) -> tuple[PublishedVersion, History]:
         """Return a version and its training steps. Raises NotFound, also when the artifact has no history."""
         version = self.resolve(owner, reference)
-        require_intact(version.folder, version.id, version.row, only=HISTORY_FILE)
+        self._require_intact(version, only=HISTORY_FILE)
         history = load_history(version.folder)
         if history is None:
             raise NotFound(
@@ -178,6 +178,19 @@ class InterventionRegistry:
     def resolve(self, owner: str, reference: Reference) -> PublishedVersion:
         """Return the version that a reference points at now, with its files. Raises NotFound, also without files."""
         version = self.find(owner, reference)
+        self._fetch(version)
+        return version
+
+    def _require_intact(self, version: PublishedVersion, *, only: str | None = None) -> None:
+        try:
+            require_intact(version.folder, version.id, version.row, only=only)
+        except NotFound:
+            if not self._blobs.drop_copy(version.row.blob_key):
+                raise
+            self._fetch(version)
+            require_intact(version.folder, version.id, version.row, only=only)
+
+    def _fetch(self, version: PublishedVersion) -> None:
         try:
             self._blobs.local_folder(version.row.blob_key)
         except FileNotFoundError as cause:
@@ -187,7 +200,6 @@ class InterventionRegistry:
                 param="model",
                 code="intervention_content_missing",
             ) from cause
-        return version
 
     def pin(self, version: PublishedVersion) -> None:
         """Keep a version's files until `unpin`; pins count. Raises NotFound if it was deleted before its first pin."""

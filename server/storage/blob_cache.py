@@ -6,18 +6,21 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock
 
 logger = logging.getLogger(__name__)
+IN_USE_S = 3600.0
 
 
 class BlobCache:
     """Copies by key in a folder of at most `max_bytes`. is_pinned: says whether a key's copy is in use.
 
-    Processes share the folder, so a copy's time of use is the modification time of its file or folder.
+    Processes share the folder, so a copy's time of use is the modification time of its file or folder. Copies that were
+    used within IN_USE_S stay even above `max_bytes`: another process may read them.
     """
 
     def __init__(self, folder: Path, max_bytes: int, is_pinned: Callable[[str], bool]) -> None:
@@ -46,18 +49,20 @@ class BlobCache:
                 _remove(self.path(key))
 
     def _add(self, copy: Path, fetch: Callable[[str], object]) -> None:
-        copy.parent.mkdir(parents=True, exist_ok=True)
+        self._folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self._folder, prefix=".partial-") as scratch:
             fetched = Path(scratch, "copy")
             fetch(str(fetched))
-            # Another thread may have made the same copy first.
-            if not copy.exists():
-                fetched.rename(copy)
-            os.utime(copy)
-        with self._lock():
-            self._shrink(self._unit(copy))
+            with self._lock():
+                # Another thread or process may have made the same copy first.
+                if not copy.exists():
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    fetched.rename(copy)
+                os.utime(copy)
+                os.utime(self._unit(copy))
+                self._shrink()
 
-    def _shrink(self, newest: Path) -> None:
+    def _shrink(self) -> None:
         units = sorted(self._folder.glob("[!.]*/*"), key=lambda unit: unit.stat().st_mtime)
         sizes = {unit: _size(unit) for unit in units}
         total = sum(sizes.values())
@@ -65,7 +70,7 @@ class BlobCache:
             if total <= self._max_bytes:
                 return
             key = unit.relative_to(self._folder).as_posix()
-            if unit != newest and not self._is_pinned(key):
+            if unit.stat().st_mtime < time.time() - IN_USE_S and not self._is_pinned(key):
                 _remove(unit)
                 total -= size
                 logger.info("removed the local copy of %s, the least recently used", key)

@@ -89,6 +89,12 @@ class BlobStore:
         """Return a local path to a stored folder; a remote one is copied into the cache. Raises FileNotFoundError."""
         return self._local(key)
 
+    def drop_copy(self, key: str) -> bool:
+        """Remove the local copy of a remote blob, so that it is fetched again. Return False if the store is local."""
+        if not self.is_local:
+            self._cache.remove(key)
+        return not self.is_local
+
     def exists(self, key: str) -> bool:
         """Say whether a file or folder is stored under the key."""
         # Other processes write too, so the listing that fsspec has cached may be out of date.
@@ -109,7 +115,7 @@ class BlobStore:
 
     def delete(self, key: str) -> None:
         """Delete a file or folder; a missing one is no error."""
-        if self.filesystem.exists(self._path(key)):
+        if self.exists(key):
             self.filesystem.rm(self._path(key), recursive=True)
         if not self.is_local:
             self._cache.remove(key)

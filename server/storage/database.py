@@ -153,8 +153,10 @@ class Database:
 
     @contextmanager
     def _migration_lock(self) -> Iterator[None]:
-        if self.is_sqlite and self.url.database not in (None, "", ":memory:"):
-            with FileLock(f"{self.url.database}.migrate.lock"):
+        file = self.url.database if self.is_sqlite else None
+        # The lock would make a missing folder, which is more likely a wrong path or a disk that is not mounted.
+        if file not in (None, "", ":memory:") and Path(str(file)).parent.exists():
+            with FileLock(f"{file}.migrate.lock"):
                 yield
         else:
             with self.engine.connect() as connection:

@@ -8,15 +8,19 @@ Transactions that create something need the whole reserve, so they cannot use th
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import shutil
 import tempfile
+import threading
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from reftserve.server.errors import StorageFull
 
+logger = logging.getLogger(__name__)
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _ZEROS = bytes(1 << 20)
 
@@ -27,10 +31,12 @@ class Reserve:
     def __init__(self, file: Path | None, size: int) -> None:
         self._file = file if size else None
         self._size = size
+        self._lock = threading.Lock()
 
     def require(self) -> None:
         """Return if the reserve is whole, after making it if need be. Raises StorageFull."""
-        if self._file is not None and not self._is_whole(self._file) and not self._make(self._file):
+        # Without its folder the database has a clearer error.
+        if self._file is not None and self._file.parent.exists() and not self._ensure(self._file):
             raise StorageFull(
                 f"the disk of {self._file.parent} is full; nothing was stored. Delete files, interventions or jobs"
             )
@@ -43,8 +49,12 @@ class Reserve:
         try:
             yield
         finally:
-            if self._file is not None and not self._is_whole(self._file):
-                self._make(self._file)
+            if self._file is not None:
+                try:
+                    self._ensure(self._file)
+                except OSError as cause:
+                    # The caller's transaction has ended; the next one that creates something tries again.
+                    logger.warning("the reserve %s could not be made: %s", self._file, cause)
 
     def give_up(self) -> None:
         """Free the space."""
@@ -57,11 +67,18 @@ class Reserve:
         except FileNotFoundError:
             return False
 
+    def _ensure(self, file: Path) -> bool:
+        if self._is_whole(file):
+            return True
+        with self._lock:
+            # Another thread may have made it meanwhile.
+            return self._is_whole(file) or self._make(file)
+
     def _make(self, file: Path) -> bool:
         # Twice the size: less would make the next deletion give the reserve up at once.
         if self._free(file) < 2 * self._size:
             return False
-        scratch = file.with_name(f"{file.name}.{os.getpid()}.partial")
+        scratch = file.with_name(f"{file.name}.{uuid.uuid4().hex}.partial")
         try:
             # A file of zeros: truncate() would make a sparse file, which reserves nothing.
             with scratch.open("wb") as opened:
@@ -79,7 +96,10 @@ class Reserve:
         return True
 
     def _free(self, file: Path) -> int:
-        return shutil.disk_usage(file.parent).free
+        try:
+            return shutil.disk_usage(file.parent).free
+        except FileNotFoundError:
+            return 0
 
 
 def temporary_folder_full(content: str) -> StorageFull:

@@ -57,13 +57,19 @@ class JobFiles:
         """Return the fault of a stored folder, as the end of a sentence; None if it is whole."""
         if not self._blobs.exists(key):
             return "is missing from the store"
-        return find_damage(self._blobs.local_folder(key), files)
+        fault = find_damage(self._blobs.local_folder(key), files)
+        if fault is not None and self._blobs.drop_copy(key):
+            fault = find_damage(self._blobs.local_folder(key), files)
+        return fault
 
     def newest_checkpoint(self, lease: Lease[Job]) -> Path | None:
         """Return the folder of the newest whole checkpoint, or None. Also remove a killed worker's unrecorded files."""
         kept = [row for row in self._repository.checkpoints(lease.id) if row.kept]
         data = self._repository.get(lease.id).data
-        self._blobs.sweep(f"{BLOBS}/{lease.id}", {row.path for row in kept} | ({data["path"]} if data else set()))
+        recorded = {row.path for row in kept} | ({data["path"]} if data else set())
+        for key in self._blobs.children(f"{BLOBS}/{lease.id}"):
+            if key not in recorded:
+                self._blobs.discard(key)  # however new: only this lease's holder may still record a folder
         for row in kept:
             fault = self.find_fault(row.path, row.files or {})
             if fault is None:
@@ -83,7 +89,7 @@ class JobFiles:
         with self._blobs.delete_blob_on_error(key):
             outdated = self._repository.checkpoint(lease, step, key, files, metrics)
         for old in outdated:
-            self._blobs.delete(old)
+            self._blobs.discard(old)
 
     def sweep(self) -> list[str]:
         """Remove the files of succeeded jobs, and of others that ended over `keep_s` ago; return the jobs' ids."""

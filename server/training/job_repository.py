@@ -132,14 +132,14 @@ class JobRepository:
 
     def forget_files(self, lease: Lease[Job]) -> None:
         """Mark encoded data and all checkpoints of the job as removed; the caller then deletes their files."""
-        with self._database.session() as session:
+        with self._database.session(may_use_reserve=True) as session:
             job = require_lease(session, lease)
             job.data = None
             session.execute(update(JobCheckpoint).where(JobCheckpoint.job_id == job.id).values(kept=False))
 
     def release(self, lease: Lease[Job]) -> None:
         """Give the lease back and leave the job's status as it is."""
-        with self._database.session() as session:
+        with self._database.session(may_use_reserve=True) as session:
             release_lease(require_lease(session, lease))
 
     def pause(self, lease: Lease[Job], message: str) -> bool:

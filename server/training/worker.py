@@ -1,8 +1,8 @@
 """The training worker is a separate process that takes jobs and runs them one after the other (`job_runner.py`).
 
-The server starts it as `python -m reftserve.server.training.worker`. Standard input gives the settings and the weights
-that the engine lends, one line of JSON each, and ends with the server; then the worker ends too. `reftserve worker`
-starts further workers anywhere; leases assign the jobs.
+The server starts it as `python -P -m reftserve.server.training.worker`. Standard input gives the settings and the
+weights that the engine lends, one line of JSON each, and ends with the server; then the worker ends too. `reftserve
+worker` starts further workers anywhere; leases assign the jobs.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ def ids(http: httpx.Client, path: str, key: str = "id", **params: object) -> lis
     while page["has_more"]:
         after = {} if page["last_id"] is None else {"after": page["last_id"]}
         page = http.get(path, params={"limit": 2, **after, **params}).raise_for_status().json()  # type: ignore[dict-item]
+        assert page["last_id"] or not page["data"]
         found += [row[key] for row in page["data"]]  # type: ignore[index]
     return found
 
@@ -61,3 +62,26 @@ def test_interventions_versions_and_models_have_pages(server: RunningServer, htt
         assert [row.name for row in own.interventions.list()] == names
         assert [version.id for version in own.interventions.versions(named)] == versions
         assert [model.id for model in own.models.list()] == [BASE, *names]
+
+
+def test_jobs_events_evals_and_runs_have_pages(http: httpx.Client) -> None:
+    file = http.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": ("set.jsonl", chat_lines(4))}).json()
+
+    def made(path: str, body: dict[str, object]) -> str:
+        return str(http.post(path, json=body).raise_for_status().json()["id"])
+
+    jobs = [made("/v1/fine_tuning/jobs", {"model": BASE, "training_file": file["id"]}) for _ in range(3)]
+    for job in jobs:
+        http.post(f"/v1/fine_tuning/jobs/{job}/cancel").raise_for_status()
+    walked = ids(http, "/v1/fine_tuning/jobs")
+    assert walked == [row["id"] for row in http.get("/v1/fine_tuning/jobs").json()["data"]]
+    assert set(jobs) <= set(walked)
+    path = f"/v1/fine_tuning/jobs/{jobs[0]}/events"
+    assert ids(http, path) == [event["id"] for event in http.get(path).json()["data"]]
+    source = {"type": "file", "file_id": file["id"]}
+    body = {"data_source_config": source, "testing_criteria": [{"type": "loss"}]}
+    evals = [made("/v1/evals", body) for _ in range(3)]
+    assert set(evals) <= set(ids(http, "/v1/evals"))
+    run = {"data_source": {"type": "completions", "model": BASE}}
+    runs = [made(f"/v1/evals/{evals[0]}/runs", run) for _ in range(3)]
+    assert sorted(ids(http, f"/v1/evals/{evals[0]}/runs")) == sorted(runs)

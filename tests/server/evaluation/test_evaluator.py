@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 from evaluators import OWNER, EvalWorkspace
+from sqlalchemy.exc import OperationalError
 
+from reftserve.server.errors import StorageFull
 from reftserve.server.evaluation.items import ItemOutcome
 from reftserve.server.evaluation.run_repository import RunRepository
+from reftserve.server.storage import outages
 from reftserve.server.storage.leases import LeaseLost, Leases, worker_id
 from reftserve.server.storage.tables import EvalRun
 
@@ -96,6 +101,39 @@ def test_nothing_is_written_to_a_cancelled_or_deleted_run(workspace: EvalWorkspa
         end(OWNER, run.eval_id, run.id)
         with pytest.raises(LeaseLost):
             repository.add(lease, [], [ItemOutcome(0, {})])
+
+
+def test_a_run_waits_for_room_on_a_full_disk(workspace: EvalWorkspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outages, "FIRST_PAUSE_S", 0.01)
+    add, refused = RunRepository.add, []
+
+    def full_once(repository: RunRepository, *arguments: Any) -> None:
+        if not refused:
+            refused.append(arguments)
+            raise StorageFull("full")
+        add(repository, *arguments)
+
+    monkeypatch.setattr(RunRepository, "add", full_once)
+    run = workspace.created(3)
+    assert (workspace.execute(run, workspace.evaluator()).status, len(refused)) == ("completed", 1)
+
+
+def test_an_evaluator_that_is_cancelled_while_the_database_is_away_ends_as_cancelled(
+    workspace: EvalWorkspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: Any, **__: Any) -> NoReturn:
+        raise OperationalError("BEGIN", None, Exception("away"))
+
+    monkeypatch.setattr(Leases, "release", away)
+
+    async def cancelled() -> None:
+        task = asyncio.create_task(workspace.evaluator().run_forever())
+        await asyncio.sleep(0.1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(cancelled())
 
 
 def test_a_run_that_repeatedly_kills_its_servers_fails(workspace: EvalWorkspace) -> None:

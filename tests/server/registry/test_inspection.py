@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import shutil
+import uuid
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,18 @@ def test_a_damaged_artifact_is_not_handed_out_and_the_error_names_both_hashes(tm
     if name == "history.json":
         with pytest.raises(NotFound, match="damaged"):
             store.interventions.history(OWNER, reference)
+
+
+def test_a_damaged_local_copy_of_an_intact_remote_blob_is_fetched_again(tmp_path: Path) -> None:
+    store = open_store(Settings(data=tmp_path, blob_url=f"memory://{uuid.uuid4().hex}"), BASE)
+    row = publish(store, "tone", 1, tmp_path)
+    file = store.files.upload(OWNER, "set.jsonl", "fine-tune", io.BytesIO(LINES))
+    reference = Reference.parse("tone")
+    whole = store.interventions.download(OWNER, reference)
+    flip(store.blobs.local_folder(row.blob_key) / "edits.safetensors")
+    flip(store.files.path(file))
+    assert store.interventions.download(OWNER, reference) == whole
+    assert store.files.path(file).read_bytes() == LINES
 
 
 def test_a_damaged_artifact_of_an_older_release_is_not_handed_out(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from reftserve.server.storage import blobs as blobs_module
+from reftserve.server.storage.blob_cache import BlobCache
 from reftserve.server.storage.blobs import BlobStore
 from reftserve.server.storage.pins import Pins
 
@@ -71,9 +72,46 @@ def test_a_pinned_copy_stays_in_a_full_cache(tmp_path: Path, source: Path) -> No
         store.put_folder(f"interventions/{number}", source)
     pinned = store.local_folder("interventions/0")
     assert store.pins.add("interventions/0")
-    store.local_folder("interventions/1")
+    for copy in (pinned, store.local_folder("interventions/1")):
+        os.utime(copy, (0, 0))
     store.local_folder("interventions/2")
     assert sorted(path.name for path in pinned.parent.iterdir()) == ["0", "2"]
+
+
+def test_a_blob_that_another_process_has_stored_is_deleted(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = remote(tmp_path, cache_bytes=1)
+    store.put_folder("jobs/1", source)
+    is_fresh = threading.Event()
+    exists = store.filesystem.exists
+    # As a listing does that fsspec has cached before the blob was stored.
+    monkeypatch.setattr(store.filesystem, "exists", lambda path: is_fresh.is_set() and exists(path))
+    monkeypatch.setattr(store.filesystem, "invalidate_cache", is_fresh.set)
+    store.delete("jobs/1")
+    assert not store.exists("jobs/1")
+
+
+def test_a_copy_that_was_used_lately_stays_in_a_full_cache(tmp_path: Path, source: Path) -> None:
+    store = remote(tmp_path, cache_bytes=1)
+    for number in range(2):
+        store.put_folder(f"interventions/{number}", source)
+    copies = [store.local_folder(f"interventions/{number}") for number in range(2)]
+    assert all((copy / "part").is_file() for copy in copies), "another process may read either"
+
+
+def test_two_fetchers_of_one_folder_get_the_same_copy(tmp_path: Path) -> None:
+    cache = BlobCache(tmp_path / "cache", 1 << 20, lambda key: False)
+
+    def fetch(target: str) -> None:
+        Path(target).mkdir()
+        Path(target, "part").write_bytes(b"whole")
+
+    def fetch_beside_another(target: str) -> None:
+        cache.get("interventions/1", fetch)
+        fetch(target)
+
+    assert (cache.get("interventions/1", fetch_beside_another) / "part").read_bytes() == b"whole"
 
 
 @pytest.mark.parametrize("url", ["", "memory://"])

@@ -149,10 +149,9 @@ def test_an_idle_process_waits_for_no_writer(tmp_path: Path) -> None:
         idle: Leases[Any] = Leases(database, table, worker_id(), lease_s=LONG_S)
         with database.session() as writer:
             writer.execute(text("SELECT 1"))
-            began = time.monotonic()
+            # One that waits gets an error: the writer ends after it.
             assert idle.take() is None
             idle.renew()
-            assert time.monotonic() - began < 1
 
 
 def test_a_job_whose_files_are_not_checked_yet_keeps_its_status_when_taken(

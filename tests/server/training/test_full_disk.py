@@ -80,8 +80,7 @@ def test_a_job_on_a_full_disk_fails_with_that_reason_and_its_worker_goes_on(
     is_full = threading.Event()
     on_step(monkeypatch, 6, lambda: is_full.is_set() or (fill(small_disk), is_full.set()))
     with caplog.at_level(logging.WARNING), working(workspace) as thread:
-        wait_until(is_full.is_set)
-        time.sleep(1)
+        wait_until(lambda: "cannot be used" in caplog.text)
         assert thread.is_alive()
         assert workspace.job(failing).status == "running", "nothing can be written yet"
         complaints = [record for record in caplog.records if "cannot be used" in record.getMessage()]
@@ -94,14 +93,14 @@ def test_a_job_on_a_full_disk_fails_with_that_reason_and_its_worker_goes_on(
 
 
 def test_a_worker_waits_while_a_full_disk_lets_it_take_nothing(
-    tiny_llama_folder: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_llama_folder: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(outages, "FIRST_PAUSE_S", 0.05)
     workspace = Workspace(tiny_llama_folder, small_disk)
     job_id = workspace.create()
     fill(small_disk)
-    with working(workspace) as thread:
-        time.sleep(0.5)
+    with caplog.at_level(logging.WARNING), working(workspace) as thread:
+        wait_until(lambda: "cannot be used" in caplog.text)
         assert thread.is_alive()
         (small_disk / "filler").unlink()
         wait_until(lambda: workspace.job(job_id).status == "succeeded")

@@ -7,13 +7,15 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from interruptions import kill_at_step, on_step
 from safetensors.torch import load_file
 from workspace import CHECKPOINT_STEPS, OWNER, Workspace
 
-from reftserve.server.errors import QuotaExceeded
+from reftserve.server.errors import QuotaExceeded, StorageFull
+from reftserve.server.storage.blobs import TRASH
 from reftserve.server.storage.leases import Lease
 from reftserve.server.storage.tables import Job
 
@@ -27,14 +29,45 @@ def test_a_killed_workers_half_written_files_are_removed_when_the_job_resumes(
     for name, age_s in (("checkpoint-8-old", 7200), ("checkpoint-8-new", 0)):
         (folder / name).mkdir()
         os.utime(folder / name, (time.time() - age_s,) * 2)
-    for kept in folder.glob("*"):
-        if kept.name != "checkpoint-8-new":
-            os.utime(kept, (time.time() - 7200,) * 2)
     worker = expiring.worker("b")
     sweep = worker.runs.begin(worker.take())
     assert sweep.step == CHECKPOINT_STEPS
     left = sorted(path.name.rsplit("-", 1)[0] for path in folder.iterdir())
-    assert left == [f"checkpoint-{CHECKPOINT_STEPS}", "checkpoint-8", "data"], "what is new may be another's"
+    assert left == [f"checkpoint-{CHECKPOINT_STEPS}", "data"]
+    assert expiring.store.blobs.children(TRASH) == [], "the trash is outside max_jobs_bytes"
+
+
+def test_an_outdated_checkpoint_that_cannot_be_deleted_does_not_fail_its_job(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = workspace.create()
+    worker = workspace.worker()
+    lease = worker.take()
+
+    def away(key: str) -> NoReturn:
+        raise OSError(errno.EIO, "the store is away")
+
+    monkeypatch.setattr(workspace.store.blobs, "delete", away)
+    for step in (1, 2, 3):
+        worker.files.write_checkpoint(lease, step, {}, lambda folder: fill(folder, 1))
+    assert [row.step for row in workspace.repository.checkpoints(job_id) if row.kept] == [3, 2]
+
+
+def test_the_files_of_an_ended_job_go_although_nothing_new_may_be_written(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = workspace.create()
+    worker = workspace.worker()
+    worker.files.write_checkpoint(worker.take(), 1, {}, lambda folder: fill(folder, 1))
+    workspace.jobs.cancel(OWNER, job_id)
+
+    def full() -> NoReturn:
+        raise StorageFull("full")
+
+    monkeypatch.setattr(workspace.store.database.reserve, "require", full)
+    assert worker.files.remove(job_id)
+    assert workspace.kept() == []
+    assert workspace.job(job_id).lease_worker is None
 
 
 def test_a_checkpoint_is_as_small_as_the_trained_weights(workspace: Workspace) -> None:
