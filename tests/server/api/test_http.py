@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
 import socket
@@ -16,6 +17,8 @@ import openai
 import pytest
 from api_data import BASE, chat_lines
 from running_server import RunningServer, running_server
+
+from reftserve.server.api.request_line import RequestLine, sent_method
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -86,6 +89,18 @@ def test_a_wrong_method_is_answered_with_the_right_ones(
 ) -> None:
     answer = http.request(method, path)
     assert (answer.status_code, answer.headers["allow"]) == (405, allowed)
+
+
+def test_messages_and_the_log_name_the_method_that_was_sent() -> None:
+    for sent in ("GET", "HEAD"):
+        scope = {"type": "http", "method": sent, "path": "/a", "headers": []}
+        found: list[Any] = []
+
+        async def routes(scope: Any, receive: Any, send: Any, found: list[Any] = found) -> None:
+            found.append((scope["method"], sent_method(scope)))
+
+        asyncio.run(RequestLine(routes)(scope, None, None))  # type: ignore[arg-type]
+        assert found == [("GET", sent)]
 
 
 def test_a_slash_at_the_end_is_answered_and_not_redirected(http: httpx.Client) -> None:
