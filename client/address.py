@@ -68,7 +68,9 @@ def connection_options(url: str, api_key: str | None) -> dict[str, Any]:
     is_direct = _is_loopback(host) or bool(proxy_bypass(host))
     if not is_direct:
         _check_proxies()
-    return {"base_url": base, "headers": headers(api_key), "trust_env": not is_direct}
+    options = {"base_url": base, "headers": headers(api_key), "trust_env": not is_direct}
+    # Without its environment httpx would not read SSL_CERT_FILE either.
+    return {**options, "verify": httpx.create_ssl_context()} if is_direct and base.startswith("https:") else options
 
 
 def _is_loopback(host: str) -> bool:

@@ -44,7 +44,9 @@ def answered(url: httpx.URL) -> Iterator[None]:
         yield
     except httpx.TransportError as cause:
         hint = "; is a server running there? `reftserve serve` starts one" * isinstance(cause, httpx.ConnectError)
-        raise ConnectionFailed(f"no answer from the server at {url}: {type(cause).__name__}: {cause}{hint}") from cause
+        raise ConnectionFailed(
+            f"no answer from the server at {_public(url)}: {type(cause).__name__}: {cause}{hint}"
+        ) from cause
 
 
 def checked(response: httpx.Response) -> httpx.Response:
@@ -60,5 +62,10 @@ def read_answer(call: Call[T], response: httpx.Response) -> T:
         return call.read(checked(response))
     except (ValidationError, BadZipFile) as cause:
         raise UnexpectedAnswer(
-            f"the answer of {response.request.url} is not a ReftServe server's; does one run at that address?"
+            f"the answer of {_public(response.request.url)} is not a ReftServe server's; does one run at that address?"
         ) from cause
+
+
+def _public(url: httpx.URL) -> httpx.URL:
+    """Return the address without a user's name and password."""
+    return url.copy_with(userinfo=b"")

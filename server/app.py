@@ -31,6 +31,7 @@ from reftserve.server.api.dependencies import check_parameters
 from reftserve.server.api.error_responses import install_error_handlers
 from reftserve.server.api.host_check import HostCheck, names_of
 from reftserve.server.api.openapi import ERROR_RESPONSES, describe_truly
+from reftserve.server.api.origin_check import OriginCheck
 from reftserve.server.api.request_line import RequestLine
 from reftserve.server.base.folder import Base, open_base
 from reftserve.server.engine.config import EngineConfig
@@ -109,6 +110,11 @@ def create_app(services: Services, on_failure: Callable[[str], None]) -> FastAPI
         root_path=services.settings.root_path,
         responses=ERROR_RESPONSES,
         redirect_slashes=False,
+        form_limits={
+            "max_files": 2,
+            "max_fields": 8,
+            "max_part_size": 4096,
+        },  # one more file, to name it as given twice
     )
     app.state.services = services
     _add_middlewares(app, services.settings)
@@ -125,9 +131,10 @@ def _add_middlewares(app: FastAPI, settings: Settings) -> None:
     uploads = {"/v1/files": settings.max_file_bytes, "/v1/interventions": settings.max_artifact_bytes}
     app.add_middleware(BodyLimit, upload_bytes=uploads, json_bytes=settings.max_json_bytes)
     app.add_middleware(ContentEncoding)
+    app.add_middleware(BodyLimit, upload_bytes=uploads, json_bytes=settings.max_json_bytes)  # of packed bytes
     app.add_middleware(RequestLine)
-    if settings.cors_origins:
-        origins = [origin.strip() for origin in settings.cors_origins.split(",")]
+    origins = [origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()]
+    if origins:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=origins,
@@ -135,6 +142,7 @@ def _add_middlewares(app: FastAPI, settings: Settings) -> None:
             allow_headers=["*"],
             expose_headers=["Retry-After", "x-should-retry"],
         )
+    app.add_middleware(OriginCheck, allowed=origins)
     names = names_of(settings.host, settings.allowed_hosts)
     if names is not None:
         app.add_middleware(HostCheck, names=names)

@@ -18,6 +18,7 @@ else:
     from backports import zstd
 
 PIECE_BYTES = 64 << 10
+MAX_MEMBERS = 1000  # an empty one costs its sender 20 bytes, and adds none to what BodyLimit counts
 MAX_WINDOW_LOG = 23  # 8 MiB, what RFC 8878 asks every decoder to support; a frame may ask for 128 GiB
 
 
@@ -95,6 +96,7 @@ class _Unpacked:
         self._pieces: Iterator[bytes] = iter(())
         self._more = True
         self._is_whole = True
+        self._members = 0
         self._ended = False
 
     async def __call__(self) -> Message:
@@ -130,6 +132,9 @@ class _Unpacked:
         assert self._make is not None  # noqa: S101 - refused before
         while data:
             if self._is_whole:
+                self._members += 1
+                if self._members > MAX_MEMBERS:
+                    raise HTTPException(400, f"the body has more than {MAX_MEMBERS} members of {self._coding}")
                 self._decoder = self._make()
                 self._is_whole = False
             yield from self._decoder.pieces(data)

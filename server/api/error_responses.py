@@ -17,6 +17,7 @@ from starlette.routing import Match
 
 from reftserve.client.schemas import ErrorBody, ErrorDetail
 from reftserve.client.schemas.unicode import whole_text
+from reftserve.server.api.request_line import sent_method
 from reftserve.server.errors import ClientLeft, ServerError, Unavailable, field_path
 from reftserve.server.storage.database import is_unavailable
 from reftserve.server.storage.reserve import NO_ROOM, temporary_folder_full
@@ -62,7 +63,7 @@ def install_error_handlers(app: FastAPI) -> None:
 async def _server_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ServerError)  # noqa: S101 - registered for it alone
     if isinstance(error, ClientLeft):
-        logger.info("%s %s: %s", request.method, request.url.path, error.message)
+        logger.info("%s %s: %s", sent_method(request.scope), request.url.path, error.message)
     headers = {} if error.retry_after_s is None else {"Retry-After": str(math.ceil(error.retry_after_s))}
     if not error.is_retriable:
         headers["x-should-retry"] = "false"
@@ -124,7 +125,7 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
     headers = dict(error.headers or {})
     if error.status_code == 405:
         headers["Allow"] = ", ".join(_allowed_methods(request))
-    message = f"{request.method} {_cut(request.url.path, MAX_QUOTED)}: {error.detail}"
+    message = f"{sent_method(request.scope)} {_cut(request.url.path, MAX_QUOTED)}: {error.detail}"
     code = HTTP_CODES.get(error.status_code, "http_error")
     return error_answer(error.status_code, message, "invalid_request_error", None, code, headers)
 

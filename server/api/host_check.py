@@ -35,7 +35,7 @@ class HostCheck:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer 421 when the Host is not one of the names; HTTP/1.0 needs no Host."""
         host = Headers(scope=scope).get("host") if scope["type"] == "http" else None
-        if host is None or _name(host) in self._names:
+        if host is None or self._is_own(_name(host)):
             await self._app(scope, receive, send)
             return
         message = (
@@ -43,6 +43,18 @@ class HostCheck:
             "allowed_hosts adds names"
         )
         await error_answer(421, message, "invalid_request_error", None, "unknown_host")(scope, receive, send)
+
+    def _is_own(self, name: str) -> bool:
+        """Return whether no domain of others can lead here: browsers look up neither addresses nor localhost."""
+        return name in self._names or name.endswith(".localhost") or _is_address(name)
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def _name(host: str) -> str:

@@ -50,6 +50,8 @@ def _check_size(body: bytes) -> None:
         depth += 1 if bracket in b"{[" else -1
         if depth > MAX_DEPTH:
             raise _invalid(f"the body is nested more than {MAX_DEPTH} deep")
+        if depth < 0:
+            raise _invalid("the body is not JSON: it closes more objects and lists than it opens")
 
 
 _OTHERS = bytes(byte for byte in range(256) if byte not in b"{}[]")

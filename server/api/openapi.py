@@ -11,6 +11,7 @@ from reftserve.client.schemas import ErrorBody
 
 _MEANINGS: dict[int | str, str] = {
     400: "The request is wrong; `param` names the field",
+    403: "The request comes from a web page of an origin that the server does not allow",
     404: "There is no such model, intervention, file, job or eval",
     408: "The body has not arrived in time",
     409: "The state of the resource forbids it",

@@ -8,6 +8,12 @@ from __future__ import annotations
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
+def sent_method(scope: Scope) -> str:
+    """Return the method that the client has sent."""
+    method: str = scope.get("sent_method", scope["method"])
+    return method
+
+
 class RequestLine:
     """ASGI middleware."""
 
@@ -19,7 +25,9 @@ class RequestLine:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        path = scope["path"].rstrip("/") or "/"
+        path = scope["path"].rstrip("/")
+        if path in ("", scope.get("root_path", "").rstrip("/")):
+            path += "/"
         if scope["method"] != "HEAD":
             await self._app({**scope, "path": path}, receive, send)
             return
@@ -36,4 +44,6 @@ class RequestLine:
         async def receive_until_answered() -> Message:
             return {"type": "http.disconnect"} if answered else await receive()
 
-        await self._app({**scope, "path": path, "method": "GET"}, receive_until_answered, send_head)
+        await self._app(
+            {**scope, "path": path, "method": "GET", "sent_method": "HEAD"}, receive_until_answered, send_head
+        )

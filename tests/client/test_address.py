@@ -82,6 +82,16 @@ def test_a_host_in_no_proxy_is_asked_directly_and_others_are_not(monkeypatch: py
     assert connection_options("outer.example", None)["trust_env"] is True
 
 
+def test_certificates_of_the_environment_are_read_for_direct_hosts_too(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("NO_PROXY", "inner.example")
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "no-file"))
+    with pytest.raises(FileNotFoundError):
+        connection_options("https://inner.example", None)
+    connection_options("http://inner.example", None)
+
+
 def test_a_socks_proxy_without_its_package_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "socksio", None)
     monkeypatch.setattr("reftserve.client.address.find_spec", lambda name: None)

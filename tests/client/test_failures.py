@@ -37,14 +37,14 @@ class Misbehaving:
 
 
 @contextmanager
-def serving(misbehaving: Misbehaving, path: str = "", **options: int) -> Iterator[Client]:
+def serving(misbehaving: Misbehaving, path: str = "", user: str = "", **options: int) -> Iterator[Client]:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(misbehaving.app, log_level="critical"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
-            with Client(f"http://127.0.0.1:{listener.getsockname()[1]}{path}", **options) as client:
+            with Client(f"http://{user}127.0.0.1:{listener.getsockname()[1]}{path}", **options) as client:
                 yield client
         finally:
             server.should_exit = True
@@ -144,12 +144,22 @@ def test_a_stream_of_several_answers_is_refused_before_anything_is_sent(n: int) 
     assert server.requests == []
 
 
+def test_a_foreign_answer_is_refused_without_the_password_of_the_address() -> None:
+    hello = Misbehaving(PlainTextResponse("hello"))
+    with serving(hello, user="user:secret@") as client, pytest.raises(UnexpectedAnswer) as failure:
+        client.models.list()
+    assert "secret" not in str(failure.value)
+
+
 def test_a_failed_connection_names_the_url_and_how_to_start_a_server() -> None:
     refused = pytest.raises(ConnectionFailed, match=r"http://127\.0\.0\.1:9.*reftserve serve")
     with Client("http://127.0.0.1:9", max_retries=0) as client, refused:
         client.models.list()
     with Client("127.0.0.1:9", max_retries=0) as client, refused:
         client.models.list()
+    with Client("http://user:secret@127.0.0.1:9", max_retries=0) as client, refused as failure:
+        client.models.list()
+    assert "secret" not in str(failure.value)
     broke_off = pytest.raises(ConnectionFailed, match=r"http://127\.0\.0\.1:\d+/v1/completions")
     with serving(Misbehaving(broken(chunk("one")))) as client, client.stream("p", model="m") as pieces, broke_off:
         list(pieces)

@@ -79,7 +79,7 @@ def test_a_time_limit_ends_the_watching_not_the_job(api: JobsApi, *, is_busy: bo
     began = time.monotonic()
     with pytest.raises(TimeoutError, match=rf"{job_id} has not ended after 0\.6 seconds; it goes on"):
         watch()
-    assert 0.5 < time.monotonic() - began < 3
+    assert time.monotonic() - began > 0.5
 
 
 def test_watching_fails_if_the_server_stays_down(api: JobsApi, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
+import threading
 import tracemalloc
 from collections.abc import AsyncIterator
 from typing import Any
@@ -15,7 +15,7 @@ from fastapi import APIRouter, FastAPI
 
 from reftserve.client.schemas import ChatCompletionRequest, CompletionRequest
 from reftserve.server.api import body_route
-from reftserve.server.api.body_route import LARGE_BODIES, BodyRoute
+from reftserve.server.api.body_route import LARGE_BODIES, LARGE_BODIES_OF_A_CLIENT, SMALL_BYTES, BodyRoute
 from reftserve.server.api.error_responses import install_error_handlers
 
 MEBIBYTE = 1 << 20
@@ -52,28 +52,31 @@ HOSTILE = [
 ]
 
 
-def test_the_event_loop_goes_on_while_hostile_bodies_arrive() -> None:
-    async def run() -> tuple[float, set[int]]:
-        longest, is_over = 0.0, False
+def test_large_bodies_are_parsed_beside_the_event_loop_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[int] = []
+    together: list[int] = []
+    parse = body_route.parse_body
 
-        async def watch() -> None:
-            nonlocal longest
-            while not is_over:
-                begun = time.perf_counter()
-                await asyncio.sleep(0.001)
-                longest = max(longest, time.perf_counter() - begun)
+    def watched(body: bytes) -> Any:
+        if len(body) <= SMALL_BYTES:
+            return parse(body)
+        threads.append(threading.get_ident())
+        together.append(1)
+        try:
+            assert len(together) == 1
+            return parse(body)
+        finally:
+            together.pop()
 
+    async def run() -> set[int]:
         async with client(app()) as http:
-            watching = asyncio.create_task(watch())
             posts = [http.post("/completions", content=body, headers=JSON) for body in HOSTILE * 6]
-            answers = await asyncio.gather(*posts)
-            is_over = True
-            await watching
-        return longest, {answer.status_code for answer in answers}
+            return {answer.status_code for answer in await asyncio.gather(*posts)}
 
-    longest, statuses = asyncio.run(run())
-    assert statuses == {200, 400}
-    assert longest < 0.5  # mostly other processes; one such body took 6 s before
+    monkeypatch.setattr(body_route, "parse_body", watched)
+    assert asyncio.run(run()) == {200, 400}
+    assert len(threads) == sum(len(body) > SMALL_BYTES for body in HOSTILE) * 6
+    assert threading.get_ident() not in threads
 
 
 def test_hostile_bodies_take_little_memory() -> None:
@@ -88,28 +91,100 @@ def test_hostile_bodies_take_little_memory() -> None:
     assert peak < 100 * MEBIBYTE
 
 
-def test_few_large_bodies_are_in_memory_at_once() -> None:
-    begun: list[int] = []
-    arrive = asyncio.Event()
+def of_address(served: FastAPI, address: str) -> httpx.AsyncClient:
+    transport = httpx.ASGITransport(served, client=(address, 1))
+    return httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60)
 
-    async def pieces(number: int) -> AsyncIterator[bytes]:
-        begun.append(number)
-        yield b'{"model": "a", '
-        await arrive.wait()
+
+class SlowBodies:
+    """Bodies whose first piece is there at once, and the rest when `arrive` is set."""
+
+    def __init__(self, first_bytes: int) -> None:
+        self.begun = asyncio.Semaphore(0)
+        self.asked = 0
+        self.arrive = asyncio.Event()
+        self._first = b'{"model": "a", ' + b" " * first_bytes
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        yield self._first
+        self.asked += 1
+        self.begun.release()
+        await self.arrive.wait()
         yield b'"prompt": "b"}'
 
-    async def run() -> list[Any]:
-        async with client(app()) as http:
-            posts = [http.post("/completions", content=pieces(number), headers=JSON) for number in range(20)]
-            waiting = asyncio.gather(*posts)
-            await asyncio.sleep(0.2)
-            assert len(begun) == LARGE_BODIES
-            small = await http.post("/completions", json={"model": "a", "prompt": "b"})
-            assert small.json() == 1
-            arrive.set()
-            return [answer.json() for answer in await waiting]
+    async def post(self, served: FastAPI, address: str) -> httpx.Response:
+        async with of_address(served, address) as http:
+            return await http.post("/completions", content=self.pieces(), headers=JSON)
 
-    assert asyncio.run(run()) == [1] * 20
+
+def test_few_large_bodies_are_in_memory_at_once_and_fewer_of_one_client() -> None:
+    async def run() -> list[Any]:
+        served, bodies = app(), SlowBodies(SMALL_BYTES)
+        of_one = asyncio.gather(*(bodies.post(served, "10.0.0.1") for _ in range(20)))
+        for _ in range(LARGE_BODIES_OF_A_CLIENT):
+            await bodies.begun.acquire()
+        of_others = asyncio.gather(*(bodies.post(served, f"10.0.0.{number}") for number in range(2, 22)))
+        for _ in range(LARGE_BODIES - LARGE_BODIES_OF_A_CLIENT):
+            await bodies.begun.acquire()
+        async with client(served) as http:
+            assert (await http.post("/completions", json={"model": "a", "prompt": "b"})).json() == 1
+        assert bodies.asked == LARGE_BODIES
+        bodies.arrive.set()
+        return [answer.json() for answer in [*await of_one, *await of_others]]
+
+    assert asyncio.run(run()) == [1] * 40
+
+
+def test_bodies_of_unknown_size_take_no_place_before_they_are_large() -> None:
+    async def run() -> None:
+        served, bodies = app(), SlowBodies(10)
+        waiting = asyncio.gather(*(bodies.post(served, "10.0.0.1") for _ in range(20)))
+        for _ in range(20):
+            await bodies.begun.acquire()
+        async with of_address(served, "10.0.0.1") as http:
+            large = {"model": "a", "prompt": "b" * 2 * SMALL_BYTES}
+            assert (await http.post("/completions", json=large)).status_code == 200
+        bodies.arrive.set()
+        await waiting
+
+    asyncio.run(run())
+
+
+def test_a_large_body_that_finds_no_place_is_sent_away_with_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(body_route, "PLACE_S", 0.1)
+
+    async def run() -> httpx.Response:
+        served, bodies = app(), SlowBodies(SMALL_BYTES)
+        waiting = asyncio.gather(*(bodies.post(served, "10.0.0.1") for _ in range(LARGE_BODIES_OF_A_CLIENT)))
+        for _ in range(LARGE_BODIES_OF_A_CLIENT):
+            await bodies.begun.acquire()
+        late = await bodies.post(served, "10.0.0.1")
+        bodies.arrive.set()
+        assert {answer.status_code for answer in await waiting} == {200}
+        assert (await bodies.post(served, "10.0.0.1")).status_code == 200
+        return late
+
+    answer = asyncio.run(run())
+    assert (answer.status_code, answer.json()["error"]["code"]) == (429, "overloaded")
+    assert int(answer.headers["retry-after"]) > 0
+
+
+def test_a_client_that_leaves_while_it_sends_is_no_error_of_the_server() -> None:
+    async def run() -> int:
+        messages = iter([{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}])
+        sent: list[Any] = []
+
+        async def receive() -> Any:
+            return next(messages)
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": "/completions", "query_string": b"", "client": ("h", 1)}
+        await app()({**scope, "headers": [(b"content-type", b"application/json")]}, receive, send)
+        return int(sent[0]["status"])
+
+    assert asyncio.run(run()) == 499
 
 
 def test_a_body_that_does_not_arrive_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

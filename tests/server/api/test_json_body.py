@@ -97,6 +97,7 @@ def test_as_many_token_ids_as_fit_are_read_and_validated_in_time() -> None:
         (b'{"a": 1e999}', "1e999 is too large"),
         (b'{"a": ' + b"9" * 5000 + b"}", "4,300 digits"),
         (b"[" * 65 + b"]" * 65, "64 deep"),
+        (b"]" * (4 << 20), "closes more"),
         (b'{"a":' * 70 + b"1" + b"}" * 70, "64 deep"),
         ('{"a": 1}'.encode("utf-16"), "not UTF-8"),
     ],
