@@ -20,17 +20,19 @@ from reftserve.server.api.body_route import BodyRoute
 from reftserve.server.api.dependencies import Jobs, Owner
 from reftserve.server.api.metadata_filter import WantedMetadata
 from reftserve.server.api.openapi import EVENTS
+from reftserve.server.api.own_threads import OwnThreads
 from reftserve.server.api.sse import event_stream
 from reftserve.server.storage.tables import Job, JobCheckpoint, JobEvent
 from reftserve.server.training.job_service import event_id
 
 router = APIRouter(prefix="/v1/fine_tuning", tags=["fine-tuning"], route_class=BodyRoute)
+_checks = OwnThreads("checks of data", threads=4)
 
 
 @router.post("/validate")
-def validate(request: FineTuningJobCreate, jobs: Jobs, owner: Owner) -> DataReport:
+async def validate(request: FineTuningJobCreate, jobs: Jobs, owner: Owner) -> DataReport:
     """Run a job's checks and report on its data; queue nothing."""
-    return jobs.validate(owner, request)
+    return await _checks.run(lambda: jobs.validate(owner, request))
 
 
 @router.post("/jobs")
