@@ -21,7 +21,9 @@ from reftserve.server.api.dependencies import Jobs, Owner
 from reftserve.server.api.metadata_filter import WantedMetadata
 from reftserve.server.api.openapi import EVENTS
 from reftserve.server.api.own_threads import OwnThreads
+from reftserve.server.api.pages import page
 from reftserve.server.api.sse import event_stream
+from reftserve.server.errors import InvalidRequest
 from reftserve.server.storage.tables import Job, JobCheckpoint, JobEvent
 from reftserve.server.training.job_service import event_id
 
@@ -104,14 +106,26 @@ def list_events(
     if stream if stream is not None else "text/event-stream" in (accept or ""):
         events = jobs.follow(owner, job_id, after=last_event_id or after)
         return event_stream(_streamed(events), id_of=lambda event: event.id)
-    page, more = jobs.events(owner, job_id, after=after, limit=limit)
-    return Page(data=[_event(event) for event in page], has_more=more)
+    rows, more = jobs.events(owner, job_id, after=after, limit=limit)
+    return Page(data=[_event(row) for row in rows], has_more=more)
 
 
 @router.get("/jobs/{job_id}/checkpoints")
-def list_checkpoints(job_id: str, jobs: Jobs, owner: Owner) -> Page[FineTuningCheckpoint]:
-    """List checkpoints, newest first."""
-    return Page(data=[_checkpoint(row) for row in jobs.checkpoints(owner, job_id)])
+def list_checkpoints(
+    job_id: str,
+    jobs: Jobs,
+    owner: Owner,
+    after: str | None = None,
+    limit: int | None = Query(None, ge=1, le=1000),
+) -> Page[FineTuningCheckpoint]:
+    """List checkpoints, newest first: all, or up to `limit`; `after` continues with older ones."""
+    found = [_checkpoint(row) for row in jobs.checkpoints(owner, job_id)]
+    ids = [checkpoint.id for checkpoint in found]
+    if after is not None and after not in ids:
+        raise InvalidRequest(f"{after!r} is not the id of a checkpoint of job {job_id}", param="after")
+    first = 0 if after is None else ids.index(after) + 1
+    end = len(found) if limit is None else first + limit
+    return page(found[first:end], ids[first:end], has_more=end < len(found))
 
 
 def _job(job: Job) -> FineTuningJob:
