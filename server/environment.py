@@ -65,6 +65,10 @@ def check_database(settings: Settings) -> str:
         with create_engine(url).connect() as connection:
             connection.execute(text("SELECT 1"))
     except ModuleNotFoundError as cause:
+        if cause.name == "psycopg2":  # for postgresql:// in SQLAlchemy 2.0
+            raise Conflict(
+                "the database's URL needs another driver; write postgresql+psycopg:// in --database-url"
+            ) from cause
         package = f"pip install 'reftserve[{EXTRAS.get(cause.name or '', 'server')}]'"
         raise Conflict(f"the database needs a package ({cause}); {package}, or set another --database-url") from cause
     except SQLAlchemyError as cause:
@@ -83,6 +87,13 @@ def _check_sqlite(file: Path) -> str:
         finally:
             connection.close()
     except sqlite3.OperationalError as cause:
+        if cause.sqlite_errorcode & 0xFF in (
+            sqlite3.SQLITE_BUSY,
+            sqlite3.SQLITE_LOCKED,
+        ):  # the rest tells the kind of lock
+            raise Unavailable(
+                f"the database {file} is locked: another process writes; stop it, or try again"
+            ) from cause
         raise Conflict(f"the database {file} cannot be opened: {cause}; check its permissions") from cause
     except sqlite3.DatabaseError as cause:
         raise Conflict(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from reftserve.client.schemas.base import Request, Response
 from reftserve.client.schemas.bounds import (
@@ -47,17 +48,29 @@ class TextPart(Request):
     type: Literal["text"]
     text: Text
 
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_other_kinds(cls, data: Any) -> Any:
+        kind = data.get("type") if isinstance(data, dict) else None
+        if isinstance(kind, str) and kind != "text":
+            raise PydanticCustomError(
+                "text_only", "a part of type {kind} is not supported; content is text only", {"kind": repr(kind[:50])}
+            )
+        return data
+
 
 class ChatMessage(Request):
     """One turn of a chat. An assistant turn with null or absent content has an empty text."""
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    role: Literal["system", "developer", "user", "assistant"]
     content: Text | Annotated[list[TextPart], at_most(MAX_PARTS)]
     name: Tag | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _with_content(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("role") == "tool":
+            raise PydanticCustomError("no_tools", "tools are not supported, so no message has the role 'tool'")
         if isinstance(data, dict) and data.get("role") == "assistant" and data.get("content") is None:
             return {**data, "content": ""}
         return data
@@ -138,6 +151,7 @@ class GenerationFields(Request):
         "length_penalty": (1, 1.0),
         "skip_special_tokens": (True,),
         "spaces_between_special_tokens": (True,),
+        "top_k": (-1,),
         "use_beam_search": (False,),
     }
 
@@ -189,6 +203,7 @@ class ChatCompletionRequest(GenerationFields):
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         **GenerationFields.neutral,
         "add_generation_prompt": (True,),
+        "add_special_tokens": (False,),
         "continue_final_message": (False,),
         "echo": (False,),
         "function_call": ("none", "auto"),
@@ -208,6 +223,7 @@ class CompletionRequest(GenerationFields):
 
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         **GenerationFields.neutral,
+        "add_special_tokens": (True,),
         "best_of": (1,),
         "logprobs": (False,),
         "suffix": ("",),

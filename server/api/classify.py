@@ -26,9 +26,9 @@ from reftserve.server.inference.generation import ScoredPrompt
 from reftserve.server.inference.labels import LabelledPrompt, label_chat, label_texts, probabilities
 from reftserve.server.inference.service import InferenceService
 
-MAX_INPUTS = 256
 MAX_PAIRS = 20_000
 MAX_RENDERED = 64 << 20  # characters of all pairs
+MESSAGE_CHARACTERS = 64  # that a message counts as besides its text: the template renders each one for each label
 
 router = APIRouter(tags=["generation"], route_class=BodyRoute)
 
@@ -69,17 +69,17 @@ def _encode(inference: InferenceService, body: ClassifyRequest) -> list[Labelled
     tokenizer = inference.base.tokenizer
     if body.messages is None:
         texts = [body.input] if isinstance(body.input, str) else body.input or []
-        _check_count(len(texts), len(body.labels), "input")
-        _check_texts(inference, [len(text) for text in texts], body.labels, "input")
+        _check_pairs(len(texts), len(body.labels), "input")
+        _check_texts(inference, [len(text) for text in texts], 0, body.labels, "input")
         prompts = label_texts(tokenizer, texts, body.labels)
         empty = next((index for index, prompt in enumerate(prompts) if not prompt.prompt_ids), None)
         if empty is not None:
             raise InvalidRequest(f"input {empty} has no tokens", param="input", code="empty_prompt")
         return prompts
     chats = _chats(body.messages)
-    _check_count(len(chats), len(body.labels), "messages")
+    _check_pairs(len(chats), len(body.labels), "messages")
     lengths = [sum(len(message.text) for message in chat) for chat in chats]
-    _check_texts(inference, lengths, body.labels, "messages")
+    _check_texts(inference, lengths, sum(map(len, chats)), body.labels, "messages")
     return [label_chat(tokenizer, chat, body.labels) for chat in chats]
 
 
@@ -88,9 +88,7 @@ def _chats(messages: list[ChatMessage] | list[list[ChatMessage]]) -> list[list[C
     return [one] if one else [chat for chat in messages if isinstance(chat, list)]
 
 
-def _check_count(inputs: int, labels: int, param: str) -> None:
-    if not 1 <= inputs <= MAX_INPUTS:
-        raise InvalidRequest(f"{inputs} inputs; expected 1 to {MAX_INPUTS}", param=param)
+def _check_pairs(inputs: int, labels: int, param: str) -> None:
     if inputs * labels > MAX_PAIRS:
         raise InvalidRequest(
             f"{inputs} inputs and {labels} labels are {inputs * labels} pairs; at most {MAX_PAIRS} are scored at once",
@@ -98,17 +96,22 @@ def _check_count(inputs: int, labels: int, param: str) -> None:
         )
 
 
-def _check_texts(inference: InferenceService, lengths: list[int], labels: list[str], param: str) -> None:
-    """Check characters: of each input and label for the context, and of all pairs, which are rendered one by one."""
+def _check_texts(inference: InferenceService, lengths: list[int], messages: int, labels: list[str], param: str) -> None:
+    """Check characters: of each input and label for the context, and of all pairs, which are rendered one by one.
+
+    lengths: of the inputs. messages: the number of all conversations' messages.
+    """
     for length in lengths:
         inference.check_characters(length, param)
     for label in labels:
         inference.check_characters(len(label), "labels")
-    rendered = sum(lengths) * len(labels) + sum(map(len, labels)) * len(lengths)
+    inputs = sum(lengths) + messages * MESSAGE_CHARACTERS
+    rendered = inputs * len(labels) + sum(map(len, labels)) * len(lengths)
     if rendered > MAX_RENDERED:
+        counted = f", {MESSAGE_CHARACTERS} for each message included" if messages else ""
         raise InvalidRequest(
-            f"{len(lengths)} inputs with {len(labels)} labels each have {rendered} characters; at most {MAX_RENDERED} "
-            "are scored at once",
+            f"{len(lengths)} inputs with {len(labels)} labels each have {rendered} characters{counted}; at most "
+            f"{MAX_RENDERED} are scored at once",
             param=param,
         )
 

@@ -22,7 +22,6 @@ from reftserve.server.inference.generation import Generation, Piece, UsageMeter
 from reftserve.server.inference.service import InferenceService
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
-MAX_PROMPTS = 256
 
 router = APIRouter(tags=["generation"], route_class=BodyRoute)
 
@@ -54,8 +53,8 @@ def _prompts(body: CompletionRequest) -> list[str | list[int]]:
         given = [[token for token in prompt if isinstance(token, int)]]
     else:
         given = [item for item in prompt if isinstance(item, (str, list))]
-    if not 1 <= len(given) <= MAX_PROMPTS:
-        raise InvalidRequest(f"{len(given)} prompts; expected 1 to {MAX_PROMPTS}", param="prompt")
+    if not given:
+        raise InvalidRequest("no prompt is given", param="prompt")
     return given
 
 

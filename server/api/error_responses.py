@@ -34,7 +34,7 @@ HTTP_CODES = {
     415: "unsupported_content_encoding",
 }
 METHODS = ("DELETE", "GET", "POST", "PUT")
-MAX_QUOTED = 200  # characters of the request in an answer: it is no place to store or reflect text
+MAX_QUOTED = 200  # characters of the request in an error, so that nobody can make it carry a text of theirs
 MAX_MESSAGE = 2000
 QUOTED = re.compile(r"'[^']{200,}'|\"[^\"]{200,}\"")
 

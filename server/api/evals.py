@@ -46,8 +46,11 @@ def list_evals(
     after: str | None = None,
     limit: int = Query(20, ge=1, le=100),
     order: Literal["asc", "desc"] = "desc",
+    order_by: str = "created_at",
 ) -> Page[Eval]:
     """List evals, newest first unless `order` is `asc`. `metadata[key]=value` lists those with that metadata."""
+    if order_by != "created_at":
+        raise InvalidRequest(f"order_by is {order_by!r}; evals are listed by 'created_at' alone", param="order_by")
     rows, more = evals.list_page(owner, after=after, limit=limit, ascending=order == "asc", metadata=metadata)
     return page([_eval(row) for row in rows], [row.id for row in rows], has_more=more)
 

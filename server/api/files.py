@@ -12,18 +12,20 @@ from reftserve.client.schemas import Deleted, FileObject, Page
 from reftserve.server.api.dependencies import Files, Owner
 from reftserve.server.api.envelope import page
 from reftserve.server.api.forms import only_fields
+from reftserve.server.api.own_threads import OwnThreads
 from reftserve.server.storage.tables import File
 
 router = APIRouter(prefix="/v1/files", tags=["files"])
+_uploads = OwnThreads("uploads", threads=4)
 
 
 @router.post("", dependencies=[Depends(only_fields("purpose", "file"))])
-def upload_file(files: Files, owner: Owner, purpose: str = Form(), file: UploadFile = FormFile()) -> FileObject:
+async def upload_file(files: Files, owner: Owner, purpose: str = Form(), file: UploadFile = FormFile()) -> FileObject:
     """Upload a data set, in JSON Lines, a JSON array, CSV or Parquet.
 
     Rows have chat `messages`, or `prompt` and `completion`, or `instruction`, `input` and `output`.
     """
-    return _file(files.upload(owner, file.filename or "upload", purpose, file.file))
+    return _file(await _uploads.run(lambda: files.upload(owner, file.filename or "upload", purpose, file.file)))
 
 
 @router.get("")

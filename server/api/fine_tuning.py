@@ -21,17 +21,20 @@ from reftserve.server.api.dependencies import Jobs, Owner
 from reftserve.server.api.envelope import page
 from reftserve.server.api.metadata_filter import WantedMetadata
 from reftserve.server.api.openapi import EVENTS
+from reftserve.server.api.own_threads import OwnThreads
 from reftserve.server.api.sse import event_stream
+from reftserve.server.errors import InvalidRequest
 from reftserve.server.storage.tables import Job, JobCheckpoint, JobEvent
 from reftserve.server.training.job_service import event_id
 
 router = APIRouter(prefix="/v1/fine_tuning", tags=["fine-tuning"], route_class=BodyRoute)
+_checks = OwnThreads("checks of data", threads=4)
 
 
 @router.post("/validate")
-def validate(request: FineTuningJobCreate, jobs: Jobs, owner: Owner) -> DataReport:
+async def validate(request: FineTuningJobCreate, jobs: Jobs, owner: Owner) -> DataReport:
     """Run a job's checks and report on its data; queue nothing."""
-    return jobs.validate(owner, request)
+    return await _checks.run(lambda: jobs.validate(owner, request))
 
 
 @router.post("/jobs")
@@ -108,10 +111,21 @@ def list_events(
 
 
 @router.get("/jobs/{job_id}/checkpoints")
-def list_checkpoints(job_id: str, jobs: Jobs, owner: Owner) -> Page[FineTuningCheckpoint]:
-    """List checkpoints, newest first."""
+def list_checkpoints(
+    job_id: str,
+    jobs: Jobs,
+    owner: Owner,
+    after: str | None = None,
+    limit: int | None = Query(None, ge=1, le=1000),
+) -> Page[FineTuningCheckpoint]:
+    """List checkpoints, newest first: all, or up to `limit`; `after` continues with older ones."""
     found = [_checkpoint(row) for row in jobs.checkpoints(owner, job_id)]
-    return page(found, [checkpoint.id for checkpoint in found], has_more=False)
+    ids = [checkpoint.id for checkpoint in found]
+    if after is not None and after not in ids:
+        raise InvalidRequest(f"{after!r} is not the id of a checkpoint of job {job_id}", param="after")
+    first = 0 if after is None else ids.index(after) + 1
+    end = len(found) if limit is None else first + limit
+    return page(found[first:end], ids[first:end], has_more=end < len(found))
 
 
 def _job(job: Job) -> FineTuningJob:

@@ -17,6 +17,8 @@ async def _wanted_metadata(request: Request) -> dict[str, str]:
     for name, value in request.query_params.multi_items():
         if not name.startswith("metadata"):
             continue
+        if name == "metadata" and value == "null":  # not given, as in a body
+            continue
         found = _PARAMETER.fullmatch(name)
         if found is None or found[1] in wanted:
             raise InvalidRequest(

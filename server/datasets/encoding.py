@@ -73,7 +73,8 @@ def _rendered_as(prompt: ChatPrompt | str | Instruction, *, has_template: bool) 
     """Return the messages that the template renders, or a plain text."""
     if isinstance(prompt, ChatPrompt):
         turns = prompt.conversation[: prompt.length]
-        return [ChatMessage.model_validate({"role": turn.role, "content": turn.text}) for turn in turns]
+        # Without validation: the reader has checked the turns, and a data set may have those of tools.
+        return [ChatMessage.model_construct(role=turn.role, content=turn.text) for turn in turns]  # type: ignore[arg-type]
     if isinstance(prompt, str):
         return prompt
     if has_template:

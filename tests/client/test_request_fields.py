@@ -199,10 +199,22 @@ def test_an_assistant_message_without_content_has_an_empty_text(turn: dict[str, 
     assert ChatMessage.model_validate(turn).text == ""
 
 
-@pytest.mark.parametrize("role", ["system", "developer", "user", "tool"])
+@pytest.mark.parametrize("role", ["system", "developer", "user"])
 def test_only_an_assistant_may_omit_the_content(role: str) -> None:
     with pytest.raises(ValidationError, match="content"):
         ChatMessage.model_validate({"role": role, "content": None})
+
+
+def test_a_turn_of_a_tool_is_refused_with_the_reason() -> None:
+    with pytest.raises(ValidationError, match="tools are not supported"):
+        ChatMessage.model_validate({"role": "tool", "content": "4", "tool_call_id": "call_1"})
+
+
+def test_a_part_that_is_no_text_is_refused_with_the_reason() -> None:
+    image = {"type": "image_url", "image_url": {"url": "data:,"}}
+    with pytest.raises(ValidationError, match="'image_url' is not supported; content is text only") as refused:
+        ChatMessage.model_validate({"role": "user", "content": [{"type": "text", "text": "a"}, image]})
+    assert "extra_forbidden" not in {error["type"] for error in refused.value.errors()}
 
 
 def test_our_own_answer_is_accepted_as_input_unchanged() -> None:

@@ -7,7 +7,6 @@ import json
 import random
 import subprocess
 import sys
-import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -143,9 +142,7 @@ def test_mutated_archives_are_refused_or_hold_what_the_good_one_holds(good: dict
     for seed in range(MUTATIONS):
         draw = random.Random(seed)  # noqa: S311 - test data
         data = KINDS[seed % len(KINDS)](draw, good)
-        began = time.perf_counter()
         message = refusal(data, tmp_path / str(seed))
-        assert time.perf_counter() - began < 2
         if message is not None:
             refused += 1
             assert len(message) <= LONGEST_MESSAGE

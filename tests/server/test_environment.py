@@ -6,10 +6,12 @@ import os
 import re
 import resource
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -85,6 +87,22 @@ def test_a_missing_driver_names_its_extra(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "psycopg", None)
     with pytest.raises(ServerError, match=r"pip install 'reftserve\[postgres\]'"):
         check_database(Settings(data=tmp_path, database_url="postgresql+psycopg://host/db"))
+
+
+def test_postgresql_without_a_driver_names_the_one_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg2", None)
+    with pytest.raises(ServerError, match=r"write postgresql\+psycopg://"):
+        check_database(Settings(data=tmp_path, database_url="postgresql+psycopg2://host/db"))
+
+
+def test_a_locked_database_is_called_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda *words, **options: connect(*words, **options, timeout=0))
+    with closing(connect(tmp_path / "reftserve.db")) as writer:
+        writer.execute("CREATE TABLE rows (number INTEGER)")
+        writer.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(ServerError, match=r"reftserve\.db is locked: another process"):
+            check_database(Settings(data=tmp_path))
 
 
 @pytest.mark.parametrize("url", ["nonsense://bucket", "s3://bucket"])

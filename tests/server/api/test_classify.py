@@ -15,6 +15,8 @@ from running_server import RunningServer
 TOLERANCE = 2e-3
 LABELS = ["yes", "no", "no way", "the quick brown fox jumps"]
 MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "is the dog lazy?"}]
+MANY = [{"role": "user", "content": "a"}] * 256
+THOUSAND = [f"label {number}" for number in range(1000)]
 LONG = "the lazy dog jumps over the quick brown fox " * 3
 
 
@@ -96,6 +98,7 @@ def test_the_prompt_is_computed_once_for_all_labels(http: httpx.Client, server: 
         ({"input": ["a", ""]}, "input", "input 1 has no tokens"),
         ({"input": ["a"] * 257}, "input", "at most 256"),
         ({"input": "fox " * 600}, "input", "at most 512"),
+        ({"messages": [MANY] * 8, "labels": THOUSAND}, "messages", "64 for each message included"),
         ({"input": "a", "model": "nothing-like-it"}, "model", "no intervention 'nothing-like-it'"),
         ({"input": "a", "temperature": 1}, "temperature", "unknown field"),
     ],

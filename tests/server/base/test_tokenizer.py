@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -192,33 +190,29 @@ def test_tokens_have_the_bytes_that_llguidance_finds(
         }
 
 
+class Recorder:
+    """Records the methods of the tokenizers library that are called."""
+
+    def __init__(self, backend: Any) -> None:
+        self.called: set[str] = set()
+        self._backend = backend
+
+    def __getattr__(self, name: str) -> Any:
+        self.called.add(name)
+        return getattr(self._backend, name)
+
+
 def test_the_first_look_at_a_tokens_bytes_does_not_read_the_vocabulary(smollm2_folder: Path) -> None:
-    times = []
-    for _ in range(3):  # the machine may be busy
-        tokenizer = load_tokenizer(smollm2_folder)
-        began = time.perf_counter()
-        assert tokenizer.token_bytes(1000)
-        times.append(time.perf_counter() - began)
-    assert min(times) < 0.01
+    backend: Any = Recorder(load_tokenizer(smollm2_folder).backend)
+    assert Tokenizer(backend).token_bytes(1000)
+    assert "id_to_token" in backend.called
+    assert backend.called.isdisjoint({"get_vocab", "to_str"})
 
 
-def test_a_long_text_is_encoded_while_other_threads_run(smollm2_folder: Path) -> None:
-    tokenizer = load_tokenizer(smollm2_folder)
-    gaps = []
-
-    def encode() -> None:
-        tokenizer.encode("The quick brown fox. " * 20_000)
-
-    for _ in range(3):
-        thread = threading.Thread(target=encode)
-        thread.start()
-        last, longest = time.perf_counter(), 0.0
-        while thread.is_alive():
-            time.sleep(0.0005)
-            now = time.perf_counter()
-            last, longest = now, max(longest, now - last)
-        gaps.append(longest)
-    assert min(gaps) < 0.05
+def test_a_text_is_encoded_by_the_method_that_lets_other_threads_run(smollm2_folder: Path) -> None:
+    backend: Any = Recorder(load_tokenizer(smollm2_folder).backend)
+    assert Tokenizer(backend).encode("The quick brown fox.")
+    assert {name for name in backend.called if name.startswith("encode")} == {"encode_batch_fast"}
 
 
 def test_byte_tokens_and_marked_spaces_have_their_bytes() -> None:

@@ -87,6 +87,12 @@ def test_an_assistant_turn_of_weight_0_is_context_and_not_learned() -> None:
     assert "b<|im_end|>" in TOKENIZER.decode(example.prompt_ids)
 
 
+def test_a_turn_of_a_tool_is_context_though_no_request_may_have_one() -> None:
+    row = chat(("user", "a"), ("tool", "result"), ("assistant", "b"))
+    (example,) = encoded(row)
+    assert "result" in TOKENIZER.decode(example.prompt_ids)
+
+
 def test_an_opening_assistant_greeting_is_not_learned() -> None:
     assert texts(encoded(chat(("assistant", "welcome"), ("user", "a"), ("assistant", "b")))) == ["b<|im_end|>"]
 
