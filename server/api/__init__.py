@@ -10,5 +10,5 @@ metadata_filter.py  `metadata[key]=value` of lists
 body_route.py       reads and validates JSON bodies             json_body.py         bytes -> a bounded JSON value
 forms.py            each multipart field once                   openapi.py           errors and streams in /openapi.json
 index.py            / and /v1                                   connection.py        slow headers, HTTP/1.0
-host_check.py, request_line.py, content_encoding.py             middlewares, with body_limit.py
+host_check.py, origin_check.py, request_line.py, content_encoding.py    middlewares, with body_limit.py
 """
