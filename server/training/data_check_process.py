@@ -23,6 +23,8 @@ def main() -> None:
     """Check the data and print the answer."""
     task = CheckTask.model_validate_json(sys.stdin.read())
     os.nice(NICENESS)
+    # A thread of the tokenizer that finds no memory would leave the main one waiting for it.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     base = open_base(task.settings)
     # RLIMIT_DATA counts what the process can write to; RLIMIT_AS would count mapped libraries too.
     resource.setrlimit(resource.RLIMIT_DATA, (task.memory_bytes, task.memory_bytes))

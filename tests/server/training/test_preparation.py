@@ -159,6 +159,7 @@ def test_a_check_beyond_its_limits_is_refused_with_advice(
     workspace: Workspace, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch, limit: str, value: int
 ) -> None:
     monkeypatch.setattr(data_check, limit, value)
+    files["training"].write_bytes(long_lines(4000))  # more than the process has left in its heap
     with pytest.raises(InvalidRequest, match="create the job, which checks its data in the background") as refused:
         DataCheck(workspace.settings, workspace.base).report(None, files, seed=0)
     assert refused.value.code == "data_too_large"
