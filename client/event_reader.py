@@ -46,13 +46,21 @@ class EventReader:
             raise StreamFailed(ErrorDetail(message=message, type="http_error"))
 
     def take(self, message: ServerSentEvent) -> FineTuningEvent | None:
-        """Return a message's event, if any. Raises StreamFailed for an error, TimeoutError after the deadline."""
+        """Return a message's event, if any. Raises StreamFailed for an error, TimeoutError after the deadline.
+
+        A server that stops counts as a broken connection: the next one goes on with the stream.
+        """
         self._check_deadline()
         if message.data == END:
             self.ended = True
         if message.data in ("", END):  # httpx-sse turns comments into empty messages
             return None
-        raise_if_error(message.data)
+        try:
+            raise_if_error(message.data)
+        except StreamFailed as failure:
+            if failure.code == "server_stopping":
+                raise httpx.RemoteProtocolError(failure.message) from failure
+            raise
         event = FineTuningEvent.model_validate_json(message.data)
         self._last = event.id
         return event

@@ -9,7 +9,7 @@ from tenacity import RetryCallState, retry_if_exception, stop_after_attempt, sto
 from tenacity.wait import wait_base
 
 from reftserve.client.calls.call import Call
-from reftserve.client.exceptions import ConnectionFailed, Overloaded, ServerFault, StreamFailed, Unavailable
+from reftserve.client.exceptions import ConnectionFailed, Overloaded, ServerFault, Unavailable
 
 FIRST_WAIT_S = 0.2
 LONGEST_WAIT_S = 10.0
@@ -42,8 +42,7 @@ def reconnect_policy() -> dict[str, Any]:
     def is_restarting(failure: BaseException) -> bool:
         # A proxy answers 502 or 504 while the server behind it is away.
         is_proxy = isinstance(failure, ServerFault) and failure.status in (502, 504)
-        is_stopping = isinstance(failure, StreamFailed) and failure.code == "server_stopping"
-        return is_proxy or is_stopping or isinstance(failure, (ConnectionFailed, Overloaded, Unavailable))
+        return is_proxy or isinstance(failure, (ConnectionFailed, Overloaded, Unavailable))
 
     return {
         "retry": retry_if_exception(is_restarting),

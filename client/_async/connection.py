@@ -30,6 +30,11 @@ class AsyncConnection:
         answer: T = await AsyncRetrying(**retry_policy(call, self._max_retries))(self.send_once, call)
         return answer
 
+    async def send_patiently(self, call: Call[T]) -> T:
+        """Return the answer to a call. Waits while the server is away."""
+        answer: T = await AsyncRetrying(**reconnect_policy())(self.send_once, call)
+        return answer
+
     async def send_pages(self, page_after: Callable[[str | None], Call[Page[M]]]) -> list[M]:
         """Return the rows of all pages of a list. page_after: makes the call for the page behind an id."""
         rows: list[M] = []

@@ -80,7 +80,7 @@ class AsyncJob:
                             yield event
             if not reader.ended:
                 await async_sleep(PAUSE_S)
-        await self.refresh()
+        self.data = await self._connection.send_patiently(calls.get_job(self.id))
 
     async def wait(self, *, progress: bool = False, timeout_s: float | None = None) -> AsyncJob:
         """Return when the intervention is published. Raises JobEnded, or TimeoutError while the job continues."""

@@ -81,7 +81,7 @@ class Job:
                             yield event
             if not reader.ended:
                 sleep(PAUSE_S)
-        self.refresh()
+        self.data = self._connection.send_patiently(calls.get_job(self.id))
 
     def wait(self, *, progress: bool = False, timeout_s: float | None = None) -> Job:
         """Return when the intervention is published. Raises JobEnded, or TimeoutError while the job continues."""

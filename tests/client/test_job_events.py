@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 from api_data import chat_lines
+from httpx_sse import ServerSentEvent
 from jobs_api import JobsApi, jobs_api, step
 from running_server import RunningServer
 
-from reftserve.client import AsyncClient, Client, ConnectionFailed, JobEnded, retries
+from reftserve.client import AsyncClient, Client, ConnectionFailed, JobEnded, StreamFailed, retries
+from reftserve.client.event_reader import EventReader
 from reftserve.client.schemas import FineTuningEvent
 
 Watch = Callable[[str, str, Callable[[FineTuningEvent], None]], str]
@@ -82,6 +86,15 @@ def test_a_time_limit_ends_the_watching_not_the_job(api: JobsApi, *, is_busy: bo
     assert time.monotonic() - began > 0.5
 
 
+def test_a_server_that_stops_counts_as_a_broken_connection() -> None:
+    reader = EventReader("ftjob-1", None)
+    error = {"message": "m", "type": "server_error", "param": None, "code": "server_stopping"}
+    with pytest.raises(httpx.TransportError):
+        reader.take(ServerSentEvent(data=json.dumps({"error": error})))
+    with pytest.raises(StreamFailed):
+        reader.take(ServerSentEvent(data=json.dumps({"error": {**error, "code": "internal_error"}})))
+
+
 def test_watching_fails_if_the_server_stays_down(api: JobsApi, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retries, "RECONNECT_S", 0.5)
     with Client(api.url) as client:
@@ -120,7 +133,7 @@ def test_the_events_of_a_training_job_survive_kill_9_of_its_server(tiny_llama_fo
     try:
         with Client(server.url) as client:
             file = client.files.upload(chat_lines(24))
-            job = client.train(file, name="watched", layers=[1], rank=1, n_epochs=12, batch_size=4)
+            job = client.train(file, name="watched", layers=[1], rank=1, n_epochs=100, batch_size=4)
             events = []
             for event in job.events(timeout_s=100):
                 events.append(event)
