@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from reftserve.client.schemas import FineTuningJobCreate, Method, SupervisedHyperparameters
 from reftserve.interventions import BaseFingerprint
@@ -161,7 +162,8 @@ def test_the_token_limit_is_the_requested_length_up_to_the_context() -> None:
 
 
 def test_a_method_with_the_fields_of_another_type_is_refused() -> None:
-    for method in ({"type": "supervised", "reft": {}}, {"type": "reft", "supervised": {}}):
+    supervised = {"hyperparameters": {"n_epochs": 1}}
+    for method in ({"type": "supervised", "reft": {"rank": 1}}, {"type": "reft", "supervised": supervised}):
         with pytest.raises(InvalidRequest, match="does not go with"):
             planned(method)
 
@@ -210,16 +212,18 @@ def test_each_trial_draws_its_own_number_from_a_range() -> None:
 @pytest.mark.parametrize(
     ("sweep", "param"),
     [
-        ({}, "method.reft.sweep"),
         ({"rank": [4, 65]}, "method.reft.sweep.rank"),
-        ({"rank": [0]}, "method.reft.sweep.rank"),
         ({"positions": ["l1", "m1"]}, "method.reft.sweep.positions"),
         ({"layers": [[30]]}, "method.reft.sweep.layers"),
-        ({"learning_rate": [0.0]}, "method.reft.sweep.learning_rate"),
-        ({"dropout": [0.0, 1.0]}, "method.reft.sweep.dropout"),
     ],
 )
 def test_an_invalid_sweep_is_refused_with_the_field(sweep: dict[str, object], param: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         swept(sweep)
     assert caught.value.param == param
+
+
+@pytest.mark.parametrize("sweep", [{"rank": [0]}, {"learning_rate": [0.0]}, {"dropout": [0.0, 1.0]}])
+def test_numbers_that_no_method_takes_are_refused_by_the_request(sweep: dict[str, object]) -> None:
+    with pytest.raises(ValidationError, match=rf"reft\.sweep\.{next(iter(sweep))}"):
+        swept(sweep)
