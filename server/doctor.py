@@ -8,7 +8,6 @@ import platform
 import pwd
 import resource
 import shutil
-import socket
 import sys
 import tempfile
 from collections.abc import Callable
@@ -24,8 +23,9 @@ from reftserve.server.environment import (
     check_database,
     check_store,
     check_temporary_folder,
+    listening,
 )
-from reftserve.server.errors import Conflict, ServerError
+from reftserve.server.errors import ServerError
 from reftserve.server.settings import Settings
 from reftserve.server.settings_sources import service_links
 
@@ -150,16 +150,8 @@ def _proxies(settings: Settings) -> str:
 
 
 def _port(settings: Settings) -> str:
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    with socket.socket(family) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((settings.host, settings.port))
-        except OSError as cause:
-            raise Conflict(
-                f"cannot listen on {settings.host}:{settings.port} ({cause.strerror}); set --host and --port"
-            ) from cause
-    return f"{settings.host}:{settings.port} is free"
+    with listening(settings):
+        return f"{settings.host}:{settings.port} is free"
 
 
 def _torch(settings: Settings) -> str:

@@ -6,10 +6,14 @@ Each check returns one line for `reftserve doctor`, or raises a ServerError, whi
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import socket
 import sqlite3
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from reftserve.server.errors import Conflict, Unavailable
@@ -114,3 +118,20 @@ def check_store(settings: Settings) -> str:
         extra = "; pip install 'reftserve[s3]'" if scheme == "s3" else ""
         raise Conflict(f"the store {scheme}:// cannot be used: {cause}{extra}; check --blob-url") from cause
     return settings.resolved_blob_url
+
+
+@contextmanager
+def listening(settings: Settings) -> Iterator[socket.socket]:
+    """Bind the address of the settings until the context ends. Raises Conflict when it is in use or wrong."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    with socket.socket(family) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((settings.host, settings.port))
+        except OSError as cause:
+            if cause.errno == errno.EADDRINUSE:
+                raise Conflict(
+                    f"port {settings.port} of {settings.host} is in use; choose another with --port"
+                ) from cause
+            raise Conflict(f"cannot listen on {settings.host}:{settings.port}: {cause.strerror}") from cause
+        yield listener

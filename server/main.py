@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import os
 import resource
-import socket
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -19,6 +17,7 @@ from filelock import FileLock, Timeout
 from reftserve.server.api.connection import connection_type
 from reftserve.server.app import create_app, drain, open_services
 from reftserve.server.base.memory import freeze_gc
+from reftserve.server.environment import listening
 from reftserve.server.errors import Conflict, ServerError
 from reftserve.server.settings import LOG_FORMAT, Settings
 
@@ -55,7 +54,7 @@ def serve(settings: Settings) -> None:
     """Serve until interrupted. Raises Conflict (folder or port in use), NotFound (no model), ServerError (engine)."""
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
     failures: list[str] = []
-    with _data_folder(settings), _port(settings) as listener:
+    with _data_folder(settings), listening(settings) as listener:
         services = open_services(settings)
         port = listener.getsockname()[1]
         server: GracefulServer
@@ -115,19 +114,3 @@ def _data_folder(settings: Settings) -> Iterator[None]:
             f"another server (process {pid}) uses the data folder {settings.data.resolve()}; stop it, or choose "
             "another folder with --data"
         ) from cause
-
-
-@contextmanager
-def _port(settings: Settings) -> Iterator[socket.socket]:
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    with socket.socket(family) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((settings.host, settings.port))
-        except OSError as cause:
-            if cause.errno == errno.EADDRINUSE:
-                raise Conflict(
-                    f"port {settings.port} of {settings.host} is in use; choose another with --port"
-                ) from cause
-            raise Conflict(f"cannot listen on {settings.host}:{settings.port}: {cause.strerror}") from cause
-        yield listener
