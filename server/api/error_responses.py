@@ -90,15 +90,19 @@ async def _validation_error(request: Request, error: Exception) -> JSONResponse:
 
 
 def _most_specific(error: RequestValidationError) -> Mapping[str, Any]:
-    """Return the error of the first wrong field. A union has one for each member: the deepest tells most."""
+    """Return the error of the first wrong field. A union has one for each member.
+
+    Of these a list that is too long tells most, then the deepest error.
+    """
     found: list[Mapping[str, Any]] = list(error.errors())
     unknown = next((each for each in found if each["type"] == "extra_forbidden"), None)
     same_field = [each for each in found if each["loc"][:2] == found[0]["loc"][:2]]
 
-    def depth(each: Mapping[str, Any]) -> tuple[int, bool]:
-        return _path(each, error.body).count("."), not each["type"].endswith("_type")
+    def rank(each: Mapping[str, Any]) -> tuple[bool, int, bool]:
+        depth = _path(each, error.body).count(".")
+        return each["type"] == "too_long", depth, not each["type"].endswith("_type")
 
-    return unknown or max(same_field, key=depth)
+    return unknown or max(same_field, key=rank)
 
 
 def _path(error: Mapping[str, Any], body: Any) -> str:

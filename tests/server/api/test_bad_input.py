@@ -272,6 +272,11 @@ def test_a_text_longer_than_any_context_is_refused_before_it_is_encoded(
     assert "characters" in found["message"], "known before it is encoded"
 
 
+def test_too_many_prompts_are_refused_by_their_number(http: httpx.Client) -> None:
+    found = error(http.post("/v1/completions", json={"model": BASE, "prompt": ["a"] * 10_000}), 400)
+    assert (found["param"], found["message"]) == ("prompt", "field 'prompt': at most 256 entries are allowed")
+
+
 def test_characters_of_all_pairs_are_bounded(http: httpx.Client) -> None:
     body = {"model": BASE, "input": ["w" * 5000] * 20, "labels": [f"{number} {'w' * 500}" for number in range(1000)]}
     assert "pairs" in error(http.post("/v1/classify", json={**body, "input": ["a"] * 21}), 400)["message"]
